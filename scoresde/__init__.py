@@ -1,0 +1,43 @@
+"""scoresde: continuous-time score-based SDEs for PyTorch.
+
+A diffusion model is a forward SDE (`sde`), an estimate of where its paths began (`denoiser`), and a way back
+(`sampling`); `likelihood` measures it, `loss` trains it.
+"""
+
+from .denoiser import Cond, Denoiser, Preconditioned, ScoreFunction
+from .divergence import Exact, Hutchinson
+from .grids import Grid, KarrasGrid, LogSNRGrid, QuadraticGrid, UniformGrid
+from .likelihood import LogLikelihood, bits_per_dim, log_likelihood
+from .loss import DenoisingLoss
+from .mixture import GaussianMixtureDenoiser
+from .ode import SolverError
+from .parameterization import EDM, X0, Eps, Parameterization, Score, V, Velocity
+from .prediction import Prediction
+from .rng import Rng
+from .sampling import (
+    DDIM,
+    AdaptiveODE,
+    Ancestral,
+    AnnealedLangevin,
+    EulerMaruyama,
+    Heun,
+    Langevin,
+    PredictorCorrector,
+    ReverseDiffusion,
+    Sampler,
+    Step,
+    Trace,
+)
+from .sde import SDE, VESDE, VPSDE, CosineSDE, EDMSDE, RectifiedFlow, Scales, SubVPSDE
+from .table import TableSDE
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AdaptiveODE", "Ancestral", "AnnealedLangevin", "Cond", "CosineSDE", "DDIM", "Denoiser", "DenoisingLoss", "EDM",
+    "EDMSDE", "Eps", "EulerMaruyama", "Exact", "GaussianMixtureDenoiser", "Grid", "Heun", "Hutchinson", "KarrasGrid",
+    "Langevin", "LogLikelihood", "LogSNRGrid", "Parameterization", "Preconditioned", "Prediction",
+    "PredictorCorrector", "QuadraticGrid", "RectifiedFlow", "ReverseDiffusion", "Rng", "SDE", "Sampler", "Scales",
+    "Score", "ScoreFunction", "SolverError", "Step", "SubVPSDE", "TableSDE", "Trace", "UniformGrid", "V", "VESDE",
+    "VPSDE", "Velocity", "X0", "bits_per_dim", "log_likelihood",
+]  # fmt: skip

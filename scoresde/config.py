@@ -1,0 +1,192 @@
+"""From configuration to objects: the only caller of `hydra.utils.instantiate`.
+
+A `_target_` is looked up in a list of exact public names before anything is imported or called, so a configuration
+(one found beside a checkpoint, say) can build what scoresde publishes and nothing else. Hydra's own block list is a
+second line of defence, not the first: it has been walked around by aliases such as `logging.os.system`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+# Modules whose __all__ is public, and names of modules that publish more than a configuration may build.
+_PUBLISHING = ("scoresde", "scoresde.nn", "scoresde.data", "scoresde.metrics")
+_NAMED = {
+    "scoresde.loss": (
+        "UniformTimes", "StratifiedTimes", "LogNormalTimes", "LogSNRTimes", "Simple", "Likelihood", "EDMWeighting",
+        "MinSNR", "Independent",
+    ),
+    "scoresde.train": ("EMA", "OdeLikelihood", "Trainer", "WandbLogger", "NullLogger"),
+    "torch.optim": ("Adam", "AdamW"),
+}  # fmt: skip
+_OWN_KEYS = {"_target_", "_partial_", "_args_", "_recursive_", "_convert_"}
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be built: says which key, what was expected and what to do."""
+
+
+def config_dir() -> str:
+    """The folder of the Hydra tree: inside the package when installed, beside it in a checkout.
+
+    Raises:
+        FileNotFoundError: neither is there.
+    """
+    here = Path(__file__).resolve().parent
+    for folder in (here / "conf", here.parent / "conf"):
+        if (folder / "train.yaml").is_file():
+            return str(folder)
+    raise FileNotFoundError(f"The configuration files of scoresde are in neither {here / 'conf'} nor {here.parent / 'conf'}.")
+
+
+def targets() -> tuple[str, ...]:
+    """Every `_target_` that a configuration may name without `allow_targets`."""
+    published = {name: tuple(importlib.import_module(name).__all__) for name in _PUBLISHING}
+    return tuple(f"{module}.{name}" for module, names in (published | _NAMED).items() for name in names)
+
+
+def build(node: Any, allow: Sequence[str] = (), **runtime: Any) -> Any:
+    """The object that a node with a `_target_` describes.
+
+    The whole tree is checked before anything in it is made: each target against the allow-list, each key against
+    the parameters of its target.
+
+    Args:
+        node: a mapping with `_target_` (OmegaConf or plain; interpolations are resolved).
+        allow: further exact targets, as the user gave them on the command line (`allow_targets=[my_pkg.MyNet]`).
+        runtime: arguments known only now (parameters, event shape). Nodes with `_partial_: true` that are given
+            none stay callables.
+
+    Raises:
+        ConfigError: a target that is not allowed, a key that is not a parameter, or a value its target refuses.
+    """
+    import hydra.utils
+    from hydra.errors import InstantiationException
+
+    name = _full_key(node)
+    tree = plain(node)
+    if not isinstance(tree, dict) or "_target_" not in tree:
+        raise ConfigError(f"{name or 'This node'} has no _target_, so there is nothing to build; got {tree!r}.")
+    _check(tree, frozenset(allow), name)
+    _check_keys(tree, name, runtime)
+    try:
+        if not runtime:
+            return hydra.utils.instantiate(tree)
+        # by a partial, so that Hydra never copies the runtime objects
+        return hydra.utils.instantiate({**tree, "_partial_": True})(**runtime)
+    except InstantiationException as error:
+        raise _explained(error, tree, name) from error
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"{name or tree['_target_']}: {error}") from error
+
+
+def build_network(node: Any, allow: Sequence[str] = (), **facts: Any) -> Any:
+    """A network: with `_partial_: true` it is told `facts` (event_shape, classes); without, it is used as it is."""
+    tree = plain(node)
+    partial = isinstance(tree, dict) and bool(tree.get("_partial_"))
+    return build(node, allow, **facts) if partial else build(node, allow)
+
+
+def plain(node: Any) -> Any:
+    """`node` as dicts, lists and scalars, interpolations resolved.
+
+    Raises:
+        ConfigError: a mandatory value (`???`) is missing.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import MissingMandatoryValue
+
+    if not OmegaConf.is_config(node):
+        return node
+    try:
+        return OmegaConf.to_container(node, resolve=True, throw_on_missing=True)
+    except MissingMandatoryValue as error:
+        raise ConfigError(f"{error.full_key} has no value yet; give it on the command line: {error.full_key}=…") from error
+
+
+def nearest(name: str, names: Iterable[str], cutoff: float = 0.5) -> str:
+    """' Did you mean …?' with the closest of `names`, or an empty string."""
+    close = difflib.get_close_matches(name, list(names), n=1, cutoff=cutoff)
+    return f" Did you mean {close[0]!r}?" if close else ""
+
+
+def _full_key(node: Any) -> str:
+    from omegaconf import OmegaConf
+
+    return node._get_full_key("") if OmegaConf.is_config(node) else ""
+
+
+def _check(tree: Any, allow: frozenset[str], key: str) -> None:
+    """Refuses every target of the tree that is not on the list, before anything is imported for it."""
+    for at, target in _walk(tree, key):
+        where = f"{at}._target_" if at else "_target_"
+        if not isinstance(target, str):
+            raise ConfigError(f"{where} is the dotted name of a class, as text; got {target!r}.")
+        if target not in allow and target not in targets():
+            raise ConfigError(
+                f"{where}={target} is not a name that a configuration may call.{nearest(target, targets(), 0.75)} "
+                f"A network or data set of your own is allowed on the command line: 'allow_targets=[{target}]'."
+            )
+
+
+def _walk(tree: Any, key: str) -> Iterator[tuple[str, Any]]:
+    if isinstance(tree, Mapping):
+        if "_target_" in tree:
+            yield key, tree["_target_"]
+        for name, value in tree.items():
+            yield from _walk(value, f"{key}.{name}" if key else str(name))
+    elif isinstance(tree, (list, tuple)):
+        for index, value in enumerate(tree):
+            yield from _walk(value, f"{key}[{index}]")
+
+
+def _check_keys(tree: Any, key: str, runtime: Mapping[str, Any] | None = None) -> None:
+    """Refuses keys that are no parameter of their target, and names the nearest that is."""
+    if isinstance(tree, (list, tuple)):
+        for index, value in enumerate(tree):
+            _check_keys(value, f"{key}[{index}]")
+        return
+    if not isinstance(tree, Mapping):
+        return
+    if "_target_" in tree:
+        names, open_ended = parameters(tree["_target_"])
+        for name in [*tree, *(runtime or {})]:
+            if name not in _OWN_KEYS and name not in names and not open_ended:
+                raise ConfigError(
+                    f"{key + '.' if key else ''}{name}: {tree['_target_']} has no parameter {name!r}."
+                    f"{nearest(name, names)} It takes {', '.join(names)}."
+                )
+    for name, value in tree.items():
+        _check_keys(value, f"{key}.{name}" if key else str(name))
+
+
+def parameters(target: str) -> tuple[list[str], bool]:
+    """(names of the parameters of `target`, whether it takes any others)."""
+    signature = inspect.signature(_locate(target))
+    kinds = [p.kind for p in signature.parameters.values()]
+    return [n for n in signature.parameters if n != "self"], inspect.Parameter.VAR_KEYWORD in kinds
+
+
+def _locate(target: str) -> Callable[..., Any]:
+    module, _, name = target.rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(f"{target} cannot be imported: {error}. Is its package installed, and the name right?") from error
+    if not callable(found):
+        raise ConfigError(f"{target} is a {type(found).__name__}, which cannot be called; name a class or a function.")
+    return found
+
+
+def _explained(error: Exception, tree: Mapping[str, Any], name: str) -> ConfigError:
+    """Hydra's instantiation error with its own wording replaced by the cause and the full key."""
+    text = str(error)
+    inner = text.rsplit("full_key:", 1)[1].strip() if "full_key:" in text else ""
+    where = ".".join(part for part in (name, inner) if part) or str(tree["_target_"])
+    cause = error.__cause__
+    return ConfigError(f"{where}: {cause if cause is not None else text}")

@@ -1,0 +1,87 @@
+"""The probability-flow ODE by adaptive solvers, in both directions."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..denoiser import Cond, Denoiser
+from ..ode import FIXED_STEP, check_solver, integrate, log_ratio, point, probability_flow
+from ..rng import Rng
+from ..shapes import as_time
+from .sampler import State, Step
+
+
+class AdaptiveODE(Step):
+    r"""dy/du = ς ε̂ in y = x/α, u = log ς, solved to a tolerance (Song et al. 2021, sec. 4.3, in scaled coordinates).
+
+    Each step of the grid is one solve, so a `Sampler` takes one by default. With `denoise=False` the map is inverted
+    by `encode`.
+
+    Args:
+        rtol, atol: tolerances of the solver, > 0, on the state y.
+        backend: "torchdiffeq" (dopri5, dopri8, bosh3, rk4, explicit_adams …), "scipy" (RK45 and every method of
+            `solve_ivp`, through the CPU: the original's choice), or "native" (dopri5, error and step per sample).
+        method: of the backend; default dopri5 or RK45.
+        fixed_steps: equal steps in u taken by a method without step control (rk4, euler, adams …).
+        max_evaluations: limit on network calls per solve.
+
+    Raises:
+        ValueError: unknown backend or method, tolerances that are not positive.
+        SolverError: from a solve that fails.
+    """
+
+    order, evaluations = 5.0, None
+    default_steps = 1
+
+    def __init__(
+        self,
+        rtol: float = 1e-5,
+        atol: float = 1e-5,
+        backend: str = "torchdiffeq",
+        method: str | None = None,
+        fixed_steps: int = 100,
+        max_evaluations: int = 20_000,
+    ):
+        check_solver(backend, method, rtol, atol)
+        if fixed_steps < 1 or max_evaluations < 1:
+            raise ValueError(
+                f"fixed_steps and max_evaluations are at least 1; got {fixed_steps} and {max_evaluations}."
+            )
+        if method in FIXED_STEP and backend != "torchdiffeq":
+            raise ValueError(f"The fixed-step method {method!r} belongs to backend='torchdiffeq'; got {backend!r}.")
+        self.rtol, self.atol, self.backend, self.method = float(rtol), float(atol), backend, method
+        self.fixed_steps, self.max_evaluations = int(fixed_steps), int(max_evaluations)
+
+    def __call__(
+        self, denoiser: Denoiser, x: Tensor, t: Tensor, s: Tensor, state: State, *, cond: Cond, rng: Rng
+    ) -> tuple[Tensor, State]:
+        return self.move(denoiser, x, t, s, cond=cond), state
+
+    def encode(self, denoiser: Denoiser, x0: Tensor, *, cond: Cond = None) -> Tensor:
+        """The latent x_T (B, *event) of data `x0` (B, *event): the ODE from t_min to t_max."""
+        sde = denoiser.sde
+        with torch.no_grad():
+            return self.move(denoiser, x0, as_time(sde.t_min, x0), as_time(sde.t_max, x0), cond=cond)
+
+    def move(self, denoiser: Denoiser, x: Tensor, start: Tensor, end: Tensor, *, cond: Cond = None) -> Tensor:
+        """x at time `end` of the trajectory through x at `start` (times are scalars; either direction)."""
+        if start.ndim or end.ndim:
+            raise ValueError("An adaptive solve has one start and one end for the batch: pass scalar times.")
+        sde = denoiser.sde
+        u0, u1 = log_ratio(sde, torch.stack([start, end]).double()).tolist()
+        (alpha0, alpha1), _ = sde.marginal(torch.stack([start, end]).double())
+        y1 = integrate(
+            probability_flow(denoiser, x, cond),
+            x.double().flatten(1) / alpha0,
+            u0,
+            u1,
+            rtol=self.rtol,
+            atol=self.atol,
+            backend=self.backend,
+            method=self.method,
+            fixed_steps=self.fixed_steps,
+            max_evaluations=self.max_evaluations,
+            time=lambda u: float(point(sde, torch.tensor(u, dtype=torch.float64))[0]),
+        )
+        return (alpha1 * y1).to(x.dtype).reshape(x.shape)

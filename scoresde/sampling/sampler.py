@@ -1,0 +1,168 @@
+"""One reverse move (`Step`), and the loop that makes samples of it (`Sampler`)."""
+
+from __future__ import annotations
+
+import abc
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..denoiser import Cond, CountingDenoiser, Denoiser
+from ..grids import Grid, UniformGrid, check_grid
+from ..ode import SolverError
+from ..rng import Rng
+
+State = Any
+"""What a step remembers between calls (multistep history); None for one-step methods."""
+
+
+class Step(abc.ABC):
+    """A move of x from t to s ≤ t. Where s == t it is a corrector.
+
+    Attributes:
+        order: global order of convergence (0 for correctors, which do not move in time).
+        evaluations: network calls per step; None where the step decides itself (adaptive solvers).
+        default_steps: number of steps a `Sampler` takes when none is asked for.
+    """
+
+    order: float
+    evaluations: int | None
+    default_steps: int = 100
+
+    def init(self, x: Tensor) -> State:
+        """The state before the first step."""
+        return None
+
+    @abc.abstractmethod
+    def __call__(
+        self, denoiser: Denoiser, x: Tensor, t: Tensor, s: Tensor, state: State, *, cond: Cond, rng: Rng
+    ) -> tuple[Tensor, State]:
+        """(x_s, state) from x_t (B, *event) at times t ≥ s, each () or (B,)."""
+
+
+@dataclass(frozen=True)
+class Trace:
+    """One point of a sampling run.
+
+    Attributes:
+        index: 0 at the prior, k after k steps; one more after the final denoising.
+        t: time of `x`.
+        x: the state, (B, *event).
+        evaluations: network calls so far.
+    """
+
+    index: int
+    t: float
+    x: Tensor
+    evaluations: int
+
+
+class Sampler:
+    """Runs a step over a time grid, from the prior to data.
+
+    Args:
+        step: the move.
+        grid: (sde, n) -> n + 1 falling times.
+        steps: n ≥ 1; None takes the step's own default.
+        denoise: end with x̂_0(x, t_end), one more evaluation: removes the noise σ(t_end) that is left.
+
+    Raises:
+        ValueError: steps < 1.
+    """
+
+    def __init__(self, step: Step, grid: Grid | None = None, steps: int | None = None, denoise: bool = True):
+        steps = step.default_steps if steps is None else steps
+        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+            raise ValueError(f"steps is a whole number of at least 1; got {steps!r}.")
+        self.step = step
+        self.grid: Grid = UniformGrid() if grid is None else grid
+        self.steps = steps
+        self.denoise = denoise
+
+    @property
+    def evaluations(self) -> int | None:
+        """Network calls of a run; None for adaptive steps, whose runs count in `Trace.evaluations`."""
+        if self.step.evaluations is None:
+            return None
+        return self.steps * self.step.evaluations + int(self.denoise)
+
+    def __call__(
+        self,
+        denoiser: Denoiser,
+        shape_or_x: Sequence[int] | Tensor,
+        *,
+        cond: Cond = None,
+        rng: Rng | None = None,
+    ) -> Tensor:
+        """Samples (B, *event), from a shape (prior draws) or from given x_T (B, *event).
+
+        Raises:
+            SolverError: a sample is not finite; its index is named.
+        """
+        for trace in self.iterate(denoiser, shape_or_x, cond=cond, rng=rng):
+            pass
+        return trace.x
+
+    def iterate(
+        self,
+        denoiser: Denoiser,
+        shape_or_x: Sequence[int] | Tensor,
+        *,
+        cond: Cond = None,
+        rng: Rng | None = None,
+    ) -> Iterator[Trace]:
+        """The same run, point by point: progress bars and trajectories are the caller's `for`."""
+        rng = Rng(0) if rng is None else rng
+        times = check_grid(self.grid(denoiser.sde, self.steps), denoiser.sde)
+        counted = CountingDenoiser(denoiser)
+        x = self._start(denoiser, shape_or_x, rng)
+        times = times.to(x.device, torch.float64)
+        labels = times.tolist()
+        state = self.step.init(x)
+        yield Trace(0, labels[0], x, 0)
+        for index in range(self.steps):
+            with torch.no_grad():
+                x, state = self.step(counted, x, times[index], times[index + 1], state, cond=cond, rng=rng)
+            if index + 1 == self.steps:
+                self._check(x, labels[-1], counted.evaluations)
+            yield Trace(index + 1, labels[index + 1], x, counted.evaluations)
+        if self.denoise:
+            with torch.no_grad():
+                x = counted(x, times[-1], cond).x0
+            self._check(x, labels[-1], counted.evaluations)
+            yield Trace(self.steps + 1, labels[-1], x, counted.evaluations)
+
+    @staticmethod
+    def _start(denoiser: Denoiser, shape_or_x: Sequence[int] | Tensor, rng: Rng) -> Tensor:
+        if isinstance(shape_or_x, Tensor):
+            if not shape_or_x.is_floating_point() or shape_or_x.ndim < 2:
+                raise ValueError(
+                    "A starting point is a floating-point batch (B, *event); "
+                    f"got shape {tuple(shape_or_x.shape)}, {shape_or_x.dtype}."
+                )
+            return shape_or_x.detach()
+        shape = tuple(int(n) for n in shape_or_x)
+        if len(shape) < 2 or min(shape) < 1:
+            raise ValueError(f"A sample shape is (B, *event) with positive sizes; got {shape}.")
+        dtype, device = torch.get_default_dtype(), None
+        for tensor in itertools.chain(denoiser.parameters(), denoiser.buffers()):
+            device = tensor.device
+            break
+        for parameter in denoiser.parameters():
+            dtype = torch.promote_types(parameter.dtype, torch.float32)
+            break
+        return denoiser.prior_sample(shape, rng=rng, dtype=dtype, device=device)
+
+    @staticmethod
+    def _check(x: Tensor, t: float, evaluations: int) -> None:
+        finite = torch.isfinite(x).flatten(1).all(1)
+        if not bool(finite.all()):
+            bad = (~finite).nonzero().flatten().tolist()
+            raise SolverError(
+                "Sampling ended with values that are not finite (too few steps for this step and SDE, or a network "
+                "that is not)", t=t, evaluations=evaluations, samples=bad,
+            )

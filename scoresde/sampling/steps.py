@@ -1,0 +1,239 @@
+r"""One-step methods on the pair (x̂_0, ε̂), for every SDE, event shape and grid.
+
+Coefficients are computed in the dtype of the grid (float64) and meet the batch once, in its own dtype.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..denoiser import Cond, Denoiser
+from ..prediction import Prediction
+from ..rng import Rng
+from ..sde import SDE
+from ..shapes import coefficient
+from .sampler import State, Step
+
+
+class EulerMaruyama(Step):
+    r"""Euler–Maruyama on the reverse SDE (Song et al. 2021, eq. 6; Anderson 1982):
+
+    `x_s = x − [f x − g² score](t − s) + g √(t − s) z`.
+
+    Strong order 1, because the noise is additive (g depends on t only; Kloeden & Platen 1992, sec. 10.2).
+
+    Args:
+        probability_flow: half the score term and no noise: the Euler method of the probability-flow ODE (eq. 13).
+    """
+
+    order, evaluations = 1.0, 1
+    default_steps = 1000
+
+    def __init__(self, probability_flow: bool = False):
+        self.probability_flow = probability_flow
+
+    def __call__(
+        self, denoiser: Denoiser, x: Tensor, t: Tensor, s: Tensor, state: State, *, cond: Cond, rng: Rng
+    ) -> tuple[Tensor, State]:
+        sde = denoiser.sde
+        dt, g = t - s, sde.diffusion(t)
+        part = 0.5 if self.probability_flow else 1.0
+        _, sigma = sde.marginal(t)
+        eps = denoiser(x, t, cond).eps
+        x = coefficient(1 - sde.drift(t) * dt, x) * x - coefficient(part * g**2 * dt / sigma, x) * eps
+        if not self.probability_flow:
+            x = x + coefficient(g * dt.sqrt(), x) * rng.normal_like(x)
+        return x, state
+
+
+class ReverseDiffusion(Step):
+    r"""The reverse-diffusion predictor (Song et al. 2021, App. E, eq. 46): the forward move s → t, reversed.
+
+    With x_t | x_s ~ N(a x_s, std² I), exact on the grid at hand: `x_s = (2 − a) x + std² score + std z`.
+    For VE std² = σ_t² − σ_s², as in the paper; for VP a is the exact transition, which √(1 − β_i) approximates.
+
+    Args:
+        probability_flow: half the score term and no noise.
+    """
+
+    order, evaluations = 1.0, 1
+    default_steps = 1000
+
+    def __init__(self, probability_flow: bool = False):
+        self.probability_flow = probability_flow
+
+    def __call__(
+        self, denoiser: Denoiser, x: Tensor, t: Tensor, s: Tensor, state: State, *, cond: Cond, rng: Rng
+    ) -> tuple[Tensor, State]:
+        sde = denoiser.sde
+        scale, std = sde.transition(s, t)
+        part = 0.5 if self.probability_flow else 1.0
+        _, sigma = sde.marginal(t)
+        eps = denoiser(x, t, cond).eps
+        x = coefficient(2 - scale, x) * x - coefficient(part * std**2 / sigma, x) * eps
+        if not self.probability_flow:
+            x = x + coefficient(std, x) * rng.normal_like(x)
+        return x, state
+
+
+def ddim_update(sde: SDE, p: Prediction, t: Tensor, s: Tensor, eta: float, rng: Rng) -> Tensor:
+    r"""x_s = α_s x̂_0 + √(σ_s² − std²) ε̂ + std z, with std = η σ_s √(1 − e^{λ_t − λ_s}).
+
+    (Song, Meng & Ermon 2021, eq. 12 and 16.) Nothing is divided by α or σ.
+    """
+    alpha, sigma = sde.marginal(s)
+    gap = -torch.expm1(sde.log_snr(t) - sde.log_snr(s))  # share of σ_s² that the posterior q(x_s|x_t, x_0) holds
+    kept = sigma * (1 - eta**2 * gap).clamp(min=0).sqrt()
+    x = coefficient(alpha, p.x0) * p.x0 + coefficient(kept, p.x0) * p.eps
+    if eta > 0:
+        x = x + coefficient(eta * sigma * gap.clamp(min=0).sqrt(), x) * rng.normal_like(x)
+    return x
+
+
+class DDIM(Step):
+    """The DDIM step (Song, Meng & Ermon 2021, eq. 12): exact for a constant prediction, in any SDE.
+
+    Args:
+        eta: noise, in [0, 1]: 0 is the probability-flow ODE (order 1), 1 the ancestral sampler.
+    """
+
+    order, evaluations = 1.0, 1
+
+    def __init__(self, eta: float = 0.0):
+        if not (0 <= eta <= 1):
+            raise ValueError(f"DDIM needs eta in [0, 1]; got {eta}.")
+        self.eta = float(eta)
+
+    def __call__(
+        self, denoiser: Denoiser, x: Tensor, t: Tensor, s: Tensor, state: State, *, cond: Cond, rng: Rng
+    ) -> tuple[Tensor, State]:
+        return ddim_update(denoiser.sde, denoiser(x, t, cond), t, s, self.eta, rng), state
+
+
+class Ancestral(Step):
+    """Draws x_s from the Gaussian posterior q(x_s | x_t, x̂_0) of the forward process, for every SDE.
+
+    Under VP it is DDPM's sampler with the posterior variance (Ho et al. 2020, eq. 7 and alg. 2), under VE the
+    ancestral sampler of Song et al. 2021, App. F, eq. 47.
+    """
+
+    order, evaluations = 1.0, 1
+    default_steps = 1000
+
+    def __call__(
+        self, denoiser: Denoiser, x: Tensor, t: Tensor, s: Tensor, state: State, *, cond: Cond, rng: Rng
+    ) -> tuple[Tensor, State]:
+        return ddim_update(denoiser.sde, denoiser(x, t, cond), t, s, 1.0, rng), state
+
+
+class Heun(Step):
+    r"""Heun's method on dy/dς = ε̂, y = x/α, ς = σ/α (Karras et al. 2022, alg. 1, for every SDE):
+
+    `x_s = α_s ȳ_0 + σ_s ε̄`, with ε̄ the mean of ε̂ at t and at the DDIM point, ȳ_0 = (x − σ_t ε̄)/α_t.
+    """
+
+    order, evaluations = 2.0, 2
+    default_steps = 50
+
+    def __call__(
+        self, denoiser: Denoiser, x: Tensor, t: Tensor, s: Tensor, state: State, *, cond: Cond, rng: Rng
+    ) -> tuple[Tensor, State]:
+        sde = denoiser.sde
+        first = denoiser(x, t, cond)
+        guess = ddim_update(sde, first, t, s, 0.0, rng)
+        second = denoiser(guess, s, cond)
+        # ½(ς_s − ς_t) α_s (ε̂_s − ε̂_t) on top of the DDIM point
+        alpha, sigma = sde.marginal(s)
+        slope = 0.5 * (sigma - alpha * torch.exp(-0.5 * sde.log_snr(t)))
+        return guess + coefficient(slope, x) * (second.eps - first.eps), state
+
+
+class Langevin(Step):
+    r"""The Langevin corrector with the signal-to-noise rule (Song et al. 2021, alg. 4 and 5):
+
+    `x ← x + h score + √(2h) z`, `h = 2 (snr ‖z‖/‖score‖)²`, norms **per sample**, so no sample depends on its
+    batch-mates. h is capped at σ², the longest step that is stable for every density, because −∇² log p_t ⪯ I/σ²:
+    the paper's rule has no bound where the score vanishes, which in few dimensions happens often.
+
+    The paper's factor α_i = 1 − β_i belongs to one training grid; here it is 1, so the rule holds on any grid.
+
+    Args:
+        snr: r > 0, target ratio of the score's step to the noise's.
+    """
+
+    order, evaluations = 0.0, 1
+
+    def __init__(self, snr: float = 0.16):
+        if not (0 < snr < math.inf):
+            raise ValueError(f"Langevin needs snr > 0; got {snr}.")
+        self.snr = float(snr)
+
+    def __call__(
+        self, denoiser: Denoiser, x: Tensor, t: Tensor, s: Tensor, state: State, *, cond: Cond, rng: Rng
+    ) -> tuple[Tensor, State]:
+        _, sigma = denoiser.sde.marginal(t)
+        eps, z = denoiser(x, t, cond).eps, rng.normal_like(x)
+        # per sample in units of σ²: h/σ², with score = −ε̂/σ
+        ratio = z.flatten(1).square().sum(1) / eps.flatten(1).square().sum(1).clamp(min=1e-30)
+        h = coefficient((2 * self.snr**2 * ratio).clamp(max=1.0), x)
+        sigma = coefficient(sigma, x)
+        return x + sigma * ((2 * h).sqrt() * z - h * eps), state
+
+
+class AnnealedLangevin(Step):
+    r"""Annealed Langevin dynamics (Song & Ermon 2019, alg. 1): `x ← x + h score + √(2h) z`, `h = 2 (snr σ_t)²`.
+
+    The step follows the noise level alone, so each correction is an exact discretisation of a fixed diffusion.
+
+    Args:
+        snr: r in (0, 1): h/σ² = 2r² has to stay below 2 for stability.
+    """
+
+    order, evaluations = 0.0, 1
+
+    def __init__(self, snr: float = 0.16):
+        if not (0 < snr < 1):
+            raise ValueError(f"AnnealedLangevin needs 0 < snr < 1; got {snr}.")
+        self.snr = float(snr)
+
+    def __call__(
+        self, denoiser: Denoiser, x: Tensor, t: Tensor, s: Tensor, state: State, *, cond: Cond, rng: Rng
+    ) -> tuple[Tensor, State]:
+        _, sigma = denoiser.sde.marginal(t)
+        eps, h = denoiser(x, t, cond).eps, 2 * self.snr**2
+        return x + coefficient(sigma, x) * (math.sqrt(2 * h) * rng.normal_like(x) - h * eps), state
+
+
+class PredictorCorrector(Step):
+    """`corrector_steps` corrections at t, then the predictor's move to s (Song et al. 2021, alg. 1, any pair, any SDE).
+
+    Args:
+        predictor: a step that moves.
+        corrector: a step at s == t.
+        corrector_steps: ≥ 0.
+    """
+
+    def __init__(self, predictor: Step, corrector: Step, corrector_steps: int = 1):
+        if corrector_steps < 0:
+            raise ValueError(f"corrector_steps is at least 0; got {corrector_steps}.")
+        if predictor.evaluations is None or corrector.evaluations is None:
+            raise ValueError("PredictorCorrector takes fixed-step parts; an adaptive solver has no per-step correction.")
+        self.predictor, self.corrector, self.corrector_steps = predictor, corrector, corrector_steps
+        self.order = predictor.order
+        self.evaluations = predictor.evaluations + corrector_steps * corrector.evaluations
+        self.default_steps = predictor.default_steps
+
+    def init(self, x: Tensor) -> State:
+        return self.predictor.init(x), self.corrector.init(x)
+
+    def __call__(
+        self, denoiser: Denoiser, x: Tensor, t: Tensor, s: Tensor, state: State, *, cond: Cond, rng: Rng
+    ) -> tuple[Tensor, State]:
+        moving, correcting = state
+        for _ in range(self.corrector_steps):
+            x, correcting = self.corrector(denoiser, x, t, t, correcting, cond=cond, rng=rng)
+        x, moving = self.predictor(denoiser, x, t, s, moving, cond=cond, rng=rng)
+        return x, (moving, correcting)

@@ -1,0 +1,58 @@
+"""Where a value per sample meets a tensor of samples."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+
+def expand_as_batch(value: Tensor, like: Tensor) -> Tensor:
+    """View `value` of shape () or (B,) so that it broadcasts against `like` of shape (B, *event).
+
+    Raises:
+        ValueError: `value` is neither a scalar nor one number per sample of `like`.
+    """
+    if value.ndim == 0:
+        return value
+    if value.ndim != 1 or like.ndim == 0 or value.shape[0] != like.shape[0]:
+        raise ValueError(
+            f"Expected a scalar or one value per sample: shape () or ({like.shape[0] if like.ndim else ''},) "
+            f"for a batch of shape {tuple(like.shape)}; got shape {tuple(value.shape)}."
+        )
+    return value.reshape(-1, *[1] * (like.ndim - 1))
+
+
+def coefficient(value: Tensor, like: Tensor) -> Tensor:
+    """`value` (() or (B,)), computed in any precision, in the dtype of `like` (float32 for half types) and expanded."""
+    return expand_as_batch(value.to(torch.promote_types(like.dtype, torch.float32)), like)
+
+
+def select(cond: Tensor | Mapping[str, Tensor] | None, rows: Tensor) -> Tensor | Mapping[str, Tensor] | None:
+    """The condition of the samples `rows` (n,): the same rows of every tensor in it."""
+    if cond is None:
+        return None
+    if isinstance(cond, Tensor):
+        return cond[rows]
+    return {name: value[rows] for name, value in cond.items()}
+
+
+def as_time(t: Tensor | float, like: Tensor) -> Tensor:
+    """`t` as a real tensor on the device of `like`: float64 for Python numbers, float32 or wider otherwise.
+
+    Times stay out of half precision, which cannot tell neighbouring steps apart, and are never integers.
+
+    Raises:
+        TypeError: `t` holds integers (a step index is not a time).
+    """
+    if not isinstance(t, Tensor):
+        return torch.tensor(float(t), dtype=torch.float64, device=like.device)
+    if not t.is_floating_point():
+        raise TypeError(
+            f"t is a continuous time, a floating-point tensor; got dtype {t.dtype}. "
+            "A network that wants step indices gets them through Preconditioned(noise_input=…)."
+        )
+    if t.dtype in (torch.float16, torch.bfloat16):
+        t = t.float()
+    return t.to(like.device)

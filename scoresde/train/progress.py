@@ -1,0 +1,52 @@
+"""Progress: a bar on a terminal, a few lines anywhere else."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+
+class Progress:
+    """Shows images, rate, time left and loss.
+
+    Args:
+        total: images of the whole run.
+        done: images already behind it.
+        lines: lines printed over the run where stderr is no terminal.
+    """
+
+    def __init__(self, total: int, done: int = 0, lines: int = 10):
+        self.total, self.done, self.lines = total, done, lines
+        self._first, self._start = done, time.monotonic()
+        self._bar = None
+        if sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=total, initial=done, unit="img", unit_scale=True, dynamic_ncols=True, desc="train")
+
+    def update(self, images: int, loss: float | None = None) -> None:
+        """`images` in all; the loss is shown when it is known."""
+        if self._bar is not None:
+            self._bar.update(images - self.done)
+            if loss is not None:
+                self._bar.set_postfix(loss=f"{loss:.4g}", refresh=False)
+        elif loss is not None and (self._line(images) > self._line(self.done) or images >= self.total):
+            self._print(images, loss)
+            self.done = images
+        if self._bar is not None:
+            self.done = images
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def _line(self, images: int) -> int:
+        return images * self.lines // max(self.total, 1)
+
+    def _print(self, images: int, loss: float) -> None:
+        rate = (images - self._first) / max(time.monotonic() - self._start, 1e-9)
+        left = (self.total - images) / max(rate, 1e-9)
+        print(
+            f"train {images:,}/{self.total:,} images  loss {loss:.4g}  {rate:,.0f} img/s  {left:.0f} s left",
+            file=sys.stderr, flush=True,
+        )  # fmt: skip
