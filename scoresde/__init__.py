@@ -4,6 +4,7 @@ A diffusion model is a forward SDE (`sde`), an estimate of where its paths began
 (`sampling`); `likelihood` measures it, `loss` trains it.
 """
 
+from . import nn
 from .denoiser import Cond, Denoiser, Preconditioned, ScoreFunction
 from .divergence import Exact, Hutchinson
 from .grids import Grid, KarrasGrid, LogSNRGrid, QuadraticGrid, UniformGrid
@@ -39,5 +40,5 @@ __all__ = [
     "Langevin", "LogLikelihood", "LogSNRGrid", "Parameterization", "Preconditioned", "Prediction",
     "PredictorCorrector", "QuadraticGrid", "RectifiedFlow", "ReverseDiffusion", "Rng", "SDE", "Sampler", "Scales",
     "Score", "ScoreFunction", "SolverError", "Step", "SubVPSDE", "TableSDE", "Trace", "UniformGrid", "V", "VESDE",
-    "VPSDE", "Velocity", "X0", "bits_per_dim", "log_likelihood",
+    "VPSDE", "Velocity", "X0", "bits_per_dim", "log_likelihood", "nn",
 ]  # fmt: skip

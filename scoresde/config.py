@@ -41,7 +41,9 @@ def config_dir() -> str:
     for folder in (here / "conf", here.parent / "conf"):
         if (folder / "train.yaml").is_file():
             return str(folder)
-    raise FileNotFoundError(f"The configuration files of scoresde are in neither {here / 'conf'} nor {here.parent / 'conf'}.")
+    raise FileNotFoundError(
+        f"The configuration files of scoresde are in neither {here / 'conf'} nor {here.parent / 'conf'}."
+    )
 
 
 def targets() -> tuple[str, ...]:
@@ -50,7 +52,7 @@ def targets() -> tuple[str, ...]:
     return tuple(f"{module}.{name}" for module, names in (published | _NAMED).items() for name in names)
 
 
-def build(node: Any, allow: Sequence[str] = (), **runtime: Any) -> Any:
+def build(node: Any, allow: Sequence[str] = (), *, key: str | None = None, **runtime: Any) -> Any:
     """The object that a node with a `_target_` describes.
 
     The whole tree is checked before anything in it is made: each target against the allow-list, each key against
@@ -59,6 +61,7 @@ def build(node: Any, allow: Sequence[str] = (), **runtime: Any) -> Any:
     Args:
         node: a mapping with `_target_` (OmegaConf or plain; interpolations are resolved).
         allow: further exact targets, as the user gave them on the command line (`allow_targets=[my_pkg.MyNet]`).
+        key: what to call the node in messages; default its key in the configuration.
         runtime: arguments known only now (parameters, event shape). Nodes with `_partial_: true` that are given
             none stay callables.
 
@@ -68,7 +71,7 @@ def build(node: Any, allow: Sequence[str] = (), **runtime: Any) -> Any:
     import hydra.utils
     from hydra.errors import InstantiationException
 
-    name = _full_key(node)
+    name = _full_key(node) if key is None else key
     tree = plain(node)
     if not isinstance(tree, dict) or "_target_" not in tree:
         raise ConfigError(f"{name or 'This node'} has no _target_, so there is nothing to build; got {tree!r}.")
@@ -85,11 +88,11 @@ def build(node: Any, allow: Sequence[str] = (), **runtime: Any) -> Any:
         raise ConfigError(f"{name or tree['_target_']}: {error}") from error
 
 
-def build_network(node: Any, allow: Sequence[str] = (), **facts: Any) -> Any:
+def build_network(node: Any, allow: Sequence[str] = (), *, key: str | None = None, **facts: Any) -> Any:
     """A network: with `_partial_: true` it is told `facts` (event_shape, classes); without, it is used as it is."""
     tree = plain(node)
     partial = isinstance(tree, dict) and bool(tree.get("_partial_"))
-    return build(node, allow, **facts) if partial else build(node, allow)
+    return build(node, allow, key=key, **facts) if partial else build(node, allow, key=key)
 
 
 def plain(node: Any) -> Any:
@@ -106,13 +109,20 @@ def plain(node: Any) -> Any:
     try:
         return OmegaConf.to_container(node, resolve=True, throw_on_missing=True)
     except MissingMandatoryValue as error:
-        raise ConfigError(f"{error.full_key} has no value yet; give it on the command line: {error.full_key}=…") from error
+        raise ConfigError(
+            f"{error.full_key} has no value yet; give it on the command line: {error.full_key}=…"
+        ) from error
+
+
+def closest(name: str, names: Iterable[str], cutoff: float = 0.5) -> str | None:
+    """The most similar of `names`, None if none is similar enough (`cutoff` in [0, 1])."""
+    return next(iter(difflib.get_close_matches(name, list(names), n=1, cutoff=cutoff)), None)
 
 
 def nearest(name: str, names: Iterable[str], cutoff: float = 0.5) -> str:
     """' Did you mean …?' with the closest of `names`, or an empty string."""
-    close = difflib.get_close_matches(name, list(names), n=1, cutoff=cutoff)
-    return f" Did you mean {close[0]!r}?" if close else ""
+    found = closest(name, names, cutoff)
+    return f" Did you mean {found!r}?" if found else ""
 
 
 def _full_key(node: Any) -> str:
@@ -177,7 +187,9 @@ def _locate(target: str) -> Callable[..., Any]:
     try:
         found = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(f"{target} cannot be imported: {error}. Is its package installed, and the name right?") from error
+        raise ConfigError(
+            f"{target} cannot be imported: {error}. Is its package installed, and the name right?"
+        ) from error
     if not callable(found):
         raise ConfigError(f"{target} is a {type(found).__name__}, which cannot be called; name a class or a function.")
     return found

@@ -121,7 +121,7 @@ class Simple(Weighting):
 class Likelihood(Weighting):
     """w = ½ (g²/σ²) D (t_max − t_min), in **nats**: E_t[w‖ε̂ − ε‖²/D] = ½ ∫ g² ‖s_θ − s‖² dt.
 
-    Plus the prior term KL(p(x_T|x_0) ‖ prior) and minus the entropy of p(x_{t_min}|x_0) it bounds −log p(x_{t_min})
+    Plus the prior term KL(p(x_T|x_0) ‖ prior) and the entropy of p(x_{t_min}|x_0) it bounds −E log p(x_{t_min})
     from above (Song et al. 2021, *Maximum likelihood training*, theorem 3; Kingma et al. 2021, eq. 17).
     """
 

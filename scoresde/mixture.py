@@ -33,9 +33,9 @@ class GaussianMixtureDenoiser(Denoiser):
 
     def __init__(self, means: Tensor, covs: Tensor | float, weights: Tensor, sde: SDE):
         super().__init__(sde)
-        means = torch.as_tensor(means).double()
-        covs = torch.as_tensor(covs).double()
-        weights = torch.as_tensor(weights).double()
+        means = torch.as_tensor(means, dtype=torch.float64)
+        covs = torch.as_tensor(covs, dtype=torch.float64, device=means.device)
+        weights = torch.as_tensor(weights, dtype=torch.float64, device=means.device)
         if means.ndim < 2 or weights.shape != means.shape[:1]:
             raise ValueError(
                 f"Expected means (K, D) and weights (K,); got {tuple(means.shape)} and {tuple(weights.shape)}."

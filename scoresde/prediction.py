@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from .sde import Scales
+from .shapes import coefficient
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,9 @@ class Prediction:
         return d_alpha * self.x0 + d_sigma * self.eps
 
     def blend(self, other: Prediction, weight: Tensor | float) -> Prediction:
-        """(1 − w) self + w other: affine, so the invariant holds for every w, w > 1 included (guidance)."""
+        """(1 − w) self + w other, w a number or () or (B,): affine, so the invariant holds for w > 1 too (guidance)."""
+        if isinstance(weight, Tensor):
+            weight = coefficient(weight, self.x0)
         return Prediction(
             self.x0 + weight * (other.x0 - self.x0), self.eps + weight * (other.eps - self.eps), self.scales
         )

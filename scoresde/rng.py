@@ -23,7 +23,7 @@ class Rng:
         seeds: one seed per sample; exclusive with `seed`.
 
     Raises:
-        ValueError: neither or both given, or no seeds.
+        ValueError: neither or both given, no seeds, or a seed out of range.
     """
 
     def __init__(self, seed: int | None = None, *, seeds: Sequence[int] | None = None):
@@ -33,8 +33,8 @@ class Rng:
             raise ValueError("Rng(seeds=[]) has no stream; give one seed per sample.")
         values = [seed] if seeds is None else list(seeds)
         for value in values:
-            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-                raise ValueError(f"A seed is an integer of at least 0; got {value!r}.")
+            if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**63:
+                raise ValueError(f"A seed is an integer in [0, 2^63); got {value!r}.")
         self.per_sample = seeds is not None
         self._streams = [torch.Generator().manual_seed(value) for value in values]
 
@@ -93,4 +93,4 @@ class Rng:
         if len(streams) != len(self._streams):
             raise ValueError(f"The saved state has {len(streams)} streams, this Rng has {len(self._streams)}.")
         for stream, saved in zip(self._streams, streams, strict=True):
-            stream.set_state(saved)
+            stream.set_state(saved.cpu().clone())  # torch 2.13 crashes on a row that is a view into a larger storage

@@ -104,8 +104,10 @@ class SDE(abc.ABC):
     ) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of x_{t_max} for data of the given mean and variance (per dimension)."""
         scales = self.at(self.t_max, like)
-        std = (scales.alpha**2 * var + scales.sigma**2).sqrt()
-        return scales.alpha * mean + torch.zeros_like(std), std
+        alpha = scales.alpha
+        mean, var = (torch.as_tensor(value, dtype=alpha.dtype, device=alpha.device) for value in (mean, var))
+        std = (alpha**2 * var + scales.sigma**2).sqrt()
+        return alpha * mean + torch.zeros_like(std), std
 
     def prior_sample(
         self,
@@ -120,7 +122,7 @@ class SDE(abc.ABC):
         """A draw of shape (B, *event) from N(α_T mean, (α_T² var + σ_T²) I), T = t_max."""
         z = rng.normal(shape, dtype=dtype, device=device)
         centre, std = self.prior_moments(z, mean, var)
-        return centre + std * z
+        return (centre + std * z).to(z.dtype)
 
     def prior_log_prob(self, z: Tensor, *, mean: Tensor | float = 0.0, var: Tensor | float = 0.0) -> Tensor:
         """log N(z; α_T mean, (α_T² var + σ_T²) I) in nats, shape (B,), for z of shape (B, *event)."""

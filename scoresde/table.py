@@ -45,13 +45,13 @@ class TableSDE(SDE):
     def __len__(self) -> int:
         return len(self._table)
 
-    def _segment(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _segment(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """λ at t, its slope dλ/dt, both from the segment that holds t."""
         table, n = self._table.to(t.device), len(self._table)
-        index = (t.double() * n - 1).floor().long().clamp(0, n - 2)
-        slope = (table[index + 1] - table[index]) * n
-        value = table[index] + slope * (t.double() - (index + 1) / n)
-        return value, slope, index
+        place = t.double() * n - 1
+        index = place.floor().long().clamp(0, n - 2)
+        step = table[index + 1] - table[index]
+        return table[index] + (place - index) * step, step * n
 
     def log_snr(self, t: Tensor) -> Tensor:
         return self._segment(t)[0].to(t.dtype)

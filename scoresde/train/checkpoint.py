@@ -2,8 +2,8 @@
 
 `checkpoints/step-00001234/` holds one `.safetensors` file per group of tensors, one `.json` file per record, and
 `manifest.json` with the size and SHA-256 of each. It is written under a temporary name, every file and the folder
-are synced, and one rename publishes it: whoever is killed at whatever instant, each `step-…` folder is whole. Nothing in
-it is pickled, so reading one runs no code.
+are synced, and one rename publishes it: whoever is killed at whatever instant, each `step-…` folder is whole. Nothing
+in it is pickled, so reading one runs no code.
 """
 
 from __future__ import annotations
@@ -87,7 +87,9 @@ def save(
     except OSError as error:
         shutil.rmtree(new, ignore_errors=True)
         free = shutil.disk_usage(folder).free if folder.is_dir() else 0
-        raise CheckpointError(f"{final} could not be written: {error}. {free / 2**20:.0f} MiB are free there.") from error
+        raise CheckpointError(
+            f"{final} could not be written: {error}. {free / 2**20:.0f} MiB are free there."
+        ) from error
     _sweep(folder)
     for path in _newest_first(folder)[keep_last:]:
         shutil.rmtree(path, ignore_errors=True)
@@ -108,7 +110,9 @@ def load(path: Path | str) -> Checkpoint:
         manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
         step, files = int(manifest["step"]), dict(manifest["files"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} has no readable manifest.json ({error}), so it is not a whole checkpoint.") from error
+        raise CheckpointError(
+            f"{path} has no readable manifest.json ({error}), so it is not a whole checkpoint."
+        ) from error
     tensors, records = {}, {}
     for name, expected in files.items():
         stem, suffix = os.path.splitext(name)
@@ -116,7 +120,9 @@ def load(path: Path | str) -> Checkpoint:
             raise CheckpointError(f"{path}: the manifest names {name!r}, which is no file of a checkpoint.")
         try:
             if _fingerprint(path / name) != expected:
-                raise CheckpointError(f"{path / name} is not what was written: its size or SHA-256 differs from the manifest.")
+                raise CheckpointError(
+                    f"{path / name} is not what was written: its size or SHA-256 differs from the manifest."
+                )
             if suffix == ".json":
                 records[stem] = json.loads((path / name).read_text(encoding="utf-8"))
             else:

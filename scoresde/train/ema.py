@@ -40,10 +40,13 @@ class EMA:
     @torch.no_grad()
     def update(self, module: nn.Module, images: int, batch: int, keep: Tensor) -> None:
         """One step towards `module`; where `keep` (a bool scalar, on the device) is false nothing moves."""
-        shadow, weights = list(self.module.parameters()), [p.float() for p in module.parameters()]
+        shadow: list[Tensor] = list(self.module.parameters())
+        weights = [p.float() for p in module.parameters()]
         if len(shadow) != len(weights):
-            raise ValueError(f"The average has {len(shadow)} parameters and the module {len(weights)}: not the same module.")
+            raise ValueError(
+                f"The average has {len(shadow)} parameters and the module {len(weights)}: not the same module."
+            )
         share = (1 - self.decay(images, batch)) * keep.to(torch.float32)
-        torch._foreach_lerp_(shadow, weights, [share.expand_as(p) for p in shadow])
+        torch._foreach_lerp_(shadow, weights, [share.expand_as(p) for p in shadow])  # type: ignore[misc]
         for mine, theirs in zip(self.module.buffers(), module.buffers(), strict=True):
             mine.copy_(theirs)

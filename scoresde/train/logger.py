@@ -13,7 +13,7 @@ import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, cast
 
 _log = logging.getLogger(__name__)
 
@@ -25,23 +25,39 @@ class Logger(abc.ABC):
     def log(self, values: Mapping[str, float], *, step: int, images: int) -> None:
         """One row: named numbers after `step` optimizer steps on `images` images."""
 
+    @abc.abstractmethod
     def image(self, key: str, path: Path, *, step: int, images: int) -> None:
         """A picture file."""
 
+    @abc.abstractmethod
     def table(self, key: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
         """A small table."""
 
+    @abc.abstractmethod
     def summary(self, values: Mapping[str, Any]) -> None:
         """Final numbers of the run."""
 
+    @abc.abstractmethod
     def close(self, failed: bool = False) -> None:
         """Ends the run; nothing may be logged afterwards."""
 
 
 class NullLogger(Logger):
-    """Keeps nothing: only `metrics.jsonl` is written."""
+    """Keeps nothing."""
 
     def log(self, values: Mapping[str, float], *, step: int, images: int) -> None:
+        pass
+
+    def image(self, key: str, path: Path, *, step: int, images: int) -> None:
+        pass
+
+    def table(self, key: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        pass
+
+    def summary(self, values: Mapping[str, Any]) -> None:
+        pass
+
+    def close(self, failed: bool = False) -> None:
         pass
 
 
@@ -66,13 +82,19 @@ class JsonlLogger(Logger):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        self._file: TextIO = open(path, "a", encoding="utf-8")
+        self._file: TextIO = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
 
     def log(self, values: Mapping[str, float], *, step: int, images: int) -> None:
         self._write({"step": step, "images": images, "time": round(time.time(), 3), **values})
 
     def image(self, key: str, path: Path, *, step: int, images: int) -> None:
         self._write({"step": step, "images": images, "time": round(time.time(), 3), key: str(path.name)})
+
+    def table(self, key: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        pass  # tables and final numbers stand in summary.json
+
+    def summary(self, values: Mapping[str, Any]) -> None:
+        pass
 
     def close(self, failed: bool = False) -> None:
         self._file.close()
@@ -127,7 +149,9 @@ def _commit() -> str | None:
         return None
 
     def git(*args: str) -> str:
-        return subprocess.run(["git", *args], cwd=here, capture_output=True, text=True, timeout=5, check=True).stdout.strip()
+        return subprocess.run(
+            ["git", *args], cwd=here, capture_output=True, text=True, timeout=5, check=True
+        ).stdout.strip()
 
     try:
         return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
@@ -181,10 +205,10 @@ class WandbLogger(Logger):
             import wandb
 
             # no argv, no host names, no code in the upload: secrets end up there
-            settings = wandb.Settings(console="off", x_disable_meta=True, save_code=False, init_timeout=60)
+            settings = wandb.Settings(console="off", silent=True, x_disable_meta=True, save_code=False, init_timeout=60)
             self._run = wandb.init(
                 project=project, entity=entity, name=name, group=group, id=id, tags=list(tags), dir=str(folder),
-                config=dict(config), mode=mode, resume="allow" if mode == "online" else None, job_type="train",
+                config=dict(config), mode=cast(Any, mode), resume="allow" if mode == "online" else None, job_type="train",
                 reinit="finish_previous", settings=settings,
             )  # fmt: skip
             self._run.define_metric("images")
@@ -224,9 +248,11 @@ class WandbLogger(Logger):
         """The edge: whatever W&B raises ends its view of the run, with one warning."""
         try:
             action()
-        except Exception as error:  # noqa: BLE001 (W&B raises anything, from network to pydantic errors)
+        except Exception as error:  # W&B raises anything, from network to pydantic errors
             self._run = None
-            _log.warning("W&B stopped (%s: %s); the run goes on, metrics.jsonl has every row.", type(error).__name__, error)
+            _log.warning(
+                "W&B stopped (%s: %s); the run goes on, metrics.jsonl has every row.", type(error).__name__, error
+            )
 
 
 class Tee(Logger):

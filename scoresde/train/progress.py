@@ -45,7 +45,7 @@ class Progress:
 
     def _print(self, images: int, loss: float) -> None:
         rate = (images - self._first) / max(time.monotonic() - self._start, 1e-9)
-        left = (self.total - images) / max(rate, 1e-9)
+        left = max(self.total - images, 0) / max(rate, 1e-9)
         print(
             f"train {images:,}/{self.total:,} images  loss {loss:.4g}  {rate:,.0f} img/s  {left:.0f} s left",
             file=sys.stderr, flush=True,

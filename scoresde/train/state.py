@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -45,6 +45,10 @@ class Training:
         rng: dequantisation, times and noise.
         conditional: pass the labels of the data to the denoiser.
 
+    Attributes:
+        average: the averaged copy of `loss`, in eval mode.
+        step, images: optimizer steps taken, images seen.
+
     Raises:
         ValueError: an optimizer that is not fused, or labels that are not there.
     """
@@ -61,11 +65,14 @@ class Training:
         conditional: bool = False,
     ):
         if not optimizer.defaults.get("fused"):
-            raise ValueError("The trainer needs optimizer(fused=True): other ones cannot skip a bad step on the device.")
+            raise ValueError(
+                "The trainer needs optimizer(fused=True): other ones cannot skip a bad step on the device."
+            )
         if conditional and dataset.train.labels is None:
             raise ValueError(f"conditional=true needs labels, and data set {dataset.name!r} has none.")
         self.loss, self.optimizer, self.ema = loss, optimizer, ema
         self.dataset, self.order, self.rng, self.conditional = dataset, order, rng, conditional
+        self.average = cast(DenoisingLoss, ema.module)
         self.names = [name for name, _ in loss.named_parameters()]
         self.device = next(loss.parameters()).device
         self.step, self.images = 0, 0
@@ -105,7 +112,7 @@ class Training:
             random["cuda"] = torch.cuda.get_rng_state(self.device)
         return {
             "weights": self.loss.denoiser.state_dict(),
-            "ema": self.ema.module.denoiser.state_dict(),
+            "ema": self.average.denoiser.state_dict(),
             "optimizer": moments,
             "random": random,
         }
@@ -122,7 +129,7 @@ class Training:
         """
         try:
             self.loss.denoiser.load_state_dict(checkpoint.tensors["weights"])
-            self.ema.module.denoiser.load_state_dict(checkpoint.tensors["ema"])
+            self.average.denoiser.load_state_dict(checkpoint.tensors["ema"])
             self._restore_optimizer(checkpoint.tensors["optimizer"])
             random = checkpoint.tensors["random"]
             self.rng.load_state_dict({"streams": random["noise"]})

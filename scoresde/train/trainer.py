@@ -64,23 +64,28 @@ class Trainer:
         if clip is not None and not (isinstance(clip, (int, float)) and clip > 0):
             raise ValueError(f"clip is a positive bound on the gradient norm, or null for none; got {clip!r}.")
         self.clip = math.inf if clip is None else float(clip)
-        self.log_every, self.evaluate_every = _whole("log_every", log_every, 0), _whole("evaluate_every", evaluate_every, 0)
+        self.log_every, self.evaluate_every = (
+            _whole("log_every", log_every, 0),
+            _whole("evaluate_every", evaluate_every, 0),
+        )
         self.sample_every = _whole("sample_every", sample_every, 0)
         self.checkpoint_every = _whole("checkpoint_every", checkpoint_every, 0)
-        self.keep_last, self.max_bad_steps = _whole("keep_last", keep_last, 1), _whole("max_bad_steps", max_bad_steps, 1)
+        self.keep_last, self.max_bad_steps = (
+            _whole("keep_last", keep_last, 1),
+            _whole("max_bad_steps", max_bad_steps, 1),
+        )
 
     def lr_scale(self, images: int) -> float:
-        """Share of the learning rate for a step that ends at `images`."""
-        rise = images / self.warmup if self.warmup else 1.0
+        """Share of the learning rate for a step that starts at `images`: above 0 at the first and the last."""
+        rise = (images + self.batch_size * self.accumulate) / self.warmup if self.warmup else 1.0
         fall = (self.images - images) / self.cooldown if self.cooldown else 1.0
         return max(0.0, min(1.0, rise, fall))
 
     def step(self, run: Training) -> None:
         """One optimizer step: `accumulate` batches, clipped, skipped on the device if it is not finite."""
-        group_images = self.batch_size * self.accumulate
         for group in run.optimizer.param_groups:
             group.setdefault("peak_lr", group["lr"])
-            group["lr"] = group["peak_lr"] * self.lr_scale(run.images + group_images)
+            group["lr"] = group["peak_lr"] * self.lr_scale(run.images)
         total, seen = torch.zeros((), device=run.device), 0
         for _ in range(self.accumulate):
             x0, cond = run.batch()
@@ -89,7 +94,8 @@ class Trainer:
             total, seen = total + loss.detach(), seen + len(x0)
         norm = torch.nn.utils.clip_grad_norm_(run.loss.parameters(), self.clip)
         keep = torch.isfinite(total) & torch.isfinite(norm)
-        run.optimizer.found_inf = (~keep).float()  # the protocol of torch.amp.GradScaler: a fused step then does nothing
+        # the protocol of torch.amp.GradScaler: a fused step then does nothing
+        run.optimizer.found_inf = (~keep).float()  # type: ignore[attr-defined]
         run.optimizer.step()
         run.optimizer.zero_grad(set_to_none=True)
         run.step, run.images = run.step + 1, run.images + seen

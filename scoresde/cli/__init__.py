@@ -1,0 +1,1 @@
+"""Command line: scoresde-train, scoresde-sample, scoresde-likelihood, scoresde-evaluate."""

@@ -1,0 +1,172 @@
+"""Hydra at the door: starting a task, and errors that say what to type instead."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from hydra.experimental.callback import Callback
+from hydra.main import main as hydra_main
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from ..config import ConfigError, build, closest, config_dir, nearest
+from ..sampling import Sampler
+
+
+class Refusal(Exception):
+    """The command cannot be carried out as given. Nothing has been started; the message says what to change."""
+
+
+def launch(task: Callable[[DictConfig], Any], config_name: str) -> None:
+    """Composes `config_name` with the command line and runs `task`; exits with 1 on any error.
+
+    What the user can mend is told in a few lines. HYDRA_FULL_ERROR=1 shows the whole trace.
+    """
+    from ..ode import SolverError
+    from ..train import CheckpointError, TrainingDiverged
+
+    full = os.environ.get("HYDRA_FULL_ERROR", "0") not in ("", "0")
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # so that Hydra raises instead of printing
+    try:
+        hydra_main(version_base="1.3", config_path=config_dir(), config_name=config_name)(task)()
+    except (Refusal, HydraException, OmegaConfBaseException, SolverError, CheckpointError, TrainingDiverged) as error:
+        OutputFolder.remove_created()
+        if full:
+            raise
+        print(f"error: {explain(error)}", file=sys.stderr)
+        sys.exit(1)
+    except Exception:
+        OutputFolder.remove_created()
+        raise
+    except KeyboardInterrupt:
+        print("stopped; the same command with resume=auto continues from the last checkpoint", file=sys.stderr)
+        sys.exit(130)
+
+
+class OutputFolder(Callback):
+    """Remembers which folders Hydra is about to make, so that a refused command leaves none of them behind."""
+
+    created: ClassVar[list[Path]] = []
+
+    def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
+        if "run" in list(config):
+            run = "???" if OmegaConf.is_missing(config, "run") else config.run
+            if not Path(str(run)).is_dir():
+                # Hydra swallows any other exception of a callback
+                raise SystemExit(f"error: run={run} is no folder; give the output folder of scoresde-train: run=….")
+        self._remember(Path(str(config.hydra.run.dir)))
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        self._remember(Path(str(config.hydra.sweep.dir)))
+
+    @staticmethod
+    def _remember(folder: Path) -> None:
+        OutputFolder.created = [path for path in (folder, *folder.parents) if not path.exists()]
+
+    @staticmethod
+    def remove_created() -> None:
+        """Removes the folders made for this command, if nothing but Hydra's own note is in them."""
+        for path in OutputFolder.created:
+            with contextlib.suppress(OSError):
+                if {entry.name for entry in path.iterdir()} == {"multirun.yaml"}:
+                    (path / "multirun.yaml").unlink()
+                path.rmdir()  # fails, as it should, where there is anything else
+        OutputFolder.created = []
+
+
+@contextlib.contextmanager
+def refusing() -> Iterator[None]:
+    """Turns what goes wrong while objects are built and inputs read into a `Refusal`."""
+    try:
+        yield
+    except (ValueError, TypeError, OSError, RuntimeError, ImportError) as error:
+        raise Refusal(str(error)) from error
+
+
+def output_folder() -> Path:
+    """The folder of this job."""
+    return Path(HydraConfig.get().runtime.output_dir)
+
+
+def choice(group: str) -> str:
+    """The option chosen of a config group."""
+    return str(HydraConfig.get().runtime.choices[group])
+
+
+def in_sweep() -> bool:
+    return HydraConfig.get().mode == RunMode.MULTIRUN
+
+
+def explain(error: BaseException) -> str:
+    """What went wrong and the nearest thing that would have been right."""
+    if not isinstance(error, (HydraException, OmegaConfBaseException)):
+        return str(error)
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
+        group, _, option = str(error.missing_cfg_file).rpartition("/")
+        options = list(error.options or [])
+        known = f" Options of {group}: {', '.join(options)}." if options else ""
+        return f"There is no {group}={option}.{nearest(option, options)}{known}"
+    if isinstance(error, OverrideParseException):
+        return f"The override {error.override!r} cannot be read: {error.message.splitlines()[0]}."
+    if match := re.search(r"Missing mandatory value: (\S+)", str(error)):
+        return f"{match[1]} has no value yet; give it on the command line: {match[1]}=…."
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OmegaConfBaseException) and cause.full_key and cause.parent_node is not None:
+            if "is not in struct" in str(cause):
+                return _unknown_key(str(cause.full_key), cause.parent_node)
+            return f"{cause.full_key}: {str(cause).splitlines()[0]}"
+        cause = cause.__cause__
+    return str(error)
+
+
+def _unknown_key(key: str, parent: Any) -> str:
+    """Nearest sibling first, then the nearest key anywhere."""
+    prefix, _, last = key.rpartition(".")
+    siblings = [str(name) for name in parent if name not in ("hydra", "_target_")]
+    everywhere = {path.rpartition(".")[2]: path for path in _paths(parent._get_root())}
+    if found := closest(last, siblings, 0.6):
+        return f"There is no key {key!r}. Did you mean {'.'.join(filter(None, (prefix, found)))!r}?"
+    if not prefix and (found := closest(last, everywhere, 0.7)):
+        return f"There is no key {key!r}. Did you mean {everywhere[found]!r}?"
+    return f"There is no key {key!r}; {prefix or 'the configuration'} has {', '.join(siblings)}."
+
+
+def _paths(node: Any, prefix: str = "") -> Iterator[str]:
+    for name in node:
+        if name == "hydra" and not prefix:
+            continue
+        path = f"{prefix}.{name}" if prefix else str(name)
+        yield path
+        child = None if OmegaConf.is_missing(node, name) else node._get_node(name)
+        if isinstance(child, DictConfig) and not child._is_none() and not child._is_interpolation():
+            yield from _paths(child, path)
+
+
+def allowed(cfg: DictConfig) -> list[str]:
+    """`allow_targets` of the command line."""
+    names = OmegaConf.to_container(cfg.allow_targets)
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ConfigError(f"allow_targets is a list of dotted names: allow_targets=[my_package.MyNet]; got {names!r}.")
+    return [str(name) for name in names]
+
+
+def build_samplers(cfg: DictConfig, allow: Sequence[str]) -> dict[str, Sampler]:
+    """The chosen sampler under its option's name, then those of `samplers`.
+
+    Raises:
+        ConfigError: one that cannot be built.
+    """
+    if not OmegaConf.is_dict(cfg.samplers):
+        raise ConfigError(f"samplers is a mapping, extended by +sampler@samplers.ode=ode; got {cfg.samplers!r}.")
+    samplers = {choice("sampler"): build(cfg.sampler, allow)}
+    return samplers | {str(name): build(node, allow) for name, node in cfg.samplers.items() if name not in samplers}

@@ -1,0 +1,118 @@
+"""From a configuration to a data set and a denoiser; and from a run folder back to both."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..config import build, build_network
+from ..data import Dataset
+from ..denoiser import Denoiser
+from ..train.checkpoint import CheckpointError, latest
+from ..train.evaluation import model_device
+
+
+@dataclass(frozen=True)
+class LoadedRun:
+    """A trained model, rebuilt.
+
+    Attributes:
+        folder: of the run.
+        config: its resolved configuration.
+        step: optimizer step of the checkpoint.
+        dataset, denoiser: in eval mode, on the device.
+        conditional: the network takes labels.
+    """
+
+    folder: Path
+    config: dict[str, Any]
+    step: int
+    dataset: Dataset
+    denoiser: Denoiser
+    conditional: bool
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of that name; `auto` is CUDA where there is one.
+
+    Raises:
+        ValueError: unknown, or not there.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros((), device=device)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        raise ValueError(f"device={name} cannot be used here: {str(error).splitlines()[0]} Try device=auto.") from error
+    return device
+
+
+def set_threads(threads: int | None) -> None:
+    """CPU threads of torch; None leaves them alone."""
+    if threads is None:
+        return
+    if isinstance(threads, bool) or not isinstance(threads, int) or threads < 1:
+        raise ValueError(f"threads is a whole number of at least 1, or null; got {threads!r}.")
+    torch.set_num_threads(threads)
+
+
+def build_dataset(config: Mapping[str, Any], allow: Sequence[str]) -> Dataset:
+    return build(config["data"], allow, key="data")
+
+
+def build_denoiser(config: Mapping[str, Any], dataset: Dataset, allow: Sequence[str]) -> Denoiser:
+    """The denoiser of a resolved configuration, freshly initialised."""
+    classes = dataset.classes if config["conditional"] else 0
+    network = build_network(config["network"], allow, key="network", event_shape=dataset.event_shape, classes=classes)
+    return build(
+        config["denoiser"], allow, key="denoiser", network=network, sde=build(config["sde"], allow, key="sde"),
+        parameterization=build(config["parameterization"], allow, key="parameterization"),
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def check_fit(denoiser: Denoiser, dataset: Dataset, *, conditional: bool) -> None:
+    """One forward pass on two samples: a network that does not fit the data is refused before anything is written."""
+    split, device = dataset.train, model_device(denoiser)
+    cond = split.labels[:2].to(device) if conditional and split.labels is not None else None
+    denoiser.eval()  # so that dropout draws nothing
+    try:
+        denoiser(dataset.encode(split.raw[:2]).to(device), torch.tensor(denoiser.sde.t_max), cond)
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        raise ValueError(f"network does not take samples of shape {dataset.event_shape}: {error}") from error
+
+
+def load_run(folder: Path, *, allow: Sequence[str] = (), device: str = "auto", weights: str = "ema") -> LoadedRun:
+    """Rebuilds the model of a run from the configuration and weights of its newest checkpoint.
+
+    Args:
+        folder: the run's output folder.
+        allow: targets of the user's own, from this command line; the run's configuration cannot add any.
+        device: where to put it.
+        weights: "ema" or "weights" (the last raw ones).
+
+    Raises:
+        CheckpointError: no whole checkpoint there, or its weights do not fit its configuration.
+        ConfigError: its configuration names something that may not be built.
+    """
+    if weights not in ("ema", "weights"):
+        raise ValueError(f"weights is 'ema' or 'weights'; got {weights!r}.")
+    checkpoint = latest(folder / "checkpoints")
+    if checkpoint is None:
+        raise CheckpointError(f"{folder} holds no whole checkpoint; run=… is the output folder of scoresde-train.")
+    config = checkpoint.records["config"]
+    # a checkpoint is measured in full precision, however it was trained
+    config = {**config, "denoiser": {**config["denoiser"], "autocast": None}}
+    dataset = build_dataset(config, allow)
+    denoiser = build_denoiser(config, dataset, allow)
+    try:
+        denoiser.load_state_dict(checkpoint.tensors[weights])
+    except (RuntimeError, KeyError) as error:
+        raise CheckpointError(f"The weights in {checkpoint.path} do not fit its configuration: {error}") from error
+    denoiser = denoiser.to(choose_device(device)).eval().requires_grad_(False)
+    return LoadedRun(folder, config, checkpoint.step, dataset, denoiser, bool(config["conditional"]))

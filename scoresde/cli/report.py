@@ -1,0 +1,162 @@
+"""The end of a run: samples by each sampler, held-out bits/dim, pictures, and one table."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..data import Dataset
+from ..denoiser import Denoiser
+from ..grids import check_grid
+from ..sampling import Sampler
+from ..train import BitsPerDim, Logger, OdeLikelihood, Samples, draw, figures
+from ..train.evaluation import spread
+
+COLUMNS = ("sampler", "NFE", "seconds", "bits/dim")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """How much to measure at the end.
+
+    Args:
+        points: held-out points for bits/dim, None for all.
+        points_during: the same during training.
+        samples: per sampler, ≥ 1.
+        batch_size: samples at a time, ≥ 1.
+        objective: "bits_per_dim" or "loss", what a sweep is sorted by.
+
+    Raises:
+        ValueError: a value outside its range.
+    """
+
+    points: int | None = None
+    points_during: int = 64
+    samples: int = 64
+    batch_size: int = 128
+    objective: str = "bits_per_dim"
+
+    def __post_init__(self) -> None:
+        for name in ("points", "points_during", "samples", "batch_size"):
+            value = getattr(self, name)
+            if value is None and name == "points":
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"evaluation.{name} is a whole number of at least 1; got {value!r}.")
+        if self.objective not in ("bits_per_dim", "loss"):
+            raise ValueError(f"evaluation.objective is bits_per_dim or loss; got {self.objective!r}.")
+
+
+def labels_for(dataset: Dataset, n: int, conditional: bool) -> Tensor | None:
+    """Class k mod classes for sample k; None for an unconditional model."""
+    return torch.arange(n) % dataset.classes if conditional and dataset.classes else None
+
+
+def check_samplers(samplers: Mapping[str, Sampler], denoiser: Denoiser) -> None:
+    """Refuses, before training, a sampler whose grid does not fit the SDE."""
+    for name, sampler in samplers.items():
+        try:
+            check_grid(sampler.grid(denoiser.sde, sampler.steps), denoiser.sde)
+        except ValueError as error:
+            raise ValueError(f"sampler {name}: {error}") from error
+
+
+def sample_all(
+    samplers: Mapping[str, Sampler], denoiser: Denoiser, dataset: Dataset, folder: Path, *,
+    seeds: Sequence[int], conditional: bool, batch_size: int,
+) -> dict[str, Samples]:  # fmt: skip
+    """Samples by every sampler from the same seeds, written to `folder` as arrays and pictures.
+
+    `samples.npz` holds `<sampler>` (n, *event) in the coordinates of the raw data; the first sampler's pictures are
+    `samples.png` and `trajectory.png`, the others carry its name.
+    """
+    shape, labels = dataset.event_shape, labels_for(dataset, len(seeds), conditional)
+    watched = 8 if len(shape) > 1 else 500
+    real = dataset.encode(dataset.test.raw[spread(len(dataset.test), min(len(seeds), len(dataset.test)))])
+    made = {}
+    for index, (name, sampler) in enumerate(samplers.items()):
+        made[name] = draw(
+            denoiser, sampler, shape, seeds=seeds, labels=labels, batch_size=batch_size, watched=watched
+        )  # fmt: skip
+        suffix = f"-{name}" if index else ""
+        figures.sample_grid(made[name].x, real, folder / f"samples{suffix}.png")
+        figures.trajectory(made[name].frames, made[name].times, folder / f"trajectory{suffix}.png")
+    arrays: dict[str, Any] = {name: np.asarray(dataset.decode(samples.x)) for name, samples in made.items()}
+    extra: dict[str, Any] = {} if labels is None else {"labels": labels.numpy()}
+    np.savez_compressed(folder / "samples.npz", seeds=np.asarray(list(seeds)), **extra, **arrays)
+    return made
+
+
+def table(made: Mapping[str, Samples], bits: BitsPerDim) -> list[list[str]]:
+    """Rows of the summary: one per sampler. Bits/dim is the model's, by the probability-flow ODE."""
+    score = f"{bits.mean:.4f} ± {bits.stderr:.4f}"
+    return [[name, f"{s.evaluations:.0f}", f"{s.seconds:.1f}", score] for name, s in made.items()]
+
+
+def report(
+    denoiser: Denoiser, dataset: Dataset, samplers: Mapping[str, Sampler], likelihood: OdeLikelihood, *,
+    evaluation: Evaluation, seed: int, conditional: bool, folder: Path, facts: Mapping[str, Any], logger: Logger,
+) -> dict[str, Any]:  # fmt: skip
+    """Samples, measures, writes `summary.json` and `summary.md`, prints the table. Returns what summary.json holds."""
+    bits = likelihood(denoiser, dataset, points=evaluation.points, seed=seed, conditional=conditional)
+    seeds = range(seed * evaluation.samples, (seed + 1) * evaluation.samples)
+    made = sample_all(
+        samplers, denoiser, dataset, folder, seeds=seeds, conditional=conditional, batch_size=evaluation.batch_size
+    )  # fmt: skip
+    summary = {
+        **facts,
+        "bits_per_dim": {
+            **{k: v for k, v in asdict(bits).items() if k != "values"},
+            "estimator": "probability-flow ODE", "rtol": likelihood.rtol, "atol": likelihood.atol,
+        },
+        "samplers": [
+            {"sampler": name, "nfe": s.evaluations, "seconds": s.seconds, "samples": len(s.x)}
+            for name, s in made.items()
+        ],
+    }  # fmt: skip
+    rows = table(made, bits)
+    logger.table("eval/summary", COLUMNS, rows)
+    logger.summary(
+        {"bpd/ode": bits.mean, "bpd_stderr": bits.stderr, "nfe": {n: s.evaluations for n, s in made.items()}}
+    )
+    text = layout(COLUMNS, rows)
+    note = (
+        f"bits/dim of the model on {bits.points} held-out points: probability-flow ODE, uniform dequantisation, "
+        f"rtol={likelihood.rtol:g}, atol={likelihood.atol:g}, {bits.evaluations:.0f} evaluations, {bits.seconds:.1f} s."
+    )
+    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    (folder / "summary.md").write_text(markdown(COLUMNS, rows) + f"\n{note}\n", encoding="utf-8")
+    print(f"\n{text}\n{note}", flush=True)
+    return summary
+
+
+def layout(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table for the terminal: first column to the left, the others to the right."""
+    widths = [max(len(str(row[i])) for row in [columns, *rows]) for i in range(len(columns))]
+
+    def line(row: Sequence[str]) -> str:
+        cells = [
+            str(c).ljust(w) if i == 0 else str(c).rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))
+        ]
+        return "  ".join(cells).rstrip()
+
+    return "\n".join([line(columns), "  ".join("-" * w for w in widths), *map(line, rows)])
+
+
+def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """The same as a Markdown table."""
+    lines = ["| " + " | ".join(map(str, row)) + " |" for row in [columns, ["---"] * len(columns), *rows]]
+    return "\n".join(lines) + "\n"
+
+
+def list_files(folder: Path, what: Mapping[str, str]) -> str:
+    """Lines 'meaning  path' for the files that exist."""
+    lines = [f"  {label:<14} {folder / name}" for label, name in what.items() if (folder / name).exists()]
+    return "\n".join([f"Results in {folder}:", *lines])

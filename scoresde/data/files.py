@@ -1,0 +1,183 @@
+"""Arrays of your own, from .npy and .npz files."""
+
+from __future__ import annotations
+
+import zipfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .dataset import Dataset, Split
+from .hold_out import hold_out
+from .scaling import Scaling
+from .source import existing, refuse_lfs_pointer
+
+
+def Arrays(
+    path: str,
+    key: str | None = None,
+    label_key: str | None = None,
+    test_path: str | None = None,
+    levels: int | None = None,
+    raw_low: float | None = None,
+    raw_high: float | None = None,
+    channels_last: bool = False,
+    add_channel: bool = False,
+    test_fraction: float = 0.1,
+    seed: int = 0,
+) -> Dataset:
+    """Samples (N, *event) of a NumPy file. Nothing is unpickled.
+
+    Integers are read as levels 0 … levels − 1 and dequantised; floats are kept as float32 and need their range, which
+    is checked. Values that use less than half of the declared range, all at one end, are refused: it is wrong more
+    often than not.
+
+    Args:
+        path: .npy or .npz file.
+        key: array of the .npz to read; None if it holds a single one, or for .npy.
+        label_key: array of the .npz with class indices (N,), integers ≥ 0; None for none.
+        test_path: file of the test split, read with the same keys; None holds out `test_fraction` instead.
+        levels: number of integer values; None means 256 for uint8, and is refused for other integers.
+        raw_low, raw_high: range of floats.
+        channels_last: samples are stored (…, C) and become (C, …).
+        add_channel: samples are stored without a channel axis and get one of size 1.
+        test_fraction, seed: of the split, in (0, 1), and ≥ 0; by class where there are labels.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        TypeError: values that are neither integers nor real floats.
+        ValueError: a damaged file, an unknown key, or anything that `Dataset` refuses.
+    """
+    file = existing(path)
+    train = _read_split(file, key, label_key, channels_last, add_channel)
+    scaling = _scaling(train.raw, levels, raw_low, raw_high, file)
+    if test_path is None:
+        here, there = hold_out(len(train.raw), test_fraction, seed, train.labels)
+        train, test = _take(train, here), _take(train, there)
+    else:
+        other = existing(test_path)
+        test = _read_split(other, key, label_key, channels_last, add_channel)
+        scaling.check(test.raw, f"{other}: raw")
+    classes = 1 + max((int(split.labels.max()) for split in (train, test) if split.labels is not None), default=-1)
+    return Dataset(file.stem, train, test, scaling, classes)
+
+
+def _take(split: Split, index: Tensor) -> Split:
+    return Split(split.raw[index], None if split.labels is None else split.labels[index])
+
+
+def _read_split(path: Path, key: str | None, label_key: str | None, channels_last: bool, add_channel: bool) -> Split:
+    arrays = _load(path, key, label_key)
+    raw = _oriented(_tensor(arrays[0], path), channels_last, add_channel, path)
+    if label_key is None:
+        return Split(raw)
+    labels = arrays[1]
+    if labels.dtype.kind not in "ui" or labels.shape != raw.shape[:1] or (labels.size and labels.min() < 0):
+        raise ValueError(
+            f"{path}[{label_key}]: expected ({len(raw)},) integers ≥ 0, one class per sample; found {labels.dtype} "
+            f"{labels.shape}{f' with minimum {labels.min()}' if labels.size and labels.dtype.kind in 'ui' else ''}."
+        )
+    return Split(raw, torch.from_numpy(labels.astype(np.int64)))
+
+
+def _load(path: Path, key: str | None, label_key: str | None) -> list[np.ndarray]:
+    """The array, and the labels if they have a key."""
+    refuse_lfs_pointer(path)
+    with _explained(path):
+        content = np.load(path, allow_pickle=False)
+    if isinstance(content, np.ndarray):
+        if key is not None or label_key is not None:
+            raise ValueError(f"{path} is one array without keys: leave key and label_key out, or store an .npz.")
+        return [content]
+    with content:
+        names = content.files
+        if key is None and len(names) != 1:
+            raise ValueError(f"{path} holds {', '.join(names) or 'no array'}; choose one with key=….")
+        wanted = [name for name in (key or names[0], label_key) if name is not None]
+        for name in wanted:
+            if name not in names:
+                raise ValueError(f"{path} has no array {name!r}; found {', '.join(names)}.")
+        with _explained(path):
+            return [content[name] for name in wanted]
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """NumPy's many ways to fail, in two sentences."""
+    try:
+        yield
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        if "Object arrays" in str(error):
+            raise TypeError(
+                f"{path}: expected numbers, found dtype object (samples of several shapes, or Python objects). "
+                "Store one array of numbers, all samples of one shape."
+            ) from error
+        raise ValueError(f"{path}: expected a .npy or .npz file, found a damaged or other one ({error}).") from error
+
+
+def _tensor(values: np.ndarray, path: Path) -> Tensor:
+    """Integers in the smallest type that torch computes with, floats in float32."""
+    if values.ndim < 2 or values.size == 0:
+        raise ValueError(f"{path}: expected at least one sample (N, *event), found shape {values.shape}.")
+    if values.dtype.kind == "f":
+        bad = int((~np.isfinite(values)).sum())
+        if bad:
+            raise ValueError(f"{path}: expected finite values, found {bad} NaN or infinite ones of {values.size}.")
+        return torch.from_numpy(values.astype(np.float32))
+    if values.dtype.kind in "ui":
+        return torch.from_numpy(values.astype(np.uint8 if values.dtype == np.uint8 else np.int64))
+    advice = " Store masks as uint8 and set levels=2." if values.dtype.kind == "b" else ""
+    raise TypeError(f"{path}: expected integers or real floats, found dtype {values.dtype}.{advice}")
+
+
+def _oriented(raw: Tensor, channels_last: bool, add_channel: bool, path: Path) -> Tensor:
+    """Channels first; images that look the other way round are refused, not turned."""
+    if channels_last and add_channel:
+        raise ValueError("channels_last and add_channel exclude each other: the channel axis is there or it is not.")
+    if add_channel:
+        return raw[:, None]
+    event = tuple(raw.shape[1:])
+    if channels_last and len(event) < 2:
+        raise ValueError(f"{path}: channels_last expects samples (…, C), found samples of shape {event}.")
+    if len(event) == 3:
+        first, last = event[0] in (1, 3, 4), event[2] in (1, 3, 4)
+        if last and not first and not channels_last:
+            raise ValueError(
+                f"{path}: samples of shape {event} look like (H, W, C), expected (C, H, W). Set channels_last=True."
+            )
+        if first and not last and channels_last:
+            raise ValueError(f"{path}: samples of shape {event} look like (C, H, W) already. Leave channels_last out.")
+    return raw.movedim(-1, 1).contiguous() if channels_last else raw
+
+
+def _scaling(raw: Tensor, levels: int | None, raw_low: float | None, raw_high: float | None, path: Path) -> Scaling:
+    low, high = (value.item() for value in raw.aminmax())
+    if raw.is_floating_point():
+        if levels is not None:
+            raise TypeError(
+                f"{path}: levels={levels} is for integers, found {raw.dtype} in {low:g} … {high:g}. Store the integers "
+                "themselves, or give raw_low and raw_high."
+            )
+        if raw_low is None or raw_high is None:
+            raise ValueError(f"{path}: floats need their range: give raw_low and raw_high. Found {low:g} … {high:g}.")
+        scaling, bottom, top = Scaling(raw_low=raw_low, raw_high=raw_high), raw_low, raw_high
+    else:
+        if raw_low is not None or raw_high is not None:
+            raise ValueError(f"{path}: raw_low and raw_high are for floats; integers take levels=…. Found {raw.dtype}.")
+        if levels is None and raw.dtype != torch.uint8:
+            raise ValueError(f"{path}: integers other than uint8 need levels=…. Found {low} … {high}.")
+        scaling = Scaling(levels=256 if levels is None else levels)
+        bottom, top = 0, (scaling.levels or 0) - 1
+    scaling.check(raw, f"{path}: raw")
+    middle = (bottom + top) / 2
+    if high <= middle or low >= middle:
+        raise ValueError(
+            f"{path}: values span {low:g} … {high:g}, one half of the declared {bottom:g} … {top:g}. Declare the range "
+            f"that the data use ({'raw_low, raw_high' if raw.is_floating_point() else 'levels'})."
+        )
+    return scaling

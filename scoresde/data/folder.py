@@ -1,0 +1,121 @@
+"""A folder of images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .dataset import Dataset, Split
+from .hold_out import hold_out
+from .scaling import Scaling
+from .source import existing, refuse_lfs_pointer
+
+_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".gif")
+
+
+def ImageFolder(
+    path: str, size: int | None = None, grey: bool = False, test_fraction: float = 0.1, seed: int = 0
+) -> Dataset:
+    """8-bit images of a folder, decoded once and kept in memory.
+
+    Images lie in the folder itself (no labels), or all in its sub-folders: one class each, in the order of their
+    names. Hidden files and files that are not named like images are passed over; orientation tags are not applied.
+
+    Args:
+        path: the folder.
+        size: cut each image to its largest central square and resize it to size × size (Lanczos); None takes images
+            as they are, all of one size.
+        grey: one channel (colour becomes luma) instead of three (grey images are then refused).
+        test_fraction, seed: of the split, in (0, 1), and ≥ 0; by class where there are labels.
+
+    Returns:
+        raw (N, 1 or 3, H, W) uint8 in 256 levels.
+
+    Raises:
+        ImportError: pillow is missing.
+        FileNotFoundError: no such folder.
+        ValueError: no images, images both in the folder and below, mixed sizes, a file that is not an image or not an
+            8-bit one without transparency; path, expected and found are named.
+    """
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise ImportError("ImageFolder needs pillow: pip install 'scoresde[data]'.") from error
+
+    if size is not None and size < 1:
+        raise ValueError(f"size is at least 1 pixel, or None to keep images as they are; got {size}.")
+    folder = existing(path, folder=True)
+    files, labels, classes = _list(folder)
+    images = [_read(Image, file, size, grey) for file in files]
+    for file, image in zip(files, images, strict=True):
+        if image.shape != images[0].shape:
+            raise ValueError(
+                f"{file}: expected {_size(images[0])} pixels as in {files[0].name}, found {_size(image)}. "
+                "Give size=… to cut and resize all of them."
+            )
+    raw = torch.from_numpy(np.stack(images))
+    train, test = hold_out(len(raw), test_fraction, seed, labels)
+    splits = [Split(raw[index], None if labels is None else labels[index]) for index in (train, test)]
+    return Dataset(folder.resolve().name, splits[0], splits[1], Scaling(levels=256), classes)
+
+
+def _list(folder: Path) -> tuple[list[Path], Tensor | None, int]:
+    """(files, labels (N,) or None, number of classes)."""
+    here = _images(folder)
+    below = {entry: _images(entry) for entry in sorted(folder.iterdir()) if entry.is_dir() and entry.name[0] != "."}
+    found = {entry: files for entry, files in below.items() if files}
+    if here and found:
+        raise ValueError(
+            f"{folder}: {len(here)} images in the folder itself and more in {next(iter(found)).name}/. Expected all in "
+            "the folder (no labels) or all in sub-folders (one per class)."
+        )
+    if here:
+        return here, None, 0
+    if not found:
+        raise ValueError(f"{folder}: expected images ({', '.join(_SUFFIXES)}) in it or in its sub-folders, found none.")
+    empty = [entry.name for entry, files in below.items() if not files]
+    if empty:
+        raise ValueError(f"{folder}: the sub-folders are classes, but {', '.join(empty[:5])} holds no images.")
+    labels = torch.cat([torch.full((len(files),), k) for k, files in enumerate(found.values())])
+    return [file for files in found.values() for file in files], labels, len(found)
+
+
+def _images(folder: Path) -> list[Path]:
+    return sorted(
+        entry
+        for entry in folder.iterdir()
+        if entry.is_file() and entry.name[0] != "." and entry.suffix.lower() in _SUFFIXES
+    )
+
+
+def _size(image: np.ndarray) -> str:
+    return f"{image.shape[2]} × {image.shape[1]}"
+
+
+def _read(pillow: Any, file: Path, size: int | None, grey: bool) -> np.ndarray:
+    """(C, H, W) uint8."""
+    refuse_lfs_pointer(file)
+    try:
+        with pillow.open(file) as opened:
+            image = opened.copy()
+            transparent = "A" in image.getbands() or "transparency" in image.info
+    except (OSError, ValueError, SyntaxError, pillow.DecompressionBombError) as error:
+        raise ValueError(f"{file}: expected an image, found a damaged or other file ({error}).") from error
+    modes = ("L", "RGB", "P", "1") if grey else ("RGB", "P")
+    if image.mode not in modes or transparent:
+        found = f"mode {image.mode}{' with transparency' if transparent else ''}"
+        advice = " Set grey=True for grey images." if image.mode in ("L", "1") else " Convert it first."
+        expected = "an 8-bit grey or colour image" if grey else "an 8-bit RGB image"
+        raise ValueError(f"{file}: expected {expected}, found {found}.{advice}")
+    image = image.convert("L" if grey else "RGB")
+    if size is not None:
+        side = min(image.size)
+        left, top = (image.width - side) // 2, (image.height - side) // 2
+        box = (left, top, left + side, top + side)
+        image = image.resize((size, size), pillow.Resampling.LANCZOS, box=box)
+    pixels = np.array(image, dtype=np.uint8)
+    return pixels[None] if grey else pixels.transpose(2, 0, 1)

@@ -1,0 +1,74 @@
+"""The endless order in which training visits its samples."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+from torch import Tensor
+
+from ..rng import Rng
+
+
+class EpochOrder:
+    """Batches of indices, epoch after epoch. Epoch e is a permutation of 0 … n − 1 from (seed, e) alone.
+
+    The position counts samples, so it can be saved anywhere and restored exactly, also with another batch size.
+
+    Args:
+        n: number of samples, ≥ 1.
+        batch_size: indices per batch, in [1, n].
+        seed: ≥ 0.
+        drop_last: skip the n mod batch_size samples that do not fill a batch (others are skipped in each epoch);
+            with False they form a smaller last batch.
+
+    Raises:
+        ValueError: a batch larger than the data set, or a value out of range.
+    """
+
+    def __init__(self, n: int, batch_size: int, seed: int, drop_last: bool = True):
+        if batch_size < 1 or n < 1 or seed < 0:
+            raise ValueError(f"Expected n ≥ 1, batch_size ≥ 1, seed ≥ 0; got {n}, {batch_size}, {seed}.")
+        if n < batch_size:
+            raise ValueError(
+                f"The data set has {n} samples, fewer than batch_size={batch_size}: no batch can be filled. "
+                f"Set batch_size to at most {n}, or add data."
+            )
+        self.n, self.batch_size, self.seed, self.drop_last = n, batch_size, seed, drop_last
+        self.epoch, self.position = 0, 0
+        self._permutation = self._order(0)
+
+    def _order(self, epoch: int) -> Tensor:
+        mixed = np.random.SeedSequence((self.seed, epoch)).generate_state(1, np.uint64)[0]
+        return Rng(int(mixed) >> 1).permutation(self.n)
+
+    def next(self) -> Tensor:
+        """The next indices: (batch_size,) int64, fewer only in a last batch with drop_last=False."""
+        left = self.n - self.position
+        if left < (self.batch_size if self.drop_last else 1):
+            self.epoch, self.position = self.epoch + 1, 0
+            self._permutation = self._order(self.epoch)
+        batch = self._permutation[self.position : self.position + self.batch_size]
+        self.position += len(batch)
+        return batch
+
+    def state_dict(self) -> dict[str, int]:
+        """Epoch, position in it (samples), and what the order depends on."""
+        return {"epoch": self.epoch, "position": self.position, "n": self.n, "seed": self.seed}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Continues where `state` was saved.
+
+        Raises:
+            ValueError: saved for another number of samples or another seed, or not a position.
+        """
+        if (state["n"], state["seed"]) != (self.n, self.seed):
+            raise ValueError(
+                f"The saved order is of n={state['n']} samples with seed={state['seed']}, this one of n={self.n} with "
+                f"seed={self.seed}: resume with the same data and seed, or start anew."
+            )
+        epoch, position = int(state["epoch"]), int(state["position"])
+        if epoch < 0 or not (0 <= position <= self.n):
+            raise ValueError(f"Expected epoch ≥ 0, position in [0, {self.n}]; got {epoch}, {position}.")
+        self.epoch, self.position = epoch, position
+        self._permutation = self._order(epoch)

@@ -1,0 +1,39 @@
+"""Files that are not what their name says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+_LFS = b"version https://git-lfs"
+
+
+def existing(path: str | Path, *, folder: bool = False) -> Path:
+    """`path` with `~` expanded, or an error that says what is there instead.
+
+    Raises:
+        FileNotFoundError: nothing is there.
+        ValueError: a file where a folder is expected, or the reverse.
+    """
+    path = Path(path).expanduser()
+    kind = "folder" if folder else "file"
+    if not path.exists():
+        near = next(parent for parent in path.absolute().parents if parent.exists())
+        raise FileNotFoundError(f"There is no {kind} {path.absolute()} (the nearest folder that exists is {near}).")
+    if path.is_dir() != folder:
+        raise ValueError(f"{path}: expected a {kind}, found a {'folder' if path.is_dir() else 'file'}.")
+    return path
+
+
+def refuse_lfs_pointer(path: Path, start: bytes | None = None) -> None:
+    """Refuses the text stub that a Git-LFS checkout leaves where the file itself was not fetched.
+
+    Raises:
+        ValueError: it is one, or the file is empty.
+    """
+    if start is None:
+        with path.open("rb") as file:
+            start = file.read(len(_LFS))
+    if start.startswith(_LFS):
+        raise ValueError(f"{path} is a Git-LFS pointer, not the data: run 'git lfs pull' in its repository.")
+    if not start:
+        raise ValueError(f"{path} is empty (0 bytes).")

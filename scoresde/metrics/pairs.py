@@ -1,0 +1,54 @@
+"""Two samples made comparable, and averages over their pairs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+_ROWS = 1024  # of a block of distances: bounds the memory
+
+
+def paired(x: Tensor, y: Tensor, *, minimum: int) -> tuple[Tensor, Tensor]:
+    """x and y as float64 matrices (n, D) and (m, D) on the device of x.
+
+    Raises:
+        TypeError: one holds integers and the other floats: raw and model data are not the same units.
+        ValueError: no batch, fewer than `minimum` samples, events of different shapes, NaN or infinite values.
+    """
+    if x.is_floating_point() != y.is_floating_point():
+        raise TypeError(f"x holds {x.dtype} and y {y.dtype}: encode or decode both, so that their units agree.")
+    for name, value in (("x", x), ("y", y)):
+        if value.ndim < 2 or len(value) < minimum:
+            raise ValueError(f"{name}: expected at least {minimum} samples (N, *event); got {tuple(value.shape)}.")
+        bad = int((~value.isfinite()).sum())
+        if bad:
+            raise ValueError(f"{name} holds {bad} NaN or infinite values of {value.numel()}: a distance to it is none.")
+    if x.shape[1:] != y.shape[1:]:
+        raise ValueError(
+            f"x has events of shape {tuple(x.shape[1:])}, y of shape {tuple(y.shape[1:])}; not comparable."
+        )
+    return x.detach().flatten(1).double(), y.detach().flatten(1).to(x.device).double()
+
+
+def mean_between(x: Tensor, y: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+    """Mean of `function` of the distances |x_i − y_j| over all n m pairs."""
+    return _total(x, y, function) / (len(x) * len(y))
+
+
+def mean_within(x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+    """Mean of `function` of |x_i − x_j| over the n (n − 1) pairs with i ≠ j: unbiased."""
+    own = len(x) * function(x.new_zeros(()))
+    return (_total(x, x, function, same=True) - own) / (len(x) * (len(x) - 1))
+
+
+def _total(x: Tensor, y: Tensor, function: Callable[[Tensor], Tensor], same: bool = False) -> Tensor:
+    centre = y.mean(0)  # distances are computed from products, which cancel less near the origin
+    total = x.new_zeros(())
+    for first in range(0, len(x), _ROWS):
+        distances = torch.cdist(x[first : first + _ROWS] - centre, y - centre)
+        if same:
+            distances.diagonal(first).zero_()
+        total = total + function(distances).sum()
+    return total

@@ -1,0 +1,102 @@
+"""The layers of a U-Net, for 1 to 3 spatial dimensions: each is (h (B, C, *sizes), emb (B, E)) -> h."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .layers import conv, group_norm, linear
+
+
+class Stack(nn.ModuleList):
+    """Layers one after another, all given the same embedding."""
+
+    def forward(self, h: Tensor, emb: Tensor) -> Tensor:
+        for layer in self:
+            h = layer(h, emb)
+        return h
+
+
+class ResampleConv(nn.Module):
+    """Resampling followed by a convolution, as in DDPM."""
+
+    def __init__(self, dims: int, inputs: int, outputs: int, resample: nn.Module):
+        super().__init__()
+        self.resample = resample
+        self.conv = conv(dims, inputs, outputs, 3)
+
+    def forward(self, h: Tensor, emb: Tensor) -> Tensor:
+        return self.conv(self.resample(h))
+
+
+class ResidualBlock(nn.Module):
+    r"""skip(h) + conv(dropout(SiLU(FiLM(norm(conv(SiLU(norm(h)))), emb)))), all times `scaling`.
+
+    FiLM is (1 + a) h + b with (a, b) linear in emb (Perez et al. 2018). With `resample`, both branches are
+    resampled, the inner one after its first activation (BigGAN; Brock et al. 2019).
+
+    Args:
+        dims: spatial dimensions, 1 to 3.
+        inputs, outputs: channels.
+        emb: width of the embedding.
+        dropout: probability, before the last convolution.
+        scaling: factor on the sum: 1/√2 keeps the variance.
+        resample: `Downsample`, `Upsample` or None.
+    """
+
+    def __init__(
+        self,
+        dims: int,
+        inputs: int,
+        outputs: int,
+        emb: int,
+        *,
+        dropout: float = 0.0,
+        scaling: float = 1.0,
+        resample: nn.Module | None = None,
+    ):
+        super().__init__()
+        self.scaling = scaling
+        self.resample = nn.Identity() if resample is None else resample
+        self.norm1, self.conv1 = group_norm(inputs), conv(dims, inputs, outputs, 3)
+        self.film = linear(emb, 2 * outputs)
+        self.norm2, self.conv2 = group_norm(outputs), conv(dims, outputs, outputs, 3, zero=True)
+        self.dropout = nn.Dropout(dropout)
+        self.skip = nn.Identity() if inputs == outputs else conv(dims, inputs, outputs, 1)
+
+    def forward(self, h: Tensor, emb: Tensor) -> Tensor:
+        inner = self.conv1(self.resample(F.silu(self.norm1(h))))
+        film = self.film(emb)
+        scale, shift = film.reshape(*film.shape, *[1] * (h.ndim - 2)).chunk(2, 1)
+        inner = self.norm2(inner) * (1 + scale) + shift
+        inner = self.conv2(self.dropout(F.silu(inner)))
+        return (self.skip(self.resample(h)) + inner) * self.scaling
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q kᵀ/√d) v over tokens (B, heads, tokens, d).
+
+    Fused except on the CPU, where two products are as fast at these sizes and have derivatives of every order
+    and mode, which the fused kernel lacks. For a second derivative elsewhere use PyTorch's
+    `sdpa_kernel(SDPBackend.MATH)`.
+    """
+    if q.device.type != "cpu":
+        return F.scaled_dot_product_attention(q, k, v)
+    return (q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)).softmax(-1) @ v
+
+
+class Attention(nn.Module):
+    """(h + proj(attention(norm(h)))) · scaling over all positions; `heads` divides `channels`; emb is unused."""
+
+    def __init__(self, dims: int, channels: int, *, heads: int = 1, scaling: float = 1.0):
+        super().__init__()
+        self.heads, self.scaling = heads, scaling
+        self.norm = group_norm(channels)
+        self.qkv = conv(dims, channels, 3 * channels, 1)
+        self.proj = conv(dims, channels, channels, 1, zero=True)
+
+    def forward(self, h: Tensor, emb: Tensor) -> Tensor:
+        qkv = self.qkv(self.norm(h)).flatten(2).unflatten(1, (3, self.heads, -1))
+        tokens = attend(*torch.unbind(qkv.transpose(-1, -2), 1))
+        return (h + self.proj(tokens.transpose(-1, -2).reshape(h.shape))) * self.scaling

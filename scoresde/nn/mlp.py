@@ -1,0 +1,81 @@
+"""A residual multilayer perceptron for points, and for anything small enough to flatten."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .conditioning import Cond, Conditioning
+from .layers import linear
+
+
+class _Block(nn.Module):
+    """h + W₂ SiLU(W₁ SiLU(h) + E emb)."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.inner, self.outer = linear(width, width), linear(width, width)
+        self.modulation = linear(width, width)
+
+    def forward(self, h: Tensor, emb: Tensor) -> Tensor:
+        return h + self.outer(F.silu(self.inner(F.silu(h)) + self.modulation(emb)))
+
+
+class MLP(nn.Module):
+    r"""Dense residual blocks, each told the noise level and the condition; zero output at the start.
+
+    Args:
+        event_shape: shape of one sample, any number of dimensions; it is flattened inside.
+        width: hidden width, even.
+        depth: number of residual blocks, two dense layers each, ≥ 1.
+        embedding, embedding_scale: waves that carry c_noise, see `Conditioning`.
+        classes, cond_dim, cond_dropout: conditions, see `Conditioning`.
+
+    Raises:
+        ValueError: arguments out of range, or inputs of another shape.
+    """
+
+    def __init__(
+        self,
+        event_shape: Sequence[int],
+        *,
+        width: int = 128,
+        depth: int = 3,
+        embedding: str = "fourier",
+        embedding_scale: float = 1.0,
+        classes: int = 0,
+        cond_dim: int = 0,
+        cond_dropout: float = 0.0,
+    ):
+        super().__init__()
+        self.event_shape = tuple(int(size) for size in event_shape)
+        if not self.event_shape or min(self.event_shape) < 1:
+            raise ValueError(f"event_shape is the shape of one sample, such as (2,); got {self.event_shape}.")
+        if depth < 1:
+            raise ValueError(f"depth counts residual blocks, at least 1; got {depth}.")
+        size = math.prod(self.event_shape)
+        self.conditioning = Conditioning(
+            width,
+            embedding=embedding,
+            embedding_scale=embedding_scale,
+            classes=classes,
+            cond_dim=cond_dim,
+            cond_dropout=cond_dropout,
+        )
+        self.inlet = linear(size, width)
+        self.blocks = nn.ModuleList(_Block(width) for _ in range(depth))
+        self.outlet = linear(width, size)
+        nn.init.zeros_(self.outlet.weight)
+
+    def forward(self, x: Tensor, c_noise: Tensor, cond: Cond = None) -> Tensor:
+        """F (B, *event_shape) at x (B, *event_shape) and c_noise (B,)."""
+        if tuple(x.shape[1:]) != self.event_shape:
+            raise ValueError(f"This MLP is for samples {self.event_shape}; got {tuple(x.shape[1:])}.")
+        emb = self.conditioning(c_noise, cond, x)
+        h = self.inlet(x.flatten(1))
+        for block in self.blocks:
+            h = block(h, emb)
+        return self.outlet(F.silu(h)).reshape(x.shape).to(x.dtype)
