@@ -13,6 +13,7 @@ test: $(VENV)/.installed
 
 lint: $(VENV)/.linters
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 clean:

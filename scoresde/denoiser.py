@@ -37,13 +37,9 @@ class Denoiser(nn.Module, abc.ABC):
     def forward(self, x: Tensor, t: Tensor, cond: Cond = None) -> Prediction:
         """The prediction at x (B, *event) and t (() or (B,))."""
 
-    def prior_sample(
-        self, shape: tuple[int, ...], *, rng, dtype: torch.dtype | None = None, device=None
-    ) -> Tensor:
+    def prior_sample(self, shape: tuple[int, ...], *, rng, dtype: torch.dtype | None = None, device=None) -> Tensor:
         """x_T of shape (B, *event) from the prior of the SDE for data of these moments."""
-        return self.sde.prior_sample(
-            shape, rng=rng, mean=self.data_mean, var=self.data_var, dtype=dtype, device=device
-        )
+        return self.sde.prior_sample(shape, rng=rng, mean=self.data_mean, var=self.data_var, dtype=dtype, device=device)
 
     def prior_log_prob(self, z: Tensor) -> Tensor:
         """Log-density of that prior in nats, shape (B,)."""

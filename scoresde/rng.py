@@ -31,7 +31,7 @@ class Rng:
             raise ValueError(f"Rng needs a seed or a list of seeds, one of the two; got seed={seed}, seeds={seeds}.")
         if seeds is not None and len(seeds) == 0:
             raise ValueError("Rng(seeds=[]) has no stream; give one seed per sample.")
-        values = [seed] if seeds is None else list(seeds)
+        values: list[Any] = [seed] if seeds is None else list(seeds)
         for value in values:
             if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**63:
                 raise ValueError(f"A seed is an integer in [0, 2^63); got {value!r}.")
@@ -68,9 +68,7 @@ class Rng:
         """Uniforms in [0, 1)."""
         return self._draw(shape, device, lambda s, g: torch.rand(s, generator=g, dtype=dtype))
 
-    def integers(
-        self, high: int, shape: Sequence[int], *, device: torch.device | str | None = None
-    ) -> Tensor:
+    def integers(self, high: int, shape: Sequence[int], *, device: torch.device | str | None = None) -> Tensor:
         """Integers in {0, …, high − 1}."""
         return self._draw(shape, device, lambda s, g: torch.randint(high, s, generator=g))
 

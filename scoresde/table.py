@@ -37,8 +37,8 @@ class TableSDE(SDE):
             raise ValueError(f"TableSDE needs at least two entries; got {len(table)}.")
         snr = torch.log(table) - torch.log1p(-table) if self.preserving else -2 * torch.log(table)
         if not torch.isfinite(snr).all() or not (snr[1:] < snr[:-1]).all():
-            kind = "alpha_bar must fall strictly within (0, 1)" if self.preserving else "sigmas must rise strictly from > 0"
-            raise ValueError(f"{kind}, data end first; got {table[:3].tolist()} … {table[-3:].tolist()}.")
+            rule = "alpha_bar must fall within (0, 1)" if self.preserving else "sigmas must rise, above 0"
+            raise ValueError(f"{rule}, strictly, data end first; got {table[:3].tolist()} … {table[-3:].tolist()}.")
         self._table = snr
         self.t_min, self.t_max = 1 / len(table), 1.0
 

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from scoresde import (
+    EDMSDE,
     SDE,
     VESDE,
     VPSDE,
     CosineSDE,
-    EDMSDE,
     GaussianMixtureDenoiser,
     RectifiedFlow,
     SubVPSDE,

@@ -10,6 +10,7 @@ from torch import nn
 from scoresde import (
     DDIM,
     EDM,
+    VPSDE,
     X0,
     Denoiser,
     Eps,
@@ -23,7 +24,6 @@ from scoresde import (
     TableSDE,
     V,
     Velocity,
-    VPSDE,
     log_likelihood,
 )
 from scoresde.denoiser import CountingDenoiser, default_noise_input
@@ -99,7 +99,9 @@ def test_foreign_networks_say_what_the_exact_denoiser_says(sde, convention, even
     exact = mixture(sde, event, covariance="diagonal")
     denoiser = convention(exact)
     t = times(sde, 6)
-    x = sde.perturb(exact.sample(6, rng=Rng(0), dtype=torch.float64), t, Rng(1).normal((6, *event), dtype=torch.float64))
+    x = sde.perturb(
+        exact.sample(6, rng=Rng(0), dtype=torch.float64), t, Rng(1).normal((6, *event), dtype=torch.float64)
+    )
     for time in (t, t[2]):
         got, want = denoiser(x, time), exact(x, time)
         scales = want.scales
@@ -262,7 +264,7 @@ def test_outputs_of_another_shape_are_refused(output) -> None:
 
 @pytest.mark.parametrize("arguments", [{"sigma_data": 0.0}, {"sigma_data": -1.0}, {"autocast": "float32"}])
 def test_bad_arguments_are_refused(arguments) -> None:
-    with pytest.raises(ValueError, match="sigma_data|autocast"):
+    with pytest.raises(ValueError, match=r"sigma_data|autocast"):
         Preconditioned(nn.Identity(), VPSDE(), Eps(), **arguments)
 
 

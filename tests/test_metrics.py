@@ -277,7 +277,7 @@ def test_frechet_rounds_both_sides_to_the_raw_values():
 
 def test_frechet_refuses_few_samples_and_the_name_fid():
     few = images(100, 0)
-    with pytest.raises(ValueError, match="at least 2048 samples.*100 and 100.*allow_small"):
+    with pytest.raises(ValueError, match=r"at least 2048 samples.*100 and 100.*allow_small"):
         Frechet(Halves(), "halves-FD")(few, few)
     assert Frechet(Halves(), "halves-FD", allow_small=True)(few, few).small
     with pytest.raises(ValueError, match="2 samples cannot fill a covariance of 2"):

@@ -1,4 +1,4 @@
-"""The oracle of the other tests, tested against brute force: Bayes' rule by quadrature, densities by torch.distributions."""
+"""The oracle of the other tests, tested against brute force: Bayes' rule by quadrature, torch.distributions."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from oracles import (
 )
 from torch.distributions import Categorical, MixtureSameFamily, MultivariateNormal
 
-from scoresde import CosineSDE, EDMSDE, GaussianMixtureDenoiser, RectifiedFlow, Rng, TableSDE, VESDE, VPSDE
+from scoresde import EDMSDE, VESDE, VPSDE, CosineSDE, GaussianMixtureDenoiser, RectifiedFlow, Rng, TableSDE
 
 ALL = all_sdes()
 each_sde = pytest.mark.parametrize("sde", ALL.values(), ids=ALL.keys())
@@ -94,9 +94,7 @@ def test_density_is_that_of_torch_distributions(form, event) -> None:
         noise = sigma**2 * torch.eye(covs.shape[-1], dtype=torch.float64)
         x0, x = denoiser.sample(5, rng=Rng(0), dtype=torch.float64), draws(denoiser, t, 5)
         data = MixtureSameFamily(categorical, MultivariateNormal(denoiser.means, covs))
-        marginal = MixtureSameFamily(
-            categorical, MultivariateNormal(alpha * denoiser.means, alpha**2 * covs + noise)
-        )
+        marginal = MixtureSameFamily(categorical, MultivariateNormal(alpha * denoiser.means, alpha**2 * covs + noise))
         torch.testing.assert_close(denoiser.log_prob(x0), data.log_prob(x0.flatten(1)), rtol=1e-8, atol=1e-8)
         torch.testing.assert_close(denoiser.log_prob(x, t), marginal.log_prob(x.flatten(1)), rtol=1e-8, atol=1e-8)
 
@@ -108,7 +106,7 @@ def test_density_integrates_to_one(sde) -> None:
     for t in (0, *times(sde, 4)[1:3].tolist()):
         mean, cov = data_moments(denoiser) if t == 0 else marginal_moments(denoiser, t)
         reach = 10 * float(cov.diagonal().max().sqrt())
-        line = torch.linspace(-reach, reach, 601, dtype=torch.float64)
+        line = torch.linspace(-reach, reach, 401, dtype=torch.float64)
         points = torch.cartesian_prod(line, line) + mean
         total = denoiser.log_prob(points, t).exp().sum() * (line[1] - line[0]) ** 2
         assert float(total) == pytest.approx(1, abs=1e-8)
@@ -174,7 +172,7 @@ def test_samples_have_the_moments_of_the_data(form) -> None:
 
 
 def test_samples_follow_the_distribution_itself() -> None:
-    """On the line, against the exact CDF, by Kolmogorov–Smirnov at level 1e-5: weights and components, not moments only."""
+    """On the line, against the exact CDF, by Kolmogorov–Smirnov at level 1e-5: weights too, not moments only."""
     means = torch.tensor([[-2.0], [0.0], [3.0]], dtype=torch.float64)
     stds, weights = torch.tensor([0.2, 1.0, 0.5], dtype=torch.float64), torch.tensor([0.5, 0.2, 0.3])
     n, denoiser = 20_000, GaussianMixtureDenoiser(means, stds**2, weights, VPSDE())

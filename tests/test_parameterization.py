@@ -1,4 +1,4 @@
-"""Each row (p, q) of the table: inverted exactly, for every SDE, time and precision, and equal to its paper's formulas."""
+"""Each row (p, q) of the table: inverted exactly, for every SDE, time and precision; equal to its paper's formulas."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from oracles import EVENT_SHAPES, all_sdes, times
 
 from scoresde import (
     EDM,
-    X0,
     EDMSDE,
+    VPSDE,
+    X0,
     Eps,
     GaussianMixtureDenoiser,
     Preconditioned,
     Score,
     V,
     Velocity,
-    VPSDE,
 )
 
 ALL = all_sdes()
@@ -55,7 +55,9 @@ def test_prediction_inverts_target(sde, row, dtype) -> None:
     size_x = scales.alpha * x0.abs() + scales.sigma * eps.abs()
     size_f = (p * x0).abs() + (q * eps).abs()
     assert bool(((got.x0 - x0).abs() <= unit * ((q / det).abs() * size_x + (scales.sigma / det).abs() * size_f)).all())
-    assert bool(((got.eps - eps).abs() <= unit * ((scales.alpha / det).abs() * size_f + (p / det).abs() * size_x)).all())
+    assert bool(
+        ((got.eps - eps).abs() <= unit * ((scales.alpha / det).abs() * size_f + (p / det).abs() * size_x)).all()
+    )
     size = scales.alpha * got.x0.abs() + scales.sigma * got.eps.abs()
     assert bool(((scales.alpha * got.x0 + scales.sigma * got.eps - x).abs() <= unit * size).all())
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from oracles import EVENT_SHAPES, all_sdes, mixture, times
 
-from scoresde import GaussianMixtureDenoiser, Prediction, VPSDE
+from scoresde import VPSDE, GaussianMixtureDenoiser, Prediction
 
 ALL = all_sdes()
 each_sde = pytest.mark.parametrize("sde", ALL.values(), ids=ALL.keys())

@@ -6,10 +6,19 @@ import math
 
 import pytest
 import torch
-from oracles import EVENT_SHAPES, all_sdes, closed_form_sdes, ddpm_alpha_bar, gauss_legendre, ncsn_sigmas, segments, times
+from oracles import (
+    EVENT_SHAPES,
+    all_sdes,
+    closed_form_sdes,
+    ddpm_alpha_bar,
+    gauss_legendre,
+    ncsn_sigmas,
+    segments,
+    times,
+)
 from torch import Tensor
 
-from scoresde import SDE, VESDE, VPSDE, CosineSDE, EDMSDE, RectifiedFlow, Rng, SubVPSDE
+from scoresde import EDMSDE, SDE, VESDE, VPSDE, CosineSDE, RectifiedFlow, Rng, SubVPSDE
 
 ALL = all_sdes()
 each_sde = pytest.mark.parametrize("sde", ALL.values(), ids=ALL.keys())

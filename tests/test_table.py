@@ -8,7 +8,7 @@ import pytest
 import torch
 from oracles import ddpm_alpha_bar, ncsn_sigmas, times
 
-from scoresde import TableSDE, VPSDE
+from scoresde import VPSDE, TableSDE
 
 
 def entries(sde: TableSDE) -> torch.Tensor:
@@ -78,7 +78,9 @@ def test_tables_may_be_lists_and_of_any_precision() -> None:
     t = torch.tensor([0.3, 0.6, 0.99], dtype=torch.float64)
     for table in (values, tuple(values), torch.tensor(values, dtype=torch.float64)):
         assert torch.equal(TableSDE(table).log_snr(t), TableSDE(values).log_snr(t))
-    torch.testing.assert_close(TableSDE(torch.tensor(values)).log_snr(t), TableSDE(values).log_snr(t), rtol=1e-5, atol=0)
+    torch.testing.assert_close(
+        TableSDE(torch.tensor(values)).log_snr(t), TableSDE(values).log_snr(t), rtol=1e-5, atol=0
+    )
 
 
 def test_the_callers_table_is_copied() -> None:

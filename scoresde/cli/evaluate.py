@@ -7,7 +7,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from ..config import build, plain
-from ..train import NullLogger, held_out_loss
+from ..train import NullLogger, figures, held_out_loss
 from . import folder as folders
 from ._hydra import allowed, build_samplers, launch, output_folder, refusing
 from .model import load_run, set_threads
@@ -27,6 +27,8 @@ def evaluate(cfg: DictConfig) -> float:
         allow, options = allowed(cfg), plain(cfg)
         set_threads(options["threads"])
         evaluation = Evaluation(**options["evaluation"])
+        if evaluation.pictures:
+            figures.require()
         samplers = build_samplers(cfg, allow)
         likelihood = build(cfg.likelihood, allow)
         run = load_run(Path(cfg.run), allow=allow, device=options["device"], weights=options["weights"])

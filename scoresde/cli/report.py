@@ -31,6 +31,7 @@ class Evaluation:
         points_during: the same during training.
         samples: per sampler, ≥ 1.
         batch_size: samples at a time, ≥ 1.
+        pictures: draw PNGs, which needs matplotlib.
         objective: "bits_per_dim" or "loss", what a sweep is sorted by.
 
     Raises:
@@ -41,6 +42,7 @@ class Evaluation:
     points_during: int = 64
     samples: int = 64
     batch_size: int = 128
+    pictures: bool = True
     objective: str = "bits_per_dim"
 
     def __post_init__(self) -> None:
@@ -50,6 +52,8 @@ class Evaluation:
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"evaluation.{name} is a whole number of at least 1; got {value!r}.")
+        if not isinstance(self.pictures, bool):
+            raise ValueError(f"evaluation.pictures is true or false; got {self.pictures!r}.")
         if self.objective not in ("bits_per_dim", "loss"):
             raise ValueError(f"evaluation.objective is bits_per_dim or loss; got {self.objective!r}.")
 
@@ -70,7 +74,7 @@ def check_samplers(samplers: Mapping[str, Sampler], denoiser: Denoiser) -> None:
 
 def sample_all(
     samplers: Mapping[str, Sampler], denoiser: Denoiser, dataset: Dataset, folder: Path, *,
-    seeds: Sequence[int], conditional: bool, batch_size: int,
+    seeds: Sequence[int], conditional: bool, batch_size: int, pictures: bool = True,
 ) -> dict[str, Samples]:  # fmt: skip
     """Samples by every sampler from the same seeds, written to `folder` as arrays and pictures.
 
@@ -85,6 +89,8 @@ def sample_all(
         made[name] = draw(
             denoiser, sampler, shape, seeds=seeds, labels=labels, batch_size=batch_size, watched=watched
         )  # fmt: skip
+        if not pictures:
+            continue
         suffix = f"-{name}" if index else ""
         figures.sample_grid(made[name].x, real, folder / f"samples{suffix}.png")
         figures.trajectory(made[name].frames, made[name].times, folder / f"trajectory{suffix}.png")
@@ -108,7 +114,8 @@ def report(
     bits = likelihood(denoiser, dataset, points=evaluation.points, seed=seed, conditional=conditional)
     seeds = range(seed * evaluation.samples, (seed + 1) * evaluation.samples)
     made = sample_all(
-        samplers, denoiser, dataset, folder, seeds=seeds, conditional=conditional, batch_size=evaluation.batch_size
+        samplers, denoiser, dataset, folder, seeds=seeds, conditional=conditional, batch_size=evaluation.batch_size,
+        pictures=evaluation.pictures,
     )  # fmt: skip
     summary = {
         **facts,

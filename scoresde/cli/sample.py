@@ -9,6 +9,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from ..config import ConfigError, plain
+from ..train import figures
 from . import folder as folders
 from ._hydra import allowed, build_samplers, choice, launch, output_folder, refusing
 from .model import load_run, set_threads
@@ -47,13 +48,15 @@ def sample(cfg: DictConfig) -> None:
         allow, options = allowed(cfg), plain(cfg)
         seeds = choose_seeds(options["seeds"], options["seed"], options["n"])
         set_threads(options["threads"])
+        if options["pictures"]:
+            figures.require()
         samplers = build_samplers(cfg, allow)
         run = load_run(Path(cfg.run), allow=allow, device=options["device"], weights=options["weights"])
         check_samplers(samplers, run.denoiser)
     folder.mkdir(parents=True, exist_ok=True)
     made = sample_all(
         samplers, run.denoiser, run.dataset, folder, seeds=seeds, conditional=run.conditional,
-        batch_size=options["batch_size"],
+        batch_size=options["batch_size"], pictures=options["pictures"],
     )  # fmt: skip
     rows = [[name, f"{s.evaluations:.0f}", f"{s.seconds:.1f}", str(len(s.x))] for name, s in made.items()]
     record = {

@@ -22,6 +22,7 @@ from ..train import (
     JsonlLogger,
     Logger,
     OdeLikelihood,
+    RunFacts,
     Tee,
     Trainer,
     Training,
@@ -77,7 +78,7 @@ class Plan:
     samplers: dict[str, Sampler]
     likelihood: OdeLikelihood
     evaluation: Evaluation
-    logger: Any
+    logger: Logger
 
 
 def run(cfg: DictConfig) -> dict[str, float]:
@@ -118,6 +119,8 @@ def assemble(cfg: DictConfig) -> Plan:
     set_threads(config["threads"])
     device = choose_device(config["device"])
     evaluation = Evaluation(**config["evaluation"])
+    if evaluation.pictures:
+        figures.require()
     trainer = build(cfg.trainer, allow)
     samplers = build_samplers(cfg, allow)
     torch.manual_seed(seed)  # initial weights and dropout; everything else takes an Rng
@@ -135,65 +138,69 @@ def assemble(cfg: DictConfig) -> Plan:
         Rng(seed), conditional=config["conditional"],
     )  # fmt: skip
     likelihood = build(cfg.likelihood, allow)
-    return Plan(config, trainer, training, samplers, likelihood, evaluation, cfg.logger)
+    return Plan(config, trainer, training, samplers, likelihood, evaluation, build(cfg.logger, allow))
 
 
 def start_logger(plan: Plan, folder: Path, checkpoint: Checkpoint | None) -> Logger:
-    """metrics.jsonl, and the view that the configuration asks for."""
-    config = plan.config if checkpoint is None else checkpoint.records["config"]
+    """metrics.jsonl, and beside it the view that the configuration asks for."""
+    config, step = plan.config, 0
+    if checkpoint is not None:
+        config, step = checkpoint.records["config"], checkpoint.step
     identity = run_id({name: value for name, value in config.items() if name != "logger"}, folder)
-    record = JsonlLogger(folder / "metrics.jsonl", 0 if checkpoint is None else checkpoint.step)
-    leaf = plain(plan.logger)
-    if leaf["_target_"].endswith(".NullLogger"):
-        return record
-    group = folder.parent.name if in_sweep() else None
-    view = build(leaf, key="logger", folder=folder, id=identity, config=plan.config, name=folder.name, group=group)
-    return Tee(record, view)
+    logger = Tee(JsonlLogger(), plan.logger)
+    logger.start(RunFacts(folder, identity, plan.config, folder.parent.name if in_sweep() else None, step))
+    return logger
+
+
+def measure(plan: Plan, run: Training) -> Mapping[str, float]:
+    """Held-out numbers of the average, during training."""
+    conditional, points = plan.config["conditional"], min(plan.evaluation.points_during, len(run.dataset.test))
+    loss = held_out_loss(run.average, run.dataset, conditional=conditional)
+    bits = plan.likelihood(
+        run.average.denoiser, run.dataset, points=points, seed=plan.config["seed"], conditional=conditional
+    )  # fmt: skip
+    return {"eval/loss": loss, "eval/bpd/ode": bits.mean, "eval/bpd_stderr": bits.stderr, "eval/nfe": bits.evaluations}
+
+
+def picture(plan: Plan, run: Training, folder: Path) -> Mapping[str, Path]:
+    """Samples of the average beside real ones, during training."""
+    dataset, n = run.dataset, min(plan.evaluation.samples, len(run.dataset.test))
+    made = draw(
+        run.average.denoiser, next(iter(plan.samplers.values())), dataset.event_shape, seeds=range(n),
+        labels=labels_for(dataset, n, plan.config["conditional"]), batch_size=plan.evaluation.batch_size,
+    )  # fmt: skip
+    real = dataset.encode(dataset.test.raw[spread(len(dataset.test), n)])
+    return {"eval/samples": figures.sample_grid(made.x, real, folder / "progress" / f"step-{run.step:08d}.png")}
 
 
 def fit_and_report(plan: Plan, folder: Path, logger: Logger) -> dict[str, float]:
     """Training, then the pictures, the numbers and the table."""
-    training, dataset, config = plan.training, plan.training.dataset, plan.config
-    model, conditional, seed = training.average, config["conditional"], config["seed"]
-    during = min(plan.evaluation.points_during, len(dataset.test))
-
-    def evaluate(run: Training) -> Mapping[str, float]:
-        bits = plan.likelihood(model.denoiser, dataset, points=during, seed=seed, conditional=conditional)
-        return {
-            "eval/loss": held_out_loss(model, dataset, conditional=conditional),
-            "eval/bpd/ode": bits.mean, "eval/bpd_stderr": bits.stderr, "eval/nfe": bits.evaluations,
-        }  # fmt: skip
-
-    def sample(run: Training) -> Mapping[str, Path]:
-        n = min(plan.evaluation.samples, len(dataset.test))
-        made = draw(
-            model.denoiser, next(iter(plan.samplers.values())), dataset.event_shape, seeds=range(n),
-            labels=labels_for(dataset, n, conditional), batch_size=plan.evaluation.batch_size,
-        )  # fmt: skip
-        real = dataset.encode(dataset.test.raw[spread(len(dataset.test), n)])
-        return {"eval/samples": figures.sample_grid(made.x, real, folder / "progress" / f"step-{run.step:08d}.png")}
-
+    training, config, pictures = plan.training, plan.config, plan.evaluation.pictures
     start = time.monotonic()
     plan.trainer.fit(
-        training, logger=logger, folder=folder / "checkpoints", config=config, evaluate=evaluate, sample=sample
+        training, logger=logger, folder=folder / "checkpoints", config=config,
+        evaluate=lambda run: measure(plan, run),
+        sample=(lambda run: picture(plan, run, folder)) if pictures else None,
     )  # fmt: skip
     seconds = time.monotonic() - start
     at = {"step": training.step, "images": training.images}
-    loss = held_out_loss(model, dataset, conditional=conditional)
+    loss = held_out_loss(training.average, training.dataset, conditional=config["conditional"])
     if not config["evaluate_at_end"]:
-        logger.log({"eval/loss": loss}, **at)
+        logger.log({"eval/loss": loss, "final": 1}, **at)
         print(f"Held-out loss {loss:.5g} after {training.images:,} images. Run in {folder}", flush=True)
         return {"objective": loss, "loss": loss}
     facts = {"folder": str(folder), **at, "train_seconds": seconds, "loss": loss}
     summary = report(
-        model.denoiser, dataset, plan.samplers, plan.likelihood, evaluation=plan.evaluation, seed=seed,
-        conditional=conditional, folder=folder, facts=facts, logger=logger,
+        training.average.denoiser, training.dataset, plan.samplers, plan.likelihood, evaluation=plan.evaluation,
+        seed=config["seed"], conditional=config["conditional"], folder=folder, facts=facts, logger=logger,
     )  # fmt: skip
     bits = summary["bits_per_dim"]
-    logger.log({"eval/loss": loss, "eval/bpd/ode": bits["mean"], "eval/bpd_stderr": bits["stderr"]}, **at)
-    figures.loss_curve(read_rows(folder / "metrics.jsonl"), folder / "loss.png")
-    for name in ("samples", "trajectory", "loss"):
-        logger.image(f"eval/{name}", folder / f"{name}.png", **at)
+    final = {"eval/loss": loss, "eval/bpd/ode": bits["mean"], "eval/bpd_stderr": bits["stderr"], "final": 1}
+    logger.log(final, **at)
+    if pictures:
+        figures.loss_curve(read_rows(folder / "metrics.jsonl"), folder / "loss.png")
+        for name in ("samples", "trajectory", "loss"):
+            logger.image(f"eval/{name}", folder / f"{name}.png", **at)
     print(list_files(folder, _RESULTS), flush=True)
     objective = bits["mean"] if plan.evaluation.objective == "bits_per_dim" else loss
     return {"objective": objective, "bits_per_dim": bits["mean"], "stderr": bits["stderr"], "loss": loss}

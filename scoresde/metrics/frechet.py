@@ -28,8 +28,8 @@ def frechet_distance(features_x: Tensor, features_y: Tensor) -> float:
 
     The squared 2-Wasserstein distance between the Gaussians of the same mean and covariance (Dowson & Landau 1982,
     eq. 16), with unbiased covariances. The last trace is the sum of the singular values of Σ_x^{1/2} Σ_y^{1/2}, with
-    symmetric roots by eigendecomposition, so that nothing complex can appear; round-off below 0 is returned as 0. Biased
-    upwards at finite n.
+    symmetric roots by eigendecomposition, so that nothing complex can appear; round-off below 0 is returned as 0. The
+    estimate is biased upwards, by O(1/n).
 
     Args:
         features_x: (n, F), n ≥ 2.

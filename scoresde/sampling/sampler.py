@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import itertools
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -103,9 +104,7 @@ class Sampler:
         Raises:
             SolverError: a sample is not finite; its index is named.
         """
-        for trace in self.iterate(denoiser, shape_or_x, cond=cond, rng=rng):
-            pass
-        return trace.x
+        return deque(self.iterate(denoiser, shape_or_x, cond=cond, rng=rng), maxlen=1).pop().x
 
     def iterate(
         self,
@@ -164,5 +163,8 @@ class Sampler:
             bad = (~finite).nonzero().flatten().tolist()
             raise SolverError(
                 "Sampling ended with values that are not finite (too few steps for this step and SDE, or a network "
-                "that is not)", t=t, evaluations=evaluations, samples=bad,
+                "that is not)",
+                t=t,
+                evaluations=evaluations,
+                samples=bad,
             )

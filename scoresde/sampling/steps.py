@@ -220,7 +220,7 @@ class PredictorCorrector(Step):
         if corrector_steps < 0:
             raise ValueError(f"corrector_steps is at least 0; got {corrector_steps}.")
         if predictor.evaluations is None or corrector.evaluations is None:
-            raise ValueError("PredictorCorrector takes fixed-step parts; an adaptive solver has no per-step correction.")
+            raise ValueError("PredictorCorrector takes fixed-step parts; an adaptive solver has no steps to correct.")
         self.predictor, self.corrector, self.corrector_steps = predictor, corrector, corrector_steps
         self.order = predictor.order
         self.evaluations = predictor.evaluations + corrector_steps * corrector.evaluations

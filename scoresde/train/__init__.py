@@ -3,7 +3,7 @@
 from .checkpoint import Checkpoint, CheckpointError
 from .ema import EMA
 from .evaluation import BitsPerDim, OdeLikelihood, Samples, draw, held_out_loss
-from .logger import JsonlLogger, Logger, NullLogger, Tee, WandbLogger
+from .logger import JsonlLogger, Logger, NullLogger, RunFacts, Tee, WandbLogger
 from .state import Training
 from .trainer import Trainer, TrainingDiverged
 
@@ -15,7 +15,7 @@ __all__ = [
     "JsonlLogger",
     "Logger",
     "NullLogger",
-    "OdeLikelihood",
+    "OdeLikelihood", "RunFacts",
     "Samples",
     "Tee",
     "Trainer",

@@ -165,18 +165,26 @@ def draw(
     """
     device, start = model_device(denoiser), time.monotonic()
     parts, calls, kept, times = [], [], [], []
-    stride = max(1, sampler.steps // max(frames - 1, 1))
+    watch = _frame_indices(denoiser, sampler, frames)
     for first in range(0, len(seeds), batch_size):
         part = list(seeds[first : first + batch_size])
         cond = None if labels is None else labels[first : first + batch_size].to(device)
         for trace in sampler.iterate(denoiser, (len(part), *event_shape), cond=cond, rng=Rng(seeds=part)):
-            if first == 0 and (trace.index % stride == 0 or trace.index >= sampler.steps):
+            if first == 0 and trace.index in watch:
                 kept.append(trace.x[:watched].cpu())
                 times.append(trace.t)
         parts.append(trace.x.cpu())
         calls.append(trace.evaluations)
     seconds = time.monotonic() - start
     return Samples(torch.cat(parts), labels, torch.stack(kept), times, sum(calls) / len(calls), seconds)
+
+
+def _frame_indices(denoiser: Denoiser, sampler: Sampler, frames: int) -> set[int]:
+    """Steps spread evenly in log-SNR, where things happen, and the final denoising."""
+    log_snr = denoiser.sde.log_snr(sampler.grid(denoiser.sde, sampler.steps).double())
+    wanted = torch.linspace(float(log_snr[0]), float(log_snr[-1]), frames, dtype=torch.float64)
+    nearest = (log_snr[:, None] - wanted).abs().argmin(0)
+    return {*nearest.tolist(), sampler.steps + 1}
 
 
 def choose_split(dataset: Dataset, split: str) -> Split:

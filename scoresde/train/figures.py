@@ -20,7 +20,7 @@ def require() -> None:
         import matplotlib.figure  # noqa: F401
     except ImportError as error:
         raise ImportError(
-            "Pictures need matplotlib: pip install 'scoresde[plot]', or go without by pictures=false."
+            "Pictures need matplotlib: pip install 'scoresde[plot]', or set pictures=false (evaluation.pictures=false)."
         ) from error
 
 

@@ -12,14 +12,38 @@ import platform
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO, cast
 
 _log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class RunFacts:
+    """What a logger needs to know about the run it follows.
+
+    Attributes:
+        folder: the output folder.
+        id: stable over restarts, see `run_id`.
+        config: resolved configuration.
+        group: name of the sweep the run belongs to, None for none.
+        resume_step: step of the checkpoint that is continued, 0 for a fresh run.
+    """
+
+    folder: Path
+    id: str
+    config: Mapping[str, Any]
+    group: str | None = None
+    resume_step: int = 0
+
+
 class Logger(abc.ABC):
-    """Takes numbers, pictures and tables of a run."""
+    """Takes numbers, pictures and tables of a run, between `start` and `close`."""
+
+    @abc.abstractmethod
+    def start(self, facts: RunFacts) -> None:
+        """Begins, or continues, the run."""
 
     @abc.abstractmethod
     def log(self, values: Mapping[str, float], *, step: int, images: int) -> None:
@@ -45,6 +69,9 @@ class Logger(abc.ABC):
 class NullLogger(Logger):
     """Keeps nothing."""
 
+    def start(self, facts: RunFacts) -> None:
+        pass
+
     def log(self, values: Mapping[str, float], *, step: int, images: int) -> None:
         pass
 
@@ -62,46 +89,47 @@ class NullLogger(Logger):
 
 
 class JsonlLogger(Logger):
-    """One JSON object per line, flushed at once; the first line holds versions, hardware and commit.
+    """`metrics.jsonl`: one JSON object per line, flushed at once; the first holds versions, hardware and commit.
 
-    On resuming, rows after the checkpoint's step (and a line cut by a crash) are taken out, so every step stands
-    there once, whatever happened in between.
-
-    Args:
-        path: the file; made if absent.
-        resume_step: step of the checkpoint that is continued, 0 for a fresh run.
+    On resuming, rows after the checkpoint's step, rows of a final evaluation (marked `final`) and a line cut by a
+    crash are taken out, so every row stands there once, whatever happened in between. Pictures, tables and final
+    numbers are files of the output folder already.
     """
 
-    def __init__(self, path: Path, resume_step: int = 0):
-        self.path = path
-        rows = [row for row in read_rows(path) if row.get("step", 0) <= resume_step] if resume_step else []
-        rows.append({"header": provenance(), "step": resume_step})
+    def __init__(self) -> None:
+        self._file: TextIO | None = None
+
+    def start(self, facts: RunFacts) -> None:
+        path, last = facts.folder / "metrics.jsonl", facts.resume_step
+        rows = [row for row in read_rows(path) if row.get("step", 0) <= last and not row.get("final")] if last else []
+        rows.append({"header": provenance(), "step": last})
         temporary = path.with_suffix(".new")
         with open(temporary, "w", encoding="utf-8") as file:
             file.writelines(_line(row) for row in rows)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        self._file: TextIO = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
 
     def log(self, values: Mapping[str, float], *, step: int, images: int) -> None:
-        self._write({"step": step, "images": images, "time": round(time.time(), 3), **values})
+        if self._file is None:
+            raise RuntimeError("metrics.jsonl is not open: call start before log, and nothing after close.")
+        self._file.write(_line({"step": step, "images": images, "time": round(time.time(), 3), **values}))
+        self._file.flush()
 
     def image(self, key: str, path: Path, *, step: int, images: int) -> None:
-        self._write({"step": step, "images": images, "time": round(time.time(), 3), key: str(path.name)})
+        pass
 
     def table(self, key: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-        pass  # tables and final numbers stand in summary.json
+        pass
 
     def summary(self, values: Mapping[str, Any]) -> None:
         pass
 
     def close(self, failed: bool = False) -> None:
-        self._file.close()
-
-    def _write(self, row: Mapping[str, Any]) -> None:
-        self._file.write(_line(row))
-        self._file.flush()
+        if self._file is not None:
+            self._file.close()
+            self._file = None
 
 
 def _line(row: Mapping[str, Any]) -> str:
@@ -173,10 +201,6 @@ class WandbLogger(Logger):
     """A Weights & Biases run; any trouble with it costs one warning and the view, never the training.
 
     Args:
-        folder: the run's output folder; W&B's own files go to `folder/wandb`.
-        id: stable run id, see `run_id`.
-        name, group: shown name, and the sweep the run belongs to (None for none).
-        config: the resolved configuration.
         mode: "offline" (default: no account, no network; `wandb sync` later), "online" or "disabled".
         project, entity, tags: as in `wandb.init`.
 
@@ -187,11 +211,6 @@ class WandbLogger(Logger):
     def __init__(
         self,
         *,
-        folder: Path,
-        id: str,
-        config: Mapping[str, Any],
-        name: str | None = None,
-        group: str | None = None,
         mode: str = "offline",
         project: str = "scoresde",
         entity: str | None = None,
@@ -199,22 +218,28 @@ class WandbLogger(Logger):
     ):
         if mode not in ("offline", "online", "disabled"):
             raise ValueError(f"mode is 'offline', 'online' or 'disabled'; got {mode!r}.")
+        self.mode, self.project, self.entity, self.tags = mode, project, entity, list(tags)
         self._run: Any = None
 
-        def start() -> None:
+    def start(self, facts: RunFacts) -> None:
+        def begin() -> None:
             import wandb
 
-            # no argv, no host names, no code in the upload: secrets end up there
-            settings = wandb.Settings(console="off", silent=True, x_disable_meta=True, save_code=False, init_timeout=60)
-            self._run = wandb.init(
-                project=project, entity=entity, name=name, group=group, id=id, tags=list(tags), dir=str(folder),
-                config=dict(config), mode=cast(Any, mode), resume="allow" if mode == "online" else None, job_type="train",
-                reinit="finish_previous", settings=settings,
+            # no argv and no code in the upload: secrets end up there
+            settings = wandb.Settings(
+                console="off", silent=True, x_disable_meta=True, save_code=False, init_timeout=60
             )  # fmt: skip
+            self._run = wandb.init(
+                project=self.project, entity=self.entity, tags=self.tags, mode=cast(Any, self.mode), id=facts.id,
+                name=facts.folder.name, group=facts.group, dir=str(facts.folder), config=dict(facts.config),
+                resume="allow" if self.mode == "online" else None, job_type="train", reinit="finish_previous",
+                settings=settings,
+            )  # fmt: skip
+            # one axis for all: W&B drops rows whose own step goes back, as it does after a restart
             self._run.define_metric("images")
             self._run.define_metric("*", step_metric="images")
 
-        self._guard(start)
+        self._guard(begin)
 
     def log(self, values: Mapping[str, float], *, step: int, images: int) -> None:
         self._guard(lambda: self._run and self._run.log({**values, "step": step, "images": images}))
@@ -260,6 +285,10 @@ class Tee(Logger):
 
     def __init__(self, *loggers: Logger):
         self.loggers = loggers
+
+    def start(self, facts: RunFacts) -> None:
+        for logger in self.loggers:
+            logger.start(facts)
 
     def log(self, values: Mapping[str, float], *, step: int, images: int) -> None:
         for logger in self.loggers:
