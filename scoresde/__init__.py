@@ -5,6 +5,7 @@ A diffusion model is a forward SDE (`sde`), an estimate of where its paths began
 """
 
 from . import nn
+from .data import suggest_sigma_max
 from .denoiser import Cond, Denoiser, Preconditioned, ScoreFunction
 from .divergence import Exact, Hutchinson
 from .grids import Grid, KarrasGrid, LogSNRGrid, QuadraticGrid, UniformGrid
@@ -83,4 +84,5 @@ __all__ = [
     "bits_per_dim",
     "log_likelihood",
     "nn",
+    "suggest_sigma_max",
 ]  # fmt: skip

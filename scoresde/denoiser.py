@@ -144,3 +144,9 @@ class CountingDenoiser(Denoiser):
     def forward(self, x: Tensor, t: Tensor, cond: Cond = None) -> Prediction:
         self.evaluations += 1
         return self.denoiser(x, t, cond)
+
+    def prior_sample(self, shape: tuple[int, ...], *, rng, dtype: torch.dtype | None = None, device=None) -> Tensor:
+        return self.denoiser.prior_sample(shape, rng=rng, dtype=dtype, device=device)
+
+    def prior_log_prob(self, z: Tensor) -> Tensor:
+        return self.denoiser.prior_log_prob(z)

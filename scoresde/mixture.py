@@ -19,7 +19,8 @@ class GaussianMixtureDenoiser(Denoiser):
 
     x_t is a mixture too, Σ_k w_k N(α μ_k, α²C_k + σ²I). With C_k = U diag(ℓ) Uᵀ, r = Uᵀ(x − αμ_k) and
     v = α²ℓ + σ², component k says x̂_0 = μ_k + U(αℓ r/v) and ε̂ = U(σ r/v), weighted by its responsibility;
-    nothing is divided by σ, so small noise costs no accuracy. Computed in float64, returned in the dtype of x.
+    nothing is divided by σ, so small noise costs no accuracy. Computed in float64, returned in the dtype of x. Its
+    prior is the exact marginal at t_max, so what a sampler or likelihood gets wrong is its own doing.
 
     Args:
         means: (K, D) or (K, *event).
@@ -102,6 +103,16 @@ class GaussianMixtureDenoiser(Denoiser):
             alpha, sigma = self.sde.marginal(as_time(t, x).double())
         return self._components(x, alpha.to(x.device), sigma.to(x.device))[2].logsumexp(-1)
 
+    def prior_sample(self, shape: tuple[int, ...], *, rng: Rng, dtype: torch.dtype | None = None, device=None) -> Tensor:
+        """x_T of shape (B, *event), exact draws of the marginal at t_max."""
+        x0 = self.sample(shape[0], rng=rng, dtype=torch.float64).reshape(shape)
+        z = self.sde.perturb(x0, as_time(self.sde.t_max, x0), rng.normal_like(x0))
+        return z.to(device or z.device, dtype or torch.get_default_dtype())
+
+    def prior_log_prob(self, z: Tensor) -> Tensor:
+        """Exact log-density of the marginal at t_max in nats, shape (B,)."""
+        return self.log_prob(z, self.sde.t_max)
+
     def sample(self, n: int, *, rng: Rng, dtype: torch.dtype | None = None) -> Tensor:
         """n exact draws of the data, (n, *event), in `dtype` (default: torch's)."""
         device = self.means.device
@@ -117,8 +128,8 @@ class GaussianMixtureDenoiser(Denoiser):
 
 
 def _rotate(vectors: Tensor, basis: Tensor) -> Tensor:
-    """v_k @ U_k for vectors (B, K, D) and matrices (K, D, D): one matrix product per component, fast under vmap."""
-    return (vectors.transpose(0, 1) @ basis).transpose(0, 1)
+    """v_k @ U_k for vectors (B, K, D) and matrices (K, D, D): one by one, as vmap would copy a batch of matrices."""
+    return torch.stack([rows @ matrix for rows, matrix in zip(vectors.unbind(1), basis, strict=True)], 1)
 
 
 def _spectrum(covs: Tensor, components: int, dims: int, shape: torch.Size) -> tuple[Tensor, Tensor | None]:

@@ -56,14 +56,18 @@ def train(cfg: DictConfig) -> float:
         return run(cfg)["objective"]
     folder, start = output_folder(), time.monotonic()
     overrides = list(HydraConfig.get().overrides.task)
-    try:
-        result = run(cfg)
-    except Exception as error:
-        refused = isinstance(error, Refusal)
-        reason = str(error) if refused else f"{type(error).__name__}: {error}"
-        logging.getLogger(__name__).error("job %s failed: %s", folder.name, reason, exc_info=not refused)
+
+    def failed(reason: str, trace: bool) -> float:
+        logging.getLogger(__name__).error("job %s failed: %s", folder.name, reason, exc_info=trace)
         write_job(folder, overrides, "failed", error=reason, seconds=round(time.monotonic() - start, 1))
         return float("nan")
+
+    try:
+        result = run(cfg)
+    except Refusal as error:
+        return failed(str(error), trace=False)
+    except Exception as error:
+        return failed(f"{type(error).__name__}: {error}", trace=True)
     write_job(folder, overrides, "finished", seconds=round(time.monotonic() - start, 1), **result)
     return result["objective"]
 

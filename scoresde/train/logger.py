@@ -154,10 +154,10 @@ def provenance() -> dict[str, Any]:
     import numpy
     import torch
 
-    import scoresde
+    from .. import __version__
 
     return {
-        "scoresde": scoresde.__version__,
+        "scoresde": __version__,
         "commit": _commit(),
         "python": platform.python_version(),
         "torch": torch.__version__,

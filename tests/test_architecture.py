@@ -1,0 +1,155 @@
+"""The house rules, read from the source: imports point down, optional packages stay apart, import is free."""
+
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import scoresde
+
+PACKAGE = Path(scoresde.__file__).parent
+
+# Each module imports from lower floors only, and from its own package.
+FLOORS = (
+    ("shapes", "rng", "nn"),
+    ("sde",),
+    ("prediction", "table"),
+    ("parameterization",),
+    ("denoiser",),
+    ("mixture", "grids", "ode", "divergence"),
+    ("sampling", "likelihood", "loss"),
+    ("data", "metrics"),
+    ("config", "train"),
+    ("cli",),
+)
+FLOOR = {name: height for height, names in enumerate(FLOORS) for name in names}
+
+# Packages that a plain `import scoresde` must not need, and the only modules that may name them.
+DOORS = {
+    "hydra": ("config", "cli"),
+    "omegaconf": ("config", "cli"),
+    "wandb": ("train.logger",),
+    "matplotlib": ("train.figures",),
+    "tqdm": ("train.progress",),
+    "safetensors": ("train.checkpoint",),
+    "sklearn": ("data.digits", "metrics.c2st"),
+    "PIL": ("data.folder", "train.figures"),
+    "torchdiffeq": ("ode",),
+    "scipy": ("ode", "metrics"),
+}
+
+FILES = sorted(PACKAGE.rglob("*.py"))
+MODULES = {".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"): path for path in FILES}
+
+
+def imports(name: str) -> Iterator[tuple[str, bool]]:
+    """(dotted name, whether it is one of ours) of everything that module `name` imports, anywhere in the file."""
+    path = MODULES[name]
+    package = ["scoresde", *path.relative_to(PACKAGE).parts[:-1]]
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, alias.name.split(".")[0] == "scoresde") for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            yield str(node.module), str(node.module).split(".")[0] == "scoresde"
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1]
+            tails = [[str(node.module)]] if node.module else [[alias.name] for alias in node.names]
+            yield from ((".".join(base + tail), True) for tail in tails)
+
+
+def test_every_module_has_a_floor() -> None:
+    assert {name.split(".")[0] for name in MODULES if name != "__init__"} == set(FLOOR)
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if name != "__init__"])
+def test_imports_point_down(name: str) -> None:
+    own = name.split(".")[0]
+    for imported, ours in imports(name):
+        if not ours:
+            continue
+        other = imported.removeprefix("scoresde.").split(".")[0]
+        if other == "__version__":
+            continue
+        assert other in FLOOR, f"{name} imports {imported}; name the module it needs"
+        assert other == own or FLOOR[other] < FLOOR[own], f"{name} (floor {FLOOR[own]}) imports {imported}"
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_optional_packages_stay_behind_their_door(name: str) -> None:
+    for imported, _ in imports(name):
+        allowed = DOORS.get(imported.split(".")[0])
+        assert allowed is None or any(name == door or name.startswith(f"{door}.") for door in allowed), (
+            f"{name} imports {imported}; only {allowed} may"
+        )
+
+
+def test_modules_stay_readable() -> None:
+    """350 lines a file, 70 lines a function (its docstring aside): beyond that it is asking to be two."""
+    for name, path in MODULES.items():
+        source = path.read_text(encoding="utf-8")
+        assert source.count("\n") <= 350, f"{name} has {source.count(chr(10))} lines"
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                body = node.body[1:] if ast.get_docstring(node) else node.body
+                if body:
+                    assert int(body[-1].end_lineno or 0) - body[0].lineno < 70, f"{name}.{node.name} is too long"
+
+
+def test_types_are_not_asked_of_our_own_objects() -> None:
+    """`isinstance` on a class of ours would be a registry in disguise: vary by wrapping."""
+    ours = {
+        node.name
+        for path in FILES
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.ClassDef)
+    }
+    for name, path in MODULES.items():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "isinstance":
+                asked = {part.id for part in ast.walk(node.args[1]) if isinstance(part, ast.Name)}
+                assert not asked & ours, f"{name}:{node.lineno} asks for {asked & ours}"
+
+
+def test_import_has_no_side_effects() -> None:
+    """No socket, file, process, seed, thread count, default dtype or heavy package comes with `import scoresde`."""
+    code = """
+import random, sys
+import numpy, torch
+before = torch.get_rng_state().clone(), numpy.random.get_state()[1].copy(), random.getstate()
+settings = lambda: (torch.get_num_threads(), torch.get_default_dtype(), torch.backends.cudnn.benchmark,
+                    torch.is_grad_enabled(), torch.get_float32_matmul_precision())
+threads, loaded = settings(), set(sys.modules)
+seen = []
+def watch(event, args):
+    if event.startswith(("socket.", "subprocess.", "os.system", "os.exec", "os.fork", "ctypes.dlopen")):
+        seen.append((event, args))
+    if event == "open" and isinstance(args[1], str) and set(args[1]) & set("wax+"):
+        seen.append((event, args))
+sys.addaudithook(watch)
+sys.dont_write_bytecode = True
+import scoresde
+assert not seen, seen
+assert torch.equal(before[0], torch.get_rng_state())
+assert (before[1] == numpy.random.get_state()[1]).all() and before[2] == random.getstate()
+assert threads == settings()
+heavy = {"hydra", "omegaconf", "wandb", "matplotlib", "sklearn", "PIL", "scipy", "torchdiffeq", "safetensors", "tqdm"}
+new = {name.split(".")[0] for name in set(sys.modules) - loaded}
+assert not new & heavy, new & heavy
+"""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(PACKAGE.parent), os.environ.get("PYTHONPATH", "")])}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_public_names_are_documented() -> None:
+    """Each has a docstring, and a line of `__all__`, in order and once."""
+    assert len(set(scoresde.__all__)) == len(scoresde.__all__)
+    for name in scoresde.__all__:
+        found = getattr(scoresde, name)
+        assert not isinstance(found, type) or (found.__doc__ or "").strip(), name
