@@ -103,7 +103,7 @@ class GaussianMixtureDenoiser(Denoiser):
             alpha, sigma = self.sde.marginal(as_time(t, x).double())
         return self._components(x, alpha.to(x.device), sigma.to(x.device))[2].logsumexp(-1)
 
-    def prior_sample(self, shape: tuple[int, ...], *, rng: Rng, dtype: torch.dtype | None = None, device=None) -> Tensor:
+    def prior_sample(self, shape: tuple[int, ...], *, rng, dtype: torch.dtype | None = None, device=None) -> Tensor:
         """x_T of shape (B, *event), exact draws of the marginal at t_max."""
         x0 = self.sample(shape[0], rng=rng, dtype=torch.float64).reshape(shape)
         z = self.sde.perturb(x0, as_time(self.sde.t_max, x0), rng.normal_like(x0))

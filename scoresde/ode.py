@@ -20,8 +20,13 @@ from .shapes import select
 Rhs = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(u (n,), y (n, N), rows (n,)) -> dy/du (n, N): `rows` names the samples of the batch that are asked for."""
 
-BACKENDS = ("native", "torchdiffeq", "scipy")
 FIXED_STEP = ("euler", "midpoint", "heun2", "heun3", "rk4", "explicit_adams", "implicit_adams", "fixed_adams")
+METHODS = {
+    "native": ("dopri5",),
+    "torchdiffeq": ("dopri5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun", *FIXED_STEP),
+    "scipy": ("RK45", "RK23", "DOP853", "Radau", "BDF", "LSODA"),
+}
+"""By backend; the first is its default."""
 
 
 class SolverError(RuntimeError):
@@ -86,7 +91,7 @@ def integrate(
         rtol, atol: tolerances, > 0: a step's error in component i is measured against atol + rtol·|y_i|.
         backend: "native" (Dormand–Prince 5(4), error and step size per sample: a row does not depend on the others),
             "torchdiffeq" or "scipy" (one step size for the whole batch; reference implementations).
-        method: of the backend; default dopri5 / RK45. "native" has dopri5 only.
+        method: one of `METHODS[backend]`; default the first.
         fixed_steps: number of equal steps a fixed-step torchdiffeq method takes.
         blocks: sizes of the leading groups of columns that are under error control, each by its own RMS, so that
             a single log-density is not outvoted by many pixels; default: all columns as one. Native only.
@@ -98,6 +103,7 @@ def integrate(
         ValueError: unknown backend or method, tolerances that are not positive.
     """
     check_solver(backend, method, rtol, atol)
+    method = method or METHODS[backend][0]
     if not bool(torch.isfinite(y0).all()):
         bad = (~torch.isfinite(y0).all(1)).nonzero().flatten().tolist()
         raise SolverError("The state is not finite before the solve", t=time(u0), samples=bad)
@@ -105,9 +111,9 @@ def integrate(
     if backend == "native":
         y1 = _dormand_prince(count, y0, u0, u1, rtol, atol, blocks or [y0.shape[1]])
     elif backend == "torchdiffeq":
-        y1 = _torchdiffeq(count, y0, u0, u1, rtol, atol, method or "dopri5", fixed_steps)
+        y1 = _torchdiffeq(count, y0, u0, u1, rtol, atol, method, fixed_steps)
     else:
-        y1 = _scipy(count, y0, u0, u1, rtol, atol, method or "RK45")
+        y1 = _scipy(count, y0, u0, u1, rtol, atol, method)
     bad = (~torch.isfinite(y1).all(1)).nonzero().flatten().tolist()
     if bad:
         raise SolverError("The solution is not finite", t=time(u1), evaluations=count.evaluations, samples=bad)
@@ -116,10 +122,14 @@ def integrate(
 
 def check_solver(backend: str, method: str | None, rtol: float, atol: float) -> None:
     """Refuse a backend, method or tolerance that cannot work, before anything is evaluated."""
-    if backend not in BACKENDS:
-        raise ValueError(f"Unknown backend {backend!r}; choose one of {', '.join(BACKENDS)}.")
-    if backend == "native" and method not in (None, "dopri5"):
-        raise ValueError(f"The native backend has dopri5 only; got {method!r}. Use backend='torchdiffeq' or 'scipy'.")
+    if backend not in METHODS:
+        raise ValueError(f"Unknown backend {backend!r}; choose one of {', '.join(METHODS)}.")
+    if method is not None and method not in METHODS[backend]:
+        others = [f"backend={name!r}" for name, methods in METHODS.items() if method in methods]
+        elsewhere = f" {method} belongs to {' or '.join(others)}." if others else ""
+        raise ValueError(
+            f"backend={backend!r} has no method {method!r}; choose one of {', '.join(METHODS[backend])}.{elsewhere}"
+        )
     if not (rtol > 0 and atol > 0):
         raise ValueError(f"Tolerances must be positive; got rtol={rtol}, atol={atol}.")
 
@@ -226,10 +236,20 @@ def _torchdiffeq(
 
     rows = torch.arange(len(y0), device=y0.device)
     ends = torch.tensor([u0, u1], dtype=torch.float64, device=y0.device)
-    options: dict[str, Any] | None = {"step_size": abs(u1 - u0) / fixed_steps} if method in FIXED_STEP else None
+    options: dict[str, Any] = {}
+    if method in FIXED_STEP:
+        options["step_size"] = abs(u1 - u0) / fixed_steps
+    if method.endswith("_adams"):
+        options["max_order"] = 4  # its default, 12, is unstable at any usual number of steps
     try:
         path = odeint(
-            lambda u, y: rhs(u.expand(len(y)), y, rows), y0, ends, rtol=rtol, atol=atol, method=method, options=options
+            lambda u, y: rhs(u.expand(len(y)), y, rows),
+            y0,
+            ends,
+            rtol=rtol,
+            atol=atol,
+            method=method,
+            options=options or None,
         )
     except AssertionError as error:  # how torchdiffeq reports step size underflow and a non-finite state
         raise SolverError(f"torchdiffeq {method}: {error}", evaluations=rhs.evaluations) from error

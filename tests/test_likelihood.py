@@ -238,7 +238,7 @@ def test_the_cut_off_is_part_of_the_answer() -> None:
 
 
 class UniformBox(Denoiser):
-    """The exact denoiser of the uniform density on [0, 1]^D under VE: a difference of normal densities over one of CDFs."""
+    """The exact denoiser of the uniform density on [0, 1]^D under VE, by normal densities and CDFs."""
 
     def forward(self, x: Tensor, t: Tensor, cond=None) -> Prediction:
         scales = self.sde.at(t, x)

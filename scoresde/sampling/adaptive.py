@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..denoiser import Cond, Denoiser
-from ..ode import FIXED_STEP, check_solver, integrate, log_ratio, point, probability_flow
+from ..ode import check_solver, integrate, log_ratio, point, probability_flow
 from ..rng import Rng
 from ..shapes import as_time
 from .sampler import State, Step
@@ -48,8 +48,6 @@ class AdaptiveODE(Step):
             raise ValueError(
                 f"fixed_steps and max_evaluations are at least 1; got {fixed_steps} and {max_evaluations}."
             )
-        if method in FIXED_STEP and backend != "torchdiffeq":
-            raise ValueError(f"The fixed-step method {method!r} belongs to backend='torchdiffeq'; got {backend!r}.")
         self.rtol, self.atol, self.backend, self.method = float(rtol), float(atol), backend, method
         self.fixed_steps, self.max_evaluations = int(fixed_steps), int(max_evaluations)
 
