@@ -240,7 +240,7 @@ def _torchdiffeq(
     if method in FIXED_STEP:
         options["step_size"] = abs(u1 - u0) / fixed_steps
     if method.endswith("_adams"):
-        options["max_order"] = 4  # its default, 12, is unstable at any usual number of steps
+        options["max_order"] = 5  # Adams–Bashforth 4; the default, 11, is unstable at any usual number of steps
     try:
         path = odeint(
             lambda u, y: rhs(u.expand(len(y)), y, rows),
