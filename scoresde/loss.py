@@ -201,8 +201,9 @@ class DenoisingLoss(nn.Module):
         self.coupling = Independent() if coupling is None else coupling
         self.times.start(denoiser.sde)
 
-    def forward(self, x0: Tensor, cond: Cond = None, *, rng: Rng) -> Tensor:
-        """Losses (B,) in the dtype of `x0` (B, *event)."""
+    def forward(self, x0: Tensor, cond: Cond = None, *, rng: Rng | None = None) -> Tensor:
+        """Losses (B,) in the dtype of `x0` (B, *event); without `rng` the noise follows torch's global generator."""
+        rng = Rng(int(torch.randint(2**31, ()))) if rng is None else rng  # a fixed seed would repeat the same noise
         sde = self.denoiser.sde
         t, importance = self.times.sample(sde, x0.shape[0], rng, x0.device)
         x0, eps = self.coupling(x0, rng)

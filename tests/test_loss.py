@@ -350,3 +350,12 @@ def test_the_bases_are_abstract() -> None:
 def test_stratified_times_need_one_stream() -> None:
     with pytest.raises(ValueError, match="one draw for all samples"):
         StratifiedTimes().sample(VPSDE(), 2, Rng(seeds=[0, 1]), torch.device("cpu"))
+
+
+def test_without_an_rng_torch_decides() -> None:
+    """Two calls differ (a fixed default seed would train on the same noise for ever), and manual_seed repeats them."""
+    loss, x0 = DenoisingLoss(imperfect(VPSDE())), Rng(0).normal((8, DIMS))
+    torch.manual_seed(3)
+    first, second = loss(x0), loss(x0)
+    torch.manual_seed(3)
+    assert torch.equal(loss(x0), first) and not torch.equal(first, second)

@@ -152,13 +152,16 @@ class Heun(Step):
 
 
 class Langevin(Step):
-    r"""The Langevin corrector with the signal-to-noise rule (Song et al. 2021, alg. 4 and 5):
+    r"""The Langevin corrector with the signal-to-noise rule (Song et al. 2021, alg. 4 and 5), **per sample**:
 
-    `x ← x + h score + √(2h) z`, `h = 2 (snr ‖z‖/‖score‖)²`, norms **per sample**, so no sample depends on its
-    batch-mates. h is capped at σ², the longest step that is stable for every density, because −∇² log p_t ⪯ I/σ²:
-    the paper's rule has no bound where the score vanishes, which in few dimensions happens often.
+    `x ← x + h score + √(2h) z`, `h = 2 snr² σ² (D + 16)/(‖σ score‖² + 16)`, so no sample depends on its batch-mates.
 
-    The paper's factor α_i = 1 − β_i belongs to one training grid; here it is 1, so the rule holds on any grid.
+    The paper's `h = 2 (snr ‖z‖/‖score‖)²` takes norms over a batch, which for one sample are noisy in few dimensions:
+    a step that varies with z heats the chain by (D + 2)/D, one that varies with x tilts its law by ‖score‖². So ‖z‖²
+    is its mean D here, and 16 dimensions of pure noise (‖σ score‖² = 1 each) are counted in: the rule is the paper's
+    for images, and the tilt in the plane stays below what 8,000 samples can show. h is capped at σ², the longest step
+    that is stable for every density, because −∇² log p_t ⪯ I/σ². The paper's factor α_i = 1 − β_i belongs to one
+    training grid; here it is 1, so the rule holds on any grid.
 
     Args:
         snr: r > 0, target ratio of the score's step to the noise's.
@@ -177,7 +180,7 @@ class Langevin(Step):
         _, sigma = denoiser.sde.marginal(t)
         eps, z = denoiser(x, t, cond).eps, rng.normal_like(x)
         # per sample in units of σ²: h/σ², with score = −ε̂/σ
-        ratio = z.flatten(1).square().sum(1) / eps.flatten(1).square().sum(1).clamp(min=1e-30)
+        ratio = (x[0].numel() + 16) / (eps.flatten(1).square().sum(1) + 16)
         h = coefficient((2 * self.snr**2 * ratio).clamp(max=1.0), x)
         sigma = coefficient(sigma, x)
         return x + sigma * ((2 * h).sqrt() * z - h * eps), state
