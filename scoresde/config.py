@@ -8,10 +8,12 @@ second line of defence, not the first: it has been walked around by aliases such
 from __future__ import annotations
 
 import difflib
+import functools
 import importlib
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 # Modules whose __all__ is public, and names of modules that publish more than a configuration may build.
@@ -46,10 +48,16 @@ def config_dir() -> str:
     )
 
 
+@functools.cache
 def targets() -> tuple[str, ...]:
-    """Every `_target_` that a configuration may name without `allow_targets`."""
+    """Every `_target_` that a configuration may name without `allow_targets`: classes and functions."""
     published = {name: tuple(importlib.import_module(name).__all__) for name in _PUBLISHING}
-    return tuple(f"{module}.{name}" for module, names in (published | _NAMED).items() for name in names)
+    return tuple(
+        f"{module}.{name}"
+        for module, names in (published | _NAMED).items()
+        for name in names
+        if isinstance(getattr(importlib.import_module(module), name), (type, FunctionType))
+    )
 
 
 def build(node: Any, allow: Sequence[str] = (), *, key: str | None = None, **runtime: Any) -> Any:

@@ -103,6 +103,7 @@ class Sampler:
 
         Raises:
             SolverError: a sample is not finite; its index is named.
+            ValueError: a shape, starting point or grid that is none.
         """
         return deque(self.iterate(denoiser, shape_or_x, cond=cond, rng=rng), maxlen=1).pop().x
 
@@ -117,6 +118,8 @@ class Sampler:
         """The same run, point by point: progress bars and trajectories are the caller's `for`."""
         rng = Rng(0) if rng is None else rng
         times = check_grid(self.grid(denoiser.sde, self.steps), denoiser.sde)
+        if len(times) != self.steps + 1:
+            raise ValueError(f"A grid (sde, n) returns n + 1 times; got {len(times)} for n = {self.steps}.")
         counted = CountingDenoiser(denoiser)
         x = self._start(denoiser, shape_or_x, rng)
         times = times.to(x.device, torch.float64)

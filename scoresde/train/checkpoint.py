@@ -2,8 +2,8 @@
 
 `checkpoints/step-00001234/` holds one `.safetensors` file per group of tensors, one `.json` file per record, and
 `manifest.json` with the size and SHA-256 of each. It is written under a temporary name, every file and the folder
-are synced, and one rename publishes it: whoever is killed at whatever instant, each `step-…` folder is whole. Nothing
-in it is pickled, so reading one runs no code.
+are synced, and one rename publishes it: whoever is killed at whatever instant, the newest `step-…` folder is whole (an
+old one may be half removed, which the manifest shows). Nothing in it is pickled, so reading one runs no code.
 """
 
 from __future__ import annotations
@@ -55,12 +55,13 @@ def save(
     *,
     keep_last: int = 2,
 ) -> Path:
-    """Writes `folder/step-XXXXXXXX`, then deletes all but the `keep_last` newest. Returns its path.
+    """Writes `folder/step-XXXXXXXX`, then deletes all but the `keep_last` newest up to it. Returns its path.
 
     Raises:
         ValueError: keep_last < 1.
         CheckpointError: it could not be written (a full disk, say); earlier checkpoints are as they were.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     if keep_last < 1:
@@ -84,14 +85,15 @@ def save(
             os.rename(final, old)
         os.rename(new, final)
         _sync(folder)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         shutil.rmtree(new, ignore_errors=True)
         free = shutil.disk_usage(folder).free if folder.is_dir() else 0
         raise CheckpointError(
             f"{final} could not be written: {error}. {free / 2**20:.0f} MiB are free there."
         ) from error
     _sweep(folder)
-    for path in _newest_first(folder)[keep_last:]:
+    # a later step is a damaged one that was passed over: it must not push out a whole one
+    for path in [path for path in _newest_first(folder) if _step(path) <= step][keep_last:]:
         shutil.rmtree(path, ignore_errors=True)
     return final
 
@@ -113,6 +115,8 @@ def load(path: Path | str) -> Checkpoint:
         raise CheckpointError(
             f"{path} has no readable manifest.json ({error}), so it is not a whole checkpoint."
         ) from error
+    if _NAME.fullmatch(path.name) and _step(path) != step:
+        raise CheckpointError(f"{path}: its manifest.json is of step {step}, so one of the two was changed.")
     tensors, records = {}, {}
     for name, expected in files.items():
         stem, suffix = os.path.splitext(name)
@@ -149,7 +153,11 @@ def _newest_first(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
     found = [path for path in folder.iterdir() if _NAME.fullmatch(path.name)]
-    return sorted(found, key=lambda path: int(path.name[5:]), reverse=True)
+    return sorted(found, key=_step, reverse=True)
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
 
 
 def _sweep(folder: Path) -> None:

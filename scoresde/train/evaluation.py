@@ -59,7 +59,7 @@ class BitsPerDim:
 class OdeLikelihood:
     """How likelihoods are measured: raw integers, uniform dequantisation, one adaptive solve per batch.
 
-    Point i gets its own noise from the seed and i, so its value depends on neither batch size nor neighbours.
+    Point i of n gets its own noise, of seed·n + i, so its value depends on neither batch size nor neighbours.
 
     Args:
         divergence: `Hutchinson(probes, kind)` or `Exact()`; default Hutchinson with one Rademacher probe.
@@ -110,7 +110,8 @@ class OdeLikelihood:
         for part in index.split(self.batch_size):
             result = log_likelihood(
                 denoiser, data.raw[part].to(device), rtol=self.rtol, atol=self.atol, divergence=self.divergence,
-                cond=_labels(data, part, conditional, device), rng=Rng(seeds=[seed * 2**32 + i for i in part.tolist()]),
+                cond=_labels(data, part, conditional, device),
+                rng=Rng(seeds=[seed * len(data) + i for i in part.tolist()]),
                 scaling=dataset.scaling, t_min=self.t_min, backend=self.backend, method=self.method,
             )  # fmt: skip
             values.append(bits_per_dim(result.log_prob, dataset.event_shape).double().cpu())

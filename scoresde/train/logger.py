@@ -242,32 +242,35 @@ class WandbLogger(Logger):
         self._guard(begin)
 
     def log(self, values: Mapping[str, float], *, step: int, images: int) -> None:
-        self._guard(lambda: self._run and self._run.log({**values, "step": step, "images": images}))
+        self._send(lambda run: run.log({**values, "step": step, "images": images}))
 
     def image(self, key: str, path: Path, *, step: int, images: int) -> None:
-        def send() -> None:
+        def send(run: Any) -> None:
             import wandb
 
-            if self._run:
-                self._run.log({key: wandb.Image(str(path)), "step": step, "images": images})
+            run.log({key: wandb.Image(str(path)), "step": step, "images": images})
 
-        self._guard(send)
+        self._send(send)
 
     def table(self, key: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-        def send() -> None:
+        def send(run: Any) -> None:
             import wandb
 
-            if self._run:
-                self._run.log({key: wandb.Table(columns=list(columns), data=[list(row) for row in rows])})
+            run.log({key: wandb.Table(columns=list(columns), data=[list(row) for row in rows])})
 
-        self._guard(send)
+        self._send(send)
 
     def summary(self, values: Mapping[str, Any]) -> None:
-        self._guard(lambda: self._run and self._run.summary.update(dict(values)))
+        self._send(lambda run: run.summary.update(dict(values)))
 
     def close(self, failed: bool = False) -> None:
-        self._guard(lambda: self._run and self._run.finish(exit_code=int(failed)))
+        self._send(lambda run: run.finish(exit_code=int(failed)))
         self._run = None
+
+    def _send(self, action: Callable[[Any], Any]) -> None:
+        """`action` on the W&B run, if there is one still."""
+        if self._run is not None:
+            self._guard(lambda: action(self._run))
 
     def _guard(self, action: Callable[[], Any]) -> None:
         """The edge: whatever W&B raises ends its view of the run, with one warning."""

@@ -1,0 +1,83 @@
+"""Reads what an offline Weights & Biases run left: `from offline import offline_runs`."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+@dataclass
+class OfflineRun:
+    """The transaction log of one run.
+
+    Attributes:
+        folder: `wandb/offline-run-…`.
+        id, group, name, project, job_type: as given to `wandb.init`.
+        config: key -> value.
+        history: one dict per `log`.
+        summary: key -> value of explicit updates.
+        exit_code: None if the run was never closed.
+    """
+
+    folder: Path
+    id: str = ""
+    group: str = ""
+    name: str = ""
+    project: str = ""
+    job_type: str = ""
+    config: dict[str, Any] = field(default_factory=dict)
+    history: list[dict[str, Any]] = field(default_factory=list)
+    summary: dict[str, Any] = field(default_factory=dict)
+    exit_code: int | None = None
+
+
+def offline_runs(folder: Path) -> list[OfflineRun]:
+    """The offline runs below `folder/wandb`, oldest first."""
+    return [_read(path) for path in sorted(folder.glob("wandb/offline-run-*/*.wandb"))]
+
+
+def _read(path: Path) -> OfflineRun:
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    run = OfflineRun(path.parent)
+    for data in _records(path.read_bytes()):
+        record = Record()
+        record.ParseFromString(data)
+        kind = record.WhichOneof("record_type")
+        if kind == "run":
+            new = record.run
+            run.id, run.group, run.name = new.run_id, new.run_group, new.display_name
+            run.project, run.job_type = new.project, new.job_type
+            run.config |= {item.key: json.loads(item.value_json) for item in new.config.update}
+        elif kind == "history":
+            run.history.append(_items(record.history.item))
+        elif kind == "summary":
+            run.summary |= _items(record.summary.update)
+        elif kind == "exit":
+            run.exit_code = record.exit.exit_code
+    return run
+
+
+def _items(items: Any) -> dict[str, Any]:
+    return {"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in items}
+
+
+def _records(data: bytes) -> Iterator[bytes]:
+    """LevelDB log format in blocks of 32 KiB: CRC (4), length (2), type (1): 1 whole, 2 first, 3 middle, 4 last."""
+    position, parts = 7, b""  # after W&B's own header
+    while position + 7 <= len(data):
+        if 32768 - position % 32768 < 7:  # too little is left of a block for a header
+            position += 32768 - position % 32768
+            continue
+        _, length, kind = struct.unpack_from("<IHB", data, position)
+        part = data[position + 7 : position + 7 + length]
+        position += 7 + length
+        if kind in (1, 2):
+            parts = b""
+        parts += part
+        if kind in (1, 4):
+            yield parts

@@ -1,0 +1,49 @@
+"""The README is run: its Python to the numbers it promises, its commands as far as their configuration."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+
+from scoresde.config import config_dir
+
+README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README, flags=re.DOTALL | re.MULTILINE)
+PYTHON = [text for language, text in BLOCKS if language == "python"]
+COMMANDS = [line for _, text in BLOCKS for line in text.splitlines() if line.startswith("scoresde-")]
+
+
+def test_the_first_example_reaches_the_truth() -> None:
+    """Held against the exact density: log p of the trained model within 0.05 nats of it, moments within 0.15."""
+    names: dict[str, Any] = {}
+    torch.manual_seed(0)
+    exec(PYTHON[0], names)
+    assert abs(float((names["result"].log_prob - names["exact"].log_prob(names["data"][:256])).mean())) < 0.05
+    assert PYTHON[0].count("\n") <= 30
+
+
+def test_networks_from_elsewhere() -> None:
+    names: dict[str, Any] = {"torch": torch, "S": __import__("scoresde"), "network": lambda x, t, cond: 0 * x}
+    exec(PYTHON[1], names)
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda line: line.split("#")[0].strip())
+def test_commands_compose(command: str) -> None:
+    program, *words = shlex.split(command, comments=True)
+    overrides = [word for word in words if not word.startswith("-")]
+    if "-m" in words:  # the first job of the sweep
+        overrides = [re.sub(r"=([^,\[]*),.*", r"=\1", word) for word in overrides]
+    with initialize_config_dir(config_dir(), version_base="1.3"):
+        compose(program.removeprefix("scoresde-"), overrides)
+
+
+def test_pictures_and_files_exist() -> None:
+    root = Path(__file__).parents[1]
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", README):
+        assert (root / target).is_file(), target
