@@ -139,7 +139,7 @@ def training() -> Training:
     )  # fmt: skip
 
 
-TRAIN_KEYS = {f"train/{name}" for name in ("loss", "grad_norm", "lr", "ema_decay", "images_per_s", "skipped")}
+TRAIN_KEYS = {f"train/{name}" for name in ("loss", "grad_norm", "lr", "ema_decay", "imgs_per_s", "skipped")}
 
 
 class Stop(Exception):
@@ -172,12 +172,12 @@ def test_a_run_that_was_stopped_has_the_rows_of_one_that_was_not(tmp_path: Path,
         fit(tmp_path / "stopped", 150)
     fit(tmp_path / "stopped", None, resume=True)
     whole, stopped = (
-        [{k: v for k, v in row.items() if k != "train/images_per_s"} for row in rows_of(tmp_path / n / "metrics.jsonl")]
+        [{k: v for k, v in row.items() if k != "train/imgs_per_s"} for row in rows_of(tmp_path / n / "metrics.jsonl")]
         for n in ("whole", "stopped")
     )
     assert whole == stopped and len(whole) == 15 + 6
     assert sorted(row["images"] for row in stopped if "train/loss" in row) == list(range(16, 241, 16))
-    assert all(set(row) - {"step", "images"} in (TRAIN_KEYS - {"train/images_per_s"}, {"eval/loss"}) for row in stopped)
+    assert all(set(row) - {"step", "images"} in (TRAIN_KEYS - {"train/imgs_per_s"}, {"eval/loss"}) for row in stopped)
 
 
 def test_run_id_names_configuration_and_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -72,7 +72,7 @@ class Rows(NullLogger):
         self.rows: list[dict[str, float]] = []
 
     def log(self, values: Mapping[str, float], *, step: int, images: int) -> None:
-        kept = {name: value for name, value in values.items() if name != "train/images_per_s"}
+        kept = {name: value for name, value in values.items() if name != "train/imgs_per_s"}
         self.rows.append({"step": step, "images": images, **kept})
 
     def of(self, key: str) -> list[float]:

@@ -166,11 +166,11 @@ class Trainer:
             "train/grad_norm": averages.grad_norm,
             "train/lr": run.optimizer.param_groups[0]["lr"],
             "train/ema_decay": run.ema.decay(run.images, self.batch_size * self.accumulate),
-            "train/images_per_s": rate,
+            "train/imgs_per_s": rate,
             "train/skipped": averages.skipped,
         }
         if run.device.type == "cuda":
-            row["train/max_memory_gb"] = torch.cuda.max_memory_allocated(run.device) / 2**30
+            row["train/max_mem"] = torch.cuda.max_memory_allocated(run.device) / 2**30
         return row
 
     def _due(self, every: int, before: int, run: Training, at_end: bool = False) -> bool:
