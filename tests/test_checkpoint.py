@@ -72,6 +72,14 @@ def test_every_bit_comes_back(tmp_path: Path) -> None:
     assert content_of(latest(path.parent)) == content_of(back)
 
 
+def test_what_was_loaded_does_not_depend_on_the_file(tmp_path: Path) -> None:
+    """Tensors that only map the file would change, or end the process, when it is cut or taken away."""
+    back = load(save(tmp_path, 7, groups(), RECORDS))
+    for path in back.path.iterdir():
+        path.write_bytes(b"")
+    assert content_of(back) == content(groups(), RECORDS)
+
+
 def test_latest_is_the_largest_step_and_none_where_there_is_none(tmp_path: Path) -> None:
     assert latest(tmp_path / "absent") is None and latest(tmp_path) is None
     for step in (2, 10, 123_456_789):  # the last has more digits than the name is padded to

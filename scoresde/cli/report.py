@@ -15,11 +15,12 @@ from torch import Tensor
 from ..data import Dataset
 from ..denoiser import Denoiser
 from ..grids import check_grid
+from ..likelihood import bits_per_dim
+from ..metrics import sliced_w2
+from ..rng import Rng
 from ..sampling import Sampler
 from ..train import BitsPerDim, Logger, OdeLikelihood, Samples, draw, figures
 from ..train.evaluation import spread
-
-COLUMNS = ("sampler", "NFE", "seconds", "bits/dim")
 
 
 @dataclass(frozen=True)
@@ -100,10 +101,37 @@ def sample_all(
     return made
 
 
-def table(made: Mapping[str, Samples], bits: BitsPerDim) -> list[list[str]]:
-    """Rows of the summary: one per sampler. Bits/dim is the model's, by the probability-flow ODE."""
+def table(
+    made: Mapping[str, Samples], bits: BitsPerDim, distances: Mapping[str, float]
+) -> tuple[list[str], list[list[str]]]:
+    """Columns and rows of the summary: one row per sampler. Bits/dim is the model's, by the probability-flow ODE."""
+    columns = ["sampler", "NFE", "seconds", *(["sliced-W2"] if distances else []), "bits/dim"]
     score = f"{bits.mean:.4f} ± {bits.stderr:.4f}"
-    return [[name, f"{s.evaluations:.0f}", f"{s.seconds:.1f}", score] for name, s in made.items()]
+    rows = [
+        [name, f"{s.evaluations:.0f}", f"{s.seconds:.1f}", *([f"{distances[name]:.4f}"] if distances else []), score]
+        for name, s in made.items()
+    ]
+    return columns, rows
+
+
+def distances_of(made: Mapping[str, Samples], dataset: Dataset) -> dict[str, float]:
+    """Sliced-W2 distance of each sampler's vectors to the held-out ones, in raw units; none for other events."""
+    if len(dataset.event_shape) > 1:
+        return {}
+    real = dataset.test.raw.float()
+    return {
+        name: sliced_w2(dataset.decode(samples.x).float(), real, rng=Rng(0))
+        for name, samples in made.items()
+        if len(samples.x) > 1
+    }
+
+
+def exact_bits(dataset: Dataset, points: int | None) -> float | None:
+    """Bits/dim of the true density on the points that the model is measured on, where it is known."""
+    if dataset.log_prob is None:
+        return None
+    raw = dataset.test.raw[spread(len(dataset.test), points)]
+    return float(bits_per_dim(dataset.log_prob(raw), dataset.event_shape).mean())
 
 
 def report(
@@ -117,29 +145,34 @@ def report(
         samplers, denoiser, dataset, folder, seeds=seeds, conditional=conditional, batch_size=evaluation.batch_size,
         pictures=evaluation.pictures,
     )  # fmt: skip
+    distances, exact = distances_of(made, dataset), exact_bits(dataset, evaluation.points)
     summary = {
         **facts,
         "bits_per_dim": {
             **{k: v for k, v in asdict(bits).items() if k != "values"},
-            "estimator": "probability-flow ODE", "rtol": likelihood.rtol, "atol": likelihood.atol,
+            "estimator": "probability-flow ODE", "rtol": likelihood.rtol, "atol": likelihood.atol, "exact": exact,
         },
         "samplers": [
-            {"sampler": name, "nfe": s.evaluations, "seconds": s.seconds, "samples": len(s.x)}
+            {"sampler": name, "nfe": s.evaluations, "seconds": s.seconds, "samples": len(s.x),
+             "sliced_w2": distances.get(name)}
             for name, s in made.items()
         ],
     }  # fmt: skip
-    rows = table(made, bits)
-    logger.table("eval/summary", COLUMNS, rows)
+    columns, rows = table(made, bits, distances)
+    logger.table("eval/summary", columns, rows)
     logger.summary(
         {"bpd/ode": bits.mean, "bpd_stderr": bits.stderr, "nfe": {n: s.evaluations for n, s in made.items()}}
+        | ({"w2": distances} if distances else {})
     )
-    text = layout(COLUMNS, rows)
+    text = layout(columns, rows)
     note = (
-        f"bits/dim of the model on {bits.points} held-out points: probability-flow ODE, uniform dequantisation, "
+        f"bits/dim of the model on {bits.points} held-out points: probability-flow ODE, "
+        f"{'uniform dequantisation, ' if dataset.scaling.levels else ''}"
         f"rtol={likelihood.rtol:g}, atol={likelihood.atol:g}, {bits.evaluations:.0f} evaluations, {bits.seconds:.1f} s."
+        f"{'' if exact is None else f' The true density has {exact:.4f} on the same points.'}"
     )
     (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-    (folder / "summary.md").write_text(markdown(COLUMNS, rows) + f"\n{note}\n", encoding="utf-8")
+    (folder / "summary.md").write_text(markdown(columns, rows) + f"\n{note}\n", encoding="utf-8")
     print(f"\n{text}\n{note}", flush=True)
     return summary
 

@@ -24,12 +24,15 @@ class SweepSummary(Callback):
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         folder = Path(str(config.hydra.sweep.dir))
         again = OmegaConf.select(config, "resume") == "auto" or OmegaConf.select(config, "overwrite") is True
-        if (folder / "sweep.csv").exists() and not again:
+        outcomes = list(folder.glob("*/job.json"))
+        if ((folder / "sweep.csv").exists() or outcomes) and not again:
             # Hydra swallows any other exception of a callback
             raise SystemExit(
                 f"error: {folder} holds a sweep already. Continue it with resume=auto, replace it with overwrite=true, "
                 "or choose another folder: out=…."
             )
+        for path in outcomes:  # each job of this sweep leaves a new one; those of a larger one before it are no rows
+            path.unlink()
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         folder = Path(str(config.hydra.sweep.dir))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -36,6 +37,7 @@ class Dataset:
         train, test: see `Split`; same event shape, labels in both or in neither.
         scaling: raw ↔ model data.
         classes: labels are 0 … classes − 1; 0 for no labels.
+        log_prob: raw samples (B, *event) -> exact log-density (B,) in nats, where it is known (the toys).
 
     Raises:
         TypeError: a dtype that the scaling cannot read, or labels that are not int64.
@@ -47,6 +49,7 @@ class Dataset:
     test: Split
     scaling: Scaling
     classes: int = 0
+    log_prob: Callable[[Tensor], Tensor] | None = None
 
     def __post_init__(self) -> None:
         for part, split in (("train", self.train), ("test", self.test)):

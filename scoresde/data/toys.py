@@ -45,7 +45,7 @@ class Toy(abc.ABC):
         if train < 1 or test < 1:
             raise ValueError(f"train and test are at least 1 sample each; got train={train}, test={test}.")
         x = self.sample(train + test, rng=Rng(seed))
-        return Dataset(self.name, Split(x[:train]), Split(x[train:]), Scaling.identity())
+        return Dataset(self.name, Split(x[:train]), Split(x[train:]), Scaling.identity(), log_prob=self.log_prob)
 
 
 def toy_dataset(toy: Toy, train: int = 50_000, test: int = 10_000, seed: int = 0) -> Dataset:

@@ -130,7 +130,8 @@ def load(path: Path | str) -> Checkpoint:
             if suffix == ".json":
                 records[stem] = json.loads((path / name).read_text(encoding="utf-8"))
             else:
-                tensors[stem] = load_file(path / name)
+                # copies: load_file maps the file into memory, which later saves remove
+                tensors[stem] = {key: value.clone() for key, value in load_file(path / name).items()}
         except (OSError, ValueError, SafetensorError) as error:
             raise CheckpointError(f"{path / name} cannot be read: {error}") from error
     return Checkpoint(path, step, tensors, records)

@@ -33,7 +33,7 @@ def sample_grid(made: Tensor, real: Tensor, path: Path, *, columns: int = 8) -> 
         columns: images per row of a block.
     """
     if made.ndim < 3:
-        return _scatter({"generated": made, "real": real}, path)
+        return _scatter({"generated": made, "real": real}, path, shared=True)
     figure = _figure(2 * columns * 0.5 + 0.6, -(-len(made) // columns) * 0.5 + 0.4)
     low, high = _limits(real)
     for axes, title, images in zip(figure.subplots(1, 2), ("generated", "real"), (made, real), strict=True):
@@ -80,9 +80,10 @@ def loss_curve(rows: Sequence[Mapping[str, Any]], path: Path) -> Path:
     return _write(figure, path)
 
 
-def _scatter(sets: Mapping[str, Tensor], path: Path) -> Path:
+def _scatter(sets: Mapping[str, Tensor], path: Path, *, shared: bool = False) -> Path:
     figure = _figure(3 * len(sets), 3.2)
-    for axes, (title, points) in zip(figure.subplots(1, len(sets), squeeze=False)[0], sets.items(), strict=True):
+    panels = figure.subplots(1, len(sets), squeeze=False, sharex=shared, sharey=shared)[0]
+    for axes, (title, points) in zip(panels, sets.items(), strict=True):
         flat = points.flatten(1).cpu().float().numpy()
         if flat.shape[1] > 1:
             axes.scatter(flat[:, 0], flat[:, 1], s=2)

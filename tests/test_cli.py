@@ -1,0 +1,487 @@
+"""The commands as they are typed: sweeps, refusals that cost nothing, and runs that come back bit for bit."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import hashlib
+import importlib
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+import torch
+from hydra.experimental.callback import Callback
+from offline import offline_runs
+from omegaconf import OmegaConf
+from torch import Tensor
+
+import scoresde
+from scoresde.train.checkpoint import latest
+from scoresde.train.logger import read_rows
+
+TINY = (
+    "data=8gaussians", "data.train=256", "data.test=32", "network=mlp", "network.width=8", "network.depth=1",
+    "trainer.images=640", "trainer.batch_size=64", "trainer.warmup=0", "trainer.log_every=64",
+    "trainer.evaluate_every=0", "trainer.checkpoint_every=192", "evaluation.points=4", "evaluation.samples=4",
+    "evaluation.pictures=false", "likelihood.rtol=1e-3", "likelihood.atol=1e-3", "threads=1",
+)  # fmt: skip
+PLAIN = ("logger=jsonl", "sampler=ddim", "sampler.steps=4")
+
+
+@dataclass
+class Done:
+    code: int
+    out: str
+    err: str
+
+
+class Probe(Callback):
+    """Keeps what each job returned to Hydra."""
+
+    returned: ClassVar[list[Any]] = []
+
+    def on_job_end(self, config: Any, job_return: Any, **kwargs: Any) -> None:
+        Probe.returned.append(job_return.return_value)
+
+
+def command(name: str, *arguments: str, cwd: Path) -> Done:
+    """`scoresde-<name> arguments…` typed in `cwd`, in this process."""
+    main, out, err = importlib.import_module(f"scoresde.cli.{name}").main, io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        patch.chdir(cwd)
+        patch.setattr(sys, "argv", [f"scoresde-{name}", *arguments])
+        patch.setenv("HYDRA_FULL_ERROR", "0")
+        try:
+            main()
+            code = 0
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else int(end.code is not None)
+            if isinstance(end.code, str):
+                err.write(end.code)
+    return Done(code, out.getvalue(), err.getvalue())
+
+
+def process(name: str, *arguments: str, cwd: Path, **options: Any) -> subprocess.Popen[str]:
+    """The same in a process of its own."""
+    # without the W&B service of this process, which a process that is killed would leave in use
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
+    environment["PYTHONPATH"] = str(Path(scoresde.__file__).parents[1])
+    return subprocess.Popen(
+        [sys.executable, "-m", f"scoresde.cli.{name}", *arguments], cwd=cwd, env=environment, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options,
+    )  # fmt: skip
+
+
+def tree(folder: Path) -> dict[str, str]:
+    """Every file below `folder` with its SHA-256, every folder with none."""
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
+        for path in folder.rglob("*")
+    }
+
+
+def weights(folder: Path) -> dict[str, Tensor]:
+    saved = latest(folder / "checkpoints")
+    assert saved is not None
+    return {f"{group}/{k}": v for group in ("weights", "ema", "optimizer") for k, v in saved.tensors[group].items()}
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def rows(folder: Path) -> list[dict[str, Any]]:
+    """metrics.jsonl without headers, times of the day and rates."""
+    found = [row for row in read_rows(folder / "metrics.jsonl") if "header" not in row]
+    return [{k: v for k, v in row.items() if k not in ("time", "train/imgs_per_s")} for row in found]
+
+
+def table(folder: Path) -> list[dict[str, str]]:
+    with open(folder / "sweep.csv", newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Done, list[Any]]:
+    """Three SDEs, two samplers, two seeds."""
+    cwd = tmp_path_factory.mktemp("cwd")
+    Probe.returned = []
+    done = command(
+        "train", "-m", "sde=vp,subvp,ve", "sampler=pc,ode", "seed=0,1", *TINY, "sampler.steps=3", "out=sweeps/all",
+        f"+hydra.callbacks.probe._target_={__name__}.Probe", cwd=cwd,
+    )  # fmt: skip
+    return cwd / "sweeps" / "all", done, list(Probe.returned)
+
+
+def test_a_sweep_makes_one_table_of_all_its_jobs(sweep: tuple[Path, Done, list[Any]]) -> None:
+    """12 rows, best first, each with the number that its own folder holds; the same order is printed."""
+    folder, done, returned = sweep
+    assert done.code == 0, done.err
+    found = table(folder)
+    assert sorted((row["sde"], row["sampler"], row["seed"]) for row in found) == sorted(
+        product(("vp", "subvp", "ve"), ("pc", "ode"), ("0", "1"))
+    )
+    objectives = [float(row["objective"]) for row in found]
+    assert objectives == sorted(objectives) and all(row["status"] == "finished" for row in found)
+    for row in found:
+        summary = json.loads((folder / row["job"] / "summary.json").read_text())
+        assert float(row["objective"]) == float(row["bits_per_dim"]) == summary["bits_per_dim"]["mean"]
+        assert float(row["loss"]) == summary["loss"]
+        assert Path(row["folder"]).resolve() == folder / row["job"]
+        assert returned[int(row["job"])] == float(row["objective"])
+    lines = done.out.splitlines()
+    start = max(i for i, line in enumerate(lines) if line.split()[:3] == ["job", "status", "objective"])
+    printed = [line.split() for line in lines[start + 2 : start + 14]]
+    assert [cells[0] for cells in printed] == [row["job"] for row in found]
+    assert [cells[2] for cells in printed] == [f"{value:.4f}" for value in objectives]
+
+
+def test_each_job_of_a_sweep_has_its_folder_and_its_closed_view(sweep: tuple[Path, Done, list[Any]]) -> None:
+    folder = sweep[0]
+    assert {path.name for path in folder.iterdir() if path.is_dir()} == {str(job) for job in range(12)}
+    ids = set()
+    for job in range(12):
+        one = folder / str(job)
+        (view,) = offline_runs(one)
+        assert (view.exit_code, view.group, view.name, view.project) == (0, "all", str(job), "scoresde")
+        config = OmegaConf.to_container(OmegaConf.load(one / "config.yaml"))
+        assert {k: v for k, v in view.config.items() if k != "_wandb"} == config
+        assert view.config["sde"]["_target_"] and view.config["sampler"]["steps"] == 3
+        logged = [row for row in rows(one) if "train/loss" in row]
+        shown = [row for row in view.history if "train/loss" in row]
+        assert [row["train/loss"] for row in shown] == [row["train/loss"] for row in logged]
+        assert [row["images"] for row in logged] == list(range(64, 641, 64))
+        assert {k for k in rows(one)[-1] if "/" in k} == {"eval/loss", "eval/bpd/ode", "eval/bpd_stderr"}
+        assert view.summary["bpd/ode"] == json.loads((one / "summary.json").read_text())["bits_per_dim"]["mean"]
+        ids.add(view.id)
+    assert len(ids) == 12
+
+
+def test_the_sampler_of_a_job_changes_its_samples_and_nothing_else(sweep: tuple[Path, Done, list[Any]]) -> None:
+    """Jobs that differ in the sampler alone end with the same bits, although others ran in between; seeds differ."""
+    folder = sweep[0]
+    jobs = {(row["sde"], row["sampler"], row["seed"]): row for row in table(folder)}
+    for sde, seed in product(("vp", "subvp", "ve"), ("0", "1")):
+        pc, ode = jobs[sde, "pc", seed], jobs[sde, "ode", seed]
+        assert pc["objective"] == ode["objective"] and pc["loss"] == ode["loss"]
+        assert same(weights(folder / pc["job"]), weights(folder / ode["job"]))
+    assert len({row["objective"] for row in jobs.values()}) == 6
+
+
+def test_a_sweep_that_is_there_is_not_touched(sweep: tuple[Path, Done, list[Any]]) -> None:
+    folder = sweep[0]
+    before = tree(folder)
+    done = command("train", "-m", "seed=0,1", *TINY, f"out={folder}", cwd=folder.parent)
+    assert done.code == 1 and "holds a sweep already" in done.err and "resume=auto" in done.err
+    assert tree(folder) == before
+
+
+def test_a_failed_job_does_not_end_the_others(tmp_path: Path) -> None:
+    """One is refused, one diverges while it trains, one finishes; the next, smaller sweep over it has its own rows."""
+    common = (*TINY, *PLAIN, "evaluate_at_end=false", "trainer.max_bad_steps=2", "out=s")
+    done = command("train", "-m", "optim.lr=-1,1e38,1e-3", *common, cwd=tmp_path)
+    found = table(tmp_path / "s")
+    assert done.code == 1 and "2 of 3 jobs failed" in done.err
+    assert [(row["optim.lr"], row["status"]) for row in found] == [
+        ("0.001", "finished"), ("-1", "failed"), ("1e38", "failed")
+    ]  # fmt: skip
+    assert "optim: Invalid learning rate: -1" in found[1]["error"] and "TrainingDiverged" in found[2]["error"]
+    assert "Invalid learning rate" in done.out and float(found[0]["objective"]) == float(found[0]["loss"]) < 10
+    done = command("train", "-m", "seed=1,2", *common, "overwrite=true", cwd=tmp_path)
+    assert done.code == 0, done.err
+    assert {(row["seed"], row["status"]) for row in table(tmp_path / "s")} == {("1", "finished"), ("2", "finished")}
+    (tmp_path / "s" / "sweep.csv").unlink()  # as if it had been stopped
+    before = tree(tmp_path)
+    done = command("train", "-m", "seed=1,2", *common, cwd=tmp_path)
+    assert done.code == 1 and "holds a sweep already" in done.err and tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("multirun", [(), ("-m",)], ids=["run", "sweep"])
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("trainer.imges=5", "There is no key 'trainer.imges'. Did you mean 'trainer.images'?"),
+        ("sdee=vp", "Did you mean 'sde'?"),
+        ("sde=vpp", "There is no sde=vpp. Did you mean 'vp'?"),
+        ("sampler=ancestrall", "Did you mean 'ancestral'?"),
+        ("imagess=5", "Did you mean 'trainer.images'?"),
+        ("sampler.step.corrector.srn=1", "Did you mean 'sampler.step.corrector.snr'?"),
+        ("experiment=demmo", "Did you mean 'demo'?"),
+        ("trainer.images=[1", "cannot be read"),
+        ("data=arrays", "data.path has no value yet"),
+    ],
+)
+def test_a_typing_error_is_answered_with_the_right_word(tmp_path: Path, multirun, override: str, words: str) -> None:
+    """One line on stderr, exit code 1, and no folder; a sweep is refused before its first job."""
+    done = command("train", *multirun, override, *TINY[3:], cwd=tmp_path)
+    if override == "data=arrays" and multirun:  # this is known only once the job is composed: it is a failed job
+        assert done.code == 1 and words in done.out
+        return
+    assert done.code == 1
+    assert done.err.startswith("error: ") and words in done.err and len(done.err.strip().splitlines()) == 1
+    assert done.out == "" and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("+network.widht=3", "Did you mean 'width'?"),
+        ("trainer.images=0", "trainer: images is a whole number of at least 1; got 0"),
+        ("evaluation.objective=fid", "bits_per_dim or loss; got 'fid'"),
+        ("evaluation.points=33", "between 1 and the 32 points"),
+        ("seed=-1", "seed is a whole number from 0"),
+        ("threads=0", "threads is a whole number of at least 1"),
+        ("device=gpu", "device=gpu cannot be used here"),
+        ("resume=yes", "resume is auto or false"),
+        ("overwrite=1", "overwrite is true or false"),
+        ("conditional=true", "needs labels"),
+        ("network.embedding=none", "network: "),
+        ("sampler.steps=0", "steps is a whole number of at least 1"),
+        ("data.train=10", "fewer than batch_size=64"),
+        ("network._target_=os.system", "network._target_=os.system is not a name that a configuration may call"),
+        ("logger._target_=logging.os.system", "is not a name that a configuration may call"),
+    ],
+)
+def test_what_cannot_be_built_is_refused_before_a_file_is_written(tmp_path: Path, override: str, words: str) -> None:
+    done = command("train", *TINY, *PLAIN, override, cwd=tmp_path)
+    last = done.err.splitlines()[-1]  # after Hydra's own line with the overrides
+    assert done.code == 1 and last.startswith("error: ") and words in last, done.err
+    assert "Traceback" not in done.err and list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, tuple[str, ...], Done]:
+    """A run with everything, in an empty folder: (its folder, its command, what it printed)."""
+    cwd = tmp_path_factory.mktemp("empty")
+    arguments = (
+        *TINY, "evaluation.pictures=true", "sampler=ddim", "sampler.steps=4", "+sampler@samplers.heun=heun",
+        "samplers.heun.steps=3", "trainer.evaluate_every=320", "trainer.sample_every=320", "out=runs/mine",
+    )  # fmt: skip
+    done = command("train", *arguments, cwd=cwd)
+    assert done.code == 0, done.err
+    return cwd / "runs" / "mine", arguments, done
+
+
+@pytest.fixture
+def copy(finished: tuple[Path, tuple[str, ...], Done], tmp_path: Path) -> Iterator[tuple[Path, tuple[str, ...]]]:
+    """The same run to do harm to: (where to type the command, the command)."""
+    shutil.copytree(finished[0].parents[1], tmp_path / "cwd", symlinks=True)
+    yield tmp_path / "cwd", finished[1]
+
+
+def test_a_run_ends_with_its_results_listed(finished: tuple[Path, tuple[str, ...], Done]) -> None:
+    folder, arguments, done = finished
+    files = {path.name for path in folder.iterdir()}
+    assert files == {
+        "config.yaml", "metrics.jsonl", "checkpoints", "wandb", "progress", "samples.png", "samples-heun.png",
+        "trajectory.png", "trajectory-heun.png", "loss.png", "samples.npz", "summary.json", "summary.md",
+    }  # fmt: skip
+    assert [p.name for p in sorted((folder / "progress").iterdir())] == ["step-00000005.png", "step-00000010.png"]
+    assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["step-00000009", "step-00000010"]
+    assert (folder / "config.yaml").read_text().splitlines()[0] == f"# scoresde: scoresde-train {' '.join(arguments)}"
+    arrays, summary = np.load(folder / "samples.npz"), json.loads((folder / "summary.json").read_text())
+    assert arrays["ddim"].shape == arrays["heun"].shape == (4, 2) and arrays["seeds"].tolist() == [0, 1, 2, 3]
+    # DDIM makes 4 calls, Heun 2 a step; each ends with a denoising one
+    assert {s["sampler"]: s["nfe"] for s in summary["samplers"]} == {"ddim": 5, "heun": 7}
+    score = f"{summary['bits_per_dim']['mean']:.4f} ± {summary['bits_per_dim']['stderr']:.4f}"
+    for line in (["ddim", "5"], ["heun", "7"]):
+        assert any(text.split()[:2] == line and text.rstrip().endswith(score) for text in done.out.splitlines())
+    assert "Results in" in done.out and all(f"mine/{name}" in done.out for name in ("samples.png", "metrics.jsonl"))
+
+
+def test_a_finished_run_is_refused_and_nothing_changes(copy: tuple[Path, tuple[str, ...]]) -> None:
+    cwd, arguments = copy
+    before = tree(cwd)
+    done = command("train", *arguments, cwd=cwd)
+    assert done.code == 1 and all(word in done.err for word in ("holds a run", "resume=auto", "overwrite=true"))
+    for override, words in [
+        ("optim.lr=1e-2", "was made with optim.lr=0.001, and this command says optim.lr=0.01"),
+        ("overwrite=true", "give one of the two"),
+    ]:
+        done = command("train", *arguments, "resume=auto", override, cwd=cwd)
+        assert done.code == 1 and words in done.err
+    assert tree(cwd) == before
+
+
+def test_resuming_a_finished_run_trains_nothing_and_repeats_its_report(copy: tuple[Path, tuple[str, ...]]) -> None:
+    cwd, arguments = copy
+    folder = cwd / "runs" / "mine"
+    before, logged = tree(folder / "checkpoints"), rows(folder)
+    summary = json.loads((folder / "summary.json").read_text())["bits_per_dim"]["mean"]
+    done = command("train", *arguments, "resume=auto", cwd=cwd)
+    assert done.code == 0 and "at step 10" in done.out
+    assert tree(folder / "checkpoints") == before and rows(folder) == logged
+    assert json.loads((folder / "summary.json").read_text())["bits_per_dim"]["mean"] == summary
+    first, second = offline_runs(folder)
+    assert first.id == second.id and second.exit_code == 0
+
+
+def test_overwriting_keeps_what_no_run_made(copy: tuple[Path, tuple[str, ...]]) -> None:
+    cwd, arguments = copy
+    folder = cwd / "runs" / "mine"
+    before, logged = weights(folder), rows(folder)
+    own = {"notes.txt", "figures/mine.png", "checkpoints/keep.bin", "progress/mine.png"}
+    for name in own:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("mine")
+    (folder / "samples-old.png").touch()  # as another sampler's picture is called
+    done = command("train", *arguments, "overwrite=true", cwd=cwd)
+    assert done.code == 0, done.err
+    assert all((folder / name).read_text() == "mine" for name in own) and not (folder / "samples-old.png").exists()
+    assert same(weights(folder), before) and rows(folder) == logged
+
+
+@pytest.mark.parametrize("damaged", [1, 2], ids=["newest", "all"])
+def test_damaged_checkpoints_are_passed_over_or_refused(copy: tuple[Path, tuple[str, ...]], damaged: int) -> None:
+    cwd, arguments = copy
+    folder = cwd / "runs" / "mine"
+    expected, logged = weights(folder), rows(folder)
+    for path in sorted((folder / "checkpoints").iterdir())[-damaged:]:
+        (path / "ema.safetensors").write_bytes(b"cut")
+    before = tree(cwd)
+    done = command("train", *arguments, "resume=auto", cwd=cwd)
+    if damaged == 2:
+        assert done.code == 1 and "No checkpoint" in done.err and "overwrite=true" in done.err and tree(cwd) == before
+    else:
+        assert done.code == 0 and "at step 9" in done.out
+        assert same(weights(folder), expected) and rows(folder) == logged
+
+
+def test_a_folder_of_someone_else_is_not_touched(tmp_path: Path) -> None:
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "config.yaml").write_text("a: 1\n")
+    for more in ((), ("overwrite=true",), ("resume=auto",)):
+        done = command("train", *TINY, *PLAIN, "out=theirs", *more, cwd=tmp_path)
+        assert done.code == 1 and "config.yaml, which no run of scoresde made" in done.err
+    assert tree(tmp_path / "theirs").keys() == {"config.yaml"}
+
+
+def test_killed_and_repeated_it_ends_with_the_same_bits(tmp_path: Path) -> None:
+    """SIGKILL after the first checkpoint; the same command again: weights, average, moments and rows as without."""
+    arguments = (*TINY, "sampler=ddim", "sampler.steps=4", "trainer.images=51200", "trainer.log_every=640",
+                 "trainer.checkpoint_every=6400", "trainer.evaluate_every=12800", "resume=auto")  # fmt: skip
+    run = process("train", *arguments, "out=killed", cwd=tmp_path)
+    while run.poll() is None and not list(tmp_path.glob("killed/checkpoints/step-*")):
+        time.sleep(0.005)
+    run.send_signal(signal.SIGKILL)
+    run.communicate()
+    assert run.returncode == -signal.SIGKILL and not (tmp_path / "killed" / "summary.json").exists()
+    (before,) = offline_runs(tmp_path / "killed")
+    assert before.exit_code is None
+    done = command("train", *arguments, "out=killed", cwd=tmp_path)
+    assert done.code == 0 and "Resuming" in done.out, done.err
+    assert command("train", *arguments, "out=whole", cwd=tmp_path).code == 0
+    assert same(weights(tmp_path / "killed"), weights(tmp_path / "whole"))
+    assert rows(tmp_path / "killed") == rows(tmp_path / "whole")
+    samples = [np.load(tmp_path / name / "samples.npz")["ddim"] for name in ("killed", "whole")]
+    assert np.array_equal(*samples)
+    first, second = offline_runs(tmp_path / "killed")
+    assert first.id == second.id and second.exit_code == 0
+
+
+@pytest.fixture
+def trained(finished: tuple[Path, tuple[str, ...], Done]) -> Path:
+    return finished[0]
+
+
+def test_sampling_again_elsewhere_gives_the_same_samples(trained: Path, tmp_path: Path) -> None:
+    """From the checkpoint alone, in another folder, in other batches: the run's own samples, up to round-off."""
+    own = np.load(trained / "samples.npz")
+    done = command(
+        "sample", f"run={trained}", "sampler=ddim", "sampler.steps=4", "n=4", "batch_size=3", "out=again",
+        "+sampler@samplers.heun=heun", "samplers.heun.steps=3", cwd=tmp_path,
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    made = np.load(tmp_path / "again" / "samples.npz")
+    for name in ("ddim", "heun"):
+        np.testing.assert_allclose(made[name], own[name], rtol=0, atol=1e-4)
+    assert (tmp_path / "again" / "samples-heun.png").exists() and "again/samples.npz" in done.out
+    done = command(
+        "sample", f"run={trained}", "sampler=ddim", "sampler.steps=4", "seeds=[3,1]", "pictures=false", "out=two",
+        cwd=tmp_path,
+    )  # fmt: skip
+    np.testing.assert_allclose(np.load(tmp_path / "two" / "samples.npz")["ddim"], own["ddim"][[3, 1]], atol=1e-4)
+    before = tree(tmp_path)
+    assert command("sample", f"run={trained}", "out=two", cwd=tmp_path).code == 1 and tree(tmp_path) == before
+
+
+def test_likelihood_and_evaluation_elsewhere_give_the_same_numbers(trained: Path, tmp_path: Path) -> None:
+    """The same points, seed and tolerances: the run's own bits/dim; its raw weights have others."""
+    own = json.loads((trained / "summary.json").read_text())
+    settings = (f"run={trained}", "likelihood.rtol=1e-3", "likelihood.atol=1e-3")
+    assert command("likelihood", *settings, "n=4", "likelihood.batch_size=3", "out=a", cwd=tmp_path).code == 0
+    assert command("likelihood", *settings, "n=4", "weights=weights", "out=b", cwd=tmp_path).code == 0
+    first, raw = (json.loads((tmp_path / name / "likelihood.json").read_text()) for name in "ab")
+    values = np.load(tmp_path / "a" / "bits_per_dim.npz")
+    assert first["mean"] == pytest.approx(own["bits_per_dim"]["mean"], abs=1e-5)
+    assert first["mean"] == pytest.approx(values["bits_per_dim"].mean()) and values["index"].tolist() == [0, 8, 16, 24]
+    assert abs(raw["mean"] - first["mean"]) > 1e-4
+    done = command(
+        "evaluate", *settings, "evaluation.points=4", "evaluation.samples=4", "sampler=ddim", "sampler.steps=4",
+        "evaluation.pictures=false", "out=c", cwd=tmp_path,
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    again = json.loads((tmp_path / "c" / "summary.json").read_text())
+    assert again["bits_per_dim"]["mean"] == own["bits_per_dim"]["mean"] and again["loss"] == own["loss"]
+    assert np.array_equal(np.load(tmp_path / "c" / "samples.npz")["ddim"], np.load(trained / "samples.npz")["ddim"])
+
+
+@pytest.mark.parametrize("name", ["sample", "likelihood", "evaluate"])
+def test_a_run_that_is_not_there_is_named(name: str, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    for given, words in ((("run=nowhere",), "run=nowhere is no folder"), ((), "run=???"),
+                         (("run=empty",), "holds no whole checkpoint")):  # fmt: skip
+        done = command(name, *given, cwd=tmp_path)
+        assert done.code == 1 and words in done.err, done.err
+    assert tree(tmp_path) == {"empty": ""}
+
+
+def test_a_checkpoint_cannot_call_what_it_likes(trained: Path, tmp_path: Path) -> None:
+    """A configuration with a foreign target, its manifest made to fit; and one's own network, allowed by name."""
+    shutil.copytree(trained, tmp_path / "evil", symlinks=True)
+    path = latest(tmp_path / "evil" / "checkpoints").path
+    config = json.loads((path / "config.json").read_text())
+    text = json.dumps(
+        {**config, "data": {"_target_": "os.system", "command": "touch trapped"}, "allow_targets": ["os.system"]}
+    )
+    (path / "config.json").write_text(text)
+    manifest = json.loads((path / "manifest.json").read_text())
+    fingerprint = {"bytes": len(text.encode()), "sha256": hashlib.sha256(text.encode()).hexdigest()}
+    (path / "manifest.json").write_text(
+        json.dumps({**manifest, "files": {**manifest["files"], "config.json": fingerprint}})
+    )
+    for name in ("sample", "likelihood", "evaluate"):
+        done = command(name, "run=evil", "out=o", cwd=tmp_path)
+        assert done.code == 1 and "data._target_=os.system is not a name" in done.err
+    assert {entry.name for entry in tmp_path.iterdir()} == {"evil"}
+
+
+def test_help_and_configuration_are_printed_and_nothing_is_written(tmp_path: Path) -> None:
+    """In a process, as `python -m` starts it; and the configuration is YAML that can be read back."""
+    run = process("train", "--help", cwd=tmp_path)
+    out, err = run.communicate()
+    assert run.returncode == 0 and err == ""
+    assert "scoresde-train -m sde=vp,subvp,ve seed=0,1" in out and "sde: cosine, edm, flow, subvp, ve, vp" in out
+    wrong = process("train", "trainer.imges=5", cwd=tmp_path)
+    out, err = wrong.communicate()
+    assert (wrong.returncode, out) == (1, "")
+    assert err == "error: There is no key 'trainer.imges'. Did you mean 'trainer.images'?\n"
+    for name, more in (("train", ("sde=ve",)), ("sample", ("run=x",)), ("likelihood", ("run=x",))):
+        done = command(name, "--cfg", "job", *more, cwd=tmp_path)
+        printed = OmegaConf.create(done.out)
+        assert done.code == 0 and "hydra" not in printed and printed.seed == 0
+        assert name != "train" or printed.sde._target_ == "scoresde.VESDE"
+    assert list(tmp_path.iterdir()) == []
