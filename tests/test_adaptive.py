@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import cache
 
 import pytest
 import torch
@@ -54,20 +55,26 @@ def at_t_min(denoiser: GaussianMixtureDenoiser, n: int) -> Tensor:
     return denoiser.sde.perturb(x0, denoiser.sde.t_min, Rng(4).normal(x0.shape, dtype=torch.float64))
 
 
-@each_sde
-@pytest.mark.parametrize(("backend", "method"), CONTROLLED, ids="-".join)
-def test_methods_with_step_control_keep_their_tolerance(sde, backend, method) -> None:
-    """From the prior to data, against the same ODE to 1e-11.
+@cache
+def reference(name: str) -> tuple[GaussianMixtureDenoiser, Tensor, Tensor]:
+    """A mixture, a batch of its prior, and where the probability flow takes it, to 1e-9."""
+    denoiser = mixture(ALL[name], (3,), seed=6)
+    x = denoiser.prior_sample((4, 3), rng=Rng(0), dtype=torch.float64)
+    return denoiser, x, AdaptiveODE(1e-9, 1e-9, "native").move(denoiser, x, *ends(denoiser.sde))
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize(("backend", "method"), CONTROLLED)
+def test_methods_with_step_control_keep_their_tolerance(name, backend, method) -> None:
+    """From the prior to data, against the same ODE to 1e-9.
 
     Errors of the some 50 to 500 steps add up, but the flow contracts what was made early: 30 tolerances hold for all.
-    Fehlberg's first-order pair alone estimates the error of its lower order and then keeps it: 2,000.
+    Fehlberg's pair of orders 1 and 2 alone underestimates its error, in torchdiffeq, by a factor of 1,000.
     """
-    tolerance, denoiser = 1e-4, mixture(sde, (3,), seed=6)
-    start, stop = ends(sde)
-    x = denoiser.prior_sample((4, 3), rng=Rng(0), dtype=torch.float64)
-    exact = AdaptiveODE(1e-11, 1e-11, "native").move(denoiser, x, start, stop)
-    got = AdaptiveODE(tolerance, tolerance, backend, method).move(denoiser, x, start, stop)
-    assert float((got - exact).abs().max()) < tolerance * (2000 if method == "fehlberg2" else 30)
+    denoiser, x, exact = reference(name)
+    tolerance, factor = (1e-5, 1500) if method == "fehlberg2" else (1e-3, 30)
+    got = AdaptiveODE(tolerance, tolerance, backend, method).move(denoiser, x, *ends(denoiser.sde))
+    assert float((got - exact).abs().max()) < factor * tolerance
 
 
 @pytest.mark.parametrize("method", FIXED_ORDERS)
@@ -77,7 +84,7 @@ def test_fixed_step_methods_have_their_order(method) -> None:
     denoiser = mixture(sde, (2,), seed=1)
     start, stop = sde.time(torch.tensor([-3.0, 3.0], dtype=torch.float64))
     x = sde.perturb(at_t_min(denoiser, 8), start, Rng(1).normal((8, 2), dtype=torch.float64))
-    exact = AdaptiveODE(1e-12, 1e-12, "native").move(denoiser, x, start, stop)
+    exact = AdaptiveODE(1e-10, 1e-10, "native").move(denoiser, x, start, stop)
     coarse, fine = (
         float((solver.move(denoiser, x, start, stop) - exact).square().mean().sqrt())
         for solver in (AdaptiveODE(method=method, fixed_steps=n) for n in (80, 160))
@@ -91,7 +98,7 @@ def test_predictor_corrector_adams_reaches_its_tolerance(method) -> None:
     denoiser = mixture(sde, (2,), seed=1)
     start, stop = sde.time(torch.tensor([-3.0, 3.0], dtype=torch.float64))
     x = sde.perturb(at_t_min(denoiser, 8), start, Rng(1).normal((8, 2), dtype=torch.float64))
-    exact = AdaptiveODE(1e-12, 1e-12, "native").move(denoiser, x, start, stop)
+    exact = AdaptiveODE(1e-10, 1e-10, "native").move(denoiser, x, start, stop)
     got = AdaptiveODE(1e-8, 1e-8, method=method, fixed_steps=100).move(denoiser, x, start, stop)
     assert float((got - exact).abs().max()) < 30e-8
 
@@ -101,19 +108,19 @@ def test_predictor_corrector_adams_reaches_its_tolerance(method) -> None:
 def test_the_map_of_a_gaussian_is_its_closed_form(sde, backend) -> None:
     """x_s = α_s m + √((α_s² v + σ_s²)/(α_t² v + σ_t²)) (x_t − α_t m), both ways, per dimension.
 
-    The tolerance is on y = x/α, so x carries it times α; y at t_max is as large as ς.
+    Within 100 tolerances: y = x/α starts as large as ς, up to 10³, and rtol acts on that.
     """
     m, v = torch.tensor([0.5, -2.0, 0.0]).double(), torch.tensor([0.01, 1.0, 4.0]).double()
     denoiser = GaussianMixtureDenoiser(m[None], v[None], torch.ones(1), sde)
-    solver, (start, stop) = AdaptiveODE(1e-8, 1e-8, backend), ends(sde)
+    solver, (start, stop) = AdaptiveODE(1e-6, 1e-6, backend), ends(sde)
     (alpha, sigma), (alpha_s, sigma_s) = sde.marginal(start), sde.marginal(stop)
     x = denoiser.prior_sample((5, 3), rng=Rng(0), dtype=torch.float64)
     ratio = ((alpha_s**2 * v + sigma_s**2) / (alpha**2 * v + sigma**2)).sqrt()
     want = alpha_s * m + ratio * (x - alpha * m)
     got = solver.move(denoiser, x, start, stop)
-    torch.testing.assert_close(got, want, rtol=3e-7, atol=3e-7)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(Sampler(solver, denoise=False)(denoiser, x), got, rtol=0, atol=0)
-    torch.testing.assert_close(solver.encode(denoiser, want), x, rtol=3e-7, atol=3e-7 * float(sigma))
+    torch.testing.assert_close(solver.encode(denoiser, want), x, rtol=1e-4, atol=1e-4 * float(sigma))
 
 
 @each_sde
@@ -121,7 +128,7 @@ def test_the_map_of_a_gaussian_is_its_closed_form(sde, backend) -> None:
 @pytest.mark.parametrize("event", EVENT_SHAPES[:1] + EVENT_SHAPES[2:3], ids=str)
 def test_encode_then_sample_is_the_identity(sde, backend, event) -> None:
     """Two solves, each within 30 tolerances of the flow (as above), the first seen through the flow's slope ≤ 1."""
-    tolerance = 1e-6
+    tolerance = 1e-4
     denoiser, solver = mixture(sde, event, covariance="diagonal"), AdaptiveODE(tolerance, tolerance, backend)
     x = at_t_min(denoiser, 2)
     z = solver.encode(denoiser, x)
@@ -136,14 +143,11 @@ def test_encode_then_sample_is_the_identity(sde, backend, event) -> None:
 @each_backend
 def test_the_error_falls_with_the_tolerance(backend) -> None:
     """By at least a third of each factor of 100, and never above 30 tolerances."""
-    sde = VPSDE()
-    denoiser, (start, stop) = mixture(sde, (3,), seed=6), ends(sde)
-    x = denoiser.prior_sample((8, 3), rng=Rng(0), dtype=torch.float64)
-    exact = AdaptiveODE(1e-12, 1e-12, "native").move(denoiser, x, start, stop)
+    denoiser, x, exact = reference("vp")
     errors, calls = [], []
-    for tolerance in (1e-4, 1e-6, 1e-8):
+    for tolerance in (1e-3, 1e-5, 1e-7):
         counted = CountingDenoiser(denoiser)
-        y = AdaptiveODE(tolerance, tolerance, backend).move(counted, x, start, stop)
+        y = AdaptiveODE(tolerance, tolerance, backend).move(counted, x, *ends(denoiser.sde))
         errors.append(float((y - exact).abs().max()))
         calls.append(counted.evaluations)
         assert errors[-1] < 30 * tolerance
@@ -151,13 +155,13 @@ def test_the_error_falls_with_the_tolerance(backend) -> None:
     assert calls[0] < calls[1] < calls[2]
 
 
-@each_sde
-def test_native_solves_every_sample_alone(sde) -> None:
+@pytest.mark.parametrize("name", ALL)
+def test_native_solves_every_sample_alone(name) -> None:
     """Step sizes follow each sample's own error: alone, reordered, or beside one that is hard, to round-off."""
-    denoiser, solver, (start, stop) = mixture(sde, (3,), seed=6), AdaptiveODE(1e-6, 1e-6, "native"), ends(sde)
-    x = denoiser.prior_sample((4, 3), rng=Rng(0), dtype=torch.float64)
+    (denoiser, x, _), solver = reference(name), AdaptiveODE(1e-5, 1e-5, "native")
+    start, stop = ends(denoiser.sde)
     batch = solver.move(denoiser, x, start, stop)
-    for k in range(4):
+    for k in (1, 2):
         alone = solver.move(denoiser, x[k : k + 1], start, stop)
         torch.testing.assert_close(alone, batch[k : k + 1], rtol=1e-10, atol=1e-10)
     hard = torch.cat([x.flip(0), 1e3 * x[:1]])
@@ -167,13 +171,13 @@ def test_native_solves_every_sample_alone(sde) -> None:
 @each_backend
 @pytest.mark.parametrize("event", EVENT_SHAPES, ids=str)
 def test_float32_states_are_solved_in_float64(backend, event) -> None:
-    """A float32 network limits the result, not the solver's sums: 1e-5 of the float64 run."""
-    denoiser, solver = mixture(VPSDE(), event, covariance="diagonal"), AdaptiveODE(1e-6, 1e-6, backend)
+    """A float32 network limits the result, not the solver's sums: within 10 tolerances of the float64 run."""
+    denoiser, solver = mixture(VPSDE(), event, covariance="diagonal"), AdaptiveODE(1e-5, 1e-5, backend)
     x = denoiser.prior_sample((2, *event), rng=Rng(0), dtype=torch.float32)
     start, stop = ends(denoiser.sde)
     got, exact = (solver.move(denoiser, value, start, stop) for value in (x, x.double()))
     assert got.dtype == torch.float32 and got.shape == (2, *event)
-    torch.testing.assert_close(got.double(), exact, rtol=2e-5, atol=2e-5)
+    torch.testing.assert_close(got.double(), exact, rtol=1e-4, atol=1e-4)
 
 
 def test_conditions_follow_their_samples() -> None:
@@ -205,7 +209,7 @@ FAILING = [("native", "dopri5"), ("torchdiffeq", "dopri5"), ("torchdiffeq", "dop
            ("scipy", "DOP853"), ("scipy", "LSODA")]  # fmt: skip
 
 
-@pytest.mark.parametrize(("backend", "method"), FAILING, ids="-".join)
+@pytest.mark.parametrize(("backend", "method"), FAILING)
 @pytest.mark.parametrize("way", ["encode", "sample"])
 def test_a_field_that_is_not_finite_is_an_error(backend, method, way) -> None:
     """NaN beyond t = 0.5 in one sample: no number comes back; who and where, as far as the backend tells samples apart.

@@ -85,10 +85,11 @@ def files(folder: Path) -> dict[str, list[str]]:
     (folder / "images").mkdir()
     for i in range(20):
         Image.fromarray(np.full((4, 4, 3), i, np.uint8)).save(folder / "images" / f"{i}.png")
+    pixels = np.random.default_rng(0).integers(0, 256, (1000, 28, 28), np.uint8)
     for part in ("train", "t10k"):
-        header = bytes([0, 0, 8, 3]) + b"".join(n.to_bytes(4, "big") for n in (6, 4, 4))
-        (folder / f"{part}-images-idx3-ubyte").write_bytes(header + bytes(96))
-        (folder / f"{part}-labels-idx1-ubyte").write_bytes(bytes([0, 0, 8, 1, 0, 0, 0, 6, 0, 1, 2, 0, 1, 2]))
+        shape = b"".join(size.to_bytes(4, "big") for size in pixels.shape)
+        (folder / f"{part}-images-idx3-ubyte").write_bytes(bytes([0, 0, 8, 3]) + shape + pixels.tobytes())
+        (folder / f"{part}-labels-idx1-ubyte").write_bytes(bytes([0, 0, 8, 1]) + shape[:4] + bytes(range(10)) * 100)
     paths = {"arrays": folder / "x.npy", "image_folder": folder / "images", "mnist": folder}
     given = {option: [f"data.path={path}"] for option, path in paths.items()}
     return given | {"arrays": [*given["arrays"], "data.raw_low=-1", "data.raw_high=1"]}
@@ -154,11 +155,12 @@ def test_evaluation_has_the_keys_of_its_class(name: str) -> None:
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
-def test_every_experiment_says_how_to_run_it_and_builds(experiment: str, on_the_command_line) -> None:
+def test_every_experiment_says_how_to_run_it_and_builds(experiment: str, tmp_path: Path, on_the_command_line) -> None:
     """Everything a run needs, by the function that runs it: data, network, denoiser, loss, samplers, likelihood."""
-    first = (CONF / "experiment" / f"{experiment}.yaml").read_text().splitlines()[0]
-    assert "scoresde-train" in first and f"experiment={experiment}" in first
-    plan = assemble(on_the_command_line(f"experiment={experiment}"))
+    text = (CONF / "experiment" / f"{experiment}.yaml").read_text()
+    assert "scoresde-train" in text.splitlines()[0] and f"experiment={experiment}" in text.splitlines()[0]
+    needed = [given for option, given in files(tmp_path).items() if f"override /data: {option}" in text]
+    plan = assemble(on_the_command_line(f"experiment={experiment}", *(needed[0] if needed else [])))
     assert plan.samplers and all(isinstance(sampler, Sampler) for sampler in plan.samplers.values())
     assert sum(p.numel() for p in plan.training.loss.parameters()) > 0
 
@@ -206,6 +208,12 @@ def test_runtime_objects_are_passed_not_copied() -> None:
 def test_mistakes_are_named_with_their_key_and_cure(override: str, node: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message.replace("?", r"\?")):
         build(composed(override)[node], **GROUPS[node][1]())
+
+
+def test_a_wrong_key_in_a_list_is_found() -> None:
+    tree = {"_target_": "torch.optim.Adam", "params": [{"x": [{"_target_": "scoresde.nn.MLP", "widht": 1}]}]}
+    with pytest.raises(ConfigError, match=r"optim\.params\[0\]\.x\[0\]\.widht: .*Did you mean 'width'\?"):
+        build(tree, key="optim")
 
 
 @pytest.mark.parametrize("node", [{"width": 3}, None, 3, [], {}], ids=str)

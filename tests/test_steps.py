@@ -1,4 +1,4 @@
-"""Each step against its formula, written out in NumPy-like terms from the paper that it cites."""
+"""Each step against its formula, written out from the paper that it cites."""
 
 from __future__ import annotations
 

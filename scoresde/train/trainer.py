@@ -123,7 +123,7 @@ class Trainer:
             sample: pictures to log every `sample_every`.
 
         Raises:
-            TrainingDiverged: more than `max_bad_steps` skipped steps in a row; the last checkpoint is intact.
+            TrainingDiverged: `max_bad_steps` or more skipped steps in a row; the last checkpoint is intact.
         """
         logger = NullLogger() if logger is None else logger
         progress = Progress(self.images, run.images)
