@@ -7,9 +7,11 @@ its own dtype.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,12 +23,15 @@ Rhs = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(u (n,), y (n, N), rows (n,)) -> dy/du (n, N): `rows` names the samples of the batch that are asked for."""
 
 FIXED_STEP = ("euler", "midpoint", "heun2", "heun3", "rk4", "explicit_adams", "implicit_adams", "fixed_adams")
-METHODS = {
-    "native": ("dopri5",),
-    "torchdiffeq": ("dopri5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun", *FIXED_STEP),
-    "scipy": ("RK45", "RK23", "DOP853", "Radau", "BDF", "LSODA"),
-}
-"""By backend; the first is its default."""
+METHODS: dict[str, dict[str, int]] = {
+    "native": {"dopri5": 5},
+    "torchdiffeq": {
+        "dopri5": 5, "dopri8": 8, "bosh3": 3, "adaptive_heun": 2, "euler": 1, "midpoint": 2, "heun2": 2, "heun3": 3,
+        "rk4": 4, "explicit_adams": 4, "implicit_adams": 5, "fixed_adams": 5,
+    },
+    "scipy": {"RK45": 5, "RK23": 3, "DOP853": 8, "Radau": 5, "BDF": 5, "LSODA": 12},
+}  # fmt: skip
+"""Methods by backend, each with its (highest) order; the first is the default."""
 
 
 class SolverError(RuntimeError):
@@ -103,7 +108,7 @@ def integrate(
         ValueError: unknown backend or method, tolerances that are not positive.
     """
     check_solver(backend, method, rtol, atol)
-    method = method or METHODS[backend][0]
+    method = method or next(iter(METHODS[backend]))
     if not bool(torch.isfinite(y0).all()):
         bad = (~torch.isfinite(y0).all(1)).nonzero().flatten().tolist()
         raise SolverError("The state is not finite before the solve", t=time(u0), samples=bad)
@@ -241,17 +246,15 @@ def _torchdiffeq(
         options["step_size"] = abs(u1 - u0) / fixed_steps
     if method.endswith("_adams"):
         options["max_order"] = 5  # Adams–Bashforth 4; the default, 11, is unstable at any usual number of steps
+
+    def field(u: Tensor, y: Tensor) -> Tensor:
+        return rhs(u.expand(len(y)), y, rows)
+
     try:
-        path = odeint(
-            lambda u, y: rhs(u.expand(len(y)), y, rows),
-            y0,
-            ends,
-            rtol=rtol,
-            atol=atol,
-            method=method,
-            options=options or None,
-        )
-    except AssertionError as error:  # how torchdiffeq reports step size underflow and a non-finite state
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", "Functional iteration did not converge")
+            path = odeint(field, y0, ends, rtol=rtol, atol=atol, method=method, options=options or None)
+    except (AssertionError, UserWarning) as error:  # how torchdiffeq reports underflow, NaN, and a failed iteration
         raise SolverError(f"torchdiffeq {method}: {error}", evaluations=rhs.evaluations) from error
     return path[-1]
 
@@ -266,7 +269,11 @@ def _scipy(rhs: _Counted, y0: Tensor, u0: float, u1: float, rtol: float, atol: f
         times = torch.full((len(y),), float(u), dtype=torch.float64, device=y0.device)
         return rhs(times, y, rows).cpu().numpy().reshape(-1)
 
-    solution = solve_ivp(field, (u0, u1), y0.cpu().numpy().reshape(-1), method=method, rtol=rtol, atol=atol)
+    start = y0.cpu().numpy().reshape(-1)
+    try:
+        solution = solve_ivp(field, (u0, u1), start, method=method, rtol=rtol, atol=atol)
+    except (ValueError, np.linalg.LinAlgError) as error:  # how the implicit methods report a NaN
+        raise SolverError(f"scipy {method}: {error}", evaluations=rhs.evaluations) from error
     if not solution.success:
         raise SolverError(
             f"scipy {method}: {solution.message}", t=rhs.time(float(solution.t[-1])), evaluations=rhs.evaluations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -36,7 +37,7 @@ class Rng:
             if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**63:
                 raise ValueError(f"A seed is an integer in [0, 2^63); got {value!r}.")
         self.per_sample = seeds is not None
-        self._streams = [torch.Generator().manual_seed(value) for value in values]
+        self._streams = [torch.Generator().manual_seed(_fold(value)) for value in values]
 
     def __len__(self) -> int:
         """Number of streams: 1, or one per sample."""
@@ -92,3 +93,9 @@ class Rng:
             raise ValueError(f"The saved state has {len(streams)} streams, this Rng has {len(self._streams)}.")
         for stream, saved in zip(self._streams, streams, strict=True):
             stream.set_state(saved.cpu().clone())  # torch 2.13 crashes on a row that is a view into a larger storage
+
+
+def _fold(seed: int) -> int:
+    """32 bits, all that torch's CPU generator reads of a seed: the low ones, shuffled by a hash of the high ones."""
+    high, low = divmod(seed, 2**32)
+    return low ^ int.from_bytes(hashlib.sha256(high.to_bytes(4, "big")).digest()[:4], "big") if high else low

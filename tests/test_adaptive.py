@@ -33,7 +33,6 @@ CONTROLLED = [
     ("torchdiffeq", "dopri8"),
     ("torchdiffeq", "bosh3"),
     ("torchdiffeq", "adaptive_heun"),
-    ("torchdiffeq", "fehlberg2"),
     ("scipy", "RK45"),
     ("scipy", "RK23"),
     ("scipy", "DOP853"),
@@ -69,12 +68,11 @@ def test_methods_with_step_control_keep_their_tolerance(name, backend, method) -
     """From the prior to data, against the same ODE to 1e-9.
 
     Errors of the some 50 to 500 steps add up, but the flow contracts what was made early: 30 tolerances hold for all.
-    Fehlberg's pair of orders 1 and 2 alone underestimates its error, in torchdiffeq, by a factor of 1,000.
     """
     denoiser, x, exact = reference(name)
-    tolerance, factor = (1e-5, 1500) if method == "fehlberg2" else (1e-3, 30)
+    tolerance = 1e-3
     got = AdaptiveODE(tolerance, tolerance, backend, method).move(denoiser, x, *ends(denoiser.sde))
-    assert float((got - exact).abs().max()) < factor * tolerance
+    assert float((got - exact).abs().max()) < 30 * tolerance
 
 
 @pytest.mark.parametrize("method", FIXED_ORDERS)
@@ -206,7 +204,7 @@ def test_conditions_follow_their_samples() -> None:
 
 FAILING = [("native", "dopri5"), ("torchdiffeq", "dopri5"), ("torchdiffeq", "dopri8"), ("torchdiffeq", "bosh3"),
            ("torchdiffeq", "rk4"), ("torchdiffeq", "explicit_adams"), ("scipy", "RK45"), ("scipy", "RK23"),
-           ("scipy", "DOP853"), ("scipy", "LSODA")]  # fmt: skip
+           ("scipy", "DOP853"), ("scipy", "LSODA"), ("scipy", "BDF"), ("scipy", "Radau")]  # fmt: skip
 
 
 @pytest.mark.parametrize(("backend", "method"), FAILING)

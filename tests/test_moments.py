@@ -46,7 +46,7 @@ PREDICTORS: dict[str, Step] = {
 CORRECTORS: dict[str, Step | None] = {
     "none": None,
     # their own bias at snr = 0.1: up to snr² = 1 % of σ² (the fixed point below), and σ(t_min) is small;
-    # the Langevin rule follows ‖score‖² besides, which in D dimensions tilts it by less than 2/(D + 16)
+    # the Langevin rule follows ‖score‖² besides, which in D dimensions tilts it by less than 2/(D + 64)
     "langevin": Langevin(0.1),
     "annealed-langevin": AnnealedLangevin(0.1),
 }
@@ -149,8 +149,8 @@ def test_correctors_find_the_marginal_from_afar(sde, event, corrector) -> None:
     """From twice the variance and a shifted mean to N(m, V I), 200 corrections of h ≈ 0.05 σ² at σ² > V/2.
 
     The start is forgotten at rate h/V ≥ 0.025 per correction, e^{−5}, and e^{−10} of its variance. The stationary
-    variance is V/(1 − h/2V) (see below). Where h ∝ 1/(‖σ score‖² + 16) the chain stays at a point for as long as h is
-    small there, so its law is p/h: for ‖σ score‖² = s² χ²_D, s² = σ²/V, that is 1 + 2s²/(s² D + 16) times as wide, 8 %
+    variance is V/(1 − h/2V) (see below). Where h ∝ 1/(‖σ score‖² + 64) the chain stays at a point for as long as h is
+    small there, so its law is p/h: for ‖σ score‖² = s² χ²_D, s² = σ²/V, that is 1 + 2s²/(s² D + 64) times as wide, 2 %
     in the plane. The two biases together are known to their product.
     """
     dims = math.prod(event)
@@ -163,7 +163,7 @@ def test_correctors_find_the_marginal_from_afar(sde, event, corrector) -> None:
     x = correct(corrector, denoiser, far, t, 200)
     share = float(sde.marginal(t)[1] ** 2) / exact
     h = 2 * 0.16**2 * share  # in units of V
-    tilt = 2 * share / (share * dims + 16) if isinstance(corrector, Langevin) else 0.0
+    tilt = 2 * share / (share * dims + 64) if isinstance(corrector, Langevin) else 0.0
     assert abs(float(x.mean()) - centre) < 4 * math.sqrt(exact / (n * dims)) + 0.5 * math.exp(-5)
     widening = float(x.var()) / exact * (1 - h / 2) / (1 + tilt)
     assert abs(widening - 1) < 4 * math.sqrt(2 / (n * dims)) + tilt * h + math.exp(-10)

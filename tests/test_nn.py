@@ -10,6 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from scoresde import EDM, VPSDE, DenoisingLoss, Preconditioned, Rng
+from scoresde.data import EightGaussians
+from scoresde.loss import Likelihood, LogSNRTimes
 from scoresde.nn import MLP, Conditioning, Downsample, FourierEmbedding, SinusoidalEmbedding, UNet, Upsample
 from scoresde.nn.blocks import Attention, ResampleConv, ResidualBlock, attend
 
@@ -453,3 +456,26 @@ def test_group_sizes_follow_the_channels():
 def test_bad_arguments_are_refused(build, words):
     with pytest.raises(ValueError, match=words):
         build()
+
+
+def test_the_mlp_leaves_the_best_linear_denoiser() -> None:
+    """A ring of variance 1 under EDM(1): the zero network is the best linear denoiser, so the way down is not linear.
+
+    Started without biases the loss stays where it is for thousands of steps; 300 take it 1 nat lower (of 1.9 in all:
+    bits/dim of a standard normal minus those of the ring, 2.05 − 0.72, times 2 ln 2).
+    """
+    sde, toy = VPSDE(), EightGaussians()
+    data, held = (toy.sample(n, rng=Rng(n)) for n in (50_000, 20_000))
+    torch.manual_seed(0)
+    network = MLP((2,), width=128, depth=3)
+    loss = DenoisingLoss(Preconditioned(network, sde, EDM(1.0)), LogSNRTimes(), Likelihood())
+    with torch.no_grad():
+        linear = float(loss(held, rng=Rng(9)).mean())
+    optimizer, rng = torch.optim.Adam(network.parameters(), lr=2e-3), Rng(1)
+    for _ in range(300):
+        optimizer.zero_grad()
+        loss(data[rng.integers(len(data), (512,))], rng=rng).mean().backward()
+        optimizer.step()
+    with torch.no_grad():
+        trained = float(loss(held, rng=Rng(9)).mean())
+    assert trained < linear - 1.0

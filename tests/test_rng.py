@@ -149,3 +149,12 @@ def test_a_batch_of_another_size_than_the_seeds_is_refused(shape) -> None:
     assert len(rng) == 2 and len(Rng(0)) == 1
     with pytest.raises(ValueError, match="first dimension must be 2"):
         rng.normal(shape)
+
+
+def test_every_bit_of_a_seed_counts() -> None:
+    """torch's CPU generator reads 32 bits; seeds that differ above them are different streams all the same."""
+    seeds = [5, 5 + 2**32, 5 + 2**33, 5 + 2**62, 6 + 2**32, 2**63 - 1]
+    first = Rng(seeds=seeds).normal((len(seeds), 1), dtype=torch.float64)
+    assert len(set(first.flatten().tolist())) == len(seeds)
+    generator = torch.Generator().manual_seed(5)  # below them a seed is torch's own
+    assert torch.equal(Rng(5).normal((3,)), torch.randn(3, generator=generator))

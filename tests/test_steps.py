@@ -209,13 +209,13 @@ def test_heun_is_karras_algorithm_1(sde) -> None:
 @each_event
 @pytest.mark.parametrize("snr", [0.1, 3.0])
 def test_langevin_takes_its_step_per_sample(sde, event, snr) -> None:
-    """x + h score + √(2h) z, h = 2 r² σ² (D + 16)/(‖σ score‖² + 16), at most σ²: reached with r = 3."""
+    """x + h score + √(2h) z, h = 2 r² σ² (D + 64)/(‖σ score‖² + 64), at most σ²: reached with r = 3."""
     denoiser, x, dims = mixture(sde, event), 3 * draw(event), math.prod(event)
     for t in times(sde, 4):
         score, z, sigma = denoiser(x, t).score, noise(x), float(sde.marginal(t)[1])
         want = []
         for k in range(len(x)):
-            h = 2 * snr**2 * sigma**2 * (dims + 16) / (sigma**2 * float(score[k].square().sum()) + 16)
+            h = 2 * snr**2 * sigma**2 * (dims + 64) / (sigma**2 * float(score[k].square().sum()) + 64)
             h = min(h, sigma**2)
             want.append(x[k] + h * score[k] + math.sqrt(2 * h) * z[k])
         close(move(Langevin(snr), denoiser, x, t, t), torch.stack(want))
@@ -226,7 +226,7 @@ def test_langevin_takes_the_paper_s_step_on_images(sde) -> None:
     """h = 2 (r ‖z‖/‖score‖)², norms averaged over the batch (Song et al. 2021, alg. 4 and 5, α = 1), in 3,072 pixels.
 
     On x_t of standard normal data, as drawn, ‖z‖ and ‖score‖ are known to 1/√(2D) each, 1.3 % together and squared
-    2.6 %; four of those, and the 16 dimensions that are counted in, 16/D = 0.5 % at ‖σ score‖² ≥ D/2.
+    2.6 %; four of those, and the 64 dimensions that are counted in, 64/D = 2 % at ‖σ score‖² ≥ D/2.
     """
     event, r = (3, 32, 32), 0.16
     denoiser = ScoreFunction(lambda x, t: -x / (sde.at(t, x).alpha ** 2 + sde.at(t, x).sigma ** 2), sde)
@@ -239,7 +239,7 @@ def test_langevin_takes_the_paper_s_step_on_images(sde) -> None:
         basis = torch.stack([score[k].flatten(), z[k].flatten()], 1)
         h, root = torch.linalg.lstsq(basis, moved[k].flatten()[:, None]).solution.flatten().tolist()
         assert root == pytest.approx(math.sqrt(2 * h), rel=1e-9)
-        assert h == pytest.approx(float(paper), rel=4 * 0.026 + 0.005)
+        assert h == pytest.approx(float(paper), rel=4 * 0.026 + 0.02)
 
 
 def test_langevin_steps_do_not_depend_on_batch_mates() -> None:

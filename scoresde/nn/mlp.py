@@ -65,7 +65,9 @@ class MLP(nn.Module):
             cond_dim=cond_dim,
             cond_dropout=cond_dropout,
         )
-        self.inlet = linear(size, width)
+        # torch's own start, whose random biases put the bends off the origin: without them the features of symmetric
+        # data, normalised, say nothing about the zero output's error, and training stays where it started
+        self.inlet = nn.Linear(size, width)
         self.blocks = nn.ModuleList(_Block(width) for _ in range(depth))
         self.outlet = linear(width, size)
         nn.init.zeros_(self.outlet.weight)

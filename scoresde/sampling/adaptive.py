@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..denoiser import Cond, Denoiser
-from ..ode import check_solver, integrate, log_ratio, point, probability_flow
+from ..ode import METHODS, check_solver, integrate, log_ratio, point, probability_flow
 from ..rng import Rng
 from ..shapes import as_time
 from .sampler import State, Step
@@ -31,7 +31,7 @@ class AdaptiveODE(Step):
         SolverError: from a solve that fails.
     """
 
-    order, evaluations = 5.0, None
+    evaluations = None
     default_steps = 1
 
     def __init__(
@@ -48,6 +48,7 @@ class AdaptiveODE(Step):
             raise ValueError(
                 f"fixed_steps and max_evaluations are at least 1; got {fixed_steps} and {max_evaluations}."
             )
+        self.order = float(METHODS[backend][method] if method else next(iter(METHODS[backend].values())))
         self.rtol, self.atol, self.backend, self.method = float(rtol), float(atol), backend, method
         self.fixed_steps, self.max_evaluations = int(fixed_steps), int(max_evaluations)
 

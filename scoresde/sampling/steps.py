@@ -154,14 +154,14 @@ class Heun(Step):
 class Langevin(Step):
     r"""The Langevin corrector with the signal-to-noise rule (Song et al. 2021, alg. 4 and 5), **per sample**:
 
-    `x ← x + h score + √(2h) z`, `h = 2 snr² σ² (D + 16)/(‖σ score‖² + 16)`, so no sample depends on its batch-mates.
+    `x ← x + h score + √(2h) z`, `h = 2 snr² σ² (D + 64)/(‖σ score‖² + 64)`, so no sample depends on its batch-mates.
 
-    The paper's `h = 2 (snr ‖z‖/‖score‖)²` takes norms over a batch, which for one sample are noisy in few dimensions:
-    a step that varies with z heats the chain by (D + 2)/D, one that varies with x tilts its law by ‖score‖². So ‖z‖²
-    is its mean D here, and 16 dimensions of pure noise (‖σ score‖² = 1 each) are counted in: the rule is the paper's
-    for images, and the tilt in the plane stays below what 8,000 samples can show. h is capped at σ², the longest step
-    that is stable for every density, because −∇² log p_t ⪯ I/σ². The paper's factor α_i = 1 − β_i belongs to one
-    training grid; here it is 1, so the rule holds on any grid.
+    The paper's `h = 2 (snr ‖z‖/‖score‖)²` takes norms over a batch. Those of one sample are noisy in few dimensions: a
+    step that varies with z heats the chain by (D + 2)/D, one that varies with x tilts its law by ‖score‖². So ‖z‖² is
+    its mean D here, and 64 dimensions of pure noise (‖σ score‖² = 1 each) are counted in: the rule is the paper's for
+    images, and alone it widens a Gaussian by less than 1 + 2/(D + 64). h is capped at σ², the longest step that is
+    stable for every density, because −∇² log p_t ⪯ I/σ². The paper's factor α_i = 1 − β_i belongs to one training grid;
+    here it is 1, so the rule holds on any grid.
 
     Args:
         snr: r > 0, target ratio of the score's step to the noise's.
@@ -180,7 +180,7 @@ class Langevin(Step):
         _, sigma = denoiser.sde.marginal(t)
         eps, z = denoiser(x, t, cond).eps, rng.normal_like(x)
         # per sample in units of σ²: h/σ², with score = −ε̂/σ
-        ratio = (x[0].numel() + 16) / (eps.flatten(1).square().sum(1) + 16)
+        ratio = (x[0].numel() + 64) / (eps.flatten(1).square().sum(1) + 64)
         h = coefficient((2 * self.snr**2 * ratio).clamp(max=1.0), x)
         sigma = coefficient(sigma, x)
         return x + sigma * ((2 * h).sqrt() * z - h * eps), state
@@ -212,6 +212,9 @@ class AnnealedLangevin(Step):
 
 class PredictorCorrector(Step):
     """`corrector_steps` corrections at t, then the predictor's move to s (Song et al. 2021, alg. 1, any pair, any SDE).
+
+    Its order is the predictor's; a corrector of fixed snr leaves a bias of about snr² σ² that more steps do not remove,
+    and that is small where it counts because σ(t_min) is.
 
     Args:
         predictor: a step that moves.
