@@ -6,6 +6,7 @@ r"""Where the steps go: a grid is a callable (sde, n) -> n + 1 times in float64,
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Callable
 
 import torch
@@ -33,54 +34,53 @@ def check_grid(times: Tensor, sde: SDE) -> Tensor:
     return times
 
 
-def _ends(sde: SDE, steps: int, t_end: float | None) -> tuple[Tensor, Tensor, Tensor]:
-    if steps < 1:
-        raise ValueError(f"A grid needs at least one step; got {steps}.")
-    end = sde.t_min if t_end is None else t_end
-    if not (sde.t_min <= end < sde.t_max):
-        raise ValueError(f"t_end must lie in [t_min, t_max) = [{sde.t_min}, {sde.t_max}); got {end}.")
-    start, stop = torch.tensor([sde.t_max, end], dtype=torch.float64)
-    return start, stop, torch.linspace(0, 1, steps + 1, dtype=torch.float64)
+class _Grid(abc.ABC):
+    """n + 1 times from t_max down to `t_end`, by a rule for what lies between."""
+
+    def __init__(self, t_end: float | None = None):
+        self.t_end = t_end
+
+    @abc.abstractmethod
+    def _between(self, sde: SDE, start: Tensor, stop: Tensor, u: Tensor) -> Tensor:
+        """Times at shares u (n + 1,) of the way from `start` to `stop`."""
+
+    def __call__(self, sde: SDE, steps: int) -> Tensor:
+        """Falling times (steps + 1,), float64, with exact ends."""
+        if steps < 1:
+            raise ValueError(f"A grid needs at least one step; got {steps}.")
+        end = sde.t_min if self.t_end is None else self.t_end
+        if not (sde.t_min <= end < sde.t_max):
+            raise ValueError(f"t_end must lie in [t_min, t_max) = [{sde.t_min}, {sde.t_max}); got {end}.")
+        start, stop = torch.tensor([sde.t_max, end], dtype=torch.float64)
+        times = self._between(sde, start, stop, torch.linspace(0, 1, steps + 1, dtype=torch.float64))
+        times[0], times[-1] = start, stop  # an inverse map leaves round-off there
+        return times
 
 
-def _pin(times: Tensor, start: Tensor, stop: Tensor) -> Tensor:
-    """Exact ends: an inverse map leaves round-off there."""
-    times[0], times[-1] = start, stop
-    return times
-
-
-class UniformGrid:
+class UniformGrid(_Grid):
     """Equal steps in t.
 
     Args:
         t_end: last time, None for the SDE's t_min.
     """
 
-    def __init__(self, t_end: float | None = None):
-        self.t_end = t_end
-
-    def __call__(self, sde: SDE, steps: int) -> Tensor:
-        start, stop, u = _ends(sde, steps, self.t_end)
-        return _pin(start + u * (stop - start), start, stop)
+    def _between(self, sde: SDE, start: Tensor, stop: Tensor, u: Tensor) -> Tensor:
+        return start + u * (stop - start)
 
 
-class LogSNRGrid:
+class LogSNRGrid(_Grid):
     """Equal steps in log-SNR (Lu et al. 2022, sec. 3).
 
     Args:
         t_end: last time, None for the SDE's t_min.
     """
 
-    def __init__(self, t_end: float | None = None):
-        self.t_end = t_end
-
-    def __call__(self, sde: SDE, steps: int) -> Tensor:
-        start, stop, u = _ends(sde, steps, self.t_end)
+    def _between(self, sde: SDE, start: Tensor, stop: Tensor, u: Tensor) -> Tensor:
         first, last = sde.log_snr(start), sde.log_snr(stop)
-        return _pin(sde.time(first + u * (last - first)), start, stop)
+        return sde.time(first + u * (last - first))
 
 
-class KarrasGrid:
+class KarrasGrid(_Grid):
     """Equal steps in ς^{1/ρ}, ς = σ/α (Karras et al. 2022, eq. 5).
 
     Args:
@@ -89,26 +89,22 @@ class KarrasGrid:
     """
 
     def __init__(self, rho: float = 7.0, t_end: float | None = None):
+        super().__init__(t_end)
         if not rho > 0:
             raise ValueError(f"KarrasGrid needs rho > 0; got {rho}.")
-        self.rho, self.t_end = float(rho), t_end
+        self.rho = float(rho)
 
-    def __call__(self, sde: SDE, steps: int) -> Tensor:
-        start, stop, u = _ends(sde, steps, self.t_end)
+    def _between(self, sde: SDE, start: Tensor, stop: Tensor, u: Tensor) -> Tensor:
         first, last = (torch.exp(-0.5 * sde.log_snr(t) / self.rho) for t in (start, stop))
-        return _pin(sde.time(-2 * self.rho * (first + u * (last - first)).log()), start, stop)
+        return sde.time(-2 * self.rho * (first + u * (last - first)).log())
 
 
-class QuadraticGrid:
+class QuadraticGrid(_Grid):
     """Equal steps in √t: short ones near the data (Song et al. 2021, DDIM, App. D.2).
 
     Args:
         t_end: last time, None for the SDE's t_min.
     """
 
-    def __init__(self, t_end: float | None = None):
-        self.t_end = t_end
-
-    def __call__(self, sde: SDE, steps: int) -> Tensor:
-        start, stop, u = _ends(sde, steps, self.t_end)
-        return _pin((start.sqrt() + u * (stop.sqrt() - start.sqrt())) ** 2, start, stop)
+    def _between(self, sde: SDE, start: Tensor, stop: Tensor, u: Tensor) -> Tensor:
+        return (start.sqrt() + u * (stop.sqrt() - start.sqrt())) ** 2
