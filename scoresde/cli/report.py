@@ -139,7 +139,9 @@ def report(
     evaluation: Evaluation, seed: int, conditional: bool, folder: Path, facts: Mapping[str, Any], logger: Logger,
 ) -> dict[str, Any]:  # fmt: skip
     """Samples, measures, writes `summary.json` and `summary.md`, prints the table. Returns what summary.json holds."""
+    print(f"Measuring bits/dim on {evaluation.points or len(dataset.test):,} held-out points …", flush=True)
     bits = likelihood(denoiser, dataset, points=evaluation.points, seed=seed, conditional=conditional)
+    print(f"Drawing {evaluation.samples:,} samples by each of {', '.join(samplers)} …", flush=True)
     seeds = range(seed * evaluation.samples, (seed + 1) * evaluation.samples)
     made = sample_all(
         samplers, denoiser, dataset, folder, seeds=seeds, conditional=conditional, batch_size=evaluation.batch_size,

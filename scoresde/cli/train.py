@@ -180,6 +180,12 @@ def picture(plan: Plan, run: Training, folder: Path) -> Mapping[str, Path]:
 def fit_and_report(plan: Plan, folder: Path, logger: Logger) -> dict[str, float]:
     """Training, then the pictures, the numbers and the table."""
     training, config, pictures = plan.training, plan.config, plan.evaluation.pictures
+    size = sum(p.numel() for p in training.loss.parameters())
+    print(
+        f"Training {size:,} parameters on {len(training.dataset.train):,} samples of {training.dataset.name}, shape "
+        f"{training.dataset.event_shape}, until {plan.trainer.images:,} have been seen. Run in {folder}",
+        flush=True,
+    )
     start = time.monotonic()
     plan.trainer.fit(
         training, logger=logger, folder=folder / "checkpoints", config=config,
