@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import inspect
 from collections.abc import Callable, Mapping
 
 import torch
@@ -58,7 +59,8 @@ class Preconditioned(Denoiser):
     float64 inputs); only the network itself runs under autocast.
 
     Args:
-        network: callable (x (B, *event), c_noise (B,), cond) -> tensor like x.
+        network: callable (x (B, *event), c_noise (B,), cond) -> tensor like x; one that takes no third argument is
+            called without.
         sde: the forward process.
         parameterization: what the output means.
         sigma_data: σ_d, standard deviation of the data, > 0; used in c_in only.
@@ -85,6 +87,7 @@ class Preconditioned(Denoiser):
         if autocast not in (None, "bfloat16", "float16"):
             raise ValueError(f"autocast is None, 'bfloat16' or 'float16'; got {autocast!r}.")
         self.network = network
+        self.takes_cond = _takes(getattr(network, "forward", network), 3)
         self.parameterization = parameterization
         self.sigma_data = float(sigma_data)
         self.noise_input = default_noise_input if noise_input is None else noise_input
@@ -92,18 +95,31 @@ class Preconditioned(Denoiser):
         self.autocast = None if autocast is None else getattr(torch, autocast)
 
     def forward(self, x: Tensor, t: Tensor, cond: Cond = None) -> Prediction:
+        if cond is not None and not self.takes_cond:
+            raise ValueError("A condition was given, but the network takes (x, c_noise) only.")
         scales = self.sde.at(t, x)
         c_noise = self.noise_input(self.sde, scales.t).to(scales.alpha.dtype).expand(x.shape[0])
         c_in = (scales.alpha**2 * self.sigma_data**2 + scales.sigma**2).rsqrt() if self.scale_input else None
         scaled = x if c_in is None else c_in * x
         with torch.autocast(x.device.type, dtype=self.autocast, enabled=self.autocast is not None):
-            output = self.network(scaled, c_noise, cond)
+            output = self.network(scaled, c_noise, *([cond] if self.takes_cond else []))
         if output.shape != x.shape:
             raise ValueError(
                 f"The network returned shape {tuple(output.shape)} for an input of shape {tuple(x.shape)}; "
                 "they must be equal (a learned-variance head has to be split off)."
             )
         return self.parameterization.prediction(output.to(scaled.dtype), x, scales)
+
+
+def _takes(function: Callable[..., Tensor], arguments: int) -> bool:
+    """Whether `function` can be called with so many positional arguments; True where it does not say."""
+    try:
+        inspect.signature(function).bind(*[None] * arguments)
+    except TypeError:
+        return False
+    except ValueError:  # built-in functions have no signature
+        return True
+    return True
 
 
 class ScoreFunction(Denoiser):

@@ -310,3 +310,19 @@ def test_counting_counts_and_changes_nothing() -> None:
 def test_denoisers_are_abstract() -> None:
     with pytest.raises(TypeError, match="abstract"):
         Denoiser(VPSDE())
+
+
+class TwoArguments(nn.Module):
+    def forward(self, x, t):
+        return t[:, None] * x
+
+
+def test_networks_of_two_arguments_are_called_with_two() -> None:
+    """Networks from elsewhere know nothing of conditions; one that is given to them all the same is refused."""
+    x, t = torch.ones(3, 2), torch.tensor([0.1, 0.2, 0.3])
+    expected = Preconditioned(lambda x, t, cond: t[:, None] * x, VPSDE(), Eps())(x, t)
+    for network in (TwoArguments(), lambda x, t: t[:, None] * x):
+        denoiser = Preconditioned(network, VPSDE(), Eps())
+        assert torch.equal(denoiser(x, t).eps, expected.eps)
+        with pytest.raises(ValueError, match=r"takes \(x, c_noise\) only"):
+            denoiser(x, t, torch.ones(3))
