@@ -56,7 +56,9 @@ class ReverseDiffusion(Step):
     For VE std² = σ_t² − σ_s², as in the paper; for VP a is the exact transition, which √(1 − β_i) approximates.
 
     Args:
-        probability_flow: half the score term and no noise.
+        probability_flow: no noise, and to first order half the score: `(2 − a) x + [(2 − a) σ_t − σ_s] σ_t score`.
+            The paper's ½ std² does not carry pure noise along its path, x_s = (σ_s/σ_t) x, and where α goes to 0 its
+            errors multiply: 30 % of the variance of a flow after 150 steps.
     """
 
     order, evaluations = 1.0, 1
@@ -70,13 +72,12 @@ class ReverseDiffusion(Step):
     ) -> tuple[Tensor, State]:
         sde = denoiser.sde
         scale, std = sde.transition(s, t)
-        part = 0.5 if self.probability_flow else 1.0
         _, sigma = sde.marginal(t)
         eps = denoiser(x, t, cond).eps
-        x = coefficient(2 - scale, x) * x - coefficient(part * std**2 / sigma, x) * eps
-        if not self.probability_flow:
-            x = x + coefficient(std, x) * rng.normal_like(x)
-        return x, state
+        if self.probability_flow:
+            return coefficient(2 - scale, x) * x - coefficient((2 - scale) * sigma - sde.marginal(s)[1], x) * eps, state
+        x = coefficient(2 - scale, x) * x - coefficient(std**2 / sigma, x) * eps
+        return x + coefficient(std, x) * rng.normal_like(x), state
 
 
 def ddim_update(sde: SDE, p: Prediction, t: Tensor, s: Tensor, eta: float, rng: Rng) -> Tensor:
