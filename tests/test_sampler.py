@@ -154,7 +154,7 @@ class Recorded(Rng):
 
 @each_sde
 def test_networks_see_finite_times_inside_the_range(sde) -> None:
-    for step in (*STEPS.values(), AdaptiveODE(1e-3, 1e-3, "native"), AdaptiveODE(1e-3, 1e-3)):
+    for step in (*STEPS.values(), AdaptiveODE(1e-3, 1e-3), AdaptiveODE(1e-3, 1e-3, "torchdiffeq")):
         denoiser = network(sde)
         seen = count_calls(denoiser)
         Sampler(step, steps=2)(denoiser, (2, 2))

@@ -20,9 +20,10 @@ class AdaptiveODE(Step):
 
     Args:
         rtol, atol: tolerances of the solver, > 0, on the state y.
-        backend: "torchdiffeq" (dopri5, dopri8, bosh3, rk4, explicit_adams …), "scipy" (RK45 and every method of
-            `solve_ivp`, through the CPU: the original's choice), or "native" (dopri5, error and step per sample).
-        method: of the backend; default dopri5 or RK45.
+        backend: "native" (dopri5, error and step per sample: no sample depends on its batch-mates), "torchdiffeq"
+            (dopri5, dopri8, bosh3, rk4, explicit_adams …) or "scipy" (RK45 and every method of `solve_ivp`, through
+            the CPU: the original's choice), which control the batch as one.
+        method: of the backend, see `scoresde.ode.METHODS`; default its first.
         fixed_steps: equal steps in u taken by a method without step control (rk4, euler, adams …).
         max_evaluations: limit on network calls per solve.
 
@@ -38,7 +39,7 @@ class AdaptiveODE(Step):
         self,
         rtol: float = 1e-5,
         atol: float = 1e-5,
-        backend: str = "torchdiffeq",
+        backend: str = "native",
         method: str | None = None,
         fixed_steps: int = 100,
         max_evaluations: int = 20_000,
