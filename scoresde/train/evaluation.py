@@ -16,6 +16,7 @@ from ..likelihood import bits_per_dim, log_likelihood
 from ..loss import DenoisingLoss
 from ..rng import Rng
 from ..sampling import Sampler
+from .progress import track
 
 
 def model_device(denoiser: Denoiser) -> torch.device:
@@ -107,7 +108,7 @@ class OdeLikelihood:
         index = spread(len(data), points)
         device, start = model_device(denoiser), time.monotonic()
         values, calls = [], []
-        for part in index.split(self.batch_size):
+        for part in track(index.split(self.batch_size), "bits/dim"):
             result = log_likelihood(
                 denoiser, data.raw[part].to(device), rtol=self.rtol, atol=self.atol, divergence=self.divergence,
                 cond=_labels(data, part, conditional, device),
@@ -170,7 +171,8 @@ def draw(
     for first in range(0, len(seeds), batch_size):
         part = list(seeds[first : first + batch_size])
         cond = None if labels is None else labels[first : first + batch_size].to(device)
-        for trace in sampler.iterate(denoiser, (len(part), *event_shape), cond=cond, rng=Rng(seeds=part)):
+        run = sampler.iterate(denoiser, (len(part), *event_shape), cond=cond, rng=Rng(seeds=part))
+        for trace in track(run, f"samples {first}–{first + len(part) - 1}", sampler.steps + 1 + int(sampler.denoise)):
             if first == 0 and trace.index in watch:
                 kept.append(trace.x[:watched].cpu())
                 times.append(trace.t)
