@@ -87,7 +87,7 @@ class Preconditioned(Denoiser):
         if autocast not in (None, "bfloat16", "float16"):
             raise ValueError(f"autocast is None, 'bfloat16' or 'float16'; got {autocast!r}.")
         self.network = network
-        self.takes_cond = _takes(getattr(network, "forward", network), 3)
+        self.takes_cond = _takes_cond(network)
         self.parameterization = parameterization
         self.sigma_data = float(sigma_data)
         self.noise_input = default_noise_input if noise_input is None else noise_input
@@ -111,10 +111,10 @@ class Preconditioned(Denoiser):
         return self.parameterization.prediction(output.to(scaled.dtype), x, scales)
 
 
-def _takes(function: Callable[..., Tensor], arguments: int) -> bool:
-    """Whether `function` can be called with so many positional arguments; True where it does not say."""
+def _takes_cond(network: Callable[..., Tensor]) -> bool:
+    """Whether it can be called with a third positional argument; True where it does not say."""
     try:
-        inspect.signature(function).bind(*[None] * arguments)
+        inspect.signature(getattr(network, "forward", network)).bind(None, None, None)
     except TypeError:
         return False
     except ValueError:  # built-in functions have no signature
@@ -154,7 +154,6 @@ class CountingDenoiser(Denoiser):
     def __init__(self, denoiser: Denoiser):
         super().__init__(denoiser.sde)
         self.denoiser = denoiser
-        self.data_mean, self.data_var = denoiser.data_mean, denoiser.data_var
         self.evaluations = 0
 
     def forward(self, x: Tensor, t: Tensor, cond: Cond = None) -> Prediction:

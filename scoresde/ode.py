@@ -22,15 +22,16 @@ from .shapes import select
 Rhs = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(u (n,), y (n, N), rows (n,)) -> dy/du (n, N): `rows` names the samples of the batch that are asked for."""
 
-FIXED_STEP = ("euler", "midpoint", "heun2", "heun3", "rk4", "explicit_adams", "implicit_adams", "fixed_adams")
+FIXED_STEP = {
+    "euler": 1, "midpoint": 2, "heun2": 2, "heun3": 3, "rk4": 4, "explicit_adams": 4, "implicit_adams": 5,
+    "fixed_adams": 5,
+}  # fmt: skip
+"""Methods of torchdiffeq without step control, each with its order."""
 METHODS: dict[str, dict[str, int]] = {
     "native": {"dopri5": 5},
-    "torchdiffeq": {
-        "dopri5": 5, "dopri8": 8, "bosh3": 3, "adaptive_heun": 2, "euler": 1, "midpoint": 2, "heun2": 2, "heun3": 3,
-        "rk4": 4, "explicit_adams": 4, "implicit_adams": 5, "fixed_adams": 5,
-    },
+    "torchdiffeq": {"dopri5": 5, "dopri8": 8, "bosh3": 3, "adaptive_heun": 2, **FIXED_STEP},
     "scipy": {"RK45": 5, "RK23": 3, "DOP853": 8, "Radau": 5, "BDF": 5, "LSODA": 12},
-}  # fmt: skip
+}
 """Methods by backend, each with its (highest) order; the first is the default."""
 
 
@@ -107,8 +108,7 @@ def integrate(
         SolverError: step size underflow, evaluation limit, non-finite state, or the backend's own failure.
         ValueError: unknown backend or method, tolerances that are not positive.
     """
-    check_solver(backend, method, rtol, atol)
-    method = method or next(iter(METHODS[backend]))
+    method = check_solver(backend, method, rtol, atol)
     if not bool(torch.isfinite(y0).all()):
         bad = (~torch.isfinite(y0).all(1)).nonzero().flatten().tolist()
         raise SolverError("The state is not finite before the solve", t=time(u0), samples=bad)
@@ -125,8 +125,8 @@ def integrate(
     return y1
 
 
-def check_solver(backend: str, method: str | None, rtol: float, atol: float) -> None:
-    """Refuse a backend, method or tolerance that cannot work, before anything is evaluated."""
+def check_solver(backend: str, method: str | None, rtol: float, atol: float) -> str:
+    """The method, by default the backend's first; refuses what cannot work, before anything is evaluated."""
     if backend not in METHODS:
         raise ValueError(f"Unknown backend {backend!r}; choose one of {', '.join(METHODS)}.")
     if method is not None and method not in METHODS[backend]:
@@ -136,7 +136,8 @@ def check_solver(backend: str, method: str | None, rtol: float, atol: float) -> 
             f"backend={backend!r} has no method {method!r}; choose one of {', '.join(METHODS[backend])}.{elsewhere}"
         )
     if not (rtol > 0 and atol > 0):
-        raise ValueError(f"Tolerances must be positive; got rtol={rtol}, atol={atol}.")
+        raise ValueError(f"Tolerances rtol and atol are positive; got rtol={rtol}, atol={atol}.")
+    return method or next(iter(METHODS[backend]))
 
 
 class _Counted:

@@ -149,6 +149,8 @@ def test_labels_reach_the_model() -> None:
         ({"rtol": 0.0}, "rtol and atol are positive"),
         ({"atol": -1e-5}, "rtol and atol"),
         ({"batch_size": 0}, "batch_size"),
+        ({"backend": "diffrax"}, "Unknown backend"),
+        ({"method": "rk4"}, "no method 'rk4'"),
     ],
     ids=str,
 )

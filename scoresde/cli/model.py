@@ -79,7 +79,7 @@ def build_denoiser(config: Mapping[str, Any], dataset: Dataset, allow: Sequence[
 def check_fit(denoiser: Denoiser, dataset: Dataset, *, conditional: bool) -> None:
     """One forward pass on two samples: a network that does not fit the data is refused before anything is written."""
     split, device = dataset.train, model_device(denoiser)
-    cond = split.labels[:2].to(device) if conditional and split.labels is not None else None
+    cond = split.cond(slice(2), conditional, device)
     denoiser.eval()  # so that dropout draws nothing
     try:
         denoiser(dataset.encode(split.raw[:2]).to(device), torch.tensor(denoiser.sde.t_max), cond)

@@ -44,13 +44,13 @@ class AdaptiveODE(Step):
         fixed_steps: int = 100,
         max_evaluations: int = 20_000,
     ):
-        check_solver(backend, method, rtol, atol)
+        self.method = check_solver(backend, method, rtol, atol)
         if fixed_steps < 1 or max_evaluations < 1:
             raise ValueError(
                 f"fixed_steps and max_evaluations are at least 1; got {fixed_steps} and {max_evaluations}."
             )
-        self.order = float(METHODS[backend][method] if method else next(iter(METHODS[backend].values())))
-        self.rtol, self.atol, self.backend, self.method = float(rtol), float(atol), backend, method
+        self.order = float(METHODS[backend][self.method])
+        self.rtol, self.atol, self.backend = float(rtol), float(atol), backend
         self.fixed_steps, self.max_evaluations = int(fixed_steps), int(max_evaluations)
 
     def __call__(

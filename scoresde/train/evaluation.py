@@ -14,6 +14,7 @@ from ..denoiser import Denoiser
 from ..divergence import Divergence
 from ..likelihood import bits_per_dim, log_likelihood
 from ..loss import DenoisingLoss
+from ..ode import check_solver
 from ..rng import Rng
 from ..sampling import Sampler
 from .progress import track
@@ -31,7 +32,7 @@ def held_out_loss(loss: DenoisingLoss, dataset: Dataset, *, conditional: bool = 
     device = model_device(loss.denoiser)
     for index in torch.arange(len(split)).split(batch_size):
         x0 = dataset.encode(split.raw[index], rng).to(device)
-        total += float(loss(x0, _labels(split, index, conditional, device), rng=rng).sum())
+        total += float(loss(x0, split.cond(index, conditional, device), rng=rng).sum())
     return total / len(split)
 
 
@@ -68,6 +69,9 @@ class OdeLikelihood:
         batch_size: points per solve, ≥ 1.
         backend, method: of the solver, see `scoresde.ode.integrate`.
         t_min: likelihood cut-off; None for the SDE's own.
+
+    Raises:
+        ValueError: tolerances, a batch size, a backend or a method that cannot work.
     """
 
     def __init__(
@@ -81,12 +85,11 @@ class OdeLikelihood:
         method: str | None = None,
         t_min: float | None = None,
     ):
-        if not (rtol > 0 and atol > 0):
-            raise ValueError(f"rtol and atol are positive; got rtol={rtol}, atol={atol}.")
+        self.method = check_solver(backend, method, rtol, atol)
         if batch_size < 1:
             raise ValueError(f"batch_size is at least 1; got {batch_size}.")
         self.divergence, self.rtol, self.atol, self.batch_size = divergence, float(rtol), float(atol), batch_size
-        self.backend, self.method, self.t_min = backend, method, t_min
+        self.backend, self.t_min = backend, t_min
 
     def __call__(
         self,
@@ -111,7 +114,7 @@ class OdeLikelihood:
         for part in track(index.split(self.batch_size), "bits/dim"):
             result = log_likelihood(
                 denoiser, data.raw[part].to(device), rtol=self.rtol, atol=self.atol, divergence=self.divergence,
-                cond=_labels(data, part, conditional, device),
+                cond=data.cond(part, conditional, device),
                 rng=Rng(seeds=[seed * len(data) + i for i in part.tolist()]),
                 scaling=dataset.scaling, t_min=self.t_min, backend=self.backend, method=self.method,
             )  # fmt: skip
@@ -212,7 +215,3 @@ def spread(n: int, points: int | None) -> Tensor:
     if not (1 <= points <= n):
         raise ValueError(f"n is between 1 and the {n} points of the split, or null for all; got {points}.")
     return torch.arange(points) * n // points
-
-
-def _labels(split: Split, index: Tensor, conditional: bool, device: torch.device) -> Tensor | None:
-    return split.labels[index].to(device) if conditional and split.labels is not None else None

@@ -83,8 +83,7 @@ class Training:
         """The next (x0 (B, *event), labels (B,) or None), on the device."""
         index = self.order.next()
         x0 = self.dataset.encode(self.dataset.train.raw[index], self.rng).to(self.device)
-        labels = self.dataset.train.labels
-        return x0, labels[index].to(self.device) if self.conditional and labels is not None else None
+        return x0, self.dataset.train.cond(index, self.conditional, self.device)
 
     def note(self, loss: Tensor, grad_norm: Tensor, keep: Tensor) -> None:
         """Adds one step to the averages, on the device."""

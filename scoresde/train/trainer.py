@@ -64,16 +64,12 @@ class Trainer:
         if clip is not None and not (isinstance(clip, (int, float)) and clip > 0):
             raise ValueError(f"clip is a positive bound on the gradient norm, or null for none; got {clip!r}.")
         self.clip = math.inf if clip is None else float(clip)
-        self.log_every, self.evaluate_every = (
-            _whole("log_every", log_every, 0),
-            _whole("evaluate_every", evaluate_every, 0),
-        )
+        self.log_every = _whole("log_every", log_every, 0)
+        self.evaluate_every = _whole("evaluate_every", evaluate_every, 0)
         self.sample_every = _whole("sample_every", sample_every, 0)
         self.checkpoint_every = _whole("checkpoint_every", checkpoint_every, 0)
-        self.keep_last, self.max_bad_steps = (
-            _whole("keep_last", keep_last, 1),
-            _whole("max_bad_steps", max_bad_steps, 1),
-        )
+        self.keep_last = _whole("keep_last", keep_last, 1)
+        self.max_bad_steps = _whole("max_bad_steps", max_bad_steps, 1)
 
     def lr_scale(self, images: int) -> float:
         """Share of the learning rate for a step that starts at `images`: above 0 at the first and the last."""
