@@ -8,7 +8,7 @@ from . import nn
 from .data import suggest_sigma_max
 from .denoiser import Cond, Denoiser, Preconditioned, ScoreFunction
 from .divergence import Exact, Hutchinson
-from .grids import Grid, KarrasGrid, LogSNRGrid, QuadraticGrid, UniformGrid
+from .grids import CosineGrid, Grid, KarrasGrid, LogisticGrid, LogSNRGrid, QuadraticGrid, UniformGrid
 from .likelihood import LogLikelihood, bits_per_dim, log_likelihood
 from .loss import DenoisingLoss
 from .mixture import GaussianMixtureDenoiser
@@ -18,17 +18,24 @@ from .prediction import Prediction
 from .rng import Rng
 from .sampling import (
     DDIM,
+    DEIS,
+    IPNDM,
+    Adams,
     AdaptiveODE,
     Ancestral,
     AnnealedLangevin,
+    DPMSolverPP,
     EulerMaruyama,
     Heun,
     Langevin,
+    Multistep,
     PredictorCorrector,
     ReverseDiffusion,
     Sampler,
+    SASolver,
     Step,
     Trace,
+    UniPC,
 )
 from .sde import EDMSDE, SDE, VESDE, VPSDE, CosineSDE, RectifiedFlow, Scales, SubVPSDE
 from .table import TableSDE
@@ -37,17 +44,22 @@ __version__ = "0.1.0"
 
 __all__ = [
     "DDIM",
+    "DEIS",
     "EDM",
     "EDMSDE",
+    "IPNDM",
     "SDE",
     "VESDE",
     "VPSDE",
     "X0",
+    "Adams",
     "AdaptiveODE",
     "Ancestral",
     "AnnealedLangevin",
     "Cond",
+    "CosineGrid",
     "CosineSDE",
+    "DPMSolverPP",
     "Denoiser",
     "DenoisingLoss",
     "Eps",
@@ -61,6 +73,8 @@ __all__ = [
     "Langevin",
     "LogLikelihood",
     "LogSNRGrid",
+    "LogisticGrid",
+    "Multistep",
     "Parameterization",
     "Preconditioned",
     "Prediction",
@@ -69,6 +83,7 @@ __all__ = [
     "RectifiedFlow",
     "ReverseDiffusion",
     "Rng",
+    "SASolver",
     "Sampler",
     "Scales",
     "Score",
@@ -78,6 +93,7 @@ __all__ = [
     "SubVPSDE",
     "TableSDE",
     "Trace",
+    "UniPC",
     "UniformGrid",
     "V",
     "Velocity",
@@ -85,4 +101,4 @@ __all__ = [
     "log_likelihood",
     "nn",
     "suggest_sigma_max",
-]  # fmt: skip
+]

@@ -26,11 +26,16 @@ class Denoiser(nn.Module, abc.ABC):
     Attributes:
         data_mean, data_var: moments of the data (numbers, or tensors of the event shape) that the prior at t_max
             takes into account: p_T ≈ N(α_T mean, (α_T² var + σ_T²) I). 0 gives the usual N(0, σ_T² I).
+        sigma_data: about the standard deviation of the data, > 0: the noise level at which solvers and grids expect
+            noise to become data.
     """
 
-    def __init__(self, sde: SDE):
+    def __init__(self, sde: SDE, sigma_data: float = 1.0):
         super().__init__()
+        if not sigma_data > 0:
+            raise ValueError(f"sigma_data is the standard deviation of the data, > 0; got {sigma_data}.")
         self.sde = sde
+        self.sigma_data = float(sigma_data)
         self.data_mean: Tensor | float = 0.0
         self.data_var: Tensor | float = 0.0
 
@@ -63,7 +68,7 @@ class Preconditioned(Denoiser):
             called without.
         sde: the forward process.
         parameterization: what the output means.
-        sigma_data: σ_d, standard deviation of the data, > 0; used in c_in only.
+        sigma_data: σ_d, standard deviation of the data, > 0; used in c_in, and by solvers.
         noise_input: (sde, t (B,)) -> c_noise (B,), for networks trained elsewhere: `lambda sde, t: 999 * t` for
             score_sde, `lambda sde, t: sde.marginal(t)[1]` for k-diffusion. Default −log_snr/8.
         scale_input: False feeds x_t itself.
@@ -81,15 +86,12 @@ class Preconditioned(Denoiser):
         scale_input: bool = True,
         autocast: str | None = None,
     ):
-        super().__init__(sde)
-        if not sigma_data > 0:
-            raise ValueError(f"sigma_data is the standard deviation of the data, > 0; got {sigma_data}.")
+        super().__init__(sde, sigma_data)
         if autocast not in (None, "bfloat16", "float16"):
             raise ValueError(f"autocast is None, 'bfloat16' or 'float16'; got {autocast!r}.")
         self.network = network
         self.takes_cond = _takes_cond(network)
         self.parameterization = parameterization
-        self.sigma_data = float(sigma_data)
         self.noise_input = default_noise_input if noise_input is None else noise_input
         self.scale_input = scale_input
         self.autocast = None if autocast is None else getattr(torch, autocast)
@@ -128,10 +130,11 @@ class ScoreFunction(Denoiser):
     Args:
         fn: (x (B, *event), t (B,)) -> score like x, or (x, t, cond) when a condition is given.
         sde: the process whose marginals the score belongs to.
+        sigma_data: about the standard deviation of the data, for solvers that ask.
     """
 
-    def __init__(self, fn: Callable[..., Tensor], sde: SDE):
-        super().__init__(sde)
+    def __init__(self, fn: Callable[..., Tensor], sde: SDE, *, sigma_data: float = 1.0):
+        super().__init__(sde, sigma_data)
         self.fn = fn
 
     def forward(self, x: Tensor, t: Tensor, cond: Cond = None) -> Prediction:
@@ -152,7 +155,7 @@ class CountingDenoiser(Denoiser):
     """
 
     def __init__(self, denoiser: Denoiser):
-        super().__init__(denoiser.sde)
+        super().__init__(denoiser.sde, denoiser.sigma_data)
         self.denoiser = denoiser
         self.evaluations = 0
 

@@ -20,6 +20,7 @@ from scoresde import (
     CosineSDE,
     GaussianMixtureDenoiser,
     RectifiedFlow,
+    Rng,
     SubVPSDE,
     TableSDE,
 )
@@ -154,3 +155,31 @@ def gauss_legendre(edges: Tensor, order: int = 8) -> tuple[Tensor, Tensor]:
     nodes, weights = (torch.tensor(values) for values in np.polynomial.legendre.leggauss(order))
     half = 0.5 * (edges[1:] - edges[:-1])[:, None]
     return edges[:-1, None] + half * (1 + nodes), half * weights
+
+
+def grid(sde: SDE, n: int) -> Tensor:
+    """n equal steps in log-SNR over λ ∈ [−3, 3], where a density turns from one Gaussian into its mixture."""
+    return sde.time(torch.linspace(-3, 3, n + 1, dtype=torch.float64))
+
+
+def start(denoiser: GaussianMixtureDenoiser, t: Tensor, n: int = 32) -> Tensor:
+    """Exact draws of x_t, float64 (n, *event)."""
+    x0 = denoiser.sample(n, rng=Rng(0), dtype=torch.float64)
+    return denoiser.sde.perturb(x0, t, Rng(1).normal(x0.shape, dtype=torch.float64))
+
+
+def slope(errors: list[float]) -> float:
+    """log2 of the gain by doubling the steps: the order, if the error is C h^p."""
+    coarse, fine = errors
+    return math.log2(coarse / fine)
+
+
+class Fixed(Rng):
+    """An Rng whose every normal is `value`: it makes the coefficient of a step's noise visible."""
+
+    def __init__(self, value: float):
+        super().__init__(0)
+        self.value = value
+
+    def normal(self, shape, *, dtype=None, device=None):
+        return torch.full(tuple(shape), self.value, dtype=dtype, device=device)

@@ -8,11 +8,28 @@ import pytest
 import torch
 from oracles import all_sdes
 
-from scoresde import EDMSDE, VPSDE, KarrasGrid, LogSNRGrid, QuadraticGrid, TableSDE, UniformGrid
+from scoresde import (
+    EDMSDE,
+    VPSDE,
+    CosineGrid,
+    KarrasGrid,
+    LogisticGrid,
+    LogSNRGrid,
+    QuadraticGrid,
+    TableSDE,
+    UniformGrid,
+)
 from scoresde.grids import check_grid
 
 ALL = all_sdes()
-GRIDS = {"uniform": UniformGrid, "log_snr": LogSNRGrid, "karras": KarrasGrid, "quadratic": QuadraticGrid}
+GRIDS = {
+    "uniform": UniformGrid,
+    "log_snr": LogSNRGrid,
+    "karras": KarrasGrid,
+    "quadratic": QuadraticGrid,
+    "cosine": CosineGrid,
+    "logistic": LogisticGrid,
+}
 each_sde = pytest.mark.parametrize("sde", ALL.values(), ids=ALL.keys())
 each_grid = pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS.keys())
 

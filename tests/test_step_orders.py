@@ -11,7 +11,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from oracles import all_sdes, closed_form_sdes, marginal_moments, mixture
+from oracles import Fixed, all_sdes, closed_form_sdes, grid, marginal_moments, mixture, slope, start
 from torch import Tensor
 
 from scoresde import (
@@ -56,32 +56,6 @@ def pairs(steps: dict[str, Step]) -> list:
         for label, step in steps.items()
         for name, sde in (SMOOTH if isinstance(step, EulerMaruyama) else ALL).items()
     ]
-
-
-def grid(sde: SDE, n: int) -> Tensor:
-    return sde.time(torch.linspace(-3, 3, n + 1, dtype=torch.float64))
-
-
-def start(denoiser: GaussianMixtureDenoiser, t: Tensor, n: int = 32) -> Tensor:
-    """Exact draws of x_t, float64 (n, *event)."""
-    x0 = denoiser.sample(n, rng=Rng(0), dtype=torch.float64)
-    return denoiser.sde.perturb(x0, t, Rng(1).normal(x0.shape, dtype=torch.float64))
-
-
-def slope(errors: list[float]) -> float:
-    coarse, fine = errors
-    return math.log2(coarse / fine)
-
-
-class Fixed(Rng):
-    """An Rng whose every normal is `value`: it makes the coefficient of a step's noise visible."""
-
-    def __init__(self, value: float):
-        super().__init__(0)
-        self.value = value
-
-    def normal(self, shape, *, dtype=None, device=None):
-        return torch.full(tuple(shape), self.value, dtype=dtype, device=device)
 
 
 @pytest.mark.parametrize(("step", "sde"), pairs(DETERMINISTIC))

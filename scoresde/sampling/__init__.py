@@ -1,6 +1,7 @@
 """Sampling: a `Step` is one reverse move, a `Sampler` runs it over a grid."""
 
 from .adaptive import AdaptiveODE
+from .multistep import DEIS, IPNDM, Adams, DPMSolverPP, Multistep, SASolver, UniPC
 from .sampler import Sampler, Step, Trace
 from .steps import (
     DDIM,
@@ -15,15 +16,22 @@ from .steps import (
 
 __all__ = [
     "DDIM",
+    "DEIS",
+    "IPNDM",
+    "Adams",
     "AdaptiveODE",
     "Ancestral",
     "AnnealedLangevin",
+    "DPMSolverPP",
     "EulerMaruyama",
     "Heun",
     "Langevin",
+    "Multistep",
     "PredictorCorrector",
     "ReverseDiffusion",
+    "SASolver",
     "Sampler",
     "Step",
     "Trace",
+    "UniPC",
 ]

@@ -38,6 +38,10 @@ class Step(abc.ABC):
         """The state before the first step."""
         return None
 
+    def count(self, steps: int) -> int | None:
+        """Network calls of a run of `steps` steps; None for adaptive steps."""
+        return None if self.evaluations is None else steps * self.evaluations
+
     @abc.abstractmethod
     def __call__(
         self, denoiser: Denoiser, x: Tensor, t: Tensor, s: Tensor, state: State, *, cond: Cond, rng: Rng
@@ -87,9 +91,8 @@ class Sampler:
     @property
     def evaluations(self) -> int | None:
         """Network calls of a run; None for adaptive steps, whose runs count in `Trace.evaluations`."""
-        if self.step.evaluations is None:
-            return None
-        return self.steps * self.step.evaluations + int(self.denoise)
+        count = self.step.count(self.steps)
+        return None if count is None else count + int(self.denoise)
 
     def __call__(
         self,

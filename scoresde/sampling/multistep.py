@@ -1,0 +1,354 @@
+r"""Multistep methods: one network call per step, and a polynomial through the values it gave before.
+
+The reverse family dx = [f x − ½(1 + η²) g² score] dt + η g dw has the law of the forward process for every η ≥ 0. In
+y = x/α, ς = σ/α it reads dy = (1 + η²) ε̂ dς with noise of variance 2η²ς |dς|. Of the model a Gaussian of standard
+deviation c is taken as known: with q = c²/(1 + c²), D = q + (1 − q) ς² and M = α√D,
+
+    V = [(1 − q) σ x̂_0 − q α ε̂]/M
+
+is what is left to predict, and everything else is solved exactly:
+
+    x_s = (M_s/M_t)(D_s/D_t)^{η²/2} x_t + (1 + η²) α_s ∫_{ς_s}^{ς_t} (D_s/D)^{(1 + η²)/2} D^{−½} V dς + std z,
+    std² = M_s² [1 − (D_s/D_t)^{η²}]/(1 − q).
+
+c = 0 is data prediction, V = x̂_0 (DPM-Solver++, UniPC, SA-Solver); c = ∞ noise prediction, V = −ε̂ (DEIS, iPNDM); and
+c = σ_data has V = 0 on Gaussian data of that spread, so that only what is not Gaussian has to be integrated.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..denoiser import Cond, Denoiser
+from ..prediction import Prediction
+from ..rng import Rng
+from ..sde import SDE
+from ..shapes import coefficient
+from .sampler import State, Step
+
+
+class Knot(NamedTuple):
+    """A time of the grid, as steps see it; entries are () or (B,)."""
+
+    alpha: Tensor
+    sigma: Tensor
+    level: Tensor  # ℓ = log(α/σ), which rises towards the data
+
+
+class History(NamedTuple):
+    """What a multistep method remembers.
+
+    Attributes:
+        base: the last step's x_s without its integral, (B, *event): a corrector adds the integral again.
+        knots: the times of the values, the latest first.
+        values: V there, (B, *event) each.
+        origin: where the first step began, as long as steps are corrected from there; then None.
+    """
+
+    base: Tensor
+    knots: tuple[Knot, ...]
+    values: tuple[Tensor, ...]
+    origin: Tensor | None
+
+
+class Multistep(Step):
+    r"""A step by the formulas of this module; the named methods below are choices of its arguments.
+
+    The predictor integrates the polynomial through the last `order` values. With a corrector the step before is done
+    again when its end has been evaluated, with that value among its nodes, at no cost (PEC). The first steps have fewer
+    values than the order needs, and the error of one Euler step would stay for ever; so without noise they are done
+    again from the very start with each value that comes, until it is reached. For fourth order that takes one more
+    evaluation, which `count` counts.
+
+    Args:
+        order: nodes of the predictor, 1 to 4.
+        eta: η ≥ 0: 0 is the probability-flow ODE, 1 the reverse SDE, more is more noise and more contraction.
+        sigma_data: c, in [0, inf]; None takes the denoiser's.
+        corrector: nodes of the corrector with the new one, 0 for none, at most order + 1.
+        slope: how two nodes make a line. "exact" integrates it; "bh1" and "bh2" take ½ h, resp. ½ (1 − e^{−h}), times
+            the slope, as published for data prediction (Zhao et al. 2023, App. C), which differs in order h³.
+        angle: polynomials in arctan(ς/c) instead of ℓ; for 0 < c < ∞.
+
+    Raises:
+        ValueError: arguments outside these ranges.
+    """
+
+    evaluations = 1
+    default_steps = 20
+
+    def __init__(
+        self,
+        order: int,
+        *,
+        eta: float = 0.0,
+        sigma_data: float | None = 0.0,
+        corrector: int = 0,
+        slope: str = "exact",
+        angle: bool = False,
+    ):
+        name = type(self).__name__
+        if order not in (1, 2, 3, 4):
+            raise ValueError(f"{name} needs order 1, 2, 3 or 4 (past values to use); got {order!r}.")
+        if not (0 <= corrector <= order + 1):
+            raise ValueError(f"{name}'s corrector has 0 to order + 1 = {order + 1} nodes; got {corrector}.")
+        if slope not in ("exact", "bh1", "bh2"):
+            raise ValueError(f"slope is 'exact', 'bh1' or 'bh2'; got {slope!r}.")
+        if not (0 <= eta < math.inf):
+            raise ValueError(f"{name} needs eta >= 0 (0 is the ODE, 1 the reverse SDE); got {eta}.")
+        if sigma_data is not None and not sigma_data >= 0:
+            raise ValueError(f"{name} needs sigma_data >= 0, None for the denoiser's own; got {sigma_data}.")
+        self.nodes, self.eta, self.corrector = int(order), float(eta), int(corrector)
+        self.sigma_data = None if sigma_data is None else float(sigma_data)
+        self.slope, self.angle = slope, angle
+        self.order = self._reached()
+
+    def _reached(self) -> float:
+        """Global order; with noise 1, as x̂_0 along a Brownian path is no smoother."""
+        if self.eta > 0:
+            return 1.0
+        return float(min(self.nodes + 1, self.corrector) if self.corrector > self.nodes else self.nodes)
+
+    def count(self, steps: int) -> int:
+        return steps + int(self.order > 3 and steps > 1)
+
+    def __call__(
+        self, denoiser: Denoiser, x: Tensor, t: Tensor, s: Tensor, state: State, *, cond: Cond, rng: Rng
+    ) -> tuple[Tensor, State]:
+        share = self._share(denoiser)
+        here, there = knot(denoiser.sde, t), knot(denoiser.sde, s)
+        knots: tuple[Knot, ...] = (here,)
+        values: tuple[Tensor, ...] = (self._value(denoiser(x, t, cond), here, share),)
+        origin = x
+        if state is not None:
+            knots, values, origin = knots + state.knots, values + state.values, state.origin
+            if origin is not None:
+                whole = self._carry(origin, knots[-1], here, share, rng)
+                x = self._integrate(whole, here, knots, values, len(values), len(values) - 1, share)
+                if self.order > 3 and len(values) == 2:
+                    values = (self._value(denoiser(x, t, cond), here, share), *state.values)
+            elif self.corrector:
+                x = self._integrate(state.base, here, knots, values, self.corrector, 1, share)
+        base = self._carry(x, here, there, share, rng)
+        x = self._integrate(base, there, knots, values, self.nodes, 0, share)
+        keep = max(self.nodes, self.corrector, 2) - 1
+        starting = self.eta == 0 and len(values) < self.order - 1
+        return x, History(base, knots[:keep], values[:keep], origin if starting else None)
+
+    def _noise(self, start: Knot) -> Tensor | float:
+        """η of the step that begins at `start`."""
+        return self.eta
+
+    def _share(self, denoiser: Denoiser) -> float:
+        """q = c²/(1 + c²)."""
+        c = denoiser.sigma_data if self.sigma_data is None else self.sigma_data
+        return 1.0 if c == math.inf else c * c / (1 + c * c)
+
+    def _value(self, p: Prediction, here: Knot, share: float) -> Tensor:
+        if share == 0:
+            return p.x0
+        if share == 1:
+            return -p.eps
+        scale = (share * here.alpha**2 + (1 - share) * here.sigma**2).rsqrt()
+        value = coefficient((1 - share) * here.sigma * scale, p.x0) * p.x0
+        return value.addcmul_(p.eps, coefficient(-share * here.alpha * scale, p.x0))
+
+    def _carry(self, x: Tensor, here: Knot, there: Knot, share: float, rng: Rng) -> Tensor:
+        """x_s without the integral: what the known Gaussian makes of x_t, and the noise."""
+        eta = self._noise(here)
+        if self.eta == 0 and share in (0, 1):
+            return coefficient(there[1 - int(share)] / here[1 - int(share)], x) * x
+        d_t, d_s = (share + (1 - share) * torch.exp(-2 * one.level) for one in (here, there))
+        m_t, m_s = here.alpha * d_t.sqrt(), there.alpha * d_s.sqrt()
+        base = coefficient(m_s / m_t * (d_s / d_t) ** (0.5 * eta**2), x) * x
+        if self.eta == 0:
+            return base
+        gap = torch.exp(-2 * here.level) * -torch.expm1(2 * (here.level - there.level))  # ς_t² − ς_s²
+        if share == 1:
+            lost = eta**2 * gap
+        else:
+            lost = -torch.expm1(eta**2 * torch.log1p(-(1 - share) * gap / d_t)) / (1 - share)
+        return base.addcmul_(rng.normal_like(x), coefficient(m_s * lost.clamp(min=0).sqrt(), x))
+
+    def _integrate(
+        self,
+        base: Tensor,
+        end: Knot,
+        knots: tuple[Knot, ...],
+        values: tuple[Tensor, ...],
+        nodes: int,
+        start: int,
+        share: float,
+    ) -> Tensor:
+        """`base` and the integral, from knot number `start` to `end`, of the polynomial through the first values."""
+        levels = torch.stack([one.level for one in knots[:nodes]], -1)
+        weights = end.alpha[..., None] * self._weights(levels, knots[start], end, start, share)
+        x = base
+        for index, (weight, value) in enumerate(zip(weights.unbind(-1), values[:nodes], strict=True)):
+            weight = coefficient(weight, x)
+            x = torch.addcmul(x, value, weight) if index == 0 else x.addcmul_(value, weight)
+        return x
+
+    def _weights(self, levels: Tensor, start: Knot, end: Knot, at: int, share: float) -> Tensor:
+        r"""∫ (1 + η²)(D_s/D)^{(1 + η²)/2} D^{−½} ς L_i dℓ of the Lagrange polynomials L_i on `levels` (…, k).
+
+        `at` says which of the nodes is the start of the step.
+        """
+        kappa, h = 1 + self._noise(start) ** 2, end.level - start.level
+        if share == 0 and self.slope != "exact" and self.order < 4 and levels.shape[-1] <= 2:
+            whole = -torch.expm1(-kappa * h)
+            if levels.shape[-1] == 1:
+                return whole[..., None]
+            line = 0.5 * (kappa * h if self.slope == "bh1" else whole) * h / (levels[..., 0] - levels[..., 1])
+            return torch.stack([line, whole - line] if at else [whole + line, -line], -1)
+        nodes, quadrature = (torch.as_tensor(row, dtype=levels.dtype, device=levels.device) for row in _GAUSS)
+        u = start.level[..., None] + h[..., None] * nodes
+        ratio = torch.exp(-u)
+        d, d_end = share + (1 - share) * ratio**2, share + (1 - share) * torch.exp(-2 * end.level)[..., None]
+        kappa = kappa[..., None] if isinstance(kappa, Tensor) else kappa
+        kernel = kappa * (d_end / d) ** (0.5 * kappa) * d.rsqrt() * ratio * h[..., None] * quadrature
+        if self.angle and 0 < share < 1:
+            c = math.sqrt(share / (1 - share))
+            levels, u = torch.atan(torch.exp(-levels) / c), torch.atan(ratio / c)
+        return (_lagrange(levels, u) * kernel[..., None, :]).sum(-1)
+
+
+def knot(sde: SDE, t: Tensor) -> Knot:
+    """What a step needs of the time `t` (() or (B,))."""
+    return Knot(*sde.marginal(t), 0.5 * sde.log_snr(t))
+
+
+def _lagrange(nodes: Tensor, u: Tensor) -> Tensor:
+    """The polynomials that are 1 at one of the nodes (…, k) and 0 at the others, at u (…, Q): (…, k, Q)."""
+    same = torch.eye(nodes.shape[-1], dtype=torch.bool, device=nodes.device)
+    above = (u[..., None, :] - nodes[..., None])[..., None, :, :].masked_fill(same[..., None], 1.0).prod(-2)
+    below = (nodes[..., None] - nodes[..., None, :]).masked_fill(same, 1.0).prod(-1)
+    return above / below[..., None]
+
+
+class DPMSolverPP(Multistep):
+    r"""DPM-Solver++, multistep (Lu et al. 2022, "DPM-Solver++", alg. 2, eq. 12), and its SDE form (their sec. 4.4).
+
+    Order 2 is the published 2M. Order 3 integrates the parabola through three values; the published 3M code takes half
+    of its curvature term and is of second order.
+
+    Args:
+        order: 1 (DDIM), 2 or 3.
+        eta: η ≥ 0, see `Multistep`; 1 is SDE-DPM-Solver++.
+    """
+
+    def __init__(self, order: int = 2, eta: float = 0.0):
+        _check_order(self, order, 3)
+        super().__init__(order, eta=eta, slope="bh2")
+
+
+class UniPC(Multistep):
+    r"""UniPC: the multistep UniP with the corrector UniC, from one evaluation per step (Zhao et al. 2023, alg. 5–8).
+
+    With the corrector order p becomes p + 1. At p = 3 that costs one more evaluation, in the first step.
+
+    Args:
+        order: p = 1, 2 or 3.
+        variant: "bh1" (B(h) = h) or "bh2" (B(h) = e^h − 1); they matter for p = 1 and 2 only.
+        eta: η ≥ 0, see `Multistep`.
+    """
+
+    def __init__(self, order: int = 3, variant: str = "bh2", eta: float = 0.0):
+        _check_order(self, order, 3)
+        super().__init__(order, eta=eta, corrector=order + 1, slope=variant)
+
+
+class SASolver(Multistep):
+    r"""SA-Solver: stochastic Adams predictor and corrector on x̂_0, the corrector with the predictor's own noise.
+
+    (Xue et al. 2023, alg. 1, eq. 14 and 17, with the two-node rule of their code, B(h) = h.)
+
+    Args:
+        predictor: nodes of the predictor, 1 to 4.
+        corrector: nodes of the corrector with the new one, 0 (none) to predictor + 1.
+        tau: τ ≥ 0, the noise: 0 is the ODE, 1 the reverse SDE.
+        between: (low, high), the noise levels σ/α on which τ acts (their sec. 6; 0.05 and 1 for EDM networks).
+    """
+
+    def __init__(
+        self, predictor: int = 2, corrector: int = 2, tau: float = 1.0, between: tuple[float, float] = (0.0, math.inf)
+    ):
+        super().__init__(predictor, eta=tau, corrector=corrector, slope="bh1")
+        low, high = between
+        if not (0 <= low < high):
+            raise ValueError(f"between is (low, high) with 0 <= low < high; got {between}.")
+        self.between = float(low), float(high)
+
+    def _noise(self, start: Knot) -> Tensor | float:
+        low, high = self.between
+        ratio = start.sigma / start.alpha
+        return self.eta * ((ratio >= low) & (ratio <= high)).to(ratio.dtype)
+
+
+class DEIS(Multistep):
+    r"""DEIS with polynomials in log-SNR, ρ-AB (Zhang & Chen 2023, eq. 14–15): exponential Adams–Bashforth on ε̂.
+
+    Args:
+        order: 1 (DDIM) to 4. Order 4 costs one more evaluation, in the first step.
+        eta: η ≥ 0, see `Multistep`.
+    """
+
+    def __init__(self, order: int = 3, eta: float = 0.0):
+        super().__init__(order, eta=eta, sigma_data=math.inf)
+
+
+class IPNDM(Multistep):
+    r"""iPNDM: ε̂ extrapolated as on equal steps, then a DDIM step (Liu et al. 2022; Zhang & Chen 2023, App. H).
+
+    Adams–Bashforth's coefficients on any grid: second order, however many values are used, unless ς falls in equal
+    steps.
+
+    Args:
+        order: past values used, 1 to 4; the order reached is at most 2.
+    """
+
+    def __init__(self, order: int = 4):
+        super().__init__(order, sigma_data=math.inf)
+        self.order = float(min(order, 2))
+
+    def _weights(self, levels: Tensor, start: Knot, end: Knot, at: int, share: float) -> Tensor:
+        width = torch.exp(-start.level) * -torch.expm1(start.level - end.level)
+        return width[..., None] * levels.new_tensor(_ADAMS_BASHFORTH[levels.shape[-1] - 1])
+
+
+class Adams(Multistep):
+    r"""Adams–Bashforth and –Moulton on what a Gaussian of the data's spread leaves over: this library's own default.
+
+    With w = x/√(α²c² + σ²), θ = arctan(σ/(αc)) and V as in this module, dw/dθ ∝ V: a plain ODE over a bounded angle, in
+    which noise (θ = π/2) and Gaussian data (V = 0) cost nothing (c = 1 is v-prediction, Salimans & Ho 2022, App. D).
+
+    Args:
+        order: nodes of the predictor, 1 to 4.
+        corrector: nodes of the corrector with the new one, 0 (none) to order + 1.
+        eta: η ≥ 0, see `Multistep`.
+        sigma_data: c > 0, None for the denoiser's own.
+        angle: polynomials in θ; False has them in log-SNR.
+    """
+
+    def __init__(
+        self,
+        order: int = 3,
+        corrector: int = 0,
+        eta: float = 0.0,
+        sigma_data: float | None = None,
+        angle: bool = True,
+    ):
+        super().__init__(order, eta=eta, corrector=corrector, sigma_data=sigma_data, angle=angle)
+
+
+def _check_order(step: Multistep, order: int, highest: int) -> None:
+    if order not in range(1, highest + 1):
+        raise ValueError(f"{type(step).__name__} has orders 1 to {highest}; got {order!r}.")
+
+
+_GAUSS = tuple(0.5 * row + shift for row, shift in zip(np.polynomial.legendre.leggauss(32), (0.5, 0.0), strict=True))
+_ADAMS_BASHFORTH = ((1.0,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24))
