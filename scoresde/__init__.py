@@ -8,7 +8,17 @@ from . import nn
 from .data import suggest_sigma_max
 from .denoiser import Cond, Denoiser, Preconditioned, ScoreFunction
 from .divergence import Exact, Hutchinson
-from .grids import CosineGrid, Grid, KarrasGrid, LogisticGrid, LogSNRGrid, QuadraticGrid, UniformGrid
+from .grids import (
+    CosineGrid,
+    FittedGrid,
+    Grid,
+    KarrasGrid,
+    LogisticGrid,
+    LogSNRGrid,
+    QuadraticGrid,
+    SavedGrid,
+    UniformGrid,
+)
 from .likelihood import LogLikelihood, bits_per_dim, log_likelihood
 from .loss import DenoisingLoss
 from .mixture import GaussianMixtureDenoiser
@@ -36,6 +46,9 @@ from .sampling import (
     Step,
     Trace,
     UniPC,
+    default_sampler,
+    fit_grid,
+    sample,
 )
 from .sde import EDMSDE, SDE, VESDE, VPSDE, CosineSDE, RectifiedFlow, Scales, SubVPSDE
 from .table import TableSDE
@@ -65,6 +78,7 @@ __all__ = [
     "Eps",
     "EulerMaruyama",
     "Exact",
+    "FittedGrid",
     "GaussianMixtureDenoiser",
     "Grid",
     "Heun",
@@ -85,6 +99,7 @@ __all__ = [
     "Rng",
     "SASolver",
     "Sampler",
+    "SavedGrid",
     "Scales",
     "Score",
     "ScoreFunction",
@@ -98,7 +113,10 @@ __all__ = [
     "V",
     "Velocity",
     "bits_per_dim",
+    "default_sampler",
+    "fit_grid",
     "log_likelihood",
     "nn",
+    "sample",
     "suggest_sigma_max",
 ]

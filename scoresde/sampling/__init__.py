@@ -1,6 +1,8 @@
 """Sampling: a `Step` is one reverse move, a `Sampler` runs it over a grid."""
 
 from .adaptive import AdaptiveODE
+from .default import default_sampler, sample
+from .fit import fit_grid
 from .multistep import DEIS, IPNDM, Adams, DPMSolverPP, Multistep, SASolver, UniPC
 from .sampler import Sampler, Step, Trace
 from .steps import (
@@ -34,4 +36,7 @@ __all__ = [
     "Step",
     "Trace",
     "UniPC",
+    "default_sampler",
+    "fit_grid",
+    "sample",
 ]
