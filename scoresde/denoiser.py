@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .parameterization import Parameterization
 from .prediction import Prediction
-from .sde import SDE
+from .sde import EDMSDE, SDE
 
 Cond = Tensor | Mapping[str, Tensor] | None
 """A condition, passed unread from the caller to the network; None is unconditional."""
@@ -145,6 +145,31 @@ class ScoreFunction(Denoiser):
             raise ValueError(f"The score has shape {tuple(score.shape)}, expected that of x, {tuple(x.shape)}.")
         eps = -scales.sigma * score
         return Prediction((x - scales.sigma * eps) / scales.alpha, eps, scales)
+
+
+class DenoiserFunction(Denoiser):
+    """Any callable D(y, ς) ≈ E[x_0 | y], y = x_0 + ς ε: the convention of EDM and k-diffusion, under every SDE.
+
+    With y = x/α and ς = σ/α it is the denoiser of x_t = α x_0 + σ ε (Karras et al. 2022, eq. 2–4), so a network of one
+    process samples by any other.
+
+    Args:
+        fn: (y (B, *event), ς (B,)) -> x̂_0 like y, or (y, ς, cond) when a condition is given.
+        sde: the process to sample by, by default `EDMSDE()`, in which y is x and ς is t.
+        sigma_data: about the standard deviation of the data, for solvers that ask.
+    """
+
+    def __init__(self, fn: Callable[..., Tensor], sde: SDE | None = None, *, sigma_data: float = 1.0):
+        super().__init__(EDMSDE() if sde is None else sde, sigma_data)
+        self.fn = fn
+
+    def forward(self, x: Tensor, t: Tensor, cond: Cond = None) -> Prediction:
+        scales = self.sde.at(t, x)
+        y, ratio = x / scales.alpha, (scales.sigma / scales.alpha).flatten().expand(x.shape[0])
+        x0 = self.fn(y, ratio) if cond is None else self.fn(y, ratio, cond)
+        if x0.shape != x.shape:
+            raise ValueError(f"The denoiser returned shape {tuple(x0.shape)}, expected that of x, {tuple(x.shape)}.")
+        return Prediction(x0, (x - scales.alpha * x0) / scales.sigma, scales)
 
 
 class CountingDenoiser(Denoiser):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Sequence
 from typing import Any
@@ -53,6 +54,17 @@ class Rng:
                 f"the first dimension must be {len(self._streams)}, one seed per sample."
             )
         return torch.stack([one(shape[1:], stream) for stream in self._streams]).to(device)
+
+    def rows(self, rows: Tensor) -> Rng:
+        """The streams of the samples `rows` (n,), shared with this Rng: a draw moves those on and no others.
+
+        A single stream is returned as it is.
+        """
+        if not self.per_sample:
+            return self
+        part = copy.copy(self)
+        part._streams = [self._streams[row] for row in rows.tolist()]
+        return part
 
     def normal(
         self, shape: Sequence[int], *, dtype: torch.dtype | None = None, device: torch.device | str | None = None

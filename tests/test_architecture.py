@@ -37,10 +37,11 @@ DOORS = {
     "wandb": ("train.logger",),
     "matplotlib": ("train.figures",),
     "tqdm": ("train.progress",),
-    "safetensors": ("train.checkpoint",),
+    "safetensors": ("train.checkpoint", "train.shards"),
     "sklearn": ("data.digits", "metrics.c2st"),
     "PIL": ("data.folder", "train.figures"),
     "torchdiffeq": ("ode",),
+    "torchsde": ("sampling.torch_sde",),
     "scipy": ("ode", "metrics"),
 }
 
@@ -138,7 +139,8 @@ assert not seen, seen
 assert torch.equal(before[0], torch.get_rng_state())
 assert (before[1] == numpy.random.get_state()[1]).all() and before[2] == random.getstate()
 assert threads == settings()
-heavy = {"hydra", "omegaconf", "wandb", "matplotlib", "sklearn", "PIL", "scipy", "torchdiffeq", "safetensors", "tqdm"}
+heavy = {"hydra", "omegaconf", "wandb", "matplotlib", "sklearn", "PIL", "scipy", "torchdiffeq", "torchsde",
+         "safetensors", "tqdm"}
 new = {name.split(".")[0] for name in set(sys.modules) - loaded}
 assert not new & heavy, new & heavy
 """

@@ -18,7 +18,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from scoresde import SDE, VPSDE, DenoisingLoss, Eps, KarrasGrid, LogSNRGrid, Preconditioned, Sampler
+from scoresde import SDE, VPSDE, DenoisingLoss, Eps, FittedGrid, KarrasGrid, LogSNRGrid, Preconditioned, Sampler
 from scoresde.cli.model import build_denoiser
 from scoresde.cli.report import Evaluation
 from scoresde.cli.train import assemble
@@ -78,9 +78,10 @@ def test_every_group_is_known() -> None:
 
 
 def files(folder: Path) -> dict[str, list[str]]:
-    """What the data options that need a file are given."""
+    """What the options that need a file are given."""
     from PIL import Image
 
+    FittedGrid([-8.0, 0.0, 9.0]).save(folder / "grid.json")
     np.save(folder / "x.npy", np.linspace(-1, 1, 60, dtype=np.float32).reshape(30, 2))
     (folder / "images").mkdir()
     for i in range(20):
@@ -92,13 +93,14 @@ def files(folder: Path) -> dict[str, list[str]]:
         (folder / f"{part}-labels-idx1-ubyte").write_bytes(bytes([0, 0, 8, 1]) + shape[:4] + bytes(range(10)) * 100)
     paths = {"arrays": folder / "x.npy", "image_folder": folder / "images", "mnist": folder}
     given = {option: [f"data.path={path}"] for option, path in paths.items()}
+    given["fitted"] = [f"grid.path={folder / 'grid.json'}"]
     return given | {"arrays": [*given["arrays"], "data.raw_low=-1", "data.raw_high=1"]}
 
 
 @pytest.mark.parametrize(("group", "option"), OPTIONS, ids=str)
 def test_every_option_builds(group: str, option: str, tmp_path: Path) -> None:
     kind, runtime = GROUPS[group]
-    more = files(tmp_path).get(option, []) if group == "data" else []
+    more = files(tmp_path).get(option, []) if group in ("data", "grid") else []
     built = build(composed(f"{group}={option}", *more)[group], **runtime())
     assert isinstance(built, kind)
     if group == "grid":
@@ -135,17 +137,18 @@ def test_every_key_is_a_parameter_of_its_target(path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["sample", "likelihood", "evaluate"])
-def test_the_other_mains_build_every_option_of_their_groups(name: str) -> None:
+def test_the_other_mains_build_every_option_of_their_groups(name: str, tmp_path: Path) -> None:
     """Options that refer to a key which only train.yaml has would fail here."""
     entries = OmegaConf.load(CONF / f"{name}.yaml").defaults
     groups = {str(key) for entry in entries if isinstance(entry, DictConfig) for key in entry} & set(GROUPS)
     assert groups
+    given = files(tmp_path)
     for group, option in OPTIONS:
         if group in groups:
             kind, runtime = GROUPS[group]
-            assert isinstance(
-                build(composed(f"{group}={option}", "run=somewhere", name=name)[group], **runtime()), kind
-            )
+            more = given.get(option, []) if group == "grid" else []
+            node = composed(f"{group}={option}", "run=somewhere", *more, name=name)[group]
+            assert isinstance(build(node, **runtime()), kind)
 
 
 @pytest.mark.parametrize("name", ["train", "evaluate"])

@@ -1,9 +1,13 @@
 """Sampling: a `Step` is one reverse move, a `Sampler` runs it over a grid."""
 
 from .adaptive import AdaptiveODE
+from .adaptive_sde import AdaptiveSDE
+from .churn import Churn
 from .default import default_sampler, sample
 from .fit import fit_grid
 from .multistep import DEIS, IPNDM, Adams, DPMSolverPP, Multistep, SASolver, UniPC
+from .restart import Restart
+from .runge_kutta import RK4, DPMSolver, Midpoint
 from .sampler import Sampler, Step, Trace
 from .steps import (
     DDIM,
@@ -15,25 +19,33 @@ from .steps import (
     PredictorCorrector,
     ReverseDiffusion,
 )
+from .torch_sde import TorchSDE
 
 __all__ = [
     "DDIM",
     "DEIS",
     "IPNDM",
+    "RK4",
     "Adams",
     "AdaptiveODE",
+    "AdaptiveSDE",
     "Ancestral",
     "AnnealedLangevin",
+    "Churn",
+    "DPMSolver",
     "DPMSolverPP",
     "EulerMaruyama",
     "Heun",
     "Langevin",
+    "Midpoint",
     "Multistep",
     "PredictorCorrector",
+    "Restart",
     "ReverseDiffusion",
     "SASolver",
     "Sampler",
     "Step",
+    "TorchSDE",
     "Trace",
     "UniPC",
     "default_sampler",
