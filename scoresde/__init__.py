@@ -5,9 +5,11 @@ A diffusion model is a forward SDE (`sde`), an estimate of where its paths began
 """
 
 from . import nn
+from .bounds import Bound, ImportanceBound, elbo, importance_weighted, vlb
+from .budget import LikelihoodGrid
 from .data import suggest_sigma_max
 from .denoiser import Cond, Denoiser, DenoiserFunction, Preconditioned, ScoreFunction
-from .divergence import Exact, Hutchinson
+from .divergence import Exact, Hutchinson, HutchPlusPlus
 from .grids import (
     CosineGrid,
     FittedGrid,
@@ -19,7 +21,7 @@ from .grids import (
     SavedGrid,
     UniformGrid,
 )
-from .likelihood import LogLikelihood, bits_per_dim, log_likelihood
+from .likelihood import LogLikelihood, bits_per_dim, log_likelihood, sample_with_log_prob
 from .loss import DenoisingLoss
 from .mixture import GaussianMixtureDenoiser
 from .ode import SolverError
@@ -78,6 +80,7 @@ __all__ = [
     "AdaptiveSDE",
     "Ancestral",
     "AnnealedLangevin",
+    "Bound",
     "Churn",
     "Cond",
     "CosineGrid",
@@ -94,9 +97,12 @@ __all__ = [
     "GaussianMixtureDenoiser",
     "Grid",
     "Heun",
+    "HutchPlusPlus",
     "Hutchinson",
+    "ImportanceBound",
     "KarrasGrid",
     "Langevin",
+    "LikelihoodGrid",
     "LogLikelihood",
     "LogSNRGrid",
     "LogisticGrid",
@@ -129,9 +135,13 @@ __all__ = [
     "Velocity",
     "bits_per_dim",
     "default_sampler",
+    "elbo",
     "fit_grid",
+    "importance_weighted",
     "log_likelihood",
     "nn",
     "sample",
+    "sample_with_log_prob",
     "suggest_sigma_max",
+    "vlb",
 ]

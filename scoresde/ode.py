@@ -22,6 +22,9 @@ from .shapes import select
 Rhs = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(u (n,), y (n, N), rows (n,)) -> dy/du (n, N): `rows` names the samples of the batch that are asked for."""
 
+Watch = Callable[[Tensor, Tensor, Tensor, Tensor], None]
+"""(rows (n,), u (n,), dy/du (n, N), error (n, N)) of the steps just accepted: where they end, what they may miss."""
+
 FIXED_STEP = {
     "euler": 1, "midpoint": 2, "heun2": 2, "heun3": 3, "rk4": 4, "explicit_adams": 4, "implicit_adams": 5,
     "fixed_adams": 5,
@@ -90,6 +93,7 @@ def integrate(
     blocks: Sequence[int] | None = None,
     max_evaluations: int = 20_000,
     time: Callable[[float], float] = lambda u: u,
+    watch: Watch | None = None,
 ) -> Tensor:
     """y(u1) of dy/du = rhs(u, y, rows) with y(u0) = y0 (B, N), float64; either direction.
 
@@ -103,6 +107,9 @@ def integrate(
             a single log-density is not outvoted by many pixels; default: all columns as one. Native only.
         max_evaluations: limit on right-hand sides.
         time: u -> diffusion time, for error messages.
+        watch: called after each step with the local errors (of the embedded fourth-order solution). Native only.
+
+    Autograd passes through a native solve; its step sizes are constants to it.
 
     Raises:
         SolverError: step size underflow, evaluation limit, non-finite state, or the backend's own failure.
@@ -114,7 +121,7 @@ def integrate(
         raise SolverError("The state is not finite before the solve", t=time(u0), samples=bad)
     count = _Counted(rhs, max_evaluations, time)
     if backend == "native":
-        y1 = _dormand_prince(count, y0, u0, u1, rtol, atol, blocks or [y0.shape[1]])
+        y1 = _dormand_prince(count, y0, u0, u1, rtol, atol, blocks or [y0.shape[1]], watch)
     elif backend == "torchdiffeq":
         y1 = _torchdiffeq(count, y0, u0, u1, rtol, atol, method, fixed_steps)
     else:
@@ -173,8 +180,8 @@ _E = (71 / 57600, 0.0, -71 / 16695, 71 / 1920, -17253 / 339200, 22 / 525, -1 / 4
 
 
 def _error_norm(error: Tensor, scale: Tensor, blocks: Sequence[int]) -> Tensor:
-    """The largest block RMS of error/scale, per sample (n,)."""
-    parts = (error / scale)[:, : sum(blocks)].square().split(list(blocks), dim=1)
+    """The largest block RMS of error/scale, per sample (n,); a constant to autograd."""
+    parts = (error / scale).detach()[:, : sum(blocks)].square().split(list(blocks), dim=1)
     return torch.stack([part.mean(1) for part in parts]).amax(0).sqrt()
 
 
@@ -194,7 +201,14 @@ def _first_step(
 
 
 def _dormand_prince(
-    rhs: _Counted, y0: Tensor, u0: float, u1: float, rtol: float, atol: float, blocks: Sequence[int]
+    rhs: _Counted,
+    y0: Tensor,
+    u0: float,
+    u1: float,
+    rtol: float,
+    atol: float,
+    blocks: Sequence[int],
+    watch: Watch | None,
 ) -> Tensor:
     """Each sample has its own time, step and PI controller; a sample that has arrived leaves the active set."""
     result = y0.clone()
@@ -216,6 +230,8 @@ def _dormand_prince(
         norm = _error_norm(error, atol + rtol * torch.maximum(y.abs(), new.abs()), blocks)
         norm = torch.where(torch.isfinite(norm) & torch.isfinite(new).all(1), norm, torch.inf).clamp(min=1e-10)
         accept = norm <= 1
+        if watch is not None and bool(accept.any()):
+            watch(rows[accept], (u + h)[accept], stages[-1][accept].detach(), error[accept].detach())
         # PI control (Hairer & Wanner 1996, sec. IV.2); after a rejection only shrink
         growth = 0.9 * norm**-0.14 * previous**0.08
         factor = torch.where(accept, growth.clamp(0.2, 5.0), (0.9 * norm**-0.2).clamp(0.1, 0.9))
