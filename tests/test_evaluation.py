@@ -60,6 +60,18 @@ def test_bits_per_dim_of_a_known_density(name: str) -> None:
     assert abs(result.mean - entropy) < 4 * result.stderr
 
 
+def test_a_budget_takes_the_place_of_tolerances() -> None:
+    """100 calls per batch, to the tolerances above; the solver's estimate covers what tolerances of 1e-7 change."""
+    dataset, denoiser = TOY.dataset(train=8, test=16, seed=1), toy_denoiser(VPSDE())
+    result = OdeLikelihood(Exact(), budget=100, batch_size=9)(denoiser, dataset)
+    torch.testing.assert_close(result.values, exact_bits(TOY.log_prob(dataset.test.raw), 2), rtol=0, atol=2e-2)
+    assert result.evaluations == 100 and result.estimator == "bpd/ode"
+    fine = OdeLikelihood(Exact(), rtol=1e-7, atol=1e-7)(denoiser, dataset)
+    assert 0 < abs(result.mean - fine.mean) < result.solver_error < 1e-2
+    assert OdeLikelihood(budget=100).accuracy == {"budget": 100}
+    assert OdeLikelihood(atol=1e-3).accuracy == {"rtol": 1e-5, "atol": 1e-3}
+
+
 def test_bits_per_dim_of_integers() -> None:
     """One grey value k of 16 under N(m, s²) per pixel: its cell has centre c and width Δ = 2/16, so over the noise
     E −log p = ½ ln 2πs² + ((c − m)² + Δ²/12)/2s² − ln Δ. The probe is exact here (the Jacobian is a multiple of I)."""
@@ -151,6 +163,12 @@ def test_labels_reach_the_model() -> None:
         ({"batch_size": 0}, "batch_size"),
         ({"backend": "diffrax"}, "Unknown backend"),
         ({"method": "rk4"}, "no method 'rk4'"),
+        ({"budget": 3}, "at least 4; got 3"),
+        ({"budget": 50.0}, "got 50.0"),
+        ({"budget": 50, "rtol": 1e-5}, "A budget replaces rtol and atol"),
+        ({"budget": 50, "atol": 1e-5}, "A budget replaces rtol and atol"),
+        ({"budget": 50, "backend": "scipy"}, "has a method of its own"),
+        ({"budget": 50, "method": "dopri5"}, "has a method of its own"),
     ],
     ids=str,
 )

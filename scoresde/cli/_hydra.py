@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import re
 import sys
@@ -32,13 +33,16 @@ def launch(task: Callable[[DictConfig], Any], config_name: str) -> None:
     What the user can mend is told in a few lines. HYDRA_FULL_ERROR=1 shows the whole trace.
     """
     from ..ode import SolverError
-    from ..train import CheckpointError, TrainingDiverged
+    from ..train import CheckpointError, ShardError, TrainingDiverged
 
+    OmegaConf.register_new_resolver("command", name_of_command, replace=True)
     full = os.environ.get("HYDRA_FULL_ERROR", "0") not in ("", "0")
     os.environ["HYDRA_FULL_ERROR"] = "1"  # so that Hydra raises instead of printing
     try:
         hydra_main(version_base="1.3", config_path=config_dir(), config_name=config_name)(task)()
-    except (Refusal, HydraException, OmegaConfBaseException, SolverError, CheckpointError, TrainingDiverged) as error:
+    except (
+        Refusal, HydraException, OmegaConfBaseException, SolverError, CheckpointError, ShardError, TrainingDiverged,
+    ) as error:  # fmt: skip
         OutputFolder.remove_created()
         if full:
             raise
@@ -48,8 +52,19 @@ def launch(task: Callable[[DictConfig], Any], config_name: str) -> None:
         OutputFolder.remove_created()
         raise
     except KeyboardInterrupt:
-        print("stopped; the same command with resume=auto continues from the last checkpoint", file=sys.stderr)
+        how = "with resume=auto continues from the last checkpoint" if config_name == "train" else "goes on from here"
+        print(f"stopped; the same command {how}", file=sys.stderr)
         sys.exit(130)
+
+
+def name_of_command(run: str) -> str:
+    """`step-00000010-3fa9c2e1`: the newest checkpoint of `run`, and a hash of the command line.
+
+    The same for every process of `torchrun`, and for the same command typed again.
+    """
+    steps = [path.name for path in Path(run, "checkpoints").glob("step-*")]
+    digest = hashlib.sha256("\0".join(sys.argv[1:]).encode()).hexdigest()
+    return f"{max(steps, default='step')}-{digest[:8]}"
 
 
 class OutputFolder(Callback):

@@ -11,7 +11,7 @@ from ..train import NullLogger, figures, held_out_loss
 from . import folder as folders
 from ._hydra import allowed, build_samplers, launch, output_folder, refusing
 from .model import load_run, set_threads
-from .report import Evaluation, check_samplers, list_files, report
+from .report import Evaluation, announce, check_samplers, list_files, measuring_jobs, report
 
 
 def main() -> None:
@@ -20,10 +20,11 @@ def main() -> None:
 
 
 def evaluate(cfg: DictConfig) -> float:
-    """Writes samples, pictures, summary.json and summary.md to a new folder; returns the objective."""
+    """Writes samples, pictures and a summary to a new folder; returns the objective (NaN on ranks above 0)."""
     folder = output_folder()
     with refusing():
-        folders.fresh(folder)
+        if not folders.fresh(folder, "summary.json"):
+            return float("nan")
         allow, options = allowed(cfg), plain(cfg)
         set_threads(options["threads"])
         evaluation = Evaluation(**options["evaluation"])
@@ -34,7 +35,18 @@ def evaluate(cfg: DictConfig) -> float:
         run = load_run(Path(cfg.run), allow=allow, device=options["device"], weights=options["weights"])
         check_samplers(samplers, run.denoiser)
         loss = build(run.config["loss"], allow, key="loss", denoiser=run.denoiser)
-    folder.mkdir(parents=True, exist_ok=True)
+        shards = folders.share(folder, options, run)
+    bits, draws = measuring_jobs(
+        run.denoiser, run.dataset, samplers, likelihood, evaluation=evaluation, seed=options["seed"],
+        conditional=run.conditional,
+    )  # fmt: skip
+    if not shards.rank:
+        announce(evaluation, run.dataset, samplers)
+    shards.work(bits)
+    for job in draws.values():
+        shards.work(job)
+    if shards.rank:
+        return float("nan")
     value = held_out_loss(loss, run.dataset, conditional=run.conditional)
     facts = {
         "folder": str(folder),
@@ -44,9 +56,11 @@ def evaluate(cfg: DictConfig) -> float:
         "loss": value,
     }
     summary = report(
-        run.denoiser, run.dataset, samplers, likelihood, evaluation=evaluation, seed=options["seed"],
-        conditional=run.conditional, folder=folder, facts=facts, logger=NullLogger(),
+        shards.result(bits), {name: shards.result(job) for name, job in draws.items()}, run.dataset,
+        seed=options["seed"], evaluation=evaluation, accuracy=likelihood.accuracy, folder=folder, facts=facts,
+        logger=NullLogger(),
     )  # fmt: skip
+    shards.clear()
     files = {"samples": "samples.png", "trajectory": "trajectory.png", "arrays": "samples.npz", "summary": "summary.md"}
     print(list_files(folder, files))
     return summary["bits_per_dim"]["mean"] if evaluation.objective == "bits_per_dim" else value

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..train import Checkpoint
+from ..train import Checkpoint, Shards, ranks
 from ..train.checkpoint import latest
+from .model import LoadedRun
 
 _MARK = "# scoresde"
 _FILES = (
     "config.yaml", "metrics.jsonl", "loss.png", "samples.png", "samples.npz", "trajectory.png", "summary.json",
     "summary.md",
 )  # fmt: skip
+# Keys of scoresde-sample, -likelihood and -evaluate on which no batch depends.
+_FREE = ("run", "out", "device", "threads", "pictures", "allow_targets", "timeout")
 _PATTERNS = ("samples-*.png", "trajectory-*.png", "progress/step-*.png", "checkpoints/step-*", "checkpoints/.step-*")
 # Keys that make a run what it is: a checkpoint made with another value is another run.
 _IDENTITY = (
@@ -79,14 +84,44 @@ def write_config(folder: Path, config: Mapping[str, Any], command: str) -> None:
     (folder / "config.yaml").write_text(text, encoding="utf-8")
 
 
-def fresh(folder: Path) -> None:
-    """Refuses a folder that has something in it.
+def share(folder: Path, options: Mapping[str, Any], run: LoadedRun) -> Shards:
+    """This process's share of a command whose batches and results go to `folder`.
 
     Raises:
-        ValueError: it is not empty.
+        ValueError: batches of another command are there.
     """
-    if folder.exists() and any(folder.iterdir()):
+    facts = {name: value for name, value in options.items() if name not in _FREE}
+    facts |= {"step": run.step, "checkpoint": run.digest}
+    return Shards(folder / "batches", facts, *ranks(), timeout=options["timeout"])
+
+
+def fresh(folder: Path, result: str) -> bool:
+    """Whether there is anything to do: False for a rank that comes when the others have finished.
+
+    Args:
+        folder: the output folder; what is in it besides batches is not ours.
+        result: the file that is written last.
+
+    Raises:
+        ValueError: on rank 0, if the folder holds finished results, or anything but batches.
+    """
+    finished, rank = (folder / result).exists(), ranks()[0]
+    if rank:
+        return not finished
+    if finished:
+        raise ValueError(
+            f"{folder} holds the results of a command already. To repeat it, choose another folder: out=…."
+        )
+    if folder.exists() and not (folder / "batches").exists() and any(folder.iterdir()):
         raise ValueError(f"{folder} is not empty, and nothing in it is overwritten. Choose another folder: out=….")
+    return True
+
+
+def finish(path: Path, record: Mapping[str, Any]) -> None:
+    """Writes the file that shows that a command is finished, at one stroke."""
+    new = path.with_name(f".{path.name}.new")
+    new.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    os.replace(new, path)
 
 
 def _is_run(folder: Path) -> bool:

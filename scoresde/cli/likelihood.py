@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 
@@ -22,27 +21,33 @@ def main() -> None:
 
 
 def likelihood(cfg: DictConfig) -> float:
-    """Writes likelihood.json and the value of each point; returns the mean for sweepers."""
+    """Writes likelihood.json and the value of each point; returns the mean for sweepers (NaN on ranks above 0)."""
     folder = output_folder()
     with refusing():
-        folders.fresh(folder)
+        if not folders.fresh(folder, "likelihood.json"):
+            return float("nan")
         allow, options = allowed(cfg), plain(cfg)
         set_threads(options["threads"])
         measure = build(cfg.likelihood, allow)
         run = load_run(Path(cfg.run), allow=allow, device=options["device"], weights=options["weights"])
         index = spread(len(choose_split(run.dataset, options["split"])), options["n"])
-    bits = measure(
+        shards = folders.share(folder, options, run)
+    job = measure.job(
         run.denoiser, run.dataset, split=options["split"], points=options["n"], seed=options["seed"],
         conditional=run.conditional,
     )  # fmt: skip
-    folder.mkdir(parents=True, exist_ok=True)
+    if shards.rank:
+        shards.work(job)
+        return float("nan")
+    bits = shards.result(job)
     record = {
         "run": str(run.folder), "step": run.step, "weights": options["weights"], "split": options["split"],
-        "seed": options["seed"], "estimator": "probability-flow ODE", "likelihood": options["likelihood"],
+        "seed": options["seed"], "likelihood": options["likelihood"],
         **{name: value for name, value in asdict(bits).items() if name != "values"},
     }  # fmt: skip
-    (folder / "likelihood.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     np.savez_compressed(folder / "bits_per_dim.npz", index=index.numpy(), bits_per_dim=bits.values.numpy())
+    folders.finish(folder / "likelihood.json", record)
+    shards.clear()
     print(
         f"{bits.mean:.4f} ± {bits.stderr:.4f} bits/dim on {bits.points} points of {options['split']} "
         f"({bits.evaluations:.0f} evaluations, {bits.seconds:.1f} s). Values in {folder}"

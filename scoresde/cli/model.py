@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +26,7 @@ class LoadedRun:
         folder: of the run.
         config: its resolved configuration.
         step: optimizer step of the checkpoint.
+        digest: SHA-256 of its manifest, so of its weights.
         dataset, denoiser: in eval mode, on the device.
         conditional: the network takes labels.
     """
@@ -31,19 +34,22 @@ class LoadedRun:
     folder: Path
     config: dict[str, Any]
     step: int
+    digest: str
     dataset: Dataset
     denoiser: Denoiser
     conditional: bool
 
 
 def choose_device(name: str) -> torch.device:
-    """The device of that name; `auto` is CUDA where there is one.
+    """The device of that name; `auto` is CUDA where there is one, and `torchrun`'s processes take one GPU each.
 
     Raises:
         ValueError: unknown, or not there.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and torch.cuda.is_available():
+        name = f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
     try:
         device = torch.device(name)
         torch.zeros((), device=device)
@@ -115,4 +121,5 @@ def load_run(folder: Path, *, allow: Sequence[str] = (), device: str = "auto", w
     except (RuntimeError, KeyError) as error:
         raise CheckpointError(f"The weights in {checkpoint.path} do not fit its configuration: {error}") from error
     denoiser = denoiser.to(choose_device(device)).eval().requires_grad_(False)
-    return LoadedRun(folder, config, checkpoint.step, dataset, denoiser, bool(config["conditional"]))
+    digest = hashlib.sha256((checkpoint.path / "manifest.json").read_bytes()).hexdigest()
+    return LoadedRun(folder, config, checkpoint.step, digest, dataset, denoiser, bool(config["conditional"]))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,8 +18,9 @@ from ..likelihood import bits_per_dim
 from ..metrics import sliced_w2
 from ..rng import Rng
 from ..sampling import Sampler
-from ..train import BitsPerDim, Logger, OdeLikelihood, Samples, draw, figures
+from ..train import BitsPerDim, Job, Logger, OdeLikelihood, Samples, drawing, figures
 from ..train.evaluation import spread
+from .folder import finish
 
 
 @dataclass(frozen=True)
@@ -73,32 +73,38 @@ def check_samplers(samplers: Mapping[str, Sampler], denoiser: Denoiser) -> None:
             raise ValueError(f"sampler {name}: {error}") from error
 
 
-def sample_all(
-    samplers: Mapping[str, Sampler], denoiser: Denoiser, dataset: Dataset, folder: Path, *,
-    seeds: Sequence[int], conditional: bool, batch_size: int, pictures: bool = True,
-) -> dict[str, Samples]:  # fmt: skip
-    """Samples by every sampler from the same seeds, written to `folder` as arrays and pictures.
-
-    `samples.npz` holds `<sampler>` (n, *event) in the coordinates of the raw data; the first sampler's pictures are
-    `samples.png` and `trajectory.png`, the others carry its name.
-    """
+def sampling_jobs(
+    samplers: Mapping[str, Sampler], denoiser: Denoiser, dataset: Dataset, *,
+    seeds: Sequence[int], conditional: bool, batch_size: int,
+) -> dict[str, Job[Samples]]:  # fmt: skip
+    """Samples by every sampler from the same seeds: what is to be done."""
     shape, labels = dataset.event_shape, labels_for(dataset, len(seeds), conditional)
     watched = 8 if len(shape) > 1 else 500
+    return {
+        name: drawing(
+            denoiser, sampler, shape, seeds=seeds, labels=labels, batch_size=batch_size, watched=watched,
+            name=f"samples-{name}",
+        )
+        for name, sampler in samplers.items()
+    }  # fmt: skip
+
+
+def write_samples(
+    made: Mapping[str, Samples], dataset: Dataset, folder: Path, *, seeds: Sequence[int], pictures: bool = True
+) -> None:
+    """Arrays and pictures. `samples.npz` holds `<sampler>` (n, *event) in the coordinates of the raw data; the first
+    sampler's pictures are `samples.png` and `trajectory.png`, the others carry its name.
+    """
+    labels = next(iter(made.values())).labels
     real = dataset.encode(dataset.test.raw[spread(len(dataset.test), min(len(seeds), len(dataset.test)))])
-    made = {}
-    for index, (name, sampler) in enumerate(samplers.items()):
-        made[name] = draw(
-            denoiser, sampler, shape, seeds=seeds, labels=labels, batch_size=batch_size, watched=watched
-        )  # fmt: skip
-        if not pictures:
-            continue
-        suffix = f"-{name}" if index else ""
-        figures.sample_grid(made[name].x, real, folder / f"samples{suffix}.png")
-        figures.trajectory(made[name].frames, made[name].times, folder / f"trajectory{suffix}.png")
+    for index, (name, samples) in enumerate(made.items()):
+        if pictures:
+            suffix = f"-{name}" if index else ""
+            figures.sample_grid(samples.x, real, folder / f"samples{suffix}.png")
+            figures.trajectory(samples.frames, samples.times, folder / f"trajectory{suffix}.png")
     arrays: dict[str, Any] = {name: np.asarray(dataset.decode(samples.x)) for name, samples in made.items()}
     extra: dict[str, Any] = {} if labels is None else {"labels": labels.numpy()}
     np.savez_compressed(folder / "samples.npz", seeds=np.asarray(list(seeds)), **extra, **arrays)
-    return made
 
 
 def table(
@@ -134,26 +140,41 @@ def exact_bits(dataset: Dataset, points: int | None) -> float | None:
     return float(bits_per_dim(dataset.log_prob(raw), dataset.event_shape).mean())
 
 
-def report(
+def measuring_jobs(
     denoiser: Denoiser, dataset: Dataset, samplers: Mapping[str, Sampler], likelihood: OdeLikelihood, *,
-    evaluation: Evaluation, seed: int, conditional: bool, folder: Path, facts: Mapping[str, Any], logger: Logger,
-) -> dict[str, Any]:  # fmt: skip
-    """Samples, measures, writes `summary.json` and `summary.md`, prints the table. Returns what summary.json holds."""
-    print(f"Measuring bits/dim on {evaluation.points or len(dataset.test):,} held-out points …", flush=True)
-    bits = likelihood(denoiser, dataset, points=evaluation.points, seed=seed, conditional=conditional)
-    print(f"Drawing {evaluation.samples:,} samples by each of {', '.join(samplers)} …", flush=True)
+    evaluation: Evaluation, seed: int, conditional: bool,
+) -> tuple[Job[BitsPerDim], dict[str, Job[Samples]]]:  # fmt: skip
+    """What a report needs: held-out bits/dim, and samples by each sampler."""
     seeds = range(seed * evaluation.samples, (seed + 1) * evaluation.samples)
-    made = sample_all(
-        samplers, denoiser, dataset, folder, seeds=seeds, conditional=conditional, batch_size=evaluation.batch_size,
-        pictures=evaluation.pictures,
-    )  # fmt: skip
+    draws = sampling_jobs(
+        samplers, denoiser, dataset, seeds=seeds, conditional=conditional, batch_size=evaluation.batch_size
+    )
+    return likelihood.job(denoiser, dataset, points=evaluation.points, seed=seed, conditional=conditional), draws
+
+
+def announce(evaluation: Evaluation, dataset: Dataset, samplers: Mapping[str, Sampler]) -> None:
+    """Prints what is about to be measured."""
+    points = evaluation.points or len(dataset.test)
+    print(
+        f"Measuring bits/dim on {points:,} held-out points, drawing {evaluation.samples:,} samples by each of "
+        f"{', '.join(samplers)} …",
+        flush=True,
+    )
+
+
+def report(
+    bits: BitsPerDim, made: Mapping[str, Samples], dataset: Dataset, *, seed: int, evaluation: Evaluation,
+    accuracy: Mapping[str, float], folder: Path, facts: Mapping[str, Any], logger: Logger,
+) -> dict[str, Any]:  # fmt: skip
+    """Writes samples and pictures, `summary.md` and at last `summary.json`, prints the table. Returns what
+    summary.json holds.
+    """
+    seeds = range(seed * evaluation.samples, (seed + 1) * evaluation.samples)
+    write_samples(made, dataset, folder, seeds=seeds, pictures=evaluation.pictures)
     distances, exact = distances_of(made, dataset), exact_bits(dataset, evaluation.points)
     summary = {
         **facts,
-        "bits_per_dim": {
-            **{k: v for k, v in asdict(bits).items() if k != "values"},
-            "estimator": "probability-flow ODE", "rtol": likelihood.rtol, "atol": likelihood.atol, "exact": exact,
-        },
+        "bits_per_dim": {**{k: v for k, v in asdict(bits).items() if k != "values"}, **accuracy, "exact": exact},
         "samplers": [
             {"sampler": name, "nfe": s.evaluations, "seconds": s.seconds, "samples": len(s.x),
              "sliced_w2": distances.get(name)}
@@ -163,18 +184,19 @@ def report(
     columns, rows = table(made, bits, distances)
     logger.table("eval/summary", columns, rows)
     logger.summary(
-        {"bpd/ode": bits.mean, "bpd_stderr": bits.stderr, "nfe": {n: s.evaluations for n, s in made.items()}}
+        {bits.estimator: bits.mean, "bpd_stderr": bits.stderr, "nfe": {n: s.evaluations for n, s in made.items()}}
         | ({"w2": distances} if distances else {})
     )
     text = layout(columns, rows)
     note = (
         f"bits/dim of the model on {bits.points} held-out points: probability-flow ODE, "
         f"{'uniform dequantisation, ' if dataset.scaling.levels else ''}"
-        f"rtol={likelihood.rtol:g}, atol={likelihood.atol:g}, {bits.evaluations:.0f} evaluations, {bits.seconds:.1f} s."
+        f"{', '.join(f'{name}={value:g}' for name, value in accuracy.items())}, {bits.evaluations:.0f} evaluations, "
+        f"{bits.seconds:.1f} s."
         f"{'' if exact is None else f' The true density has {exact:.4f} on the same points.'}"
     )
-    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     (folder / "summary.md").write_text(markdown(columns, rows) + f"\n{note}\n", encoding="utf-8")
+    finish(folder / "summary.json", summary)
     print(f"\n{text}\n{note}", flush=True)
     return summary
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from ..train import figures
 from . import folder as folders
 from ._hydra import allowed, build_samplers, choice, launch, output_folder, refusing
 from .model import load_run, set_threads
-from .report import check_samplers, layout, list_files, sample_all
+from .report import check_samplers, layout, list_files, sampling_jobs, write_samples
 
 
 def main() -> None:
@@ -44,7 +43,8 @@ def sample(cfg: DictConfig) -> None:
     """Writes samples.npz and pictures to a new folder, prints what they cost."""
     folder = output_folder()
     with refusing():
-        folders.fresh(folder)
+        if not folders.fresh(folder, "summary.json"):
+            return
         allow, options = allowed(cfg), plain(cfg)
         seeds = choose_seeds(options["seeds"], options["seed"], options["n"])
         set_threads(options["threads"])
@@ -53,18 +53,24 @@ def sample(cfg: DictConfig) -> None:
         samplers = build_samplers(cfg, allow)
         run = load_run(Path(cfg.run), allow=allow, device=options["device"], weights=options["weights"])
         check_samplers(samplers, run.denoiser)
-    folder.mkdir(parents=True, exist_ok=True)
-    made = sample_all(
-        samplers, run.denoiser, run.dataset, folder, seeds=seeds, conditional=run.conditional,
-        batch_size=options["batch_size"], pictures=options["pictures"],
-    )  # fmt: skip
+        shards = folders.share(folder, options, run)
+    jobs = sampling_jobs(
+        samplers, run.denoiser, run.dataset, seeds=seeds, conditional=run.conditional, batch_size=options["batch_size"]
+    )
+    for job in jobs.values():
+        shards.work(job)
+    if shards.rank:
+        return
+    made = {name: shards.result(job) for name, job in jobs.items()}
+    write_samples(made, run.dataset, folder, seeds=seeds, pictures=options["pictures"])
     rows = [[name, f"{s.evaluations:.0f}", f"{s.seconds:.1f}", str(len(s.x))] for name, s in made.items()]
     record = {
         "run": str(run.folder), "step": run.step, "weights": options["weights"], "seeds": seeds,
         "samplers": {name: plain(cfg.sampler if name == choice("sampler") else cfg.samplers[name]) for name in made},
         "cost": {name: {"nfe": s.evaluations, "seconds": s.seconds} for name, s in made.items()},
     }  # fmt: skip
-    (folder / "summary.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    folders.finish(folder / "summary.json", record)
+    shards.clear()
     print(layout(("sampler", "NFE", "seconds", "samples"), rows))
     print(list_files(folder, {"samples": "samples.png", "trajectory": "trajectory.png", "arrays": "samples.npz"}))
 

@@ -35,7 +35,7 @@ from ..train.logger import read_rows, run_id
 from . import folder as folders
 from ._hydra import Refusal, allowed, build_samplers, in_sweep, launch, output_folder, refusing
 from .model import build_dataset, build_denoiser, check_fit, choose_device, set_threads
-from .report import Evaluation, check_samplers, labels_for, list_files, report
+from .report import Evaluation, announce, check_samplers, labels_for, list_files, measuring_jobs, report
 from .sweep import write_job
 
 _UNSAVED = ("out", "resume", "overwrite", "allow_targets")
@@ -163,7 +163,8 @@ def measure(plan: Plan, run: Training) -> Mapping[str, float]:
     bits = plan.likelihood(
         run.average.denoiser, run.dataset, points=points, seed=plan.config["seed"], conditional=conditional
     )  # fmt: skip
-    return {"eval/loss": loss, "eval/bpd/ode": bits.mean, "eval/bpd_stderr": bits.stderr, "eval/nfe": bits.evaluations}
+    name = f"eval/{bits.estimator}"
+    return {"eval/loss": loss, name: bits.mean, "eval/bpd_stderr": bits.stderr, "eval/nfe": bits.evaluations}
 
 
 def picture(plan: Plan, run: Training, folder: Path) -> Mapping[str, Path]:
@@ -200,13 +201,18 @@ def fit_and_report(plan: Plan, folder: Path, logger: Logger) -> dict[str, float]
         print(f"Held-out loss {loss:.5g} after {training.images:,} images. Run in {folder}", flush=True)
         return {"objective": loss, "loss": loss}
     facts = {"folder": str(folder), **at, "train_seconds": seconds, "loss": loss}
-    summary = report(
+    announce(plan.evaluation, training.dataset, plan.samplers)
+    measured, draws = measuring_jobs(
         training.average.denoiser, training.dataset, plan.samplers, plan.likelihood, evaluation=plan.evaluation,
-        seed=config["seed"], conditional=config["conditional"], folder=folder, facts=facts, logger=logger,
+        seed=config["seed"], conditional=config["conditional"],
+    )  # fmt: skip
+    summary = report(
+        measured.run(), {name: job.run() for name, job in draws.items()}, training.dataset, seed=config["seed"],
+        evaluation=plan.evaluation, accuracy=plan.likelihood.accuracy, folder=folder, facts=facts, logger=logger,
     )  # fmt: skip
     bits = summary["bits_per_dim"]
-    final = {"eval/loss": loss, "eval/bpd/ode": bits["mean"], "eval/bpd_stderr": bits["stderr"], "final": 1}
-    logger.log(final, **at)
+    name = f"eval/{bits['estimator']}"
+    logger.log({"eval/loss": loss, name: bits["mean"], "eval/bpd_stderr": bits["stderr"], "final": 1}, **at)
     if pictures:
         figures.loss_curve(read_rows(folder / "metrics.jsonl"), folder / "loss.png")
         for name in ("samples", "trajectory", "loss"):

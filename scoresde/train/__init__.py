@@ -2,8 +2,9 @@
 
 from .checkpoint import Checkpoint, CheckpointError
 from .ema import EMA
-from .evaluation import BitsPerDim, OdeLikelihood, Samples, draw, held_out_loss
+from .evaluation import BitsPerDim, OdeLikelihood, Samples, draw, drawing, held_out_loss
 from .logger import JsonlLogger, Logger, NullLogger, RunFacts, Tee, WandbLogger
+from .shards import Job, ShardError, Shards, ranks
 from .state import Training
 from .trainer import Trainer, TrainingDiverged
 
@@ -12,16 +13,22 @@ __all__ = [
     "BitsPerDim",
     "Checkpoint",
     "CheckpointError",
+    "Job",
     "JsonlLogger",
     "Logger",
     "NullLogger",
-    "OdeLikelihood", "RunFacts",
+    "OdeLikelihood",
+    "RunFacts",
     "Samples",
+    "ShardError",
+    "Shards",
     "Tee",
     "Trainer",
     "Training",
     "TrainingDiverged",
     "WandbLogger",
     "draw",
+    "drawing",
     "held_out_loss",
-]  # fmt: skip
+    "ranks",
+]

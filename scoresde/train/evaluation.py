@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from ..budget import LEAST_BUDGET
 from ..data import Dataset, Split
 from ..denoiser import Denoiser
 from ..divergence import Divergence
@@ -17,7 +19,7 @@ from ..loss import DenoisingLoss
 from ..ode import check_solver
 from ..rng import Rng
 from ..sampling import Sampler
-from .progress import track
+from .shards import Job, Tensors
 
 
 def model_device(denoiser: Denoiser) -> torch.device:
@@ -44,52 +46,75 @@ class BitsPerDim:
         mean: over the points.
         stderr: standard deviation over the points / √points: sampling of the points, of the dequantisation noise and
             of the probes.
+        solver_error: what the solver may have added to the mean: mean over the points of its own upper estimate, NaN
+            where it has none.
         values: (points,), in the order of the split.
         points: number of points.
         evaluations: network calls per batch, on average.
-        seconds: wall time.
+        seconds: time of all batches, added up.
+        estimator: the name under which it is logged.
     """
 
     mean: float
     stderr: float
+    solver_error: float
     values: Tensor
     points: int
     evaluations: float
     seconds: float
+    estimator: str = "bpd/ode"
 
 
 class OdeLikelihood:
-    """How likelihoods are measured: raw integers, uniform dequantisation, one adaptive solve per batch.
+    """How likelihoods are measured: raw integers, uniform dequantisation, one solve per batch.
 
     Point i of n gets its own noise, of seed·n + i, so its value depends on neither batch size nor neighbours.
 
     Args:
-        divergence: `Hutchinson(probes, kind)` or `Exact()`; default Hutchinson with one Rademacher probe.
-        rtol, atol: tolerances of the solver, > 0.
+        divergence: `Hutchinson(probes, kind)`, `Exact()` …; default Hutchinson with one Rademacher probe.
+        rtol, atol: tolerances of the solver, > 0; 1e-5 where there is no budget.
+        budget: network calls per batch, ≥ 4, in place of tolerances.
         batch_size: points per solve, ≥ 1.
         backend, method: of the solver, see `scoresde.ode.integrate`.
         t_min: likelihood cut-off; None for the SDE's own.
 
     Raises:
-        ValueError: tolerances, a batch size, a backend or a method that cannot work.
+        ValueError: tolerances, a budget, a batch size, a backend or a method that cannot work; tolerances with a
+            budget.
     """
 
     def __init__(
         self,
         divergence: Divergence | None = None,
         *,
-        rtol: float = 1e-5,
-        atol: float = 1e-5,
+        rtol: float | None = None,
+        atol: float | None = None,
+        budget: int | None = None,
         batch_size: int = 64,
         backend: str = "native",
         method: str | None = None,
         t_min: float | None = None,
     ):
-        self.method = check_solver(backend, method, rtol, atol)
+        self.rtol = self.atol = None
+        if budget is None:
+            self.rtol, self.atol = (1e-5 if value is None else value for value in (rtol, atol))
+            method = check_solver(backend, method, self.rtol, self.atol)
+        elif rtol is not None or atol is not None:
+            raise ValueError(f"A budget replaces rtol and atol; set them to null. Got {budget}, {rtol} and {atol}.")
+        elif isinstance(budget, bool) or not isinstance(budget, int) or budget < LEAST_BUDGET:
+            raise ValueError(f"budget is a number of network calls, at least {LEAST_BUDGET}; got {budget!r}.")
+        elif backend != "native" or method is not None:
+            raise ValueError(f"A budget has a method of its own; leave out backend={backend!r}, method={method!r}.")
         if batch_size < 1:
             raise ValueError(f"batch_size is at least 1; got {batch_size}.")
-        self.divergence, self.rtol, self.atol, self.batch_size = divergence, float(rtol), float(atol), batch_size
-        self.backend, self.t_min = backend, t_min
+        self.divergence, self.budget, self.batch_size = divergence, budget, batch_size
+        self.backend, self.method, self.t_min = backend, method, t_min
+
+    @property
+    def accuracy(self) -> dict[str, float]:
+        """The tolerances, or the budget: what a number has to be quoted with."""
+        values = {"rtol": self.rtol, "atol": self.atol, "budget": self.budget}
+        return {name: value for name, value in values.items() if value is not None}
 
     def __call__(
         self,
@@ -107,23 +132,64 @@ class OdeLikelihood:
             ValueError: an unknown split, or more points than it has.
             SolverError: a solve that failed; never a number instead.
         """
+        return self.job(denoiser, dataset, split=split, points=points, seed=seed, conditional=conditional).run()
+
+    def job(
+        self,
+        denoiser: Denoiser,
+        dataset: Dataset,
+        *,
+        split: str = "test",
+        points: int | None = None,
+        seed: int = 0,
+        conditional: bool = False,
+    ) -> Job[BitsPerDim]:
+        """The same in batches, for `Shards`.
+
+        Raises:
+            ValueError: an unknown split, or more points than it has.
+        """
         data = choose_split(dataset, split)
-        index = spread(len(data), points)
-        device, start = model_device(denoiser), time.monotonic()
-        values, calls = [], []
-        for part in track(index.split(self.batch_size), "bits/dim"):
+        parts = spread(len(data), points).split(self.batch_size)
+        device = model_device(denoiser)
+
+        def batch(index: int) -> Iterator[Tensors]:
+            part, start = parts[index], time.monotonic()
             result = log_likelihood(
-                denoiser, data.raw[part].to(device), rtol=self.rtol, atol=self.atol, divergence=self.divergence,
-                cond=data.cond(part, conditional, device),
+                denoiser, data.raw[part].to(device), rtol=self.rtol, atol=self.atol, budget=self.budget,
+                divergence=self.divergence, cond=data.cond(part, conditional, device),
                 rng=Rng(seeds=[seed * len(data) + i for i in part.tolist()]),
                 scaling=dataset.scaling, t_min=self.t_min, backend=self.backend, method=self.method,
             )  # fmt: skip
-            values.append(bits_per_dim(result.log_prob, dataset.event_shape).double().cpu())
-            calls.append(result.evaluations)
-        bits = torch.cat(values)
-        stderr = float(bits.std() / len(bits) ** 0.5) if len(bits) > 1 else float("nan")
-        seconds = time.monotonic() - start
-        return BitsPerDim(float(bits.mean()), stderr, bits, len(bits), sum(calls) / len(calls), seconds)
+            yield {
+                "bits": bits_per_dim(result.log_prob, dataset.event_shape).double().cpu(),
+                "solver_error": bits_per_dim(-result.solver_error, dataset.event_shape).double().cpu(),
+                **_cost(result.evaluations, start),
+            }
+
+        settings = {
+            "split": split, "points": points, "of": len(data), "seed": seed, "conditional": conditional,
+            "batch_size": self.batch_size, **self.accuracy, "backend": self.backend, "method": self.method,
+            "t_min": self.t_min,
+        }  # fmt: skip
+        return Job("bits_per_dim", len(parts), 1, batch, _bits_per_dim, settings)
+
+
+def _bits_per_dim(batches: list[Tensors]) -> BitsPerDim:
+    bits, errors = (torch.cat([batch[name] for batch in batches]) for name in ("bits", "solver_error"))
+    stderr = float(bits.std() / len(bits) ** 0.5) if len(bits) > 1 else float("nan")
+    return BitsPerDim(float(bits.mean()), stderr, float(errors.mean()), bits, len(bits), *_costs(batches))
+
+
+def _cost(evaluations: int, start: float) -> Tensors:
+    seconds = time.monotonic() - start
+    return {"evaluations": torch.tensor(evaluations), "seconds": torch.tensor(seconds, dtype=torch.float64)}
+
+
+def _costs(batches: list[Tensors]) -> tuple[float, float]:
+    """(network calls per batch, on average; seconds of all)."""
+    calls, seconds = (sum(float(batch[name]) for batch in batches) for name in ("evaluations", "seconds"))
+    return calls / len(batches), seconds
 
 
 @dataclass(frozen=True)
@@ -136,7 +202,7 @@ class Samples:
         frames: (f, k, *event): states of the first k samples along the way, noise first.
         times: (f,) their times.
         evaluations: network calls per batch, on average.
-        seconds: wall time for all n.
+        seconds: time of all batches, added up.
     """
 
     x: Tensor
@@ -166,23 +232,55 @@ def draw(
         seeds: one per sample.
         labels: (n,) class labels, None for none.
         batch_size: samples at a time.
-        frames, watched: how many states of how many samples to keep for a trajectory.
+        frames, watched: how many states of how many samples of the first batch to keep for a trajectory.
     """
-    device, start = model_device(denoiser), time.monotonic()
-    parts, calls, kept, times = [], [], [], []
+    return drawing(
+        denoiser, sampler, event_shape, seeds=seeds, labels=labels, batch_size=batch_size, frames=frames,
+        watched=watched,
+    ).run()  # fmt: skip
+
+
+def drawing(
+    denoiser: Denoiser,
+    sampler: Sampler,
+    event_shape: Sequence[int],
+    *,
+    seeds: Sequence[int],
+    labels: Tensor | None = None,
+    batch_size: int = 128,
+    frames: int = 8,
+    watched: int = 8,
+    name: str = "samples",
+) -> Job[Samples]:
+    """The same as `draw`, in batches, for `Shards`, under a name that tells one sampler from another."""
+    device, seeds = model_device(denoiser), list(seeds)
     watch = _frame_indices(denoiser, sampler, frames)
-    for first in range(0, len(seeds), batch_size):
-        part = list(seeds[first : first + batch_size])
-        cond = None if labels is None else labels[first : first + batch_size].to(device)
-        run = sampler.iterate(denoiser, (len(part), *event_shape), cond=cond, rng=Rng(seeds=part))
-        for trace in track(run, f"samples {first}–{first + len(part) - 1}", sampler.steps + 1 + int(sampler.denoise)):
-            if first == 0 and trace.index in watch:
+
+    def batch(index: int) -> Iterator[Tensors]:
+        start, part = time.monotonic(), slice(index * batch_size, (index + 1) * batch_size)
+        cond = None if labels is None else labels[part].to(device)
+        kept, times = [], []
+        shape = (len(seeds[part]), *event_shape)
+        for trace in sampler.iterate(denoiser, shape, cond=cond, rng=Rng(seeds=seeds[part])):
+            if index == 0 and trace.index in watch:
                 kept.append(trace.x[:watched].cpu())
                 times.append(trace.t)
-        parts.append(trace.x.cpu())
-        calls.append(trace.evaluations)
-    seconds = time.monotonic() - start
-    return Samples(torch.cat(parts), labels, torch.stack(kept), times, sum(calls) / len(calls), seconds)
+            yield {}
+        made = {"x": trace.x.cpu(), **_cost(trace.evaluations, start)}
+        if index == 0:
+            made |= {"frames": torch.stack(kept), "times": torch.tensor(times, dtype=torch.float64)}
+        yield made
+
+    def merge(batches: list[Tensors]) -> Samples:
+        x, first = torch.cat([batch["x"] for batch in batches]), batches[0]
+        return Samples(x, labels, first["frames"], first["times"].tolist(), *_costs(batches))
+
+    settings = {
+        "seeds": seeds, "labels": None if labels is None else labels.tolist(), "event_shape": list(event_shape),
+        "batch_size": batch_size, "steps": sampler.steps, "frames": frames, "watched": watched,
+    }  # fmt: skip
+    count = math.ceil(len(seeds) / batch_size)
+    return Job(name, count, sampler.steps + 2 + int(sampler.denoise), batch, merge, settings)
 
 
 def _frame_indices(denoiser: Denoiser, sampler: Sampler, frames: int) -> set[int]:

@@ -10,13 +10,36 @@ from typing import TypeVar
 Item = TypeVar("Item")
 
 
-def track(items: Iterable[Item], label: str, total: int | None = None) -> Iterator[Item]:
-    """The items as they are; on a terminal with a bar, its rate and the time left."""
-    if not sys.stderr.isatty():
+def track(
+    items: Iterable[Item], label: str, total: int | None = None, *, show: bool = True, every: float = 30.0
+) -> Iterator[Item]:
+    """The items as they are, with the rate and the time left: a bar on a terminal, elsewhere a line now and then.
+
+    Args:
+        items, label: what passes and what to call it.
+        total: how many there will be, if that is known.
+        show: False for silence.
+        every: seconds between two lines.
+    """
+    if not show:
         return iter(items)
+    if not sys.stderr.isatty():
+        return _lines(items, label, total, every)
     from tqdm import tqdm
 
     return iter(tqdm(items, desc=label, total=total, leave=False, dynamic_ncols=True))
+
+
+def _lines(items: Iterable[Item], label: str, total: int | None, every: float) -> Iterator[Item]:
+    start = last = time.monotonic()
+    for count, item in enumerate(items, 1):
+        yield item
+        now = time.monotonic()
+        if now - last >= every:
+            rate, last = count / (now - start), now
+            left = "" if total is None else f"  {(total - count) / rate:.0f} s left"
+            done = f"{count:,}" if total is None else f"{count:,}/{total:,}"
+            print(f"{label} {done}  {rate:.3g}/s{left}", file=sys.stderr, flush=True)
 
 
 class Progress:
