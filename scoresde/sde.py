@@ -155,7 +155,7 @@ class _LinearBeta(SDE, abc.ABC):
         return self.beta_min + t * (self.beta_max - self.beta_min)
 
     def log_alpha(self, t: Tensor) -> Tensor:
-        return -0.25 * t**2 * (self.beta_max - self.beta_min) - 0.5 * t * self.beta_min
+        return t * (-0.25 * (self.beta_max - self.beta_min) * t - 0.5 * self.beta_min)
 
     def _time_of_log_alpha(self, log_alpha: Tensor) -> Tensor:
         # the root of ¼(β₁−β₀)t² + ½β₀t = −log α, in the form that does not cancel near t = 0

@@ -194,7 +194,7 @@ def test_strong_order_on_one_brownian_path(name, step) -> None:
     for n in (100, 200):
         coarse, fine, times = affine(step, denoiser, n), affine(step, denoiser, 2 * n), grid(sde, 2 * n)
         x, share = torch.ones(2 * n, 1, dtype=torch.float64), step._share(denoiser)
-        here, there = knot(sde, times[:-1]), knot(sde, times[1:])
+        here, there = knot(sde, times[:-1], share), knot(sde, times[1:], share)
         a, std = (step._carry(v * x, here, there, share, Fixed(1.0 - v))[:, 0] for v in (1.0, 0.0))
         carried = torch.stack([a[1::2] * std[::2], std[1::2]], 1)
         weights = (carried / carried.square().sum(1, keepdim=True).sqrt()).reshape(-1)

@@ -38,19 +38,20 @@ class Knot(NamedTuple):
     alpha: Tensor
     sigma: Tensor
     level: Tensor  # ℓ = log(α/σ), which rises towards the data
+    norm: Tensor  # M = √(q α² + (1 − q) σ²)
 
 
 class History(NamedTuple):
     """What a multistep method remembers.
 
     Attributes:
-        base: the last step's x_s without its integral, (B, *event): a corrector adds the integral again.
+        base: the last step's x_s without its integral, (B, *event), for a corrector to add it again; else None.
         knots: the times of the values, the latest first.
-        values: V there, (B, *event) each.
+        values: V there, (B, *event) each; for c = ∞ it is ε̂ = −V, which need not be copied.
         origin: where the first step began, as long as steps are corrected from there; then None.
     """
 
-    base: Tensor
+    base: Tensor | None
     knots: tuple[Knot, ...]
     values: tuple[Tensor, ...]
     origin: Tensor | None
@@ -120,7 +121,8 @@ class Multistep(Step):
         self, denoiser: Denoiser, x: Tensor, t: Tensor, s: Tensor, state: State, *, cond: Cond, rng: Rng
     ) -> tuple[Tensor, State]:
         share = self._share(denoiser)
-        here, there = knot(denoiser.sde, t), knot(denoiser.sde, s)
+        both = knot(denoiser.sde, torch.stack([t, s]), share)
+        here, there = (Knot(*part) for part in zip(*(value.unbind() for value in both), strict=True))
         knots: tuple[Knot, ...] = (here,)
         values: tuple[Tensor, ...] = (self._value(denoiser(x, t, cond), here, share),)
         origin = x
@@ -128,16 +130,16 @@ class Multistep(Step):
             knots, values, origin = knots + state.knots, values + state.values, state.origin
             if origin is not None:
                 whole = self._carry(origin, knots[-1], here, share, rng)
-                x = self._integrate(whole, here, knots, values, len(values), len(values) - 1, share)
+                x = self._integrate(whole, here, knots, values, len(values) - 1, share)
                 if self.order > 3 and len(values) == 2:
                     values = (self._value(denoiser(x, t, cond), here, share), *state.values)
             elif self.corrector:
-                x = self._integrate(state.base, here, knots, values, self.corrector, 1, share)
+                x = self._integrate(state.base, here, knots[: self.corrector], values, 1, share)
         base = self._carry(x, here, there, share, rng)
-        x = self._integrate(base, there, knots, values, self.nodes, 0, share)
+        x = self._integrate(base, there, knots[: self.nodes], values, 0, share)
         keep = max(self.nodes, self.corrector, 2) - 1
         starting = self.eta == 0 and len(values) < self.order - 1
-        return x, History(base, knots[:keep], values[:keep], origin if starting else None)
+        return x, History(base if self.corrector else None, knots[:keep], values[:keep], origin if starting else None)
 
     def _noise(self, start: Knot) -> Tensor | float:
         """η of the step that begins at `start`."""
@@ -149,77 +151,68 @@ class Multistep(Step):
         return 1.0 if c == math.inf else c * c / (1 + c * c)
 
     def _value(self, p: Prediction, here: Knot, share: float) -> Tensor:
-        if share == 0:
-            return p.x0
-        if share == 1:
-            return -p.eps
-        scale = (share * here.alpha**2 + (1 - share) * here.sigma**2).rsqrt()
-        value = coefficient((1 - share) * here.sigma * scale, p.x0) * p.x0
-        return value.addcmul_(p.eps, coefficient(-share * here.alpha * scale, p.x0))
+        if share in (0, 1):
+            return p.eps if share else p.x0
+        value = coefficient((1 - share) * here.sigma / here.norm, p.x0) * p.x0
+        return value.addcmul_(p.eps, coefficient(-share * here.alpha / here.norm, p.x0))
 
     def _carry(self, x: Tensor, here: Knot, there: Knot, share: float, rng: Rng) -> Tensor:
         """x_s without the integral: what the known Gaussian makes of x_t, and the noise."""
-        eta = self._noise(here)
-        if self.eta == 0 and share in (0, 1):
-            return coefficient(there[1 - int(share)] / here[1 - int(share)], x) * x
-        d_t, d_s = (share + (1 - share) * torch.exp(-2 * one.level) for one in (here, there))
-        m_t, m_s = here.alpha * d_t.sqrt(), there.alpha * d_s.sqrt()
-        base = coefficient(m_s / m_t * (d_s / d_t) ** (0.5 * eta**2), x) * x
+        ratio = there.norm / here.norm
         if self.eta == 0:
-            return base
-        gap = torch.exp(-2 * here.level) * -torch.expm1(2 * (here.level - there.level))  # ς_t² − ς_s²
-        if share == 1:
-            lost = eta**2 * gap
-        else:
-            lost = -torch.expm1(eta**2 * torch.log1p(-(1 - share) * gap / d_t)) / (1 - share)
-        return base.addcmul_(rng.normal_like(x), coefficient(m_s * lost.clamp(min=0).sqrt(), x))
+            return coefficient(ratio, x) * x
+        eta = self._noise(here)
+        shrunk = (ratio * here.alpha / there.alpha) ** (2 * eta**2)  # (D_s/D_t)^{η²}
+        gap = torch.exp(-2 * here.level) - torch.exp(-2 * there.level)  # ς_t² − ς_s²
+        lost = (1 - shrunk) / (1 - share) if share < 1 else eta**2 * gap
+        base = coefficient(ratio * shrunk.sqrt(), x) * x
+        return base.addcmul_(rng.normal_like(x), coefficient(there.norm * lost.clamp(min=0).sqrt(), x))
 
     def _integrate(
-        self,
-        base: Tensor,
-        end: Knot,
-        knots: tuple[Knot, ...],
-        values: tuple[Tensor, ...],
-        nodes: int,
-        start: int,
-        share: float,
+        self, base: Tensor, end: Knot, knots: tuple[Knot, ...], values: tuple[Tensor, ...], start: int, share: float
     ) -> Tensor:
-        """`base` and the integral, from knot number `start` to `end`, of the polynomial through the first values."""
-        levels = torch.stack([one.level for one in knots[:nodes]], -1)
-        weights = end.alpha[..., None] * self._weights(levels, knots[start], end, start, share)
-        x = base
-        for index, (weight, value) in enumerate(zip(weights.unbind(-1), values[:nodes], strict=True)):
+        """`base` and the integral, from knot number `start` to `end`, of the polynomial through the values there."""
+        weights, x = self._weights([one.level for one in knots], knots[start], end, start, share), base
+        for index, (weight, value) in enumerate(zip(weights, values, strict=False)):
             weight = coefficient(weight, x)
-            x = torch.addcmul(x, value, weight) if index == 0 else x.addcmul_(value, weight)
+            x = torch.addcmul(x, value, weight) if self.corrector and index == 0 else x.addcmul_(value, weight)
         return x
 
-    def _weights(self, levels: Tensor, start: Knot, end: Knot, at: int, share: float) -> Tensor:
-        r"""∫ (1 + η²)(D_s/D)^{(1 + η²)/2} D^{−½} ς L_i dℓ of the Lagrange polynomials L_i on `levels` (…, k).
+    def _weights(self, levels: list[Tensor], start: Knot, end: Knot, at: int, share: float) -> tuple[Tensor, ...]:
+        r"""(1 + η²) M_s ∫ (D_s/D)^{η²/2} ς/D L_i dℓ of the Lagrange polynomials L_i on `levels`.
 
-        `at` says which of the nodes is the start of the step.
+        `at` says which of the nodes is the start of the step. The sign is that of `values`.
         """
-        kappa, h = 1 + self._noise(start) ** 2, end.level - start.level
-        if share == 0 and self.slope != "exact" and self.order < 4 and levels.shape[-1] <= 2:
-            whole = -torch.expm1(-kappa * h)
-            if levels.shape[-1] == 1:
-                return whole[..., None]
-            line = 0.5 * (kappa * h if self.slope == "bh1" else whole) * h / (levels[..., 0] - levels[..., 1])
-            return torch.stack([line, whole - line] if at else [whole + line, -line], -1)
-        nodes, quadrature = (torch.as_tensor(row, dtype=levels.dtype, device=levels.device) for row in _GAUSS)
+        eta, h = self._noise(start), end.level - start.level
+        if share == 0 and self.slope != "exact" and self.order < 4 and len(levels) <= 2:
+            kappa = 1 + eta**2
+            whole = end.alpha * -torch.expm1(-kappa * h)
+            if len(levels) == 1:
+                return (whole,)
+            line = 0.5 * (kappa * h * end.alpha if self.slope == "bh1" else whole) * h / (levels[0] - levels[1])
+            return (line, whole - line) if at else (whole + line, -line)
+        nodes, quadrature = (row.to(h) for row in _GAUSS)
         u = start.level[..., None] + h[..., None] * nodes
         ratio = torch.exp(-u)
-        d, d_end = share + (1 - share) * ratio**2, share + (1 - share) * torch.exp(-2 * end.level)[..., None]
-        kappa = kappa[..., None] if isinstance(kappa, Tensor) else kappa
-        kernel = kappa * (d_end / d) ** (0.5 * kappa) * d.rsqrt() * ratio * h[..., None] * quadrature
+        d = share + (1 - share) * ratio**2 if share < 1 else torch.ones_like(ratio)
+        kernel = ratio / d * quadrature
+        if self.eta > 0:
+            eta = eta[..., None] if isinstance(eta, Tensor) else eta
+            kernel = (1 + eta**2) * kernel * ((end.norm / end.alpha)[..., None] / d.sqrt()) ** eta**2
+        knots = torch.stack(levels, -1)
         if self.angle and 0 < share < 1:
             c = math.sqrt(share / (1 - share))
-            levels, u = torch.atan(torch.exp(-levels) / c), torch.atan(ratio / c)
-        return (_lagrange(levels, u) * kernel[..., None, :]).sum(-1)
+            knots, u = torch.atan(torch.exp(-knots) / c), torch.atan(ratio / c)
+        scale = -h * end.norm if share == 1 else h * end.norm
+        return (scale[..., None] * (_lagrange(knots, u) * kernel[..., None, :]).sum(-1)).unbind(-1)
 
 
-def knot(sde: SDE, t: Tensor) -> Knot:
-    """What a step needs of the time `t` (() or (B,))."""
-    return Knot(*sde.marginal(t), 0.5 * sde.log_snr(t))
+def knot(sde: SDE, t: Tensor, share: float) -> Knot:
+    """What a step needs of times `t` of any shape, for q = `share`."""
+    alpha, sigma = sde.marginal(t)
+    mixed = 0 < share < 1
+    norm = (share * alpha**2 + (1 - share) * sigma**2).sqrt() if mixed else (sigma, alpha)[int(share)]
+    return Knot(alpha, sigma, (alpha / sigma).log(), norm)
 
 
 def _lagrange(nodes: Tensor, u: Tensor) -> Tensor:
@@ -315,9 +308,9 @@ class IPNDM(Multistep):
         super().__init__(order, sigma_data=math.inf)
         self.order = float(min(order, 2))
 
-    def _weights(self, levels: Tensor, start: Knot, end: Knot, at: int, share: float) -> Tensor:
-        width = torch.exp(-start.level) * -torch.expm1(start.level - end.level)
-        return width[..., None] * levels.new_tensor(_ADAMS_BASHFORTH[levels.shape[-1] - 1])
+    def _weights(self, levels: list[Tensor], start: Knot, end: Knot, at: int, share: float) -> tuple[Tensor, ...]:
+        width = end.sigma - end.alpha / start.alpha * start.sigma
+        return tuple(width * number for number in _ADAMS_BASHFORTH[len(levels) - 1])
 
 
 class Adams(Multistep):
@@ -350,5 +343,8 @@ def _check_order(step: Multistep, order: int, highest: int) -> None:
         raise ValueError(f"{type(step).__name__} has orders 1 to {highest}; got {order!r}.")
 
 
-_GAUSS = tuple(0.5 * row + shift for row, shift in zip(np.polynomial.legendre.leggauss(32), (0.5, 0.0), strict=True))
+_GAUSS = tuple(
+    torch.from_numpy(0.5 * row + shift)
+    for row, shift in zip(np.polynomial.legendre.leggauss(32), (0.5, 0.0), strict=True)
+)
 _ADAMS_BASHFORTH = ((1.0,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24))

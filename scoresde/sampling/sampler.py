@@ -126,18 +126,18 @@ class Sampler:
         counted = CountingDenoiser(denoiser)
         x = self._start(denoiser, shape_or_x, rng)
         times = times.to(x.device, torch.float64)
-        labels = times.tolist()
+        labels, knots = times.tolist(), times.unbind()
         state = self.step.init(x)
         yield Trace(0, labels[0], x, 0)
         for index in range(self.steps):
             with torch.no_grad():
-                x, state = self.step(counted, x, times[index], times[index + 1], state, cond=cond, rng=rng)
+                x, state = self.step(counted, x, knots[index], knots[index + 1], state, cond=cond, rng=rng)
             if index + 1 == self.steps:
                 self._check(x, labels[-1], counted.evaluations)
             yield Trace(index + 1, labels[index + 1], x, counted.evaluations)
         if self.denoise:
             with torch.no_grad():
-                x = counted(x, times[-1], cond).x0
+                x = counted(x, knots[-1], cond).x0
             self._check(x, labels[-1], counted.evaluations)
             yield Trace(self.steps + 1, labels[-1], x, counted.evaluations)
 

@@ -1,6 +1,7 @@
 r"""One-step methods on the pair (x̂_0, ε̂), for every SDE, event shape and grid.
 
-Coefficients are computed in the dtype of the grid (float64) and meet the batch once, in its own dtype.
+Coefficients are computed in the dtype of the grid (float64) and meet the batch once, in its own dtype. Sums are built
+in place on their first term: at the size of a batch of images a temporary costs more than the arithmetic.
 """
 
 from __future__ import annotations
@@ -43,9 +44,9 @@ class EulerMaruyama(Step):
         part = 0.5 if self.probability_flow else 1.0
         _, sigma = sde.marginal(t)
         eps = denoiser(x, t, cond).eps
-        x = coefficient(1 - sde.drift(t) * dt, x) * x - coefficient(part * g**2 * dt / sigma, x) * eps
+        x = (coefficient(1 - sde.drift(t) * dt, x) * x).addcmul_(eps, coefficient(-part * g**2 * dt / sigma, x))
         if not self.probability_flow:
-            x = x + coefficient(g * dt.sqrt(), x) * rng.normal_like(x)
+            x.addcmul_(rng.normal_like(x), coefficient(g * dt.sqrt(), x))
         return x, state
 
 
@@ -74,10 +75,11 @@ class ReverseDiffusion(Step):
         scale, std = sde.transition(s, t)
         _, sigma = sde.marginal(t)
         eps = denoiser(x, t, cond).eps
-        if self.probability_flow:
-            return coefficient(2 - scale, x) * x - coefficient((2 - scale) * sigma - sde.marginal(s)[1], x) * eps, state
-        x = coefficient(2 - scale, x) * x - coefficient(std**2 / sigma, x) * eps
-        return x + coefficient(std, x) * rng.normal_like(x), state
+        kick = (2 - scale) * sigma - sde.marginal(s)[1] if self.probability_flow else std**2 / sigma
+        x = (coefficient(2 - scale, x) * x).addcmul_(eps, coefficient(-kick, x))
+        if not self.probability_flow:
+            x.addcmul_(rng.normal_like(x), coefficient(std, x))
+        return x, state
 
 
 def ddim_update(sde: SDE, p: Prediction, t: Tensor, s: Tensor, eta: float, rng: Rng) -> Tensor:
@@ -86,12 +88,14 @@ def ddim_update(sde: SDE, p: Prediction, t: Tensor, s: Tensor, eta: float, rng: 
     (Song, Meng & Ermon 2021, eq. 12 and 16.) Nothing is divided by α or σ.
     """
     alpha, sigma = sde.marginal(s)
-    gap = -torch.expm1(sde.log_snr(t) - sde.log_snr(s))  # share of σ_s² that the posterior q(x_s|x_t, x_0) holds
-    kept = sigma * (1 - eta**2 * gap).clamp(min=0).sqrt()
-    x = coefficient(alpha, p.x0) * p.x0 + coefficient(kept, p.x0) * p.eps
-    if eta > 0:
-        x = x + coefficient(eta * sigma * gap.clamp(min=0).sqrt(), x) * rng.normal_like(x)
-    return x
+    x = coefficient(alpha, p.x0) * p.x0
+    if eta == 0:
+        return x.addcmul_(p.eps, coefficient(sigma, x))
+    alpha_t, sigma_t = sde.marginal(t)
+    # share of σ_s² that the posterior q(x_s|x_t, x_0) holds, 1 − e^{λ_t − λ_s}
+    gap = (1 - (alpha_t * sigma / (alpha * sigma_t)) ** 2).clamp(min=0)
+    x.addcmul_(p.eps, coefficient(sigma * (1 - eta**2 * gap).sqrt(), x))
+    return x.addcmul_(rng.normal_like(x), coefficient(eta * sigma * gap.sqrt(), x))
 
 
 class DDIM(Step):
@@ -147,9 +151,9 @@ class Heun(Step):
         guess = ddim_update(sde, first, t, s, 0.0, rng)
         second = denoiser(guess, s, cond)
         # ½(ς_s − ς_t) α_s (ε̂_s − ε̂_t) on top of the DDIM point
-        alpha, sigma = sde.marginal(s)
-        slope = 0.5 * (sigma - alpha * torch.exp(-0.5 * sde.log_snr(t)))
-        return guess + coefficient(slope, x) * (second.eps - first.eps), state
+        (alpha_t, sigma_t), (alpha, sigma) = sde.marginal(t), sde.marginal(s)
+        slope = coefficient(0.5 * (sigma - alpha / alpha_t * sigma_t), x)
+        return torch.addcmul(guess, second.eps, slope).addcmul_(first.eps, -slope), state
 
 
 class Langevin(Step):
@@ -184,7 +188,7 @@ class Langevin(Step):
         ratio = (x[0].numel() + 64) / (eps.flatten(1).square().sum(1) + 64)
         h = coefficient((2 * self.snr**2 * ratio).clamp(max=1.0), x)
         sigma = coefficient(sigma, x)
-        return x + sigma * ((2 * h).sqrt() * z - h * eps), state
+        return torch.addcmul(x, z, (2 * h).sqrt() * sigma).addcmul_(eps, -h * sigma), state
 
 
 class AnnealedLangevin(Step):
@@ -208,7 +212,8 @@ class AnnealedLangevin(Step):
     ) -> tuple[Tensor, State]:
         _, sigma = denoiser.sde.marginal(t)
         eps, h = denoiser(x, t, cond).eps, 2 * self.snr**2
-        return x + coefficient(sigma, x) * (math.sqrt(2 * h) * rng.normal_like(x) - h * eps), state
+        x = torch.addcmul(x, rng.normal_like(x), coefficient(math.sqrt(2 * h) * sigma, x))
+        return x.addcmul_(eps, coefficient(-h * sigma, x)), state
 
 
 class PredictorCorrector(Step):
