@@ -16,7 +16,7 @@ from .sampler import Sampler
 def default_sampler(denoiser: Denoiser, budget: int) -> Sampler:
     """The deterministic sampler of `budget` evaluations that does best over the mixtures of `benchmarks/quality.py`.
 
-    Adams of order 3 in the angle, with its corrector from 10 evaluations on (before, what a step learns from its own
+    Adams of order 3 in the angle, with its corrector from 12 evaluations on (before, what a step learns from its own
     end comes too late), on steps around the noise level of the data, closer around it the more there are.
 
     Raises:
@@ -24,8 +24,13 @@ def default_sampler(denoiser: Denoiser, budget: int) -> Sampler:
     """
     if isinstance(budget, bool) or not isinstance(budget, int) or budget < 1:
         raise ValueError(f"budget is a whole number of network calls, at least 1; got {budget!r}.")
-    step = Adams(3, corrector=3 if budget >= 10 else 0)
-    grid = LogisticGrid(denoiser.sigma_data, centre=0.5, width=1 + 0.5 * min(1, 12 / budget) ** 2)
+    if budget < 12:
+        step = Adams(3)
+        centre, width = (0.5, 1.5) if budget < 8 else (0.25, 1.25)
+    else:
+        step = Adams(3, corrector=3)
+        centre, width = 0.5, 1 + 0.5 * (12 / budget) ** 2
+    grid = LogisticGrid(denoiser.sigma_data, centre, width)
     return Sampler(step, grid, steps=budget, denoise=False)
 
 
