@@ -145,6 +145,10 @@ class Case(NamedTuple):
     samples: Tensor
     floor: float
 
+    def first(self, points: int) -> Case:
+        """The same with fewer points."""
+        return self._replace(x=self.x[:points], exact=self.exact[:points], samples=self.samples[:points])
+
     @staticmethod
     def of(denoiser: S.GaussianMixtureDenoiser, points: int) -> Case:
         sde = denoiser.sde
@@ -186,16 +190,17 @@ def quality(cfg: DictConfig) -> None:
     head = ["case", "calls", "best peer", "error", "ours, `sample(budget=)`", "ratio", "ours, best generic", "ratio",
             "ours, `fit_grid`", "ratio"]  # fmt: skip
     errors, distances = [head], [["case", "floor", "calls", "best peer, W2", "ours, best, W2"]]
-    for name, make in CASES.items():
+    for name in cfg.cases:
         for kind in cfg.sdes:
-            case = Case.of(make(SDES[kind]), cfg.points[name])
+            case = Case.of(CASES[name](SDES[kind]), max(cfg.points[name], cfg.finals or 0))
             for budget in cfg.budgets:
-                row, second = compare(case, f"{name} {kind.upper()}", budget, budget in cfg.fit, results)
+                row, second = compare(case, f"{name} {kind.upper()}", budget, cfg, results)
                 errors.append(row)
                 distances += [second] if budget <= 20 else []  # beyond, samplers with noise are not run
                 print(" | ".join(row), flush=True)
     text = (
-        f"{', '.join(f'{n} points of {name}' for name, n in cfg.points.items())}; {cfg.threads} thread(s).\n\n"
+        f"{', '.join(f'{cfg.finals or cfg.points[name]} points of {name}' for name in cfg.cases)}; {cfg.threads} "
+        "thread(s).\n\n"
         "RMS distance to the end points of the probability-flow ODE, over the data's standard deviation, and its ratio "
         f"to the best of {len(others())} peers' methods in the same run: below 1 is closer than all of them.\n\n"
         f"{report.table(errors)}\n\nSliced W2 to exact samples, all samplers, with and without noise; two exact sets "
@@ -204,10 +209,27 @@ def quality(cfg: DictConfig) -> None:
     results.close(text, figure(results.rows))
 
 
-def compare(case: Case, label: str, budget: int, fit: bool, results: report.Report) -> tuple[list[str], list[str]]:
+def finalists(case: Case, methods: list[Method], budget: int, cfg: DictConfig, points: int) -> list[Method]:
+    """The best of each library, and of our generic ones, on fewer points: what all points then decide between."""
+    if not cfg.finals:
+        return methods
+    ranked: dict[str, list[tuple[float, int]]] = {}
+    for index, method in enumerate(methods):
+        measured = (
+            None if method.noisy or (method.short and budget > 20) else case.first(points).measure(method, budget)
+        )
+        if measured is not None:
+            ranked.setdefault(method.library, []).append((measured[0], index))
+    return [methods[index] for entries in ranked.values() for _, index in sorted(entries)[: cfg.finalists]]
+
+
+def compare(
+    case: Case, label: str, budget: int, cfg: DictConfig, results: report.Report
+) -> tuple[list[str], list[str]]:
     """Every method on one case and budget: a row of errors and one of distances."""
     methods = [*others(), Method("default", "sample(budget=)", False, default), *generic(case.denoiser)]
-    if fit:
+    methods = finalists(case, methods, budget, cfg, cfg.points[label.split()[0]])
+    if budget in cfg.fit:
         start = time.perf_counter()
         methods.append(fitted(case, budget))
         print(f"{label}, {budget} calls: grid fitted in {time.perf_counter() - start:.0f} s", flush=True)

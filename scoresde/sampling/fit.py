@@ -72,7 +72,7 @@ def fit_grid(
     if step.evaluations is None:
         raise ValueError(f"{type(step).__name__} chooses its own steps; fit a grid for a step that follows one.")
     rng = Rng(0) if rng is None else rng
-    x = Sampler._start(denoiser, (samples, *shape), rng)
+    x = Sampler.start(denoiser, (samples, *shape), rng)
     fine = LogisticGrid(denoiser.sigma_data, width=2.0)(denoiser.sde, fine_steps // 4 * 4).to(x.device)
     with torch.no_grad():
         *_, end = _run(denoiser, Adams(3, 3), x, fine, cond)

@@ -124,7 +124,7 @@ class Sampler:
         if len(times) != self.steps + 1:
             raise ValueError(f"A grid (sde, n) returns n + 1 times; got {len(times)} for n = {self.steps}.")
         counted = CountingDenoiser(denoiser)
-        x = self._start(denoiser, shape_or_x, rng)
+        x = self.start(denoiser, shape_or_x, rng)
         times = times.to(x.device, torch.float64)
         labels, knots = times.tolist(), times.unbind()
         state = self.step.init(x)
@@ -142,7 +142,7 @@ class Sampler:
             yield Trace(self.steps + 1, labels[-1], x, counted.evaluations)
 
     @staticmethod
-    def _start(denoiser: Denoiser, shape_or_x: Sequence[int] | Tensor, rng: Rng) -> Tensor:
+    def start(denoiser: Denoiser, shape_or_x: Sequence[int] | Tensor, rng: Rng) -> Tensor:
         if isinstance(shape_or_x, Tensor):
             if not shape_or_x.is_floating_point() or shape_or_x.ndim < 2:
                 raise ValueError(
