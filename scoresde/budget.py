@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .ode import SolverError, log_ratio
+from .ode import SolverError, lagrange, log_ratio
 from .sde import SDE
 
 LEAST_BUDGET = 4
@@ -137,11 +137,7 @@ def _weights(nodes: Sequence[float], start: float, stop: float, exponential: boo
     """∫ L_j(u) du from `start` to `stop`, L_j the Lagrange polynomials of `nodes`; ∫ L_j(u) e^u du if `exponential`."""
     u = start + 0.5 * (stop - start) * (1 + _NODES)
     measure = 0.5 * (stop - start) * _WEIGHTS * (u.exp() if exponential else 1.0)
-    x = torch.tensor(nodes, dtype=torch.float64)
-    gaps = x[:, None] - x[None, :] + torch.eye(len(x), dtype=torch.float64)
-    ratios = (u - x[None, :, None]) / gaps[:, :, None]
-    ratios.diagonal().fill_(1.0)
-    return (ratios.prod(1) @ measure).tolist()
+    return (lagrange(torch.tensor(nodes, dtype=torch.float64), u) @ measure).tolist()
 
 
 def _integral(nodes: Sequence[_Node], start: float, stop: float) -> Tensor:

@@ -67,6 +67,14 @@ def point(sde: SDE, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return t, alpha, sigma
 
 
+def lagrange(nodes: Tensor, u: Tensor) -> Tensor:
+    """The polynomials that are 1 at one of the nodes (…, k) and 0 at the others, at u (…, Q): (…, k, Q)."""
+    same = torch.eye(nodes.shape[-1], dtype=torch.bool, device=nodes.device)
+    above = (u[..., None, :] - nodes[..., None])[..., None, :, :].masked_fill(same[..., None], 1.0).prod(-2)
+    below = (nodes[..., None] - nodes[..., None, :]).masked_fill(same, 1.0).prod(-1)
+    return above / below[..., None]
+
+
 def probability_flow(denoiser: Denoiser, like: Tensor, cond: Cond) -> Rhs:
     """dy/du = ς ε̂(α y) for states that are flattened batches of the event shape and dtype of `like`."""
 

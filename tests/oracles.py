@@ -6,7 +6,7 @@ Imported as `from oracles import …` (pytest puts this folder on the path).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -183,3 +183,20 @@ class Fixed(Rng):
 
     def normal(self, shape, *, dtype=None, device=None):
         return torch.full(tuple(shape), self.value, dtype=dtype, device=device)
+
+
+class Script(Rng):
+    """An Rng whose k-th draw is the k-th of `values`: numbers, or tensors (B, 1)."""
+
+    def __init__(self, values: Iterable[Tensor | float]):
+        super().__init__(0)
+        self.values = list(values)
+
+    def normal(self, shape, *, dtype=None, device=None):
+        return torch.as_tensor(self.values.pop(0), dtype=dtype, device=device).expand(tuple(shape))
+
+
+def ring(sde: SDE) -> GaussianMixtureDenoiser:
+    """Eight equal Gaussians of std 0.05 on the unit circle: three scales of structure, and hard choices between."""
+    angle = torch.arange(8) * math.pi / 4
+    return GaussianMixtureDenoiser(torch.stack([angle.cos(), angle.sin()], 1), 0.05**2, torch.ones(8), sde)

@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from oracles import EVENT_SHAPES, all_sdes, marginal_moments, mixture, times
+from oracles import EVENT_SHAPES, Fixed, all_sdes, grid, marginal_moments, mixture, times
 from torch import Tensor
 
 from scoresde import (
@@ -26,21 +26,6 @@ from scoresde.sampling.churn import Churn
 
 ALL = all_sdes()
 each_sde = pytest.mark.parametrize("sde", ALL.values(), ids=ALL.keys())
-
-
-class Fixed(Rng):
-    """An Rng whose every normal is `value`."""
-
-    def __init__(self, value: float):
-        super().__init__(0)
-        self.value = value
-
-    def normal(self, shape, *, dtype=None, device=None):
-        return torch.full(tuple(shape), self.value, dtype=dtype, device=device)
-
-
-def grid(sde: SDE, n: int) -> Tensor:
-    return sde.time(torch.linspace(-3, 3, n + 1, dtype=torch.float64))
 
 
 def move(step: Step, denoiser, x: Tensor, t: Tensor, s: Tensor, rng: Rng | None = None) -> Tensor:

@@ -7,13 +7,12 @@ import math
 
 import pytest
 import torch
-from oracles import all_sdes, closed_form_sdes, mixture
+from oracles import all_sdes, closed_form_sdes, mixture, ring
 from scipy.stats import binom
 from torch import Tensor, nn
 
 from scoresde import (
     EDM,
-    SDE,
     VESDE,
     VPSDE,
     Denoiser,
@@ -36,12 +35,6 @@ from scoresde.likelihood import sample_with_log_prob
 
 ALL = all_sdes()
 each_sde = pytest.mark.parametrize("sde", ALL.values(), ids=ALL.keys())
-
-
-def ring(sde: SDE) -> GaussianMixtureDenoiser:
-    """Eight equal Gaussians of std 0.05 on the unit circle: three scales of structure, and hard choices between."""
-    angle = torch.arange(8) * math.pi / 4
-    return GaussianMixtureDenoiser(torch.stack([angle.cos(), angle.sin()], 1), 0.05**2, torch.ones(8), sde)
 
 
 def at_t_min(denoiser: GaussianMixtureDenoiser, n: int, seed: int = 0) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from oracles import ring
 
 from scoresde import (
     EDM,
@@ -18,7 +19,6 @@ from scoresde import (
     DenoisingLoss,
     DPMSolverPP,
     FittedGrid,
-    GaussianMixtureDenoiser,
     Heun,
     KarrasGrid,
     LogSNRGrid,
@@ -40,11 +40,6 @@ from scoresde.nn import MLP
 SDES = {"vp": VPSDE(), "ve": VESDE(), "edm": EDMSDE()}
 each_sde = pytest.mark.parametrize("sde", SDES.values(), ids=SDES.keys())
 GENERIC: list[Grid] = [UniformGrid(), LogSNRGrid(), KarrasGrid(), QuadraticGrid()]
-
-
-def ring(sde) -> GaussianMixtureDenoiser:
-    angle = torch.arange(8) * math.pi / 4
-    return GaussianMixtureDenoiser(torch.stack([angle.cos(), angle.sin()], 1), 0.05**2, torch.ones(8), sde)
 
 
 def rms(denoiser: Denoiser, step: Step, grid: Grid, steps: int, n: int = 200) -> float:

@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from oracles import EVENT_SHAPES, all_sdes, marginal_moments, mean_and_stderr, mixture
+from oracles import EVENT_SHAPES, Script, all_sdes, marginal_moments, mean_and_stderr, mixture
 from torch import Tensor
 
 from scoresde import (
@@ -31,17 +31,6 @@ from scoresde.sampling.restart import Restart
 
 ALL = all_sdes()
 each_sde = pytest.mark.parametrize("sde", ALL.values(), ids=ALL.keys())
-
-
-class Script(Rng):
-    """An Rng whose k-th draw is the k-th of `values`, for every sample."""
-
-    def __init__(self, values: list[float]):
-        super().__init__(0)
-        self.values = list(values)
-
-    def normal(self, shape, *, dtype=None, device=None):
-        return torch.full(tuple(shape), self.values.pop(0), dtype=dtype, device=device)
 
 
 def at(sde: SDE, ratio: float) -> Tensor:

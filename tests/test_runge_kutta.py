@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import cache, partial
 from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
-from oracles import EVENT_SHAPES, all_sdes, marginal_moments, mixture, times
+from oracles import EVENT_SHAPES, Script, all_sdes, grid, marginal_moments, mixture, times
 from scipy.interpolate import make_interp_spline
 from torch import Tensor
 
@@ -40,21 +40,6 @@ STEPS: dict[str, Step] = {
 each_step = pytest.mark.parametrize("step", STEPS.values(), ids=STEPS.keys())
 NOISY = {f"dpm-{order}-eta-{eta}": DPMSolver(order, eta=eta) for order in (2, 3) for eta in (0.5, 1.0, 2.0)}
 each_noisy = pytest.mark.parametrize("step", NOISY.values(), ids=NOISY.keys())
-
-
-class Script(Rng):
-    """An Rng whose k-th draw is the k-th of `values`, () or (B, 1), whatever is asked for."""
-
-    def __init__(self, values: Iterable[Tensor]):
-        super().__init__(0)
-        self.values = list(values)
-
-    def normal(self, shape, *, dtype=None, device=None):
-        return self.values.pop(0).to(dtype).expand(tuple(shape))
-
-
-def grid(sde: SDE, n: int) -> Tensor:
-    return sde.time(torch.linspace(-3, 3, n + 1, dtype=torch.float64))
 
 
 def move(step: Step, denoiser, x: Tensor, t: Tensor, s: Tensor, rng: Rng | None = None) -> Tensor:

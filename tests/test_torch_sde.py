@@ -10,11 +10,10 @@ from typing import ClassVar
 import pytest
 import torch
 import torchsde
-from oracles import EVENT_SHAPES, closed_form_sdes, data_moments, marginal_moments, mean_and_stderr, mixture
+from oracles import EVENT_SHAPES, closed_form_sdes, data_moments, grid, marginal_moments, mean_and_stderr, mixture
 from torch import Tensor
 
 from scoresde import (
-    SDE,
     VESDE,
     VPSDE,
     EulerMaruyama,
@@ -31,10 +30,6 @@ from scoresde.sampling.torch_sde import METHODS, TorchSDE
 
 SMOOTH = closed_form_sdes()
 each_method = pytest.mark.parametrize("method", METHODS)
-
-
-def grid(sde: SDE, n: int) -> Tensor:
-    return sde.time(torch.linspace(-3, 3, n + 1, dtype=torch.float64))
 
 
 class Units:

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from ..denoiser import Cond, Denoiser
+from ..ode import lagrange
 from ..prediction import Prediction
 from ..rng import Rng
 from ..sde import SDE
@@ -204,7 +205,7 @@ class Multistep(Step):
             c = math.sqrt(share / (1 - share))
             knots, u = torch.atan(torch.exp(-knots) / c), torch.atan(ratio / c)
         scale = -h * end.norm if share == 1 else h * end.norm
-        return (scale[..., None] * (_lagrange(knots, u) * kernel[..., None, :]).sum(-1)).unbind(-1)
+        return (scale[..., None] * (lagrange(knots, u) * kernel[..., None, :]).sum(-1)).unbind(-1)
 
 
 def knot(sde: SDE, t: Tensor, share: float) -> Knot:
@@ -213,14 +214,6 @@ def knot(sde: SDE, t: Tensor, share: float) -> Knot:
     mixed = 0 < share < 1
     norm = (share * alpha**2 + (1 - share) * sigma**2).sqrt() if mixed else (sigma, alpha)[int(share)]
     return Knot(alpha, sigma, (alpha / sigma).log(), norm)
-
-
-def _lagrange(nodes: Tensor, u: Tensor) -> Tensor:
-    """The polynomials that are 1 at one of the nodes (…, k) and 0 at the others, at u (…, Q): (…, k, Q)."""
-    same = torch.eye(nodes.shape[-1], dtype=torch.bool, device=nodes.device)
-    above = (u[..., None, :] - nodes[..., None])[..., None, :, :].masked_fill(same[..., None], 1.0).prod(-2)
-    below = (nodes[..., None] - nodes[..., None, :]).masked_fill(same, 1.0).prod(-1)
-    return above / below[..., None]
 
 
 class DPMSolverPP(Multistep):

@@ -80,11 +80,11 @@ def save(
         manifest = {path.name: _fingerprint(path) for path in sorted(new.iterdir())}
         (new / "manifest.json").write_text(json.dumps({"step": step, "files": manifest}, indent=1), encoding="utf-8")
         for path in [*new.iterdir(), new]:
-            _sync(path)
+            sync(path)
         if final.exists():  # a damaged one that training has come past again
             os.rename(final, old)
         os.rename(new, final)
-        _sync(folder)
+        sync(folder)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(new, ignore_errors=True)
         free = shutil.disk_usage(folder).free if folder.is_dir() else 0
@@ -178,7 +178,8 @@ def _fingerprint(path: Path) -> dict[str, Any]:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """What was written to the file or folder `path` reaches the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -22,6 +22,7 @@ from typing import Any, Generic, TypeVar
 
 from torch import Tensor
 
+from .checkpoint import sync
 from .progress import track
 
 Tensors = dict[str, Tensor]
@@ -208,11 +209,7 @@ class Shards:
             file.flush()
             os.fsync(file.fileno())
         os.replace(new, path)
-        descriptor = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        sync(path.parent)
 
     def _whole(self, job: Job[Any], index: int) -> bool:
         """Whether a batch is there; one that is damaged or of other settings is not, and says so."""
