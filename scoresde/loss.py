@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -44,18 +45,12 @@ class UniformTimes(Times):
         return start + u * (sde.t_max - start), torch.ones_like(u)
 
 
-def _stratified(n: int, rng: Rng, device: torch.device) -> Tensor:
-    """n numbers in [0, 1), one in each n-th, in random order: each is uniform, their mean varies far less."""
-    u = rng.uniform((n,), dtype=torch.float64, device=device)
-    return (rng.permutation(n).to(device) + u) / n
-
-
 class StratifiedTimes(Times):
     """Uniform t, one draw in each of n equal strata of [t_min, t_max] (Kingma et al. 2021, App. I.1)."""
 
     def sample(self, sde: SDE, n: int, rng: Rng, device: torch.device) -> tuple[Tensor, Tensor]:
         start = self.start(sde)
-        u = _stratified(n, rng, device)
+        u = rng.stratified(n, device=device)
         return start + u * (sde.t_max - start), torch.ones_like(u)
 
 
@@ -92,7 +87,7 @@ class LogSNRTimes(Times):
         start = self.start(sde)
         ends = torch.tensor([start, sde.t_max], dtype=torch.float64, device=device)
         high, low = sde.log_snr(ends)
-        t = sde.time(low + _stratified(n, rng, device) * (high - low)).clamp(start, sde.t_max)
+        t = sde.time(low + rng.stratified(n, device=device) * (high - low)).clamp(start, sde.t_max)
         return t, (high - low) / (_snr_rate(sde, t) * (sde.t_max - start))
 
 
@@ -175,6 +170,20 @@ class Independent:
         return x0, rng.normal_like(x0)
 
 
+class Terms(NamedTuple):
+    """What a loss makes of a batch.
+
+    Attributes:
+        objective: (B,), to be minimised.
+        loss: (B,), the weighted error, to be reported; the same where nothing of the weighting is learned.
+        t: (B,), the times drawn.
+    """
+
+    objective: Tensor
+    loss: Tensor
+    t: Tensor
+
+
 class DenoisingLoss(nn.Module):
     """Per-sample loss w(t) ‖ε̂(x_t, t) − ε‖²/D, to be averaged by the caller.
 
@@ -203,6 +212,10 @@ class DenoisingLoss(nn.Module):
 
     def forward(self, x0: Tensor, cond: Cond = None, *, rng: Rng | None = None) -> Tensor:
         """Losses (B,) in the dtype of `x0` (B, *event); without `rng` the noise follows torch's global generator."""
+        return self.terms(x0, cond, rng=rng).objective
+
+    def terms(self, x0: Tensor, cond: Cond = None, *, rng: Rng | None = None) -> Terms:
+        """The same with what it was made of."""
         rng = Rng(int(torch.randint(2**31, ()))) if rng is None else rng  # a fixed seed would repeat the same noise
         sde = self.denoiser.sde
         t, importance = self.times.sample(sde, x0.shape[0], rng, x0.device)
@@ -210,4 +223,5 @@ class DenoisingLoss(nn.Module):
         prediction = self.denoiser(sde.perturb(x0, t, eps), t, cond)
         dims, span = x0[0].numel(), sde.t_max - self.times.start(sde)
         weight = importance * self.weighting.weight(sde, t, dims, span)
-        return weight.to(x0.dtype) * (prediction.eps - eps).square().flatten(1).mean(1)
+        loss = weight.to(x0.dtype) * (prediction.eps - eps).square().flatten(1).mean(1)
+        return Terms(loss, loss, t)

@@ -158,3 +158,32 @@ def test_every_bit_of_a_seed_counts() -> None:
     assert len(set(first.flatten().tolist())) == len(seeds)
     generator = torch.Generator().manual_seed(5)  # below them a seed is torch's own
     assert torch.equal(Rng(5).normal((3,)), torch.randn(3, generator=generator))
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_shares_are_rows_of_the_whole_draw(world: int) -> None:
+    """Every kind of draw, in one sequence: what all shares drew, put together, is what one process draws."""
+
+    def draws(rng: Rng, n: int) -> list[torch.Tensor]:
+        return [
+            rng.normal((n, 3)), rng.uniform((n,), dtype=torch.float64), rng.stratified(n), rng.integers(9, (n, 2)),
+            rng.rademacher_like(torch.zeros(n, 5)), rng.normal((n,)),
+        ]  # fmt: skip
+
+    whole, parts = draws(Rng(3), 8), [draws(Rng(3).share(rank, world), 8 // world) for rank in range(world)]
+    for index, expected in enumerate(whole):
+        assert torch.equal(torch.cat([part[index] for part in parts]), expected)
+    assert torch.equal(Rng(3).share(world - 1, world).permutation(7), Rng(3).permutation(7))
+
+
+def test_strata_hold_one_number_each() -> None:
+    u = Rng(0).stratified(50)
+    assert torch.equal((50 * u).floor().sort().values, torch.arange(50, dtype=torch.float64))
+
+
+@pytest.mark.parametrize(("rank", "world"), [(2, 2), (-1, 2), (0, 0)])
+def test_shares_out_of_range_are_refused(rank: int, world: int) -> None:
+    with pytest.raises(ValueError, match="0 <= rank < world"):
+        Rng(0).share(rank, world)
+    with pytest.raises(ValueError, match="single stream"):
+        Rng(seeds=[0, 1]).share(0, 1)

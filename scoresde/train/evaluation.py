@@ -34,7 +34,7 @@ def held_out_loss(loss: DenoisingLoss, dataset: Dataset, *, conditional: bool = 
     device = model_device(loss.denoiser)
     for index in torch.arange(len(split)).split(batch_size):
         x0 = dataset.encode(split.raw[index], rng).to(device)
-        total += float(loss(x0, split.cond(index, conditional, device), rng=rng).sum())
+        total += float(loss.terms(x0, split.cond(index, conditional, device), rng=rng).loss.sum())
     return total / len(split)
 
 
