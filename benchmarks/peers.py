@@ -12,7 +12,7 @@ import importlib.util
 import sys
 from collections.abc import Callable
 from functools import cache
-from importlib.metadata import version
+from importlib.metadata import distributions, version
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -27,7 +27,9 @@ Solver = Callable[[S.Denoiser, Tensor, int], Tensor | None]
 
 
 def versions() -> dict[str, str]:
-    return {name: version(name) for name in ("diffusers", "azula", "k-diffusion", "torchdiffeq")}
+    """Of the peers that are installed: not every benchmark needs them."""
+    installed = {str(distribution.name).lower() for distribution in distributions()}
+    return {name: version(name) for name in ("diffusers", "azula", "k-diffusion", "torchdiffeq") if name in installed}
 
 
 @cache

@@ -4,144 +4,28 @@ A diffusion model is a forward SDE (`sde`), an estimate of where its paths began
 (`sampling`); `likelihood` measures it, `loss` trains it.
 """
 
-from . import nn
-from .bounds import Bound, ImportanceBound, elbo, importance_weighted, vlb
-from .budget import LikelihoodGrid
-from .data import suggest_sigma_max
-from .denoiser import Cond, Denoiser, DenoiserFunction, Preconditioned, ScoreFunction
-from .divergence import Exact, Hutchinson, HutchPlusPlus
-from .grids import (
-    CosineGrid,
-    FittedGrid,
-    Grid,
-    KarrasGrid,
-    LogisticGrid,
-    LogSNRGrid,
-    QuadraticGrid,
-    SavedGrid,
-    UniformGrid,
-)
-from .likelihood import LogLikelihood, bits_per_dim, log_likelihood, sample_with_log_prob
-from .loss import DenoisingLoss
-from .mixture import GaussianMixtureDenoiser
-from .ode import SolverError
-from .parameterization import EDM, X0, Eps, Parameterization, Score, V, Velocity
-from .prediction import Prediction
-from .rng import Rng
-from .sampling import (
-    DDIM,
-    DEIS,
-    IPNDM,
-    RK4,
-    Adams,
-    AdaptiveODE,
-    AdaptiveSDE,
-    Ancestral,
-    AnnealedLangevin,
-    Churn,
-    DPMSolver,
-    DPMSolverPP,
-    EulerMaruyama,
-    Heun,
-    Langevin,
-    Midpoint,
-    Multistep,
-    PredictorCorrector,
-    Restart,
-    ReverseDiffusion,
-    Sampler,
-    SASolver,
-    Step,
-    TorchSDE,
-    Trace,
-    UniPC,
-    default_sampler,
-    fit_grid,
-    sample,
-)
-from .sde import EDMSDE, SDE, VESDE, VPSDE, CosineSDE, RectifiedFlow, Scales, SubVPSDE
-from .table import TableSDE
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .public import *  # noqa: F403
+    from .public import __all__ as __all__
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "DDIM",
-    "DEIS",
-    "EDM",
-    "EDMSDE",
-    "IPNDM",
-    "RK4",
-    "SDE",
-    "VESDE",
-    "VPSDE",
-    "X0",
-    "Adams",
-    "AdaptiveODE",
-    "AdaptiveSDE",
-    "Ancestral",
-    "AnnealedLangevin",
-    "Bound",
-    "Churn",
-    "Cond",
-    "CosineGrid",
-    "CosineSDE",
-    "DPMSolver",
-    "DPMSolverPP",
-    "Denoiser",
-    "DenoiserFunction",
-    "DenoisingLoss",
-    "Eps",
-    "EulerMaruyama",
-    "Exact",
-    "FittedGrid",
-    "GaussianMixtureDenoiser",
-    "Grid",
-    "Heun",
-    "HutchPlusPlus",
-    "Hutchinson",
-    "ImportanceBound",
-    "KarrasGrid",
-    "Langevin",
-    "LikelihoodGrid",
-    "LogLikelihood",
-    "LogSNRGrid",
-    "LogisticGrid",
-    "Midpoint",
-    "Multistep",
-    "Parameterization",
-    "Preconditioned",
-    "Prediction",
-    "PredictorCorrector",
-    "QuadraticGrid",
-    "RectifiedFlow",
-    "Restart",
-    "ReverseDiffusion",
-    "Rng",
-    "SASolver",
-    "Sampler",
-    "SavedGrid",
-    "Scales",
-    "Score",
-    "ScoreFunction",
-    "SolverError",
-    "Step",
-    "SubVPSDE",
-    "TableSDE",
-    "TorchSDE",
-    "Trace",
-    "UniPC",
-    "UniformGrid",
-    "V",
-    "Velocity",
-    "bits_per_dim",
-    "default_sampler",
-    "elbo",
-    "fit_grid",
-    "importance_weighted",
-    "log_likelihood",
-    "nn",
-    "sample",
-    "sample_with_log_prob",
-    "suggest_sigma_max",
-    "vlb",
-]
+
+def __getattr__(name: str) -> Any:
+    """Names come when the first is asked for: `scoresde-runs` needs none of them, and need not wait for torch."""
+    if name == "__all__" or not name.startswith("_"):
+        from importlib import import_module
+
+        public = import_module(f"{__name__}.public")
+        globals().update({each: getattr(public, each) for each in public.__all__}, __all__=public.__all__)
+        if name in globals():
+            return globals()[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__getattr__("__all__")})

@@ -11,22 +11,27 @@ import difflib
 import functools
 import importlib
 import inspect
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import FunctionType
-from typing import Any
+from types import FunctionType, NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 # Modules whose __all__ is public, and names of modules that publish more than a configuration may build.
 _PUBLISHING = ("scoresde", "scoresde.nn", "scoresde.data", "scoresde.metrics")
 _NAMED = {
     "scoresde.loss": (
         "UniformTimes", "StratifiedTimes", "LogNormalTimes", "LogSNRTimes", "Simple", "Likelihood", "EDMWeighting",
-        "MinSNR", "Independent",
+        "MinSNR", "LogVariance", "Independent",
     ),
-    "scoresde.train": ("EMA", "OdeLikelihood", "Trainer", "WandbLogger", "NullLogger"),
+    "scoresde.coupling": ("Independent", "OptimalTransport"),
+    "scoresde.train": ("EMA", "PowerEMA", "OdeLikelihood", "Trainer", "WandbLogger", "NullLogger"),
     "torch.optim": ("Adam", "AdamW"),
 }  # fmt: skip
 _OWN_KEYS = {"_target_", "_partial_", "_args_", "_recursive_", "_convert_"}
+_CONVERT = ("none", "partial", "object", "all")
+_SCALARS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", NoneType: "null"}
+_DEPTH = 50  # of a configuration; ours is 6 deep
 
 
 class ConfigError(ValueError):
@@ -140,27 +145,46 @@ def _full_key(node: Any) -> str:
 
 
 def _check(tree: Any, allow: frozenset[str], key: str) -> None:
-    """Refuses every target of the tree that is not on the list, before anything is imported for it."""
-    for at, target in _walk(tree, key):
-        where = f"{at}._target_" if at else "_target_"
-        if not isinstance(target, str):
-            raise ConfigError(f"{where} is the dotted name of a class, as text; got {target!r}.")
-        if target not in allow and target not in targets():
-            raise ConfigError(
-                f"{where}={target} is not a name that a configuration may call.{nearest(target, targets(), 0.75)} "
-                f"A network or data set of your own is allowed on the command line: 'allow_targets=[{target}]'."
-            )
+    """Refuses, before anything is imported for it, every target that is not on the list and all that may hide one.
+
+    An interpolation that is still there would be resolved by Hydra after this check, and `${oc.create:…}` can become
+    a node with any target.
+    """
+    for at, value in _walk(tree, key):
+        if isinstance(value, dict):
+            if "_target_" in value:
+                _check_target(value["_target_"], allow, f"{at}._target_" if at else "_target_")
+            if value.get("_convert_", "none") not in _CONVERT:
+                raise ConfigError(f"{at}._convert_ is one of {', '.join(_CONVERT)}; got {value['_convert_']!r}.")
+        elif isinstance(value, str) and ("${" in value or value == "???"):
+            raise ConfigError(f"{at}={value} is not a value yet; write what it stands for.")
+        elif isinstance(value, float) and math.isnan(value):
+            raise ConfigError(f"{at} is nan, which is no number.")
+        elif not isinstance(value, (str, int, float, list, tuple, bytes, Path, NoneType)):
+            raise ConfigError(f"{at} is a {type(value).__name__}; a configuration holds mappings, lists and scalars.")
 
 
-def _walk(tree: Any, key: str) -> Iterator[tuple[str, Any]]:
-    if isinstance(tree, Mapping):
-        if "_target_" in tree:
-            yield key, tree["_target_"]
-        for name, value in tree.items():
-            yield from _walk(value, f"{key}.{name}" if key else str(name))
-    elif isinstance(tree, (list, tuple)):
-        for index, value in enumerate(tree):
-            yield from _walk(value, f"{key}[{index}]")
+def _check_target(target: Any, allow: frozenset[str], where: str) -> None:
+    if not isinstance(target, str):
+        raise ConfigError(f"{where} is the dotted name of a class, as text; got {target!r}.")
+    if target not in allow and target not in targets():
+        raise ConfigError(
+            f"{where}={target} is not a name that a configuration may call.{nearest(target, targets(), 0.75)} "
+            f"A network or data set of your own is allowed on the command line: 'allow_targets=[{target}]'."
+        )
+
+
+def _walk(node: Any, key: str, depth: int = 0) -> Iterator[tuple[str, Any]]:
+    """(key, value) of `node` and all that is below it, from the top down."""
+    if depth > _DEPTH:
+        raise ConfigError(f"{key[:60]}… is nested more than {_DEPTH} deep.")
+    yield key, node
+    if isinstance(node, dict):
+        for name, value in node.items():
+            yield from _walk(value, f"{key}.{name}" if key else str(name), depth + 1)
+    elif isinstance(node, (list, tuple)):
+        for index, value in enumerate(node):
+            yield from _walk(value, f"{key}[{index}]", depth + 1)
 
 
 def _check_keys(tree: Any, key: str, runtime: Mapping[str, Any] | None = None) -> None:
@@ -179,6 +203,12 @@ def _check_keys(tree: Any, key: str, runtime: Mapping[str, Any] | None = None) -
                     f"{key + '.' if key else ''}{name}: {tree['_target_']} has no parameter {name!r}."
                     f"{nearest(name, names)} It takes {', '.join(names)}."
                 )
+        kinds = _annotations(tree["_target_"])
+        for name in tree.keys() & kinds.keys():
+            if not _fits(tree[name], kinds[name]):
+                raise ConfigError(
+                    f"{key + '.' if key else ''}{name} is {' or '.join(_words(kinds[name]))}; got {tree[name]!r}."
+                )
     for name, value in tree.items():
         _check_keys(value, f"{key}.{name}" if key else str(name))
 
@@ -188,6 +218,48 @@ def parameters(target: str) -> tuple[list[str], bool]:
     signature = inspect.signature(_locate(target))
     kinds = [p.kind for p in signature.parameters.values()]
     return [n for n in signature.parameters if n != "self"], inspect.Parameter.VAR_KEYWORD in kinds
+
+
+def _annotations(target: str) -> dict[str, Any]:
+    """name -> type of the parameters of a target of the allow-list; another's annotations are its own affair."""
+    if target not in targets():
+        return {}
+    found = _locate(target)
+    try:
+        return get_type_hints(found.__init__ if isinstance(found, type) else found)  # type: ignore[misc]
+    except NameError:  # a name that is there for type checkers only
+        return {}
+
+
+def _parts(kind: Any) -> tuple[Any, ...]:
+    return get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a scalar can be what the annotation says. Anything else is left to the constructor."""
+    if not isinstance(value, (bool, int, float, str)):
+        return True
+    for part in _parts(kind):
+        if get_origin(part) is Literal:
+            fits = value in get_args(part)
+        elif part in _SCALARS:
+            fits = isinstance(value, (int, float) if part is float else part)
+            fits = fits and (part is bool or not isinstance(value, bool))
+        else:  # an object or a function, which no scalar is; a Path may be made from one
+            ours = isinstance(part, type) and part.__module__.split(".")[0] in ("scoresde", "torch")
+            fits = not ours and get_origin(part) is not Callable
+        if fits:
+            return True
+    return False
+
+
+def _words(kind: Any) -> list[str]:
+    """The annotation as the user knows it."""
+    return [
+        " or ".join(map(repr, get_args(part))) if get_origin(part) is Literal
+        else _SCALARS.get(part, "a mapping with _target_")
+        for part in _parts(kind)
+    ]  # fmt: skip
 
 
 def _locate(target: str) -> Callable[..., Any]:

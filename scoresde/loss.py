@@ -7,13 +7,14 @@ a *coupling* which noise goes with which data. The training cut-off is the time 
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from .coupling import Coupling, Independent
 from .denoiser import Cond, Denoiser
+from .nn.embedding import FourierEmbedding
 from .rng import Rng
 from .sde import SDE
 
@@ -159,23 +160,34 @@ class MinSNR(Weighting):
         return (self.gamma * (-sde.log_snr(t)).exp()).clamp(max=1.0)
 
 
-Coupling = Callable[[Tensor, Rng], tuple[Tensor, Tensor]]
-"""(x0, rng) -> (x0, eps): which noise goes with which data."""
+class LogVariance(nn.Module):
+    r"""u(λ), a learned logarithm of the mean loss at log-SNR λ, linear in Fourier features (Karras et al. 2024, EDM2).
 
+    Minimising loss·e^{−u} + u makes u = log E[loss | λ], and so counts errors relative to what is usual at their noise
+    level (EDM2, eq. 14–16; Kendall et al. 2018, eq. 7). It starts at u = 0, where the objective is the loss.
 
-class Independent:
-    """ε ~ N(0, I), independent of x_0."""
+    Args:
+        channels: number of features of c_noise = −λ/8, even, ≥ 2.
+    """
 
-    def __call__(self, x0: Tensor, rng: Rng) -> tuple[Tensor, Tensor]:
-        return x0, rng.normal_like(x0)
+    def __init__(self, channels: int = 128):
+        super().__init__()
+        self.features = FourierEmbedding(channels)
+        self.linear = nn.Linear(channels, 1)
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, log_snr: Tensor) -> Tensor:
+        """u (B,) of λ (B,)."""
+        return self.linear(self.features(-log_snr / 8).to(self.linear.weight.dtype)).squeeze(1)
 
 
 class Terms(NamedTuple):
     """What a loss makes of a batch.
 
     Attributes:
-        objective: (B,), to be minimised.
-        loss: (B,), the weighted error, to be reported; the same where nothing of the weighting is learned.
+        objective: (B,), to be minimised: the loss, or loss·e^{−u} + u where the weighting is learned.
+        loss: (B,), the weighted error, to be reported.
         t: (B,), the times drawn.
     """
 
@@ -194,6 +206,9 @@ class DenoisingLoss(nn.Module):
         times: time sampler.
         weighting: weight of the error.
         coupling: noise for data.
+        uncertainty: u(λ), for a weighting that is learned: the objective is then loss·e^{−u} + u. Where its minimum
+            is reached, `weighting` and importance cancel, and what a noise level counts is how often `times` draw it.
+            Its parameters are trained with the denoiser's. None: the weighting as it is.
     """
 
     def __init__(
@@ -202,20 +217,22 @@ class DenoisingLoss(nn.Module):
         times: Times | None = None,
         weighting: Weighting | None = None,
         coupling: Coupling | None = None,
+        uncertainty: LogVariance | None = None,
     ):
         super().__init__()
         self.denoiser = denoiser
         self.times = UniformTimes() if times is None else times
         self.weighting = Simple() if weighting is None else weighting
         self.coupling = Independent() if coupling is None else coupling
+        self.uncertainty = uncertainty
         self.times.start(denoiser.sde)
 
     def forward(self, x0: Tensor, cond: Cond = None, *, rng: Rng | None = None) -> Tensor:
-        """Losses (B,) in the dtype of `x0` (B, *event); without `rng` the noise follows torch's global generator."""
+        """`terms(…).objective`, to be minimised."""
         return self.terms(x0, cond, rng=rng).objective
 
     def terms(self, x0: Tensor, cond: Cond = None, *, rng: Rng | None = None) -> Terms:
-        """The same with what it was made of."""
+        """Of samples `x0` (B, *event), in their dtype; without `rng` the noise follows torch's global generator."""
         rng = Rng(int(torch.randint(2**31, ()))) if rng is None else rng  # a fixed seed would repeat the same noise
         sde = self.denoiser.sde
         t, importance = self.times.sample(sde, x0.shape[0], rng, x0.device)
@@ -224,4 +241,7 @@ class DenoisingLoss(nn.Module):
         dims, span = x0[0].numel(), sde.t_max - self.times.start(sde)
         weight = importance * self.weighting.weight(sde, t, dims, span)
         loss = weight.to(x0.dtype) * (prediction.eps - eps).square().flatten(1).mean(1)
-        return Terms(loss, loss, t)
+        if self.uncertainty is None:
+            return Terms(loss, loss, t)
+        u = self.uncertainty(sde.log_snr(t)).to(x0.dtype)
+        return Terms(loss * (-u).exp() + u, loss, t)

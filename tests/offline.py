@@ -17,9 +17,11 @@ class OfflineRun:
     Attributes:
         folder: `wandb/offline-run-…`.
         id, group, name, project, job_type: as given to `wandb.init`.
+        host: of the machine, as W&B shows it.
         config: key -> value.
         history: one dict per `log`.
         summary: key -> value of explicit updates.
+        stats: one dict per reading of the machine.
         exit_code: None if the run was never closed.
     """
 
@@ -29,15 +31,17 @@ class OfflineRun:
     name: str = ""
     project: str = ""
     job_type: str = ""
+    host: str = ""
     config: dict[str, Any] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
     summary: dict[str, Any] = field(default_factory=dict)
+    stats: list[dict[str, Any]] = field(default_factory=list)
     exit_code: int | None = None
 
 
-def offline_runs(folder: Path) -> list[OfflineRun]:
-    """The offline runs below `folder/wandb`, oldest first."""
-    return [_read(path) for path in sorted(folder.glob("wandb/offline-run-*/*.wandb"))]
+def offline_runs(folder: Path, pattern: str = "offline-run-*") -> list[OfflineRun]:
+    """The offline runs below `folder/wandb`, oldest first; `*run-*` takes the logs of online ones, too."""
+    return [_read(path) for path in sorted(folder.glob(f"wandb/{pattern}/*.wandb"))]
 
 
 def _read(path: Path) -> OfflineRun:
@@ -51,12 +55,14 @@ def _read(path: Path) -> OfflineRun:
         if kind == "run":
             new = record.run
             run.id, run.group, run.name = new.run_id, new.run_group, new.display_name
-            run.project, run.job_type = new.project, new.job_type
+            run.project, run.job_type, run.host = new.project, new.job_type, new.host
             run.config |= {item.key: json.loads(item.value_json) for item in new.config.update}
         elif kind == "history":
             run.history.append(_items(record.history.item))
         elif kind == "summary":
             run.summary |= _items(record.summary.update)
+        elif kind == "stats":
+            run.stats.append({item.key: json.loads(item.value_json) for item in record.stats.item})
         elif kind == "exit":
             run.exit_code = record.exit.exit_code
     return run

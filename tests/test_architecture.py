@@ -17,8 +17,8 @@ PACKAGE = Path(scoresde.__file__).parent
 
 # Each module imports from lower floors only, and from its own package.
 FLOORS = (
-    ("shapes", "rng", "nn"),
-    ("sde",),
+    ("shapes", "rng", "nn", "redact"),
+    ("sde", "coupling"),
     ("prediction", "table"),
     ("parameterization",),
     ("denoiser",),
@@ -29,6 +29,7 @@ FLOORS = (
     ("data", "metrics"),
     ("config", "train"),
     ("cli",),
+    ("public",),
 )
 FLOOR = {name: height for height, names in enumerate(FLOORS) for name in names}
 
@@ -36,15 +37,16 @@ FLOOR = {name: height for height, names in enumerate(FLOORS) for name in names}
 DOORS = {
     "hydra": ("config", "cli"),
     "omegaconf": ("config", "cli"),
-    "wandb": ("train.logger",),
+    "yaml": ("cli",),
+    "wandb": ("train.wandb_view",),
     "matplotlib": ("train.figures",),
     "tqdm": ("train.progress",),
-    "safetensors": ("train.checkpoint", "train.shards"),
+    "safetensors": ("train.checkpoint", "train.shards", "train.posthoc"),
     "sklearn": ("data.digits", "metrics.c2st"),
     "PIL": ("data.folder", "train.figures"),
     "torchdiffeq": ("ode",),
     "torchsde": ("sampling.torch_sde",),
-    "scipy": ("ode", "metrics"),
+    "scipy": ("ode", "metrics", "coupling"),
 }
 
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -137,6 +139,7 @@ def watch(event, args):
 sys.addaudithook(watch)
 sys.dont_write_bytecode = True
 import scoresde
+scoresde.VPSDE  # the first name brings all others
 assert not seen, seen
 assert torch.equal(before[0], torch.get_rng_state())
 assert (before[1] == numpy.random.get_state()[1]).all() and before[2] == random.getstate()

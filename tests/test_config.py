@@ -26,7 +26,8 @@ from scoresde.config import ConfigError, build, build_network, config_dir, targe
 from scoresde.data import Dataset
 from scoresde.nn import MLP
 from scoresde.parameterization import Parameterization
-from scoresde.train import EMA, Logger, OdeLikelihood, Trainer
+from scoresde.train import Average, Logger, OdeLikelihood, Trainer
+from scoresde.train.world import Alone
 
 CONF = Path(config_dir())
 OPTIONS = sorted((path.parent.name, path.stem) for path in CONF.glob("*/*.yaml") if path.parent.name != "experiment")
@@ -64,7 +65,7 @@ GROUPS: dict[str, tuple[Any, Callable[[], dict[str, Any]]]] = {
     "sampler": (Sampler, dict),
     "data": (Dataset, dict),
     "optim": (torch.optim.Optimizer, lambda: {"params": [nn.Parameter(torch.zeros(2))]}),
-    "ema": (EMA, lambda: {"module": nn.Linear(2, 2)}),
+    "ema": (Average, lambda: {"module": nn.Linear(2, 2)}),
     "logger": (Logger, dict),
     "trainer": (Trainer, dict),
     "likelihood": (OdeLikelihood, dict),
@@ -163,7 +164,7 @@ def test_every_experiment_says_how_to_run_it_and_builds(experiment: str, tmp_pat
     text = (CONF / "experiment" / f"{experiment}.yaml").read_text()
     assert "scoresde-train" in text.splitlines()[0] and f"experiment={experiment}" in text.splitlines()[0]
     needed = [given for option, given in files(tmp_path).items() if f"override /data: {option}" in text]
-    plan = assemble(on_the_command_line(f"experiment={experiment}", *(needed[0] if needed else [])))
+    plan = assemble(on_the_command_line(f"experiment={experiment}", *(needed[0] if needed else [])), Alone())
     assert plan.samplers and all(isinstance(sampler, Sampler) for sampler in plan.samplers.values())
     assert sum(p.numel() for p in plan.training.loss.parameters()) > 0
 
@@ -204,7 +205,11 @@ def test_runtime_objects_are_passed_not_copied() -> None:
         ("sde.beta_max=-1", "sde", "^sde: .*beta_m"),
         ("sampler.step.corrector.snr=-1", "sampler", "^sampler.step.corrector: .*snr"),
         ("network.embedding=none", "network", "^network: .*embedding.*'none'"),
-        ("trainer.images=many", "trainer", "^trainer: images is a whole number of at least 1; got 'many'"),
+        ("trainer.images=many", "trainer", "^trainer.images is a whole number; got 'many'"),
+        ("network.width=8.5", "network", "^network.width is a whole number; got 8.5"),
+        ("optim.lr=fast", "optim", "^optim.lr is a number or .*; got 'fast'"),
+        ("sampler.step.corrector=3", "sampler", "^sampler.step.corrector is a mapping with _target_.*; got 3"),
+        ("sde.beta_max=nan", "sde", "^sde.beta_max is nan"),
     ],
     ids=str,
 )
@@ -309,10 +314,10 @@ def test_a_network_of_ones_own_is_allowed_by_its_exact_name(
     (tmp_path / "network" / "own.yaml").write_text("_target_: own_network.Net\n_partial_: true\nsize: 8\n")
     chosen = (f"hydra.searchpath=[file://{tmp_path}]", "network=own", "data=8gaussians")
     with pytest.raises(ConfigError, match=r"network\._target_=own_network\.Net .*'allow_targets=\[own_network\.Net\]'"):
-        assemble(on_the_command_line(*chosen))
+        assemble(on_the_command_line(*chosen), Alone())
     with pytest.raises(ConfigError, match=r"own_network\.Net is not"):
-        assemble(on_the_command_line(*chosen, "allow_targets=[own_network.Other,own_network]"))
-    plan = assemble(on_the_command_line(*chosen, "allow_targets=[own_network.Net]"))
+        assemble(on_the_command_line(*chosen, "allow_targets=[own_network.Other,own_network]"), Alone())
+    plan = assemble(on_the_command_line(*chosen, "allow_targets=[own_network.Net]"), Alone())
     network = plan.training.loss.denoiser.network
     assert type(network).__name__ == "Net" and network.event_shape == (2,)
     before = network.body.weight.detach().clone()

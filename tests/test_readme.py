@@ -1,4 +1,4 @@
-"""The README is run: its Python to the numbers it promises, its commands as far as their configuration."""
+"""README and docs are run: their Python to the numbers it promises, their commands as far as their configuration."""
 
 from __future__ import annotations
 
@@ -14,10 +14,22 @@ from hydra import compose, initialize_config_dir
 import scoresde as S
 from scoresde.config import config_dir
 
-README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README, flags=re.DOTALL | re.MULTILINE)
-PYTHON = [text for language, text in BLOCKS if language == "python"]
-COMMANDS = [line for _, text in BLOCKS for line in text.splitlines() if line.startswith("scoresde-")]
+ROOT = Path(__file__).parents[1]
+PAGES = {path: path.read_text(encoding="utf-8") for path in [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]}
+BLOCKS = {
+    path.name: re.findall(r"^```(\w*)\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE) for path, text in PAGES.items()
+}
+PYTHON = [text for language, text in BLOCKS["README.md"] if language == "python"]
+# scoresde-runs takes no configuration: tests/test_runs.py
+COMMANDS = sorted(
+    {
+        line
+        for blocks in BLOCKS.values()
+        for _, text in blocks
+        for line in text.replace("\\\n", " ").splitlines()
+        if re.match(r"(scoresde-(?!runs)|torchrun|srun)", line)
+    }
+)
 
 
 def test_the_first_example_reaches_the_truth() -> None:
@@ -47,7 +59,8 @@ def test_networks_from_elsewhere() -> None:
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda line: line.split("#")[0].strip())
 def test_commands_compose(command: str) -> None:
-    program, *words = shlex.split(command, comments=True)
+    words = shlex.split(re.sub(r"^.*-m scoresde\.cli\.", "scoresde-", command), comments=True)
+    program, words = words[0], words[1:]
     overrides = [word for word in words if not word.startswith("-")]
     if "-m" in words:  # the first job of the sweep
         overrides = [re.sub(r"=([^,\[]*),.*", r"=\1", word) for word in overrides]
@@ -55,7 +68,14 @@ def test_commands_compose(command: str) -> None:
         compose(program.removeprefix("scoresde-"), overrides)
 
 
-def test_pictures_and_files_exist() -> None:
-    root = Path(__file__).parents[1]
-    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", README):
-        assert (root / target).is_file(), target
+def test_training_from_python(capsys: pytest.CaptureFixture[str]) -> None:
+    (text,) = [text for language, text in BLOCKS["training.md"] if language == "python"]
+    names: dict[str, Any] = {}
+    exec(text, names)
+    assert names["run"].images == 640 and names["run"].step == 10
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_pictures_and_files_exist(page: Path) -> None:
+    for target in re.findall(r"\]\((?!https?:)([\w./-]+)\)", PAGES[page]):
+        assert (page.parent / target).is_file(), target

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import re
+import signal
+import socket
 from itertools import product
 from pathlib import Path
 from typing import Any, ClassVar
@@ -13,6 +17,8 @@ from commands import PLAIN, TINY, Done, command, rows, same, tree, weights
 from hydra.experimental.callback import Callback
 from offline import offline_runs
 from omegaconf import OmegaConf
+
+from scoresde.cli.job import _Turn, objective_of, read_job, write_job
 
 
 class Probe(Callback):
@@ -57,6 +63,9 @@ def test_a_sweep_makes_one_table_of_all_its_jobs(sweep: tuple[Path, Done, list[A
         assert float(row["loss"]) == summary["loss"]
         assert Path(row["folder"]).resolve() == folder / row["job"]
         assert returned[int(row["job"])] == float(row["objective"])
+    page = (folder / "report.html").read_text()
+    shown = re.findall(r'<tr data-run="\d+"><td class="name" data-value="(\d+)">', page)
+    assert shown == [row["job"] for row in found] and "<svg" in page
     lines = done.out.splitlines()
     start = max(i for i, line in enumerate(lines) if line.split()[:3] == ["job", "status", "objective"])
     printed = [line.split() for line in lines[start + 2 : start + 14]]
@@ -115,6 +124,10 @@ def test_a_failed_job_does_not_end_the_others(tmp_path: Path) -> None:
     ]  # fmt: skip
     assert "optim: Invalid learning rate: -1" in found[1]["error"] and "TrainingDiverged" in found[2]["error"]
     assert "Invalid learning rate" in done.out and float(found[0]["objective"]) == float(found[0]["loss"]) < 10
+    records = {path: path.read_bytes() for path in (tmp_path / "s").glob("*/job.json")}
+    done = command("train", "-m", "optim.lr=-1,1e38", "sde=vpp", *common, "resume=auto", cwd=tmp_path)
+    assert done.code == 1 and "There is no sde=vpp" in done.err  # refused, and nothing that was there is lost
+    assert {path: path.read_bytes() for path in (tmp_path / "s").glob("*/job.json")} == records
     done = command("train", "-m", "seed=1,2", *common, "overwrite=true", cwd=tmp_path)
     assert done.code == 0, done.err
     assert {(row["seed"], row["status"]) for row in table(tmp_path / "s")} == {("1", "finished"), ("2", "finished")}
@@ -122,3 +135,51 @@ def test_a_failed_job_does_not_end_the_others(tmp_path: Path) -> None:
     before = tree(tmp_path)
     done = command("train", "-m", "seed=1,2", *common, cwd=tmp_path)
     assert done.code == 1 and "holds a sweep already" in done.err and tree(tmp_path) == before
+
+
+def test_a_sweep_that_is_running_is_refused(tmp_path: Path) -> None:
+    """Its records say which process is at work; nothing is touched, whatever is asked for."""
+    write_job(tmp_path / "s" / "0", ["seed=0"], "running", pid=os.getpid(), host=socket.gethostname())
+    before = tree(tmp_path)
+    for how in ("resume=auto", "overwrite=true"):
+        done = command("train", "-m", "seed=0,1", *TINY, *PLAIN, "out=s", how, cwd=tmp_path)
+        assert done.code == 1 and f"job 0 of the sweep in s is running (process {os.getpid()})" in done.err
+    assert tree(tmp_path) == before
+
+
+def test_what_makes_a_job_the_same(tmp_path: Path) -> None:
+    """Its overrides, but for those that say how it is run; and it must have finished with a number."""
+    write_job(tmp_path, ["sde=vp", "+a.b=1", "out=x", "device=cpu"], "finished", objective=1.5)
+    assert objective_of(tmp_path, ["+a.b=1", "sde=vp", "resume=auto", "threads=2"]) == 1.5
+    for other in (["sde=ve", "+a.b=1"], ["sde=vp"], ["sde=vp", "+a.b=1", "seed=1"]):
+        assert objective_of(tmp_path, other) is None
+    for status, objective in (("failed", 1.5), ("running", 1.5), ("finished", None), ("finished", "x")):
+        write_job(tmp_path, ["sde=vp"], status, objective=objective)
+        assert objective_of(tmp_path, ["sde=vp"]) is None
+    (tmp_path / "job.json").write_text("{")
+    assert objective_of(tmp_path, ["sde=vp"]) is None and read_job(tmp_path) == {}
+
+
+def test_a_turn_is_given_back_after_the_run_has_saved() -> None:
+    """SIGUSR2 becomes SIGUSR1 while a run listens to it, and reaches its first handler only when that is asked for."""
+    heard: list[str] = []
+    before = signal.signal(signal.SIGUSR2, lambda *_: heard.append("scheduler"))
+    ordinary = signal.getsignal(signal.SIGUSR1)
+    try:
+        with _Turn() as turn:
+            os.kill(os.getpid(), signal.SIGUSR2)
+            assert heard == ["scheduler"]  # nobody to be asked to save: as if there were no block
+            signal.signal(signal.SIGUSR1, lambda *_: heard.append("run"))
+            os.kill(os.getpid(), signal.SIGUSR2)
+            os.kill(os.getpid(), signal.SIGUSR2)  # a second SIGUSR1 would end the run on the spot
+            assert heard == ["scheduler", "run"]
+        turn.give_back()
+        assert heard == ["scheduler", "run", "scheduler"]
+        with _Turn() as turn:
+            pass
+        turn.give_back()
+        os.kill(os.getpid(), signal.SIGUSR2)
+        assert heard == ["scheduler", "run", "scheduler", "scheduler"]
+    finally:
+        signal.signal(signal.SIGUSR2, before)
+        signal.signal(signal.SIGUSR1, ordinary)

@@ -20,7 +20,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ..config import ConfigError, build, closest, config_dir, nearest
+from ..redact import guard, redacted_text
 from ..sampling import Sampler
+from .own_options import problem_in_options
 
 
 class Refusal(Exception):
@@ -34,12 +36,16 @@ def launch(task: Callable[[DictConfig], Any], config_name: str) -> None:
     """
     from ..ode import SolverError
     from ..train import CheckpointError, ShardError, TrainingDiverged
+    from .sweep import launching
 
     OmegaConf.register_new_resolver("command", name_of_command, replace=True)
+    guard()  # Hydra logs and prints the overrides of every job
+    if problem := problem_in_options(sys.argv[1:]):
+        sys.exit(f"error: {problem}")
     full = os.environ.get("HYDRA_FULL_ERROR", "0") not in ("", "0")
     os.environ["HYDRA_FULL_ERROR"] = "1"  # so that Hydra raises instead of printing
     try:
-        hydra_main(version_base="1.3", config_path=config_dir(), config_name=config_name)(task)()
+        launching(hydra_main(version_base="1.3", config_path=config_dir(), config_name=config_name)(task))
     except (
         Refusal, HydraException, OmegaConfBaseException, SolverError, CheckpointError, ShardError, TrainingDiverged,
     ) as error:  # fmt: skip
@@ -48,9 +54,12 @@ def launch(task: Callable[[DictConfig], Any], config_name: str) -> None:
             raise
         print(f"error: {explain(error)}", file=sys.stderr)
         sys.exit(1)
-    except Exception:
+    except Exception as error:
         OutputFolder.remove_created()
-        raise
+        if full or not (wrong := _no_configuration(error)):
+            raise
+        print(f"error: {wrong}", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
         how = "with resume=auto continues from the last checkpoint" if config_name == "train" else "goes on from here"
         print(f"stopped; the same command {how}", file=sys.stderr)
@@ -78,10 +87,24 @@ class OutputFolder(Callback):
             if not Path(str(run)).is_dir():
                 # Hydra swallows any other exception of a callback
                 raise SystemExit(f"error: run={run} is no folder; give the output folder of scoresde-train: run=….")
+        self._check(config.hydra.run.dir)
         self._remember(Path(str(config.hydra.run.dir)))
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        self._check(config.hydra.sweep.dir)
         self._remember(Path(str(config.hydra.sweep.dir)))
+
+    def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
+        note = Path(str(config.hydra.sweep.dir), "multirun.yaml")  # Hydra's own, with everything that was typed
+        if in_sweep() and note.is_file():
+            text = note.read_text(encoding="utf-8")
+            if (clean := redacted_text(text)) != text:
+                note.write_text(clean, encoding="utf-8")
+
+    @staticmethod
+    def _check(folder: Any) -> None:
+        if not str(folder or "").strip():
+            raise SystemExit("error: out= is empty; give the folder to write to: out=…, or leave it away.")
 
     @staticmethod
     def _remember(folder: Path) -> None:
@@ -103,8 +126,8 @@ def refusing() -> Iterator[None]:
     """Turns what goes wrong while objects are built and inputs read into a `Refusal`."""
     try:
         yield
-    except (ValueError, TypeError, OSError, RuntimeError, ImportError) as error:
-        raise Refusal(str(error)) from error
+    except (ValueError, TypeError, OSError, RuntimeError, ImportError, OmegaConfBaseException) as error:
+        raise Refusal(explain(error)) from error
 
 
 def output_folder() -> Path:
@@ -136,11 +159,27 @@ def explain(error: BaseException) -> str:
         return f"{match[1]} has no value yet; give it on the command line: {match[1]}=…."
     cause: BaseException | None = error
     while cause is not None:
-        if isinstance(cause, OmegaConfBaseException) and cause.full_key and cause.parent_node is not None:
-            if "is not in struct" in str(cause):
+        if isinstance(cause, OmegaConfBaseException) and cause.full_key:
+            if "is not in struct" in str(cause) and cause.parent_node is not None:
                 return _unknown_key(str(cause.full_key), cause.parent_node)
             return f"{cause.full_key}: {str(cause).splitlines()[0]}"
         cause = cause.__cause__
+    return str(error)
+
+
+def _no_configuration(error: Exception) -> str:
+    """What to say where Hydra may not write, is given no option of a group, or files name each other; else empty."""
+    if isinstance(error, PermissionError):
+        return f"{error}. Choose a folder that may be written: out=…."
+    if isinstance(error, RecursionError):
+        return "The configuration names itself without end: look at the defaults lists and interpolations."
+    if "Config group override must be" not in str(error):
+        return ""
+    for word in sys.argv[1:]:
+        group, _, value = word.lstrip("+~").partition("=")
+        options = sorted(path.stem for path in Path(config_dir(), group).glob("*.yaml")) if group else []
+        if options and value not in options:
+            return f"{word}: {group} takes the name of one of its options: {', '.join(options)}."
     return str(error)
 
 
@@ -172,6 +211,10 @@ def allowed(cfg: DictConfig) -> list[str]:
     names = OmegaConf.to_container(cfg.allow_targets)
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise ConfigError(f"allow_targets is a list of dotted names: allow_targets=[my_package.MyNet]; got {names!r}.")
+    if names and not any(word.lstrip("+").startswith("allow_targets=") for word in HydraConfig.get().overrides.task):
+        raise ConfigError(
+            f"allow_targets is taken from the command line alone, not from a file: 'allow_targets=[{','.join(names)}]'."
+        )
     return [str(name) for name in names]
 
 

@@ -32,7 +32,13 @@ def evaluate(cfg: DictConfig) -> float:
             figures.require()
         samplers = build_samplers(cfg, allow)
         likelihood = build(cfg.likelihood, allow)
-        run = load_run(Path(cfg.run), allow=allow, device=options["device"], weights=options["weights"])
+        run = load_run(
+            Path(cfg.run),
+            allow=allow,
+            device=options["device"],
+            weights=options["weights"],
+            checkpoint=options["checkpoint"],
+        )
         check_samplers(samplers, run.denoiser)
         loss = build(run.config["loss"], allow, key="loss", denoiser=run.denoiser)
         shards = folders.share(folder, options, run)

@@ -2,29 +2,34 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..train import Checkpoint, Shards, ranks
+from ..redact import redacted, redacted_text
+from ..train import Checkpoint, Shards, Training, ranks
 from ..train.checkpoint import latest
 from .model import LoadedRun
 
 _MARK = "# scoresde"
 _FILES = (
     "config.yaml", "metrics.jsonl", "loss.png", "samples.png", "samples.npz", "trajectory.png", "summary.json",
-    "summary.md",
+    "summary.md", "failed.json",
 )  # fmt: skip
 # Keys of scoresde-sample, -likelihood and -evaluate on which no batch depends.
 _FREE = ("run", "out", "device", "threads", "pictures", "allow_targets", "timeout")
-_PATTERNS = ("samples-*.png", "trajectory-*.png", "progress/step-*.png", "checkpoints/step-*", "checkpoints/.step-*")
+_PATTERNS = (
+    "samples-*.png", "trajectory-*.png", "progress/step-*.png", "checkpoints/step-*", "checkpoints/.step-*",
+    "averages/images-*", "batches/step-*",
+)  # fmt: skip
 # Keys that make a run what it is: a checkpoint made with another value is another run.
 _IDENTITY = (
     "seed", "conditional", "sigma_data", "sde", "network", "parameterization", "denoiser", "loss", "data", "optim",
-    "ema", "trainer.batch_size", "trainer.accumulate", "trainer.warmup", "trainer.clip",
+    "ema", "trainer.batch_size", "trainer.accumulate", "trainer.warmup", "trainer.clip", "trainer.loss_scale",
 )  # fmt: skip
 
 
@@ -80,8 +85,20 @@ def write_config(folder: Path, config: Mapping[str, Any], command: str) -> None:
     from omegaconf import OmegaConf
 
     folder.mkdir(parents=True, exist_ok=True)
-    text = f"{_MARK}: {command}\n{OmegaConf.to_yaml(dict(config))}"
+    text = f"{_MARK}: {redacted_text(command)}\n{OmegaConf.to_yaml(redacted(config))}"
     (folder / "config.yaml").write_text(text, encoding="utf-8")
+
+
+@contextlib.contextmanager
+def blamed(folder: Path, training: Training) -> Iterator[None]:
+    """Leaves `failed.json`, the reason and the step, if what it surrounds raises; removes an earlier one."""
+    path = folder / "failed.json"
+    path.unlink(missing_ok=True)
+    try:
+        yield
+    except Exception as error:
+        finish(path, {"reason": f"{type(error).__name__}: {error}", "step": training.step})
+        raise
 
 
 def share(folder: Path, options: Mapping[str, Any], run: LoadedRun) -> Shards:
@@ -92,7 +109,7 @@ def share(folder: Path, options: Mapping[str, Any], run: LoadedRun) -> Shards:
     """
     facts = {name: value for name, value in options.items() if name not in _FREE}
     facts |= {"step": run.step, "checkpoint": run.digest}
-    return Shards(folder / "batches", facts, *ranks(), timeout=options["timeout"])
+    return Shards(folder / "batches", redacted(facts), *ranks(), timeout=options["timeout"])
 
 
 def fresh(folder: Path, result: str) -> bool:
@@ -120,7 +137,7 @@ def fresh(folder: Path, result: str) -> bool:
 def finish(path: Path, record: Mapping[str, Any]) -> None:
     """Writes the file that shows that a command is finished, at one stroke."""
     new = path.with_name(f".{path.name}.new")
-    new.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    new.write_text(json.dumps(redacted(record), indent=2) + "\n", encoding="utf-8")
     os.replace(new, path)
 
 

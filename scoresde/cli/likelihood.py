@@ -29,7 +29,13 @@ def likelihood(cfg: DictConfig) -> float:
         allow, options = allowed(cfg), plain(cfg)
         set_threads(options["threads"])
         measure = build(cfg.likelihood, allow)
-        run = load_run(Path(cfg.run), allow=allow, device=options["device"], weights=options["weights"])
+        run = load_run(
+            Path(cfg.run),
+            allow=allow,
+            device=options["device"],
+            weights=options["weights"],
+            checkpoint=options["checkpoint"],
+        )
         index = spread(len(choose_split(run.dataset, options["split"])), options["n"])
         shards = folders.share(folder, options, run)
     job = measure.job(

@@ -14,8 +14,11 @@ import torch
 from ..config import build, build_network
 from ..data import Dataset
 from ..denoiser import Denoiser
-from ..train.checkpoint import CheckpointError, latest
+from ..train import reconstruct
+from ..train.checkpoint import CheckpointError, best, latest
 from ..train.evaluation import model_device
+
+_NEEDED = {"data", "network", "denoiser", "sde", "parameterization", "conditional"}  # what a model is rebuilt from
 
 
 @dataclass(frozen=True)
@@ -93,33 +96,51 @@ def check_fit(denoiser: Denoiser, dataset: Dataset, *, conditional: bool) -> Non
         raise ValueError(f"network does not take samples of shape {dataset.event_shape}: {error}") from error
 
 
-def load_run(folder: Path, *, allow: Sequence[str] = (), device: str = "auto", weights: str = "ema") -> LoadedRun:
-    """Rebuilds the model of a run from the configuration and weights of its newest checkpoint.
+def load_run(
+    folder: Path, *, allow: Sequence[str] = (), device: str = "auto", weights: str | float = "ema",
+    checkpoint: str = "latest",
+) -> LoadedRun:  # fmt: skip
+    """Rebuilds the model of a run from the configuration and weights of a checkpoint.
 
     Args:
         folder: the run's output folder.
         allow: targets of the user's own, from this command line; the run's configuration cannot add any.
         device: where to put it.
-        weights: "ema" or "weights" (the last raw ones).
+        weights: "ema", "weights" (the last raw ones), or a number: the average of that length as a share of training
+            (EDM2's σ_rel), made of the snapshots of ema=power.
+        checkpoint: "latest", or "best": that with the lowest score.
 
     Raises:
         CheckpointError: no whole checkpoint there, or its weights do not fit its configuration.
         ConfigError: its configuration names something that may not be built.
     """
-    if weights not in ("ema", "weights"):
-        raise ValueError(f"weights is 'ema' or 'weights'; got {weights!r}.")
-    checkpoint = latest(folder / "checkpoints")
-    if checkpoint is None:
-        raise CheckpointError(f"{folder} holds no whole checkpoint; run=… is the output folder of scoresde-train.")
-    config = checkpoint.records["config"]
+    length = None if isinstance(weights, (str, bool)) else weights
+    if length is None and weights not in ("ema", "weights"):
+        raise ValueError(f"weights is ema, weights, or a length between 0 and 0.29; got {weights!r}.")
+    if checkpoint not in ("latest", "best"):
+        raise ValueError(f"checkpoint is latest or best; got {checkpoint!r}.")
+    found = {"latest": latest, "best": best}[checkpoint](folder / "checkpoints")
+    if found is None:
+        what = (
+            "whole checkpoint" if checkpoint == "latest" else "checkpoint with a score (trainer.keep_best makes them)"
+        )
+        raise CheckpointError(f"{folder} holds no {what}; run=… is the output folder of scoresde-train.")
+    config: Any = found.records.get("config")
+    missing = _NEEDED - set(config) if isinstance(config, dict) else _NEEDED
+    if missing or not isinstance(config["denoiser"], dict) or not isinstance(config["conditional"], bool):
+        raise CheckpointError(
+            f"The record config.json in {found.path} is no configuration of a run: it needs "
+            f"{', '.join(sorted(missing)) or 'denoiser to be a mapping and conditional to be true or false'}."
+        )
     # a checkpoint is measured in full precision, however it was trained
     config = {**config, "denoiser": {**config["denoiser"], "autocast": None}}
     dataset = build_dataset(config, allow)
     denoiser = build_denoiser(config, dataset, allow)
     try:
-        denoiser.load_state_dict(checkpoint.tensors[weights])
+        tensors = found.tensors[str(weights)] if length is None else reconstruct(folder / "averages", length)
+        denoiser.load_state_dict(tensors)
     except (RuntimeError, KeyError) as error:
-        raise CheckpointError(f"The weights in {checkpoint.path} do not fit its configuration: {error}") from error
+        raise CheckpointError(f"The weights in {found.path} do not fit its configuration: {error}") from error
     denoiser = denoiser.to(choose_device(device)).eval().requires_grad_(False)
-    digest = hashlib.sha256((checkpoint.path / "manifest.json").read_bytes()).hexdigest()
-    return LoadedRun(folder, config, checkpoint.step, digest, dataset, denoiser, bool(config["conditional"]))
+    digest = hashlib.sha256((found.path / "manifest.json").read_bytes()).hexdigest()
+    return LoadedRun(folder, config, found.step, digest, dataset, denoiser, bool(config["conditional"]))

@@ -51,7 +51,13 @@ def sample(cfg: DictConfig) -> None:
         if options["pictures"]:
             figures.require()
         samplers = build_samplers(cfg, allow)
-        run = load_run(Path(cfg.run), allow=allow, device=options["device"], weights=options["weights"])
+        run = load_run(
+            Path(cfg.run),
+            allow=allow,
+            device=options["device"],
+            weights=options["weights"],
+            checkpoint=options["checkpoint"],
+        )
         check_samplers(samplers, run.denoiser)
         shards = folders.share(folder, options, run)
     jobs = sampling_jobs(

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import logging
+import contextlib
+import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from hydra.core.hydra_config import HydraConfig
@@ -15,28 +16,39 @@ from omegaconf import DictConfig
 
 from ..config import ConfigError, build, plain
 from ..data import EpochOrder
+from ..redact import redacted
 from ..rng import Rng
 from ..sampling import Sampler
 from ..train import (
     Checkpoint,
     JsonlLogger,
     Logger,
+    NullLogger,
     OdeLikelihood,
     RunFacts,
+    Shards,
+    Signals,
+    Stopped,
     Tee,
     Trainer,
     Training,
+    World,
     draw,
     figures,
     held_out_loss,
+    join,
+    lock,
 )
+from ..train.checkpoint import load
 from ..train.evaluation import spread
 from ..train.logger import read_rows, run_id
+from ..train.parallel import spread_over
+from ..train.signals import Interrupted
 from . import folder as folders
-from ._hydra import Refusal, allowed, build_samplers, in_sweep, launch, output_folder, refusing
+from ._hydra import allowed, build_samplers, in_sweep, launch, output_folder, refusing
+from .job import one_job
 from .model import build_dataset, build_denoiser, check_fit, choose_device, set_threads
 from .report import Evaluation, announce, check_samplers, labels_for, list_files, measuring_jobs, report
-from .sweep import write_job
 
 _UNSAVED = ("out", "resume", "overwrite", "allow_targets")
 _RESULTS = {
@@ -51,25 +63,10 @@ def main() -> None:
 
 
 def train(cfg: DictConfig) -> float:
-    """One job. In a sweep a job that fails is recorded and the next one runs."""
+    """One job. In a sweep its end is recorded, whatever it is, and the next one runs."""
     if not in_sweep():
         return run(cfg)["objective"]
-    folder, start = output_folder(), time.monotonic()
-    overrides = list(HydraConfig.get().overrides.task)
-
-    def failed(reason: str, trace: bool) -> float:
-        logging.getLogger(__name__).error("job %s failed: %s", folder.name, reason, exc_info=trace)
-        write_job(folder, overrides, "failed", error=reason, seconds=round(time.monotonic() - start, 1))
-        return float("nan")
-
-    try:
-        result = run(cfg)
-    except Refusal as error:
-        return failed(str(error), trace=False)
-    except Exception as error:
-        return failed(f"{type(error).__name__}: {error}", trace=True)
-    write_job(folder, overrides, "finished", seconds=round(time.monotonic() - start, 1), **result)
-    return result["objective"]
+    return one_job(lambda: run(cfg), resume=cfg.resume == "auto")
 
 
 @dataclass
@@ -89,23 +86,62 @@ def run(cfg: DictConfig) -> dict[str, float]:
     """Trains and evaluates. Returns the objective and what it was made of."""
     folder = output_folder()
     with refusing():
-        plan = assemble(cfg)
-        checkpoint = folders.prepare(folder, plan.config, resume=cfg.resume, overwrite=cfg.overwrite)
-        if checkpoint is not None:
-            plan.training.restore(checkpoint)
-            print(f"Resuming {folder} at step {checkpoint.step}.", flush=True)
-    command = " ".join(["scoresde-train", *HydraConfig.get().overrides.task])
-    folders.write_config(folder, plan.config, command)
+        set_threads(cfg.threads)
+        world = join(choose_device(cfg.device), cfg.timeout)
+        if world.size > 1 and in_sweep():
+            raise ConfigError("torchrun starts one run; a sweep (-m) starts many: give each of its jobs a GPU instead.")
+    # the lock ends last, so that whoever waits for it finds everything written
+    with contextlib.closing(world), contextlib.ExitStack() as stack, Signals() as signals:
+        with refusing():
+            plan = assemble(cfg, world)
+            world.leader(lambda: stack.enter_context(lock.hold(folder)))
+            checkpoint = find(plan, folder, resume=cfg.resume, overwrite=cfg.overwrite)
+            if checkpoint is not None:
+                plan.training.restore(checkpoint)
+                say(world, f"Resuming {folder} at step {checkpoint.step}.")
+        with folders.blamed(folder, plan.training) if world.rank == 0 else contextlib.nullcontext():
+            return follow(plan, folder, checkpoint, signals)
+
+
+def find(plan: Plan, folder: Path, *, resume: str | bool, overwrite: bool) -> Checkpoint | None:
+    """The checkpoint to continue from; rank 0 looks, and the others read the one that it found."""
+    found: Checkpoint | None = None
+
+    def look() -> Path | None:
+        nonlocal found
+        found = folders.prepare(folder, plan.config, resume=resume, overwrite=overwrite)
+        return None if found is None else found.path
+
+    path = plan.training.world.leader(look)
+    return found if found is not None or path is None else load(path)
+
+
+def follow(plan: Plan, folder: Path, checkpoint: Checkpoint | None, signals: Signals) -> dict[str, float]:
+    """The run itself, in a folder that is its own."""
+    world, command = plan.training.world, " ".join(["scoresde-train", *HydraConfig.get().overrides.task])
+    if world.rank == 0:
+        folders.write_config(folder, plan.config, command)
     logger, failed = start_logger(plan, folder, checkpoint), True
     try:
-        result = fit_and_report(plan, folder, logger)
+        result = fit_and_report(plan, folder, logger, signals)
         failed = False
         return result
+    except Stopped as stopped:
+        failed = False
+        again = "" if in_sweep() else f" To go on: {command}{'' if 'resume=auto' in command else ' resume=auto'}"
+        say(world, stopped.message + again)
+        raise
     finally:
         logger.close(failed)
 
 
-def assemble(cfg: DictConfig) -> Plan:
+def say(world: World, text: str) -> None:
+    """Prints, on rank 0."""
+    if world.rank == 0:
+        print(text, flush=True)
+
+
+def assemble(cfg: DictConfig, world: World) -> Plan:
     """Builds every object of the configuration.
 
     Raises:
@@ -117,10 +153,11 @@ def assemble(cfg: DictConfig) -> Plan:
     seed = config["seed"]
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**31:
         raise ConfigError(f"seed is a whole number from 0 to 2^31 - 1; got {seed!r}.")
-    for name in ("conditional", "evaluate_at_end"):
+    for name in ("conditional", "evaluate_at_end", "compile", "channels_last"):
         if not isinstance(config[name], bool):
             raise ConfigError(f"{name} is true or false; got {config[name]!r}.")
-    set_threads(config["threads"])
+    if config["parallel"] not in ("ddp", "fsdp"):
+        raise ConfigError(f"parallel is ddp (a copy on each process) or fsdp (slices); got {config['parallel']!r}.")
     device = choose_device(config["device"])
     evaluation = Evaluation(**config["evaluation"])
     if evaluation.pictures:
@@ -133,21 +170,34 @@ def assemble(cfg: DictConfig) -> Plan:
     check_fit(denoiser, dataset, conditional=config["conditional"])
     check_samplers(samplers, denoiser)
     spread(len(dataset.test), evaluation.points)  # refused now rather than after training
-    loss = build(cfg.loss, allow, denoiser=denoiser)
+    loss = build(cfg.loss, allow, denoiser=denoiser).to(device)
+    if config["channels_last"]:
+        loss = loss.to(memory_format=torch.channels_last)
     ema = build(cfg.ema, allow, module=loss)
-    ema.module.denoiser.autocast = None  # the average is measured in full precision, however it is trained
+    for average in ema.shadows.values():
+        average.denoiser.autocast = None  # averages are measured in full precision, however they are trained
+    if trainer.snapshot_every and not ema.sigma_rel:
+        raise ConfigError("trainer.snapshot_every keeps averages of known length, which ema=power makes.")
+    parallel = spread_over(world, loss, ema, config["parallel"])
+    if config["compile"]:
+        cast(torch.nn.Module, denoiser.network).compile()  # in place, so that no name changes
+    optimizer = build(cfg.optim, allow, params=list(loss.parameters()))
+    if world.rank:
+        torch.manual_seed(seed + world.rank)  # other dropout on each
     training = Training(
-        loss, build(cfg.optim, allow, params=list(loss.parameters())), ema, dataset,
-        EpochOrder(len(dataset.train), trainer.batch_size, seed),
-        Rng(seed), conditional=config["conditional"],
+        loss, optimizer, ema, dataset, EpochOrder(len(dataset.train), trainer.batch_size, seed), Rng(seed),
+        conditional=config["conditional"], world=world, parallel=parallel, loss_scale=trainer.loss_scale,
     )  # fmt: skip
     likelihood = build(cfg.likelihood, allow)
-    return Plan(config, trainer, training, samplers, likelihood, evaluation, build(cfg.logger, allow))
+    # what is kept of it, in whatever file, holds no secret
+    return Plan(redacted(config), trainer, training, samplers, likelihood, evaluation, build(cfg.logger, allow))
 
 
 def start_logger(plan: Plan, folder: Path, checkpoint: Checkpoint | None) -> Logger:
     """metrics.jsonl, and beside it the view that the configuration asks for."""
     config, step = plan.config, 0
+    if plan.training.world.rank:
+        return NullLogger()
     if checkpoint is not None:
         config, step = checkpoint.records["config"], checkpoint.step
     identity = run_id({name: value for name, value in config.items() if name != "logger"}, folder)
@@ -178,37 +228,57 @@ def picture(plan: Plan, run: Training, folder: Path) -> Mapping[str, Path]:
     return {"eval/samples": figures.sample_grid(made.x, real, folder / "progress" / f"step-{run.step:08d}.png")}
 
 
-def fit_and_report(plan: Plan, folder: Path, logger: Logger) -> dict[str, float]:
+def fit_and_report(plan: Plan, folder: Path, logger: Logger, signals: Signals) -> dict[str, float]:
     """Training, then the pictures, the numbers and the table."""
     training, config, pictures = plan.training, plan.config, plan.evaluation.pictures
+    world, start = training.world, time.monotonic()
     size = sum(p.numel() for p in training.loss.parameters())
-    print(
+    others = "" if world.size == 1 else f" by {world.size} processes"
+    say(
+        world,
         f"Training {size:,} parameters on {len(training.dataset.train):,} samples of {training.dataset.name}, shape "
-        f"{training.dataset.event_shape}, until {plan.trainer.images:,} have been seen. Run in {folder}",
-        flush=True,
+        f"{training.dataset.event_shape}, until {plan.trainer.images:,} have been seen{others}. Run in {folder}",
     )
-    start = time.monotonic()
     plan.trainer.fit(
-        training, logger=logger, folder=folder / "checkpoints", config=config,
+        training, logger=logger, folder=folder / "checkpoints", config=config, signals=signals,
         evaluate=lambda run: measure(plan, run),
         sample=(lambda run: picture(plan, run, folder)) if pictures else None,
+        snapshot=(lambda run: run.snapshot(folder / "averages")) if plan.trainer.snapshot_every else None,
     )  # fmt: skip
     seconds = time.monotonic() - start
+    training.refresh()
+    try:
+        with signals.interruptible():
+            return finish(plan, folder, logger, seconds)
+    except Interrupted:
+        raise Stopped(signals.code, "Stopped while measuring; training is complete and saved.") from None
+
+
+def finish(plan: Plan, folder: Path, logger: Logger, seconds: float) -> dict[str, float]:
+    """What is measured and drawn at the end, in batches that a stop does not lose, shared by all processes."""
+    training, config, pictures = plan.training, plan.config, plan.evaluation.pictures
     at = {"step": training.step, "images": training.images}
     loss = held_out_loss(training.average, training.dataset, conditional=config["conditional"])
     if not config["evaluate_at_end"]:
         logger.log({"eval/loss": loss, "final": 1}, **at)
-        print(f"Held-out loss {loss:.5g} after {training.images:,} images. Run in {folder}", flush=True)
+        say(training.world, f"Held-out loss {loss:.5g} after {training.images:,} images. Run in {folder}")
         return {"objective": loss, "loss": loss}
-    facts = {"folder": str(folder), **at, "train_seconds": seconds, "loss": loss}
-    announce(plan.evaluation, training.dataset, plan.samplers)
     measured, draws = measuring_jobs(
         training.average.denoiser, training.dataset, plan.samplers, plan.likelihood, evaluation=plan.evaluation,
         seed=config["seed"], conditional=config["conditional"],
     )  # fmt: skip
+    shards = Shards(folder / "batches" / f"step-{training.step:08d}", at, training.world.rank, training.world.size)
+    if training.world.rank:
+        shards.work(measured)
+        for job in draws.values():
+            shards.work(job)
+        return {"objective": loss, "loss": loss}
+    announce(plan.evaluation, training.dataset, plan.samplers)
+    facts = {"folder": str(folder), **at, "train_seconds": seconds, "loss": loss}
     summary = report(
-        measured.run(), {name: job.run() for name, job in draws.items()}, training.dataset, seed=config["seed"],
-        evaluation=plan.evaluation, accuracy=plan.likelihood.accuracy, folder=folder, facts=facts, logger=logger,
+        shards.result(measured), {name: shards.result(job) for name, job in draws.items()}, training.dataset,
+        seed=config["seed"], evaluation=plan.evaluation, accuracy=plan.likelihood.accuracy, folder=folder,
+        facts=facts, logger=logger,
     )  # fmt: skip
     bits = summary["bits_per_dim"]
     name = f"eval/{bits['estimator']}"
@@ -217,6 +287,7 @@ def fit_and_report(plan: Plan, folder: Path, logger: Logger) -> dict[str, float]
         figures.loss_curve(read_rows(folder / "metrics.jsonl"), folder / "loss.png")
         for name in ("samples", "trajectory", "loss"):
             logger.image(f"eval/{name}", folder / f"{name}.png", **at)
+    shutil.rmtree(folder / "batches", ignore_errors=True)
     print(list_files(folder, _RESULTS), flush=True)
     objective = bits["mean"] if plan.evaluation.objective == "bits_per_dim" else loss
     return {"objective": objective, "bits_per_dim": bits["mean"], "stderr": bits["stderr"], "loss": loss}

@@ -27,6 +27,10 @@ class Split:
     def __len__(self) -> int:
         return len(self.raw)
 
+    def to(self, device: torch.device) -> Split:
+        """The same on `device`."""
+        return Split(self.raw.to(device), None if self.labels is None else self.labels.to(device))
+
     def cond(self, index: Tensor | slice, conditional: bool, device: torch.device) -> Tensor | None:
         """What a conditional network is told of the samples `index`: their labels, on the device. Else None."""
         return self.labels[index].to(device) if conditional and self.labels is not None else None

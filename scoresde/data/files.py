@@ -64,6 +64,11 @@ def Arrays(
         test = _read_split(other, key, label_key, channels_last, add_channel)
         scaling.check(test.raw, f"{other}: raw")
     classes = 1 + max((int(split.labels.max()) for split in (train, test) if split.labels is not None), default=-1)
+    if classes > len(train.raw) + len(test.raw):  # the network would hold a row for each
+        raise ValueError(
+            f"{file}[{label_key}]: expected classes 0, 1, 2 …, found {classes - 1} in {len(train.raw) + len(test.raw)} "
+            "samples. Number the classes without gaps."
+        )
     return Dataset(file.stem, train, test, scaling, classes)
 
 

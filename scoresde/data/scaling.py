@@ -129,6 +129,10 @@ class Scaling:
             TypeError, ValueError: see `check`.
         """
         self.check(raw)
+        return self.scale(raw, rng=rng)
+
+    def scale(self, raw: Tensor, *, rng: Rng | None = None) -> Tensor:
+        """`encode` of values that were checked before, without looking at them: nothing waits for the device."""
         if self.levels is None:
             return self.low + (raw - self.raw_low) * self._slope
         u = 0.5 if rng is None else rng.uniform(raw.shape, dtype=torch.float32, device=raw.device)

@@ -11,23 +11,32 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+import stat
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-_NAME = re.compile(r"step-(\d{8,})")
-_ABANDONED = re.compile(r"\.(step-\d{8,})\.(new|old)")
+_NAME = re.compile(r"step-([0-9]{8,})")
+_ABANDONED = re.compile(r"\.(step-[0-9]{8,})\.(new|old|gone)")
+_RECORD_BYTES = 16 << 20  # a record is a configuration or some counters
+FORMAT = 1
+
 _log = logging.getLogger(__name__)
 
 
 class CheckpointError(RuntimeError):
     """A checkpoint that is not there, not whole, or not of this run: says which folder and why."""
+
+
+class NewerFormat(CheckpointError):
+    """A whole checkpoint that a later version of scoresde wrote: to go on from an older one would write over it."""
 
 
 @dataclass(frozen=True)
@@ -54,18 +63,29 @@ def save(
     records: Mapping[str, Any],
     *,
     keep_last: int = 2,
+    keep_best: int = 0,
+    score: float | None = None,
 ) -> Path:
-    """Writes `folder/step-XXXXXXXX`, then deletes all but the `keep_last` newest up to it. Returns its path.
+    """Writes `folder/step-XXXXXXXX`, then deletes what need not be kept. Returns its path.
+
+    Args:
+        folder, step, tensors, records: see `Checkpoint`.
+        keep_last: how many of the newest up to this one stay, ≥ 1.
+        keep_best: how many of those with the lowest score stay besides, ≥ 0.
+        score: of this one, None for none.
 
     Raises:
-        ValueError: keep_last < 1.
+        ValueError: keep_last < 1 or keep_best < 0.
         CheckpointError: it could not be written (a full disk, say); earlier checkpoints are as they were.
     """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    if keep_last < 1:
-        raise ValueError(f"keep_last is at least 1, or nothing could be resumed; got {keep_last}.")
+    if keep_last < 1 or keep_best < 0:
+        raise ValueError(
+            f"keep_last is at least 1, or nothing could be resumed, and keep_best at least 0; got {keep_last} and "
+            f"{keep_best}."
+        )
     final = folder / f"step-{step:08d}"
     new, old = folder / f".{final.name}.new", folder / f".{final.name}.old"
     try:
@@ -74,11 +94,17 @@ def save(
         new.mkdir()
         for name, group in tensors.items():
             # a copy of each, because safetensors refuses tensors that share memory (tied weights)
-            save_file({k: v.detach().cpu().clone().contiguous() for k, v in group.items()}, new / f"{name}.safetensors")
+            path = new / f"{name}.safetensors"
+            save_file({k: v.detach().cpu().clone().contiguous() for k, v in group.items()}, path)
+            # safetensors makes files that only their owner can read; what the umask allows is read from the folder,
+            # because to ask for the umask is to change it, for every thread
+            os.chmod(path, new.stat().st_mode & 0o666)
         for name, record in records.items():
             (new / f"{name}.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
-        manifest = {path.name: _fingerprint(path) for path in sorted(new.iterdir())}
-        (new / "manifest.json").write_text(json.dumps({"step": step, "files": manifest}, indent=1), encoding="utf-8")
+        files = {path.name: _fingerprint(path) for path in sorted(new.iterdir())}
+        manifest: dict[str, Any] = {"format": FORMAT, "step": step, "score": score, "files": files}
+        manifest["sha256"] = _digest(manifest)
+        (new / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
         for path in [*new.iterdir(), new]:
             sync(path)
         if final.exists():  # a damaged one that training has come past again
@@ -87,15 +113,46 @@ def save(
         sync(folder)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(new, ignore_errors=True)
-        free = shutil.disk_usage(folder).free if folder.is_dir() else 0
-        raise CheckpointError(
-            f"{final} could not be written: {error}. {free / 2**20:.0f} MiB are free there."
-        ) from error
+        raise CheckpointError(f"{final} could not be written: {error}. {_room(folder, tensors)}") from error
     _sweep(folder)
     # a later step is a damaged one that was passed over: it must not push out a whole one
-    for path in [path for path in _newest_first(folder) if _step(path) <= step][keep_last:]:
-        shutil.rmtree(path, ignore_errors=True)
+    found = [path for path in _newest_first(folder) if _step(path) <= step]
+    best = sorted((scored for path in found if (scored := _scored(path)) is not None), key=lambda pair: pair[0])
+    kept = {*found[:keep_last], *(path for _, path in best[:keep_best])}
+    for path in [path for path in found if path not in kept]:
+        _delete(path)
     return final
+
+
+def _room(folder: Path, tensors: Mapping[str, Mapping[str, Tensor]]) -> str:
+    needed = sum(value.numel() * value.element_size() for group in tensors.values() for value in group.values())
+    free = shutil.disk_usage(folder).free if folder.is_dir() else 0
+    return f"It takes {needed / 2**20:.1f} MiB, and {free / 2**20:.1f} MiB are free there."
+
+
+def _scored(path: Path) -> tuple[float, Path] | None:
+    """(score, path) of a checkpoint that has one that can be read."""
+    try:
+        score = _read(path / "manifest.json")["score"]
+        return (float(score), path) if math.isfinite(score) else None
+    except (OSError, ValueError, KeyError, TypeError, OverflowError):
+        return None
+
+
+def best(folder: Path | str) -> Checkpoint | None:
+    """The whole checkpoint with the lowest score, None if none has one."""
+    scored = [pair for path in _newest_first(Path(folder)) if (pair := _scored(path)) is not None]
+    return next(_readable([path for _, path in sorted(scored, key=lambda pair: pair[0])]), None)
+
+
+def _delete(path: Path) -> None:
+    """Out of sight by one rename first, so that no half of a checkpoint is ever to be seen."""
+    gone = path.with_name(f".{path.name}.gone")
+    try:
+        os.rename(path, gone)
+        shutil.rmtree(gone)
+    except OSError as error:
+        _log.warning("An old checkpoint, %s, could not be deleted: %s", path, error)
 
 
 def load(path: Path | str) -> Checkpoint:
@@ -109,43 +166,58 @@ def load(path: Path | str) -> Checkpoint:
 
     path = Path(path)
     try:
-        manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
-        step, files = int(manifest["step"]), dict(manifest["files"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        manifest = _read(path / "manifest.json")
+        version, step, files = manifest.get("format", 0), manifest["step"], manifest["files"]
+        if not (type(version) is type(step) is int and step >= 0 and isinstance(files, dict)):
+            raise TypeError(f"format={version!r:.40}, step={step!r:.40}, files={files!r:.40}")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"{path} has no readable manifest.json ({error}), so it is not a whole checkpoint."
         ) from error
+    # format 0 had none, so a manifest that has one and says 0 is damaged; later formats have to keep it
+    if (version or "sha256" in manifest) and manifest.get("sha256") != _digest(manifest):
+        raise CheckpointError(f"{path / 'manifest.json'} is not what was written: its own SHA-256 differs.")
+    if version > FORMAT:
+        raise NewerFormat(
+            f"{path} has format {version}, and this version of scoresde reads up to {FORMAT}: use a newer scoresde."
+        )
     if _NAME.fullmatch(path.name) and _step(path) != step:
         raise CheckpointError(f"{path}: its manifest.json is of step {step}, so one of the two was changed.")
     tensors, records = {}, {}
     for name, expected in files.items():
         stem, suffix = os.path.splitext(name)
         if Path(name).name != name or suffix not in (".safetensors", ".json"):
-            raise CheckpointError(f"{path}: the manifest names {name!r}, which is no file of a checkpoint.")
+            raise CheckpointError(f"{path}: the manifest names {name!r:.80}, which is no file of a checkpoint.")
         try:
-            if _fingerprint(path / name) != expected:
+            if not _matches(path / name, expected):
                 raise CheckpointError(
                     f"{path / name} is not what was written: its size or SHA-256 differs from the manifest."
                 )
             if suffix == ".json":
-                records[stem] = json.loads((path / name).read_text(encoding="utf-8"))
+                records[stem] = _read(path / name)
             else:
                 # copies: load_file maps the file into memory, which later saves remove
                 tensors[stem] = {key: value.clone() for key, value in load_file(path / name).items()}
         except (OSError, ValueError, SafetensorError) as error:
-            raise CheckpointError(f"{path / name} cannot be read: {error}") from error
+            raise CheckpointError(f"{path}: {name:.80} cannot be read: {error!s:.500}") from error
     return Checkpoint(path, step, tensors, records)
 
 
 def latest(folder: Path | str) -> Checkpoint | None:
-    """The newest whole checkpoint of `folder`; a damaged one is passed over with one warning. None if there is none."""
-    return next(_readable(Path(folder)), None)
+    """The newest whole checkpoint of `folder`; a damaged one is passed over with one warning. None if there is none.
+
+    Raises:
+        NewerFormat: a later version of scoresde wrote it.
+    """
+    return next(_readable(_newest_first(Path(folder))), None)
 
 
-def _readable(folder: Path) -> Iterator[Checkpoint]:
-    for path in _newest_first(folder):
+def _readable(paths: Iterable[Path]) -> Iterator[Checkpoint]:
+    for path in paths:
         try:
             yield load(path)
+        except NewerFormat:
+            raise
         except CheckpointError as error:
             _log.warning("Damaged checkpoint passed over: %s", error)
 
@@ -171,6 +243,48 @@ def _sweep(folder: Path) -> None:
             os.rename(path, folder / match[1])
         else:
             shutil.rmtree(path, ignore_errors=True)
+
+
+def _digest(manifest: Mapping[str, Any]) -> str:
+    """SHA-256 of a manifest without the line that holds it."""
+    rest = {key: value for key, value in manifest.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def _read(path: Path) -> Any:
+    """The JSON value in a file.
+
+    Raises:
+        OSError: it is no regular file, or cannot be read.
+        ValueError: it is no JSON, or such as no save writes: huge, nested without end, or with a key twice.
+    """
+    if _size(path) > _RECORD_BYTES:
+        raise ValueError(f"{path.name} is larger than {_RECORD_BYTES >> 20} MiB")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_once)
+    except RecursionError as error:
+        raise ValueError(f"{path.name} is nested too deep") from error
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a key is there twice")
+    return found
+
+
+def _size(path: Path) -> int:
+    """Bytes of a regular file: a link may lead anywhere, and a pipe would keep the reader for ever."""
+    status = path.lstat()
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError(f"{path.name} is no regular file")
+    return status.st_size
+
+
+def _matches(path: Path, expected: Any) -> bool:
+    """Whether a file is the one of the manifest; one of another size is not read."""
+    size = _size(path)
+    return isinstance(expected, dict) and expected.get("bytes") == size and _fingerprint(path) == expected
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:

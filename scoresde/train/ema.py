@@ -1,22 +1,96 @@
-"""An exponential moving average of weights, in float32, counted in images."""
+"""Averages of weights along training, in float32, counted in images."""
 
 from __future__ import annotations
 
+import abc
 import copy
+from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .slices import local
 
-class EMA:
-    r"""A copy of a module whose weights follow `shadow += (1 − d)(weights − shadow)`, d = 2^{−images/half_life}.
 
-    The half-life grows with training, `min(half_life, ramp · images seen)`, so early averages are not held back by the
-    random start (Karras et al. 2024, EDM2, sec. 3; `ema_rampup_ratio` of Karras et al. 2020, StyleGAN2-ADA). Counted
-    in images, it means the same for every batch size.
+class Average(abc.ABC):
+    """Copies of a module ("shadows") that follow its weights, `shadow += (1 − d)(weights − shadow)`, each with its d.
+
+    Counted in images, a length means the same for every batch size. The state is the shadows' own: nothing else has to
+    be saved to continue.
 
     Args:
-        module: what is averaged; its buffers are copied as they are. The copy is in `module`, float32, in eval mode.
+        module: what is averaged; its buffers are copied as they are.
+        names: of the shadows.
+
+    Attributes:
+        shadows: name -> averaged copy, in float32 and eval mode. The first, `module`, is what is evaluated.
+        sigma_rel: lengths of the shadows as shares of training, () where they are none.
+    """
+
+    sigma_rel: tuple[float, ...] = ()
+
+    def __init__(self, module: nn.Module, names: Sequence[str] = ("ema",)):
+        self.shadows: dict[str, nn.Module] = {
+            name: copy.deepcopy(module).float().eval().requires_grad_(False) for name in names
+        }
+        self.relist()
+
+    def relist(self) -> None:
+        """Takes note of the shadows' tensors, once for all steps: walking through a module costs as much as averaging
+        it. To be called when they have been replaced (by FSDP).
+        """
+        self._own = [(dict(m.named_parameters()), dict(m.named_buffers())) for m in self.shadows.values()]
+        self._source: nn.Module | None = None
+        self._first: Tensor | None = None
+
+    def _take(self, module: nn.Module) -> None:
+        weights, buffers = dict(module.named_parameters()), dict(module.named_buffers())
+        _refuse_other(self._own[0][0], weights, "parameters")
+        _refuse_other(self._own[0][1], buffers, "buffers")
+        self._theirs, self._source, self._first = (weights, buffers), module, next(module.parameters(), None)
+
+    @property
+    def module(self) -> nn.Module:
+        """The first shadow."""
+        return next(iter(self.shadows.values()))
+
+    @abc.abstractmethod
+    def decays(self, images: int, batch: int) -> list[float]:
+        """d of each shadow, for a step of `batch` images when `images` have been seen with it."""
+
+    def decay(self, images: int, batch: int) -> float:
+        """d of the first shadow."""
+        return self.decays(images, batch)[0]
+
+    @torch.no_grad()
+    def update(self, module: nn.Module, images: int, batch: int, keep: Tensor) -> None:
+        """One step towards `module`; where `keep` (a bool scalar, on the device) is false nothing moves.
+
+        On a GPU nothing waits for `keep`. The tensors of `module` are listed once; after some were replaced (not
+        copied into), call `relist`.
+
+        Raises:
+            ValueError: other parameters or buffers than the shadows have: names, order or shapes.
+        """
+        if module is not self._source or next(module.parameters()) is not self._first:
+            self._take(module)
+        weights, buffers = self._theirs
+        new = [local(p) if p.dtype == torch.float32 else local(p).float() for p in weights.values()]
+        for (mine, kept), decay in zip(self._own, self.decays(images, batch), strict=True):
+            pull([local(p) for p in mine.values()], new, 1 - decay, keep)
+            for name, buffer in kept.items():
+                buffer.copy_(torch.where(keep, buffers[name], buffer))
+
+
+class EMA(Average):
+    r"""The exponential average: d = 2^{−images/half_life}.
+
+    The half-life grows with training, `min(half_life, ramp · images seen)`, so early averages are not held back by the
+    random start (Karras et al. 2024, EDM2, sec. 3; `ema_rampup_ratio` of Karras et al. 2020, StyleGAN2-ADA).
+
+    Args:
+        module: see `Average`.
         half_life: in images, > 0.
         ramp: share of the images seen that bounds the half-life, > 0; None for no bound.
 
@@ -30,23 +104,80 @@ class EMA:
         if ramp is not None and not ramp > 0:
             raise ValueError(f"ramp is a positive share of the images seen, or null; got {ramp}.")
         self.half_life, self.ramp = float(half_life), ramp
-        self.module = copy.deepcopy(module).float().eval().requires_grad_(False)
+        super().__init__(module)
 
-    def decay(self, images: int, batch: int) -> float:
-        """d for a step of `batch` images when `images` have been seen with it."""
+    def decays(self, images: int, batch: int) -> list[float]:
         half_life = self.half_life if self.ramp is None else min(self.half_life, self.ramp * images)
-        return 0.5 ** (batch / half_life)
+        return [0.5 ** (batch / half_life)]
 
-    @torch.no_grad()
-    def update(self, module: nn.Module, images: int, batch: int, keep: Tensor) -> None:
-        """One step towards `module`; where `keep` (a bool scalar, on the device) is false nothing moves."""
-        shadow: list[Tensor] = list(self.module.parameters())
-        weights = [p.float() for p in module.parameters()]
-        if len(shadow) != len(weights):
-            raise ValueError(
-                f"The average has {len(shadow)} parameters and the module {len(weights)}: not the same module."
-            )
-        share = (1 - self.decay(images, batch)) * keep.to(torch.float32)
-        torch._foreach_lerp_(shadow, weights, [share.expand_as(p) for p in shadow])  # type: ignore[misc]
-        for mine, theirs in zip(self.module.buffers(), module.buffers(), strict=True):
-            mine.copy_(theirs)
+
+class PowerEMA(Average):
+    r"""Averages whose length is a share of training, however long that gets (Karras et al. 2024, EDM2, sec. 3, app. C).
+
+    After t images the weights of τ images count (γ+1) τ^γ / t^{γ+1}: nothing is left of the random start, and there is
+    no ramp. A step of b images that leaves θ_t changes the average to (1 − b/t)^{γ+1} of itself and 1 − (1 − b/t)^{γ+1}
+    of θ_t, exactly, because θ is constant in between. With snapshots of two lengths any other can be made
+    afterwards: `scoresde.train.posthoc`.
+
+    A step that is skipped leaves θ as it was, and the averages too: they miss its pull, not more.
+
+    Args:
+        module: see `Average`.
+        sigma_rel: standard deviation of the profile over t, each in (0, 1/√12]; the weights are on average from 5 % of
+            training ago for 0.05 and 11 % for 0.1. The first is evaluated; the shadows are "ema", "ema-0.1", ….
+
+    Raises:
+        ValueError: no length, the same twice, or one outside its range.
+    """
+
+    def __init__(self, module: nn.Module, *, sigma_rel: Sequence[float] = (0.05, 0.1)):
+        self.sigma_rel = tuple(float(sigma) for sigma in sigma_rel)
+        if not self.sigma_rel or len(set(self.sigma_rel)) < len(self.sigma_rel):
+            raise ValueError(f"sigma_rel is a list of one or more different lengths; got {list(sigma_rel)}.")
+        self.gammas = tuple(exponent(sigma) for sigma in self.sigma_rel)
+        super().__init__(module, ["ema", *(f"ema-{sigma:g}" for sigma in self.sigma_rel[1:])])
+
+    def decays(self, images: int, batch: int) -> list[float]:
+        return [max(0.0, 1 - batch / images) ** (gamma + 1) for gamma in self.gammas]
+
+
+def exponent(sigma_rel: float) -> float:
+    """γ ≥ 0 of the profile (γ+1) τ^γ on [0, 1] whose standard deviation is `sigma_rel` (EDM2, app. C).
+
+    The variance is (γ+1)/((γ+2)²(γ+3)), so γ is the largest root of (γ+2)²(γ+3) − (γ+1)/σ².
+
+    Raises:
+        ValueError: outside (0, 1/√12]: the longest is the plain mean, γ = 0.
+    """
+    if not 0 < sigma_rel <= 12**-0.5 + 1e-12:
+        raise ValueError(
+            f"sigma_rel is a share of training in (0, {12**-0.5:.4f}], the latter the plain mean; got {sigma_rel}."
+        )
+    ratio = sigma_rel**-2
+    return max(0.0, float(np.roots([1, 7, 16 - ratio, 12 - ratio]).real.max()))
+
+
+def pull(shadow: list[Tensor], weights: list[Tensor], share: float, keep: Tensor) -> None:
+    """shadow += share · (weights − shadow), in place, where `keep`."""
+    if keep.device.type == "cpu":  # read at no cost, and then one pass is enough
+        if keep:
+            torch._foreach_lerp_(shadow, weights, share)
+        return
+    step = torch._foreach_sub(weights, shadow)
+    torch._foreach_mul_(step, share * keep.to(torch.float32))
+    torch._foreach_add_(shadow, step)
+
+
+def _refuse_other(mine: Mapping[str, Tensor], theirs: Mapping[str, Tensor], what: str) -> None:
+    if list(mine) != list(theirs):
+        odd = sorted(mine.keys() ^ theirs.keys())
+        raise ValueError(
+            f"The average has {len(mine)} {what} and the module {len(theirs)}, not the same ones in the same order"
+            f"{': ' + ', '.join(odd[:3]) if odd else ''}. Average the module that it was made from."
+        )
+    if [value.shape for value in mine.values()] != [value.shape for value in theirs.values()]:
+        name = next(name for name, value in mine.items() if value.shape != theirs[name].shape)
+        raise ValueError(
+            f"{what[:-1]} {name} has shape {tuple(theirs[name].shape)}, its average {tuple(mine[name].shape)}: "
+            "not the same module."
+        )

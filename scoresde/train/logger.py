@@ -1,4 +1,4 @@
-"""Where numbers go: `metrics.jsonl` is the record, Weights & Biases a view of it."""
+"""Where numbers go: `metrics.jsonl` is the record; anything else, like Weights & Biases, is a view of it."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
-from typing import Any, TextIO, cast
+from typing import Any
 
 _log = logging.getLogger(__name__)
 
@@ -62,6 +63,10 @@ class Logger(abc.ABC):
         """Final numbers of the run."""
 
     @abc.abstractmethod
+    def sync(self) -> None:
+        """What was logged outlives a power cut. Called before a checkpoint is published."""
+
+    @abc.abstractmethod
     def close(self, failed: bool = False) -> None:
         """Ends the run; nothing may be logged afterwards."""
 
@@ -84,38 +89,58 @@ class NullLogger(Logger):
     def summary(self, values: Mapping[str, Any]) -> None:
         pass
 
+    def sync(self) -> None:
+        pass
+
     def close(self, failed: bool = False) -> None:
         pass
 
 
 class JsonlLogger(Logger):
-    """`metrics.jsonl`: one JSON object per line, flushed at once; the first holds versions, hardware and commit.
+    """`metrics.jsonl`: one JSON object per line; the first holds versions, hardware and commit.
 
     On resuming, rows after the checkpoint's step, rows of a final evaluation (marked `final`) and a line cut by a
     crash are taken out, so every row stands there once, whatever happened in between. Pictures, tables and final
     numbers are files of the output folder already.
+
+    A row is the operating system's at once: a process that is killed loses none. `sync` puts them on the disk; called
+    before a checkpoint is published, it leaves to a power cut only rows that training from that checkpoint writes
+    again. Rows that a full or failing disk refuses wait in memory and are tried again at every later row; one warning
+    says so, and `close` says what is missing if they never found room.
+
+    Raises:
+        OSError: from `start`, if the file cannot be written; the one that was there is left as it is.
+        RuntimeError: from `log` and `sync`, before `start` or after `close`.
     """
 
     def __init__(self) -> None:
-        self._file: TextIO | None = None
+        self._file: FileIO | None = None
+        self._waiting = bytearray()  # what the file has not taken yet; a torn line goes on where it stopped
+        self._step = 0
+        self._missing_from: int | None = None
 
     def start(self, facts: RunFacts) -> None:
         path, last = facts.folder / "metrics.jsonl", facts.resume_step
-        rows = [row for row in read_rows(path) if row.get("step", 0) <= last and not row.get("final")] if last else []
-        rows.append({"header": provenance(), "step": last})
+        rows = _lines(path) if last else ()
+        kept = [line for line, row in rows if row.get("step", 0) <= last and not row.get("final")]
         temporary = path.with_suffix(".new")
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.writelines(_line(row) for row in rows)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
+        try:
+            with open(temporary, "wb") as file:
+                file.writelines([*kept, _line({"header": provenance(), "step": last})])
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
+        _sync_folder(path.parent)
+        self._file = open(path, "ab", buffering=0)  # noqa: SIM115 (closed by close)
 
     def log(self, values: Mapping[str, float], *, step: int, images: int) -> None:
-        if self._file is None:
-            raise RuntimeError("metrics.jsonl is not open: call start before log, and nothing after close.")
-        self._file.write(_line({"step": step, "images": images, "time": round(time.time(), 3), **values}))
-        self._file.flush()
+        file = self._open()
+        self._step = step
+        self._waiting += _line({"step": step, "images": images, "time": round(time.time(), 3), **values})
+        self._write(file)
 
     def image(self, key: str, path: Path, *, step: int, images: int) -> None:
         pass
@@ -126,27 +151,89 @@ class JsonlLogger(Logger):
     def summary(self, values: Mapping[str, Any]) -> None:
         pass
 
+    def sync(self) -> None:
+        file = self._open()
+        self._write(file)
+        try:
+            os.fsync(file.fileno())
+        except OSError as error:
+            _log.warning("metrics.jsonl may not be on the disk yet (%s); the run goes on.", error)
+
     def close(self, failed: bool = False) -> None:
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        if self._file is None:
+            return
+        self._write(self._file)
+        if self._waiting:
+            count = self._waiting.count(b"\n")
+            _log.error("metrics.jsonl lacks its last %d rows, from step %s on.", count, self._missing_from)
+        self._file.close()
+        self._file, self._waiting, self._missing_from = None, bytearray(), None
+
+    def _open(self) -> FileIO:
+        if self._file is None:
+            raise RuntimeError("metrics.jsonl is not open: call start before log, and nothing after close.")
+        return self._file
+
+    def _write(self, file: FileIO) -> None:
+        try:
+            while self._waiting:
+                del self._waiting[: os.write(file.fileno(), self._waiting)]
+        except OSError as error:
+            if self._missing_from is None:
+                self._missing_from = self._step
+                _log.warning(
+                    "metrics.jsonl does not take the row of step %d (%s). The run goes on; rows wait in memory until "
+                    "they can be written.", self._step, error,
+                )  # fmt: skip
+            return
+        if self._missing_from is not None:
+            _log.warning("metrics.jsonl has every row again: those from step %d on waited.", self._missing_from)
+            self._missing_from = None
 
 
-def _line(row: Mapping[str, Any]) -> str:
-    # NaN and infinity are not JSON: they are written as text, so that a row never makes the file unreadable
-    finite = {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-    return json.dumps(finite) + "\n"
+def _line(row: Mapping[str, Any]) -> bytes:
+    try:
+        return _ENCODER.encode(row).encode() + b"\n"
+    except ValueError:  # NaN and infinity are not JSON: as text they do not make the file unreadable
+        finite = {k: plain(v) if isinstance(v, float) else v for k, v in row.items()}
+        return _ENCODER.encode(finite).encode() + b"\n"
+
+
+def plain(value: Any) -> float | str:
+    """What JSON has no word for: a number of NumPy or torch as a float, all else and what is not finite as text."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        return str(value)
+    return number if math.isfinite(number) else str(number)
+
+
+_ENCODER = json.JSONEncoder(default=plain, allow_nan=False)
+
+
+def _lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    """Each whole line of a metrics file and what it says; a line cut by a crash is left out."""
+    for line in path.read_bytes().split(b"\n") if path.is_file() else []:
+        try:
+            row = json.loads(line) if line else None
+        except ValueError:  # so is the error of bytes that are no text
+            _log.warning("%s: a line that was cut is left out: %.60r", path, line)
+            continue
+        if isinstance(row, dict):
+            yield line + b"\n", row
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """The rows of a metrics file, headers included; a line cut by a crash is left out. [] if there is no file."""
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            _log.warning("%s: a line that was cut is left out: %.60r", path, line)
-    return rows
+    return [row for _, row in _lines(path)]
 
 
 def provenance() -> dict[str, Any]:
@@ -197,92 +284,6 @@ def run_id(config: Mapping[str, Any], folder: Path) -> str:
     return hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest()[:12]
 
 
-class WandbLogger(Logger):
-    """A Weights & Biases run; any trouble with it costs one warning and the view, never the training.
-
-    Args:
-        mode: "offline" (default: no account, no network; `wandb sync` later), "online" or "disabled".
-        project, entity, tags: as in `wandb.init`.
-
-    Raises:
-        ValueError: an unknown mode.
-    """
-
-    def __init__(
-        self,
-        *,
-        mode: str = "offline",
-        project: str = "scoresde",
-        entity: str | None = None,
-        tags: Sequence[str] = (),
-    ):
-        if mode not in ("offline", "online", "disabled"):
-            raise ValueError(f"mode is 'offline', 'online' or 'disabled'; got {mode!r}.")
-        self.mode, self.project, self.entity, self.tags = mode, project, entity, list(tags)
-        self._run: Any = None
-
-    def start(self, facts: RunFacts) -> None:
-        def begin() -> None:
-            import wandb
-
-            # no argv and no code in the upload: secrets end up there
-            settings = wandb.Settings(
-                console="off", silent=True, x_disable_meta=True, save_code=False, init_timeout=60
-            )  # fmt: skip
-            self._run = wandb.init(
-                project=self.project, entity=self.entity, tags=self.tags, mode=cast(Any, self.mode), id=facts.id,
-                name=facts.folder.name, group=facts.group, dir=str(facts.folder), config=dict(facts.config),
-                resume="allow" if self.mode == "online" else None, job_type="train", reinit="finish_previous",
-                settings=settings,
-            )  # fmt: skip
-            # one axis for all: W&B drops rows whose own step goes back, as it does after a restart
-            self._run.define_metric("images")
-            self._run.define_metric("*", step_metric="images")
-
-        self._guard(begin)
-
-    def log(self, values: Mapping[str, float], *, step: int, images: int) -> None:
-        self._send(lambda run: run.log({**values, "step": step, "images": images}))
-
-    def image(self, key: str, path: Path, *, step: int, images: int) -> None:
-        def send(run: Any) -> None:
-            import wandb
-
-            run.log({key: wandb.Image(str(path)), "step": step, "images": images})
-
-        self._send(send)
-
-    def table(self, key: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-        def send(run: Any) -> None:
-            import wandb
-
-            run.log({key: wandb.Table(columns=list(columns), data=[list(row) for row in rows])})
-
-        self._send(send)
-
-    def summary(self, values: Mapping[str, Any]) -> None:
-        self._send(lambda run: run.summary.update(dict(values)))
-
-    def close(self, failed: bool = False) -> None:
-        self._send(lambda run: run.finish(exit_code=int(failed)))
-        self._run = None
-
-    def _send(self, action: Callable[[Any], Any]) -> None:
-        """`action` on the W&B run, if there is one still."""
-        if self._run is not None:
-            self._guard(lambda: action(self._run))
-
-    def _guard(self, action: Callable[[], Any]) -> None:
-        """The edge: whatever W&B raises ends its view of the run, with one warning."""
-        try:
-            action()
-        except Exception as error:  # W&B raises anything, from network to pydantic errors
-            self._run = None
-            _log.warning(
-                "W&B stopped (%s: %s); the run goes on, metrics.jsonl has every row.", type(error).__name__, error
-            )
-
-
 class Tee(Logger):
     """Passes everything to several loggers, in order."""
 
@@ -308,6 +309,10 @@ class Tee(Logger):
     def summary(self, values: Mapping[str, Any]) -> None:
         for logger in self.loggers:
             logger.summary(values)
+
+    def sync(self) -> None:
+        for logger in self.loggers:
+            logger.sync()
 
     def close(self, failed: bool = False) -> None:
         for logger in self.loggers:

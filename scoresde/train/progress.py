@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 import sys
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
+
+import torch
 
 Item = TypeVar("Item")
 
@@ -43,46 +48,111 @@ def _lines(items: Iterable[Item], label: str, total: int | None, every: float) -
 
 
 class Progress:
-    """Shows images, rate, time left and loss.
+    """Shows images, loss, rate, time left and peak memory: a bar on a terminal, a line now and then elsewhere.
+
+    The rate is that of the last ten intervals between losses, at which the device has finished what it was given; the
+    first step, which may compile, and what is done within `paused` are no part of it.
 
     Args:
         total: images of the whole run.
         done: images already behind it.
-        lines: lines printed over the run where stderr is no terminal.
+        lines: lines printed over the run where stderr is no terminal, at even distances.
+        seconds: a line comes no later than this after the last one, if a loss is known.
+        device: whose memory is shown, "cuda" or "cuda:1"; any other stands for the process.
     """
 
-    def __init__(self, total: int, done: int = 0, lines: int = 10):
-        self.total, self.done, self.lines = total, done, lines
-        self._first, self._start = done, time.monotonic()
+    def __init__(
+        self, total: int, done: int = 0, lines: int = 10, *, seconds: float = 300.0, device: torch.device | str = "cpu"
+    ):
+        self.total, self.done, self.lines, self.seconds = total, done, lines, seconds
+        self.device = torch.device(device)
+        self._idle = 0.0
+        self._start = self._shown = time.monotonic()
+        self._marks: deque[tuple[float, int]] = deque(maxlen=11)  # clock and images at the end of each interval
+        self._first, self._loss = done, ""
         self._bar = None
         if sys.stderr.isatty():
             from tqdm import tqdm
 
-            self._bar = tqdm(total=total, initial=done, unit="img", unit_scale=True, dynamic_ncols=True, desc="train")
+            self._bar = tqdm(total=total, initial=done, dynamic_ncols=True, bar_format="{bar:20} {desc}")
 
     def update(self, images: int, loss: float | None = None) -> None:
         """`images` in all; the loss is shown when it is known."""
+        if not self._marks or (loss is not None and images > self._marks[-1][1]):
+            self._marks.append((self._clock(), images))
+        now = time.monotonic()
+        if loss is not None:
+            self._loss = f"  loss {loss:.4g}"
         if self._bar is not None:
-            self._bar.update(images - self.done)
-            if loss is not None:
-                self._bar.set_postfix(loss=f"{loss:.4g}", refresh=False)
-        elif loss is not None and (self._line(images) > self._line(self.done) or images >= self.total):
-            self._print(images, loss)
-            self.done = images
-        if self._bar is not None:
-            self.done = images
+            if now - self._shown >= 0.1 or images >= self.total:
+                self._bar.n, self._shown = images, now
+                self._bar.set_description_str(self._text(images))
+        elif loss is not None:
+            due = self._line(images) > self._line(self.done) or images >= self.total > self.done
+            if due or now - self._shown >= self.seconds:
+                print(self._text(images), file=sys.stderr, flush=True)
+                self.done, self._shown = images, now
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """What is done in here, such as an evaluation, takes no part in the rate."""
+        start = time.monotonic()
+        try:
+            yield
+        finally:
+            self._idle += time.monotonic() - start
+
+    def rate(self, images: int) -> float:
+        """Images per second of late."""
+        (start, first), (end, last) = self._marks[0], self._marks[-1]
+        if last <= first:  # so far the first step is all there is
+            start, first, end, last = self._start, self._first, self._clock(), images
+        return (last - first) / max(end - start, 1e-9)
 
     def close(self) -> None:
         if self._bar is not None:
             self._bar.close()
 
+    def _clock(self) -> float:
+        return time.monotonic() - self._idle
+
     def _line(self, images: int) -> int:
         return images * self.lines // max(self.total, 1)
 
-    def _print(self, images: int, loss: float) -> None:
-        rate = (images - self._first) / max(time.monotonic() - self._start, 1e-9)
-        left = max(self.total - images, 0) / max(rate, 1e-9)
-        print(
-            f"train {images:,}/{self.total:,} images  loss {loss:.4g}  {rate:,.0f} img/s  {left:.0f} s left",
-            file=sys.stderr, flush=True,
-        )  # fmt: skip
+    def _text(self, images: int) -> str:
+        rate = self.rate(images)
+        left = duration(max(self.total - images, 0) / max(rate, 1e-9))
+        memory = peak_memory(self.device) / 2**30
+        return f"train {images:,}/{self.total:,} images{self._loss}  {rate:,.0f} img/s  {left} left  {memory:.1f} GiB"
+
+
+class Silent:
+    """Shows nothing: the progress of every process but the first."""
+
+    def update(self, images: int, loss: float | None = None) -> None:
+        pass
+
+    def paused(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    def rate(self, images: int) -> float:
+        return math.nan
+
+    def close(self) -> None:
+        pass
+
+
+def duration(seconds: float) -> str:
+    """m:ss, or h:mm:ss from one hour on."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes in use so far: allocated on a CUDA device, else resident in this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

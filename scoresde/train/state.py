@@ -2,150 +2,233 @@
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..data import Dataset, EpochOrder
-from ..loss import DenoisingLoss
+from ..loss import DenoisingLoss, Terms
 from ..rng import Rng
 from .checkpoint import Checkpoint, CheckpointError
-from .ema import EMA
+from .ema import Average
+from .parallel import Parallel, Single
+from .posthoc import write_snapshot
+from .scale import LossScale
+from .slices import gathered, load, sliced_like
+from .tally import Averages, Tally
+from .world import Alone, World
 
-
-@dataclass(frozen=True)
-class Averages:
-    """What happened since the last look: means over the steps that were kept.
-
-    Attributes:
-        loss, grad_norm: means; NaN when no step was kept.
-        skipped: steps left out since the start, because loss or gradient was not finite.
-        streak: length of the row of skipped steps that ends at the last one, 0 if that was kept.
-    """
-
-    loss: float
-    grad_norm: float
-    skipped: int
-    streak: int
+_log = logging.getLogger(__name__)
 
 
 class Training:
     """Weights, their average, the optimizer, the order of the data, the noise, and the counters.
 
+    With several processes each takes its rows of every batch and of every draw, so what is learned does not depend on
+    their number beyond round-off.
+
     Args:
-        loss: what is minimised; its denoiser's parameters are trained.
+        loss: what is minimised; its parameters are trained.
         optimizer: over `loss.parameters()`, fused: a step with a gradient that is not finite is then skipped on the
             device, without waiting for it.
         ema: an average of `loss`.
-        dataset: encoded batch by batch.
+        dataset: encoded batch by batch; its training samples move to the device if they fill less than a quarter of
+            what is free there.
         order: of its training samples.
         rng: dequantisation, times and noise.
         conditional: pass the labels of the data to the denoiser.
+        world: the processes that train together.
+        parallel: how the network is spread over them; made before the optimizer.
+        loss_scale: first value of the loss scale, for float16; None for none.
 
     Attributes:
-        average: the averaged copy of `loss`, in eval mode.
+        average: the averaged copy of `loss`, in eval mode; where that is sliced, all of it as of the last `refresh`.
+        names, parameters: of the loss, in one order.
         step, images: optimizer steps taken, images seen.
+        marks: action -> images seen when it was last done.
+        score: what the last measurement gave for `keep_best`, and at how many images; None before.
 
     Raises:
-        ValueError: an optimizer that is not fused, or labels that are not there.
+        ValueError: an optimizer that is not fused, a learning rate that is not finite, labels that are not there, or
+            batches that cannot be divided.
     """
 
     def __init__(
         self,
         loss: DenoisingLoss,
         optimizer: torch.optim.Optimizer,
-        ema: EMA,
+        ema: Average,
         dataset: Dataset,
         order: EpochOrder,
         rng: Rng,
         *,
         conditional: bool = False,
+        world: World | None = None,
+        parallel: Parallel | None = None,
+        loss_scale: float | None = None,
     ):
+        self.world = Alone() if world is None else world
         if not optimizer.defaults.get("fused"):
             raise ValueError(
                 "The trainer needs optimizer(fused=True): other ones cannot skip a bad step on the device."
             )
+        for group in optimizer.param_groups:
+            if not 0 <= group["lr"] < math.inf:
+                raise ValueError(f"lr is a finite number of at least 0; got {group['lr']}.")
         if conditional and dataset.train.labels is None:
             raise ValueError(f"conditional=true needs labels, and data set {dataset.name!r} has none.")
+        if order.batch_size % self.world.size or (self.world.size > 1 and not order.drop_last):
+            raise ValueError(
+                f"batch_size={order.batch_size} is of all {self.world.size} processes together and has to be a "
+                "multiple of their number, with drop_last=True."
+            )
         self.loss, self.optimizer, self.ema = loss, optimizer, ema
-        self.dataset, self.order, self.rng, self.conditional = dataset, order, rng, conditional
+        self.parallel = Single(loss) if parallel is None else parallel
+        self.dataset, self.order, self.conditional = dataset, order, conditional
+        self.rng = rng.share(self.world.rank, self.world.size)
         self.average = cast(DenoisingLoss, ema.module)
-        self.names = [name for name, _ in loss.named_parameters()]
-        self.device = next(loss.parameters()).device
+        # listed once: walking through a module costs as much as an optimizer step of a small one
+        named = dict(loss.named_parameters())
+        self.names, self.parameters = list(named), list(named.values())
+        self.device = self.parameters[0].device
+        self.train = dataset.train.to(self.device) if _fits(dataset.train.raw, self.device) else dataset.train
+        self.scale = LossScale(loss_scale or 1.0, self.device, fixed=loss_scale is None)
+        self.tally = Tally(self.device, loss.denoiser.sde, self.names, self.world)
         self.step, self.images = 0, 0
-        # sums of loss and gradient norm, steps kept (since the last look); steps skipped, streak (since the start)
-        self._stats = torch.zeros(5, dtype=torch.float64, device=self.device)
+        self.marks: dict[str, int] = {}
+        self.score: tuple[float, int] | None = None
 
     def batch(self) -> tuple[Tensor, Tensor | None]:
-        """The next (x0 (B, *event), labels (B,) or None), on the device."""
-        index = self.order.next()
-        x0 = self.dataset.encode(self.dataset.train.raw[index], self.rng).to(self.device)
-        return x0, self.dataset.train.cond(index, self.conditional, self.device)
+        """This process's rows of the next batch: x0 (B/size, *event), labels (B/size,) or None, on the device."""
+        index = self.order.next().chunk(self.world.size)[self.world.rank].to(self.train.raw.device)
+        x0 = self.dataset.scaling.scale(self.train.raw[index], rng=self.rng).to(self.device)
+        return x0, self.train.cond(index, self.conditional, self.device)
 
-    def note(self, loss: Tensor, grad_norm: Tensor, keep: Tensor) -> None:
-        """Adds one step to the averages, on the device."""
-        zero = torch.zeros((), dtype=torch.float64, device=self.device)
-        kept, skipped = keep.double(), (~keep).double()
-        mean = torch.stack([torch.where(keep, loss.double(), zero), torch.where(keep, grad_norm.double(), zero), kept])
-        self._stats[:3] += mean
-        self._stats[3] += skipped
-        self._stats[4] = (self._stats[4] + 1) * skipped
+    def terms(self) -> Terms:
+        """The loss on the next batch."""
+        x0, cond = self.batch()
+        return self.parallel.terms(x0, cond, rng=self.rng)
 
     def averages(self, reset: bool = False) -> Averages:
-        """The averages so far: the one place that waits for the device."""
-        loss, norm, kept, skipped, streak = self._stats.tolist()
-        if reset:
-            self._stats[:3] = 0
-        mean = (lambda total: total / kept) if kept else (lambda total: float("nan"))
-        return Averages(mean(loss), mean(norm), int(skipped), int(streak))
+        """See `Tally.averages`."""
+        return self.tally.averages(reset)
+
+    def refresh(self) -> None:
+        """Brings `average` up to date where it is a copy. Every process calls it."""
+        self.average = self.parallel.view(cast(DenoisingLoss, self.ema.module))
+
+    def snapshot(self, folder: Path) -> None:
+        """Keeps the averages in `folder`, to make others of them later. Every process calls it.
+
+        Raises:
+            ValueError: averages that are not `PowerEMA`.
+        """
+        averages = {name: self.parallel.view(cast(DenoisingLoss, m)).denoiser for name, m in self.ema.shadows.items()}
+        if self.world.rank == 0:
+            write_snapshot(folder, averages, self.images, self.ema.sigma_rel)
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """Tensor groups of a checkpoint."""
+        """Tensor groups of a checkpoint, on the CPU and detached from what goes on. Every process calls it."""
         state = self.optimizer.state_dict()["state"]
         moments = {f"{self.names[i]}/{key}": value for i, entry in state.items() for key, value in entry.items()}
-        random = {"noise": self.rng.state_dict()["streams"], "torch": torch.get_rng_state(), "stats": self._stats}
+        groups: dict[str, Mapping[str, Tensor]] = {"optimizer": moments}
+        for name, module in self._modules().items():
+            groups |= _split(name, module)
+        random = {"noise": self.rng.state_dict()["streams"], "stats": self._all_sums(), **self.scale.state_dict()}
+        random["torch"] = torch.stack(self.world.gather(torch.get_rng_state()))
         if self.device.type == "cuda":  # dropout draws there
-            random["cuda"] = torch.cuda.get_rng_state(self.device)
+            random["cuda"] = torch.stack(self.world.gather(torch.cuda.get_rng_state(self.device)))
+        groups["random"] = random
+        # clones, so that a file can be written while training goes on
         return {
-            "weights": self.loss.denoiser.state_dict(),
-            "ema": self.average.denoiser.state_dict(),
-            "optimizer": moments,
-            "random": random,
+            name: {key: gathered(value.detach()).to("cpu", copy=True) for key, value in group.items()}
+            for name, group in groups.items()
         }
 
     def records(self) -> dict[str, Any]:
         """JSON records of a checkpoint."""
-        return {"counters": {"step": self.step, "images": self.images}, "order": self.order.state_dict()}
+        counters = {"step": self.step, "images": self.images, "marks": dict(self.marks), "score": self.score}
+        return {"counters": counters, "order": self.order.state_dict()}
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Continues where `checkpoint` was written: everything that follows is as if there had been no stop.
+
+        With another number of processes only dropout draws anew.
 
         Raises:
             CheckpointError: it belongs to another network, optimizer or data set.
         """
         try:
-            self.loss.denoiser.load_state_dict(checkpoint.tensors["weights"])
-            self.average.denoiser.load_state_dict(checkpoint.tensors["ema"])
+            for name, module in self._modules().items():
+                load(module, _joined(name, checkpoint.tensors))
             self._restore_optimizer(checkpoint.tensors["optimizer"])
             random = checkpoint.tensors["random"]
             self.rng.load_state_dict({"streams": random["noise"]})
+            self.scale.load_state_dict(random)
             self.order.load_state_dict(checkpoint.records["order"])
-            self._stats.copy_(random["stats"])
+            self._restore_sums(random["stats"])
             counters = checkpoint.records["counters"]
             self.step, self.images = int(counters["step"]), int(counters["images"])
-        except (RuntimeError, KeyError, ValueError) as error:
+            self.marks = {name: int(value) for name, value in counters.get("marks", {}).items()}
+            if "marks" not in counters:  # a checkpoint of format 0, written after everything that was due
+                self.marks = dict.fromkeys(("log", "evaluate", "sample", "snapshot", "checkpoint"), self.images)
+            score = counters.get("score")
+            self.score = None if score is None else (float(score[0]), int(score[1]))
+            self._restore_generators(random)
+        except (RuntimeError, KeyError, ValueError, TypeError, AttributeError, IndexError, OverflowError) as error:
             raise CheckpointError(f"{checkpoint.path} does not fit this run: {error}") from error
-        torch.set_rng_state(random["torch"])
+
+    def _modules(self) -> dict[str, nn.Module]:
+        return {"weights": self.loss, **self.ema.shadows}
+
+    def _all_sums(self) -> Tensor:
+        """The sums as one process would have them."""
+        sums = self.tally.sums.clone()
+        sums[8:] = self.world.sum(sums[8:].clone())
+        return sums
+
+    def _restore_sums(self, saved: Tensor) -> None:
+        sums = torch.zeros_like(self.tally.sums)
+        sums[: len(saved)] = saved.to(sums.device)
+        sums[8:] *= self.world.rank == 0  # as parts of a sum
+        self.tally.sums.copy_(sums)
+
+    def _restore_generators(self, random: Mapping[str, Tensor]) -> None:
+        states = random["torch"].reshape(-1, random["torch"].shape[-1])
+        if len(states) != self.world.size:
+            _log.warning("Written by %d processes, continued by %d: dropout draws anew.", len(states), self.world.size)
+            torch.manual_seed(self.step * self.world.size + self.world.rank)
+            return
+        torch.set_rng_state(states[self.world.rank].clone())
         if self.device.type == "cuda" and "cuda" in random:
-            torch.cuda.set_rng_state(random["cuda"], self.device)
+            torch.cuda.set_rng_state(random["cuda"].reshape(len(states), -1)[self.world.rank].clone(), self.device)
 
     def _restore_optimizer(self, moments: Mapping[str, Tensor]) -> None:
         index = {name: i for i, name in enumerate(self.names)}
         state: dict[int, dict[str, Tensor]] = {}
         for key, value in moments.items():
             name, _, kind = key.rpartition("/")
-            state.setdefault(index[name], {})[kind] = value
+            like = sliced_like(value, self.parameters[index[name]]) if value.ndim else value
+            state.setdefault(index[name], {})[kind] = like
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
+
+
+def _split(name: str, loss: nn.Module) -> dict[str, dict[str, Tensor]]:
+    """The state of a loss: its denoiser's as `name`, anything else as `name-loss`."""
+    state = loss.state_dict()
+    own = {key: value for key, value in state.items() if not key.startswith("denoiser.")}
+    inner = {k.removeprefix("denoiser."): v for k, v in state.items() if k not in own}
+    return {name: inner, f"{name}-loss": own} if own else {name: inner}
+
+
+def _joined(name: str, groups: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    return {f"denoiser.{key}": value for key, value in groups[name].items()} | dict(groups.get(f"{name}-loss", {}))
+
+
+def _fits(raw: Tensor, device: torch.device) -> bool:
+    return device.type == "cuda" and raw.numel() * raw.element_size() < torch.cuda.mem_get_info(device)[0] // 4

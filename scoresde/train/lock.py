@@ -1,0 +1,111 @@
+"""One process per run folder: a lock that a dead process cannot leave behind."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+_NAME = ".lock"
+_NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EINVAL)
+
+
+class Locked(RuntimeError):
+    """Another process works in the folder: says which."""
+
+
+@contextlib.contextmanager
+def hold(folder: Path) -> Iterator[None]:
+    """Holds `folder` (made if it is not there) while the `with` block runs.
+
+    The lock is the kernel's (`flock` on `folder/.lock`), so it ends with the process that holds it, however that ends;
+    the file's text only says who that is. On a file system without locks the text decides: a process of this host that
+    is gone holds nothing.
+
+    Raises:
+        Locked: another process holds it; names its host, number and start.
+        OSError: the folder cannot be made, or the lock not be asked for.
+    """
+    import fcntl
+
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / _NAME
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            found = _read(path)
+            if not (error.errno in _NO_LOCKS and (found is None or _gone(found))):
+                os.close(descriptor)
+                if error.errno not in (errno.EWOULDBLOCK, *_NO_LOCKS):
+                    raise
+                raise Locked(_reproach(folder, found)) from None
+        # whoever held it may have removed the file between our open and our lock: then this is a lock on nothing
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(descriptor), os.stat(path)):
+                break
+        os.close(descriptor)
+    note = {"pid": os.getpid(), "host": socket.gethostname(), "started": round(time.time(), 3)}
+    os.ftruncate(descriptor, 0)
+    os.write(descriptor, json.dumps(note).encode())
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+def holder(folder: Path) -> dict[str, Any] | None:
+    """{"pid", "host", "started"} of the process that holds `folder` now, None if there is none."""
+    import fcntl
+
+    path = folder / _NAME
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return None
+    except OSError as error:
+        found = _read(path) or {}
+        return None if error.errno in _NO_LOCKS and _gone(found) else found
+    finally:
+        os.close(descriptor)
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _gone(note: dict[str, Any]) -> bool:
+    """Whether the process of a note is known to have ended: one of this host that is not there."""
+    if note.get("host") != socket.gethostname():
+        return False
+    try:
+        os.kill(int(note["pid"]), 0)
+    except ProcessLookupError:
+        return True
+    except (PermissionError, KeyError, TypeError, ValueError):
+        return False
+    return False
+
+
+def _reproach(folder: Path, note: dict[str, Any] | None) -> str:
+    who = "Another process"
+    if note:
+        who = f"Process {note.get('pid')} on {note.get('host')}"
+        with contextlib.suppress(KeyError, TypeError, ValueError, OverflowError):
+            who += time.strftime(" (since %Y-%m-%d %H:%M:%S)", time.localtime(float(note["started"])))
+    return f"{who} works in {folder}. Wait for it, end it, or choose another folder: out=…."

@@ -1,0 +1,162 @@
+"""The Weights & Biases view of a run: a process of its own, which `WandbLogger` starts and talks to by pipes.
+
+Started by its path, so that it imports neither torch nor scoresde. Each line of stdin is a JSON list: a name and
+arguments. The first is `start`; the end of stdin without `close` means that training was killed. Each line of stdout
+is a JSON pair: `folder` and where this run is kept, or `say` and what the user should know.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import io
+import json
+import os
+import queue
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+Tell = Callable[[str, str], None]
+Messages = Iterator[list[Any]]
+
+
+def main() -> None:
+    # the streams are ours alone: W&B's service would inherit them, keep them open and print on them
+    inbox, outbox = os.dup(0), os.fdopen(os.dup(1), "w")
+    for number, flag in ((0, os.O_RDONLY), (1, os.O_WRONLY)):
+        os.dup2(os.open(os.devnull, flag), number)
+    for one in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(one, signal.SIG_IGN)  # sent to the whole job; training says when the run ends
+    os.nice(5)  # training goes first where cores are few
+    waiting: queue.SimpleQueue[list[Any]] = queue.SimpleQueue()
+
+    def read() -> None:
+        with contextlib.suppress(ValueError):  # a line that was cut: training was killed
+            for line in lines(inbox):
+                waiting.put(json.loads(line))
+        waiting.put(["close", 1])
+
+    threading.Thread(target=read, daemon=True).start()
+
+    def tell(kind: str, text: str) -> None:
+        with contextlib.suppress(OSError):  # training has gone: nobody listens
+            print(json.dumps([kind, text]), file=outbox, flush=True)
+
+    show(iter(waiting.get, None), tell)
+
+
+def lines(number: int) -> Iterator[bytes]:
+    """The lines of a pipe to its end. It is looked at ten times a second: to wake a reader costs the writer more."""
+    os.set_blocking(number, False)
+    rest = b""
+    while True:
+        with contextlib.suppress(BlockingIOError):
+            said = os.read(number, 2**20)
+            *whole, rest = (rest + said).split(b"\n")
+            yield from whole
+            if not said:
+                yield from [rest] if rest else []
+                return
+        time.sleep(0.1)
+
+
+def show(messages: Messages, tell: Tell) -> None:
+    """Passes a run on to W&B, from `start` to `close`; whatever W&B raises ends the view with one line."""
+    later, printed = "", io.StringIO()
+    try:
+        with contextlib.redirect_stderr(printed):
+            run = begin(next(messages)[1], tell)
+            later = f"; later: wandb sync {place(run)}"
+            follow(run, messages)
+    except TimeoutError:
+        tell("say", f"W&B did not take everything in time{later}")
+    except Exception as error:  # W&B raises anything, from network to pydantic errors
+        tell("say", f"W&B stopped ({brief(error)}); the run goes on, metrics.jsonl has every row{later}")
+    else:
+        if "Fatal error while uploading" in printed.getvalue():  # of which W&B prints a line and raises nothing
+            tell("say", f"W&B refused a part of the run{later}")
+
+
+def begin(options: Mapping[str, Any], tell: Tell) -> Any:
+    """A W&B run; an online one that does not begin is kept offline."""
+    import wandb
+
+    wanted = {
+        # no argv, code, host, packages or git remote in what may be uploaded: secrets end up there
+        "console": "off", "silent": True, "save_code": False, "x_disable_meta": True,
+        "disable_git": True, "x_save_requirements": False, "host": "", "x_stats_pid": options["pid"],
+        "init_timeout": options["patience"], "finish_timeout": options["patience"], "finish_timeout_raises": True,
+        "x_transaction_log_flush_interval": 1.0,
+    }  # fmt: skip
+    known = {name: value for name, value in wanted.items() if name in wandb.Settings.model_fields}
+
+    def start(mode: Any) -> Any:
+        with a_name_to_itself(Path(options["run"]["dir"], "wandb"), options["run"]["id"]):
+            run = wandb.init(
+                **options["run"], mode=mode, resume="allow" if mode == "online" else None, job_type="train",
+                reinit="finish_previous", settings=wandb.Settings(**known),
+            )  # fmt: skip
+        # one axis for all: W&B drops rows whose own step goes back, as it does after a restart
+        run.define_metric("images")
+        run.define_metric("*", step_metric="images")
+        tell("folder", place(run))
+        return run
+
+    if options["mode"] != "online":
+        return start(options["mode"])
+    try:
+        return start("online")
+    except Exception as error:
+        wandb.teardown()  # its service still holds the run that did not begin
+        run = start("offline")
+        tell("say", f"W&B cannot be reached ({brief(error)}). The run is kept offline; later: wandb sync {place(run)}")
+        return run
+
+
+@contextlib.contextmanager
+def a_name_to_itself(folder: Path, run_id: str) -> Iterator[None]:
+    """W&B names a run's folder by the second, so starts of one run take turns, each in a second of its own."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".start", "w") as turn:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(turn, fcntl.LOCK_EX)
+        while any(folder.glob(f"*run-{time.strftime('%Y%m%d_%H%M%S')}-{run_id}*")):
+            time.sleep(0.05)
+        yield
+
+
+def brief(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".partition("\n")[0][:300]
+
+
+def place(run: Any) -> str:
+    """The folder that `wandb sync` takes."""
+    return str(Path(run.settings.sync_dir))
+
+
+def follow(run: Any, messages: Messages) -> None:
+    """Every message until `close`."""
+    import wandb
+
+    for name, *arguments in messages:
+        if name == "log":
+            run.log(arguments[0])
+        elif name == "image":
+            key, path, row = arguments
+            run.log({key: wandb.Image(path), **row})
+        elif name == "table":
+            key, columns, rows = arguments
+            run.log({key: wandb.Table(columns=columns, data=rows)})
+        elif name == "summary":
+            run.summary.update(arguments[0])
+        else:
+            run.finish(exit_code=arguments[0])
+            return
+
+
+if __name__ == "__main__":
+    main()
