@@ -35,7 +35,7 @@ def launch(task: Callable[[DictConfig], Any], config_name: str) -> None:
     What the user can mend is told in a few lines. HYDRA_FULL_ERROR=1 shows the whole trace.
     """
     from ..ode import SolverError
-    from ..train import CheckpointError, ShardError, TrainingDiverged
+    from ..train import CheckpointError, ProcessLost, ShardError, TrainingDiverged
     from .sweep import launching
 
     OmegaConf.register_new_resolver("command", name_of_command, replace=True)
@@ -47,7 +47,8 @@ def launch(task: Callable[[DictConfig], Any], config_name: str) -> None:
     try:
         launching(hydra_main(version_base="1.3", config_path=config_dir(), config_name=config_name)(task))
     except (
-        Refusal, HydraException, OmegaConfBaseException, SolverError, CheckpointError, ShardError, TrainingDiverged,
+        Refusal, HydraException, OmegaConfBaseException, SolverError, CheckpointError, ProcessLost, ShardError,
+        TrainingDiverged,
     ) as error:  # fmt: skip
         OutputFolder.remove_created()
         if full:

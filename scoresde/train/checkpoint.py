@@ -90,7 +90,7 @@ def save(
     new, old = folder / f".{final.name}.new", folder / f".{final.name}.old"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _sweep(folder)
+        sweep(folder)
         new.mkdir()
         for name, group in tensors.items():
             # a copy of each, because safetensors refuses tensors that share memory (tied weights)
@@ -114,7 +114,7 @@ def save(
     except (OSError, SafetensorError) as error:
         shutil.rmtree(new, ignore_errors=True)
         raise CheckpointError(f"{final} could not be written: {error}. {_room(folder, tensors)}") from error
-    _sweep(folder)
+    sweep(folder)
     # a later step is a damaged one that was passed over: it must not push out a whole one
     found = [path for path in _newest_first(folder) if _step(path) <= step]
     best = sorted((scored for path in found if (scored := _scored(path)) is not None), key=lambda pair: pair[0])
@@ -233,7 +233,7 @@ def _step(path: Path) -> int:
     return int(path.name.removeprefix("step-"))
 
 
-def _sweep(folder: Path) -> None:
+def sweep(folder: Path) -> None:
     """Removes what a killed save left. An `.old` whose successor never came is put back."""
     for path in folder.iterdir():
         match = _ABANDONED.fullmatch(path.name)

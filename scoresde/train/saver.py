@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .checkpoint import CheckpointError, save
+from .checkpoint import CheckpointError, save, sweep
 
 _log = logging.getLogger(__name__)
 
@@ -35,6 +35,8 @@ class Saver:
         self.background, self.go_on = background, go_on
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
+        if folder.is_dir():
+            sweep(folder)  # a run that was killed after its last save makes no other
 
     def save(
         self, step: int, tensors: Mapping[str, Mapping[str, Tensor]], records: Mapping[str, Any],

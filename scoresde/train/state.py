@@ -214,7 +214,8 @@ class Training:
         for key, value in moments.items():
             name, _, kind = key.rpartition("/")
             like = sliced_like(value, self.parameters[index[name]]) if value.ndim else value
-            state.setdefault(index[name], {})[kind] = like
+            # a copy, or the optimizer would go on in the checkpoint
+            state.setdefault(index[name], {})[kind] = like.clone()
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
 from collections.abc import Callable, Mapping
@@ -193,13 +192,13 @@ class Trainer:
                     work.save(saver)
                 if run.images >= self.images:
                     break
-                if run.world.agree(work.signals.code):
-                    work.stop(saver)
+                if code := run.world.agree(work.signals.code):
+                    work.stop(saver, code)
                 if saver is not None:
                     saver.check()
                 work.step()
         except Interrupted:
-            work.stop(saver)
+            work.stop(saver, max(run.world.gather(work.signals.code)))
         finally:
             work.progress.close()
             if saver is not None:
@@ -231,7 +230,7 @@ class _Work:
         run = self.run
         # the first compiles, perhaps for minutes, and nothing is lost if it is broken off
         alone = run.world.size == 1
-        with self.signals.interruptible() if alone and run.step == self.first else contextlib.nullcontext():
+        with self.signals.interruptible() if alone and run.step == self.first else run.world.watch():
             self.trainer.step(run)
         if run.step % self.trainer.max_bad_steps == 0:
             self.refuse_divergence(run.tally.streak())
@@ -310,10 +309,9 @@ class _Work:
                 score = None if run.score is None or run.score[1] != run.images else run.score[0]
                 saver.save(run.step, tensors, records, score)
 
-    def stop(self, saver: Saver | None) -> None:
+    def stop(self, saver: Saver | None, code: int) -> None:
         """Saves what is not saved yet, and raises `Stopped`."""
         run = self.run
-        code = self.signals.code or 143
         if run.step > self.first and run.marks.get("checkpoint", 0) != run.images:
             self.save(saver)
         if saver is not None:

@@ -47,6 +47,10 @@ class World(abc.ABC):
         """What `task` returns on rank 0, told to all; what it raises there is raised everywhere."""
 
     @abc.abstractmethod
+    def watch(self) -> contextlib.AbstractContextManager[None]:
+        """Around what exchanges tensors by other means: a lost process is a `ProcessLost` there too."""
+
+    @abc.abstractmethod
     def close(self) -> None:
         """Leaves the others, in good order."""
 
@@ -67,6 +71,9 @@ class Alone(World):
 
     def leader(self, task: Callable[[], Result]) -> Result:
         return task()
+
+    def watch(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
 
     def close(self) -> None:
         pass
@@ -150,6 +157,19 @@ class Processes(World):
         if told[1] is not None:
             raise told[1]
         return told[0]
+
+    @contextlib.contextmanager
+    def watch(self) -> Iterator[None]:
+        import torch.distributed as dist
+
+        try:
+            yield
+        except dist.DistBackendError as error:
+            raise lost(self, error) from error
+        except RuntimeError as error:
+            if "gloo" in str(error):  # which has no error of its own
+                raise lost(self, error) from error
+            raise
 
     def close(self) -> None:
         import torch.distributed as dist
