@@ -44,7 +44,8 @@ class Trainer:
         keep_best: checkpoints kept besides for the lowest `best`, ≥ 0. A checkpoint has a score if it is written when
             `evaluate` was called.
         best: which of the numbers of `evaluate` decides.
-        background: checkpoints are copied first and written while training goes on.
+        background: checkpoints are copied first and written while training goes on; a kill meanwhile costs up to two
+            intervals instead of one.
         on_save_error: "stop", or "warn" to go on without it and try again at the next.
         max_bad_steps: steps in a row that may be skipped before training stops, ≥ 1.
         loss_scale: first value of the loss scale that float16 needs (65536, say); None for none.
