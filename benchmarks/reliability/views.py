@@ -267,4 +267,5 @@ def campaign(full: bool, scratch: Path) -> list[Result]:
             os.environ.pop(name, None)
             if value is not None:
                 os.environ[name] = value
-    return [*results, kills(full, scratch, False), kills(full, scratch, True), cost(full, scratch)]
+    results += [kills(full, scratch, False), kills(full, scratch, True)]
+    return [*results, cost(full, scratch)] if full else results  # a time is no matter for the tests
