@@ -259,7 +259,6 @@ def compare(
     """A table of loops on one network, the fastest round of each."""
     made = []
     for entry in entries:
-        torch.compiler.reset()
         start = time.perf_counter()
         made.append(entry.make(new, dataset, size))
         made[-1]()
