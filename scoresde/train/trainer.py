@@ -229,7 +229,8 @@ class _Work:
 
     def step(self) -> None:
         run = self.run
-        # the first compiles, perhaps for minutes, and nothing is lost if it is broken off
+        # the first compiles, perhaps for minutes, and nothing is lost if it is broken off; where the compiler swallows
+        # what a signal raises, the step is finished and saved as any other
         alone = run.world.size == 1
         with self.signals.interruptible() if alone and run.step == self.first else run.world.watch():
             self.trainer.step(run)
