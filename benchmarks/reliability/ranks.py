@@ -5,7 +5,6 @@ torchrun --nproc-per-node 2 ranks.py PLACE RANK ACTION arguments…    # scoresd
 
 from __future__ import annotations
 
-import importlib
 import os
 import signal
 import subprocess
@@ -21,7 +20,7 @@ sys.path[:0] = [path for path in (str(HERE), str(HERE.parents[1])) if path not i
 
 import stops  # noqa: E402
 from result import Result  # noqa: E402
-from stops import CODES, State, Tally, room, state  # noqa: E402
+from stops import CODES, State, Tally, owner_of, room, state  # noqa: E402
 from together import Ended, of_session, start  # noqa: E402
 
 from scoresde.train.checkpoint import latest  # noqa: E402
@@ -76,9 +75,7 @@ def act(fault: Fault) -> None:
 
 def arm(fault: Fault) -> None:
     where, attribute, wanted = PLACES[fault.place]
-    module, _, name = where.partition(":")
-    owner: Any = importlib.import_module(module)
-    owner = getattr(owner, name) if name else owner
+    owner = owner_of(where)
     call: Callable[..., Any] = getattr(owner, attribute)
     calls = 0
 

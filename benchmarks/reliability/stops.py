@@ -85,12 +85,17 @@ def strike(how: Strike) -> None:
         os.kill(os.getpid(), number)
 
 
+def owner_of(where: str) -> Any:
+    """The module `where`, or "module:Class", in which a fault is planted."""
+    module, _, name = where.partition(":")
+    owner = importlib.import_module(module)
+    return getattr(owner, name) if name else owner
+
+
 def arm(how: Strike) -> None:
     """Puts the signal where it belongs."""
     where, attribute, wanted, seconds = PLACES[how.place]
-    module, _, name = where.partition(":")
-    owner: Any = importlib.import_module(module)
-    owner = getattr(owner, name) if name else owner
+    owner = owner_of(where)
     call: Callable[..., Any] = getattr(owner, attribute)
     calls = 0
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from omegaconf import DictConfig
 
 from ..config import build, plain
 from ..train import NullLogger, figures, held_out_loss
 from . import folder as folders
 from ._hydra import allowed, build_samplers, launch, output_folder, refusing
-from .model import load_run, set_threads
+from .model import chosen_run, set_threads
 from .report import Evaluation, announce, check_samplers, list_files, measuring_jobs, report
 
 
@@ -32,13 +30,7 @@ def evaluate(cfg: DictConfig) -> float:
             figures.require()
         samplers = build_samplers(cfg, allow)
         likelihood = build(cfg.likelihood, allow)
-        run = load_run(
-            Path(cfg.run),
-            allow=allow,
-            device=options["device"],
-            weights=options["weights"],
-            checkpoint=options["checkpoint"],
-        )
+        run = chosen_run(options, allow)
         check_samplers(samplers, run.denoiser)
         loss = build(run.config["loss"], allow, key="loss", denoiser=run.denoiser)
         shards = folders.share(folder, options, run)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -14,6 +13,7 @@ from ..redact import redacted, redacted_text
 from ..train import Checkpoint, Shards, Training, ranks
 from ..train.checkpoint import latest
 from .model import LoadedRun
+from .publish import publish
 
 _MARK = "# scoresde"
 _FILES = (
@@ -136,9 +136,7 @@ def fresh(folder: Path, result: str) -> bool:
 
 def finish(path: Path, record: Mapping[str, Any]) -> None:
     """Writes the file that shows that a command is finished, at one stroke."""
-    new = path.with_name(f".{path.name}.new")
-    new.write_text(json.dumps(redacted(record), indent=2) + "\n", encoding="utf-8")
-    os.replace(new, path)
+    publish(path, json.dumps(redacted(record), indent=2) + "\n")
 
 
 def _is_run(folder: Path) -> bool:

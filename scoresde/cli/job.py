@@ -19,6 +19,7 @@ from hydra.core.hydra_config import HydraConfig
 
 from ..redact import guard, redacted
 from ._hydra import Refusal, output_folder
+from .publish import publish
 from .run_files import values
 
 # In the sweep's folder. STOP holds an exit status: no further job starts. AGAIN: the launcher was started once more
@@ -88,9 +89,7 @@ def write_job(folder: Path, overrides: Sequence[str], status: str, **measured: A
     record = redacted(
         {"job": folder.name, "status": status, "overrides": list(overrides), "folder": str(folder), **measured}
     )
-    new = folder / ".job.json.new"
-    new.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    os.replace(new, folder / "job.json")
+    publish(folder / "job.json", json.dumps(record, indent=2) + "\n")
 
 
 def read_job(folder: Path) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from pathlib import Path
 
 import numpy as np
 from omegaconf import DictConfig
@@ -12,7 +11,7 @@ from ..config import build, plain
 from ..train.evaluation import choose_split, spread
 from . import folder as folders
 from ._hydra import allowed, launch, output_folder, refusing
-from .model import load_run, set_threads
+from .model import chosen_run, set_threads
 
 
 def main() -> None:
@@ -29,13 +28,7 @@ def likelihood(cfg: DictConfig) -> float:
         allow, options = allowed(cfg), plain(cfg)
         set_threads(options["threads"])
         measure = build(cfg.likelihood, allow)
-        run = load_run(
-            Path(cfg.run),
-            allow=allow,
-            device=options["device"],
-            weights=options["weights"],
-            checkpoint=options["checkpoint"],
-        )
+        run = chosen_run(options, allow)
         index = spread(len(choose_split(run.dataset, options["split"])), options["n"])
         shards = folders.share(folder, options, run)
     job = measure.job(

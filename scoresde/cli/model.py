@@ -96,6 +96,14 @@ def check_fit(denoiser: Denoiser, dataset: Dataset, *, conditional: bool) -> Non
         raise ValueError(f"network does not take samples of shape {dataset.event_shape}: {error}") from error
 
 
+def chosen_run(options: Mapping[str, Any], allow: Sequence[str]) -> LoadedRun:
+    """`load_run` as the keys run, device, weights and checkpoint of a command say."""
+    return load_run(
+        Path(options["run"]), allow=allow, device=options["device"], weights=options["weights"],
+        checkpoint=options["checkpoint"],
+    )  # fmt: skip
+
+
 def load_run(
     folder: Path, *, allow: Sequence[str] = (), device: str = "auto", weights: str | float = "ema",
     checkpoint: str = "latest",

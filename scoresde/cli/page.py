@@ -12,6 +12,7 @@ from urllib.parse import quote
 
 from .curves import Curve, chart, hue
 from .listing import number
+from .publish import publish
 from .run_files import STATES, Run
 from .runs import keys
 
@@ -32,9 +33,7 @@ def write_page(path: Path, runs: Sequence[Run], *, title: str, limit: int = LIMI
         limit: bytes of embedded pictures, ≥ 0; further ones are links.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_name(f".{path.name}.new")
-    new.write_text(page(runs, title=title, base=path.parent, limit=limit), encoding="utf-8")
-    os.replace(new, path)
+    publish(path, page(runs, title=title, base=path.parent, limit=limit))
 
 
 def page(runs: Sequence[Run], *, title: str, base: Path, limit: int = LIMIT) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
@@ -11,7 +10,7 @@ from ..config import ConfigError, plain
 from ..train import figures
 from . import folder as folders
 from ._hydra import allowed, build_samplers, choice, launch, output_folder, refusing
-from .model import load_run, set_threads
+from .model import chosen_run, set_threads
 from .report import check_samplers, layout, list_files, sampling_jobs, write_samples
 
 
@@ -51,13 +50,7 @@ def sample(cfg: DictConfig) -> None:
         if options["pictures"]:
             figures.require()
         samplers = build_samplers(cfg, allow)
-        run = load_run(
-            Path(cfg.run),
-            allow=allow,
-            device=options["device"],
-            weights=options["weights"],
-            checkpoint=options["checkpoint"],
-        )
+        run = chosen_run(options, allow)
         check_samplers(samplers, run.denoiser)
         shards = folders.share(folder, options, run)
     jobs = sampling_jobs(
