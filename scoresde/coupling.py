@@ -7,17 +7,18 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from .kernels import Noise
 from .rng import Rng
 
-Coupling = Callable[[Tensor, Rng], tuple[Tensor, Tensor]]
+Coupling = Callable[[Tensor, Rng], tuple[Tensor, Tensor | Noise]]
 """(x0, rng) -> (x0, eps): which noise goes with which data. x0 keeps its order, so that its condition still fits."""
 
 
 class Independent:
     """ε ~ N(0, I), independent of x_0."""
 
-    def __call__(self, x0: Tensor, rng: Rng) -> tuple[Tensor, Tensor]:
-        return x0, rng.normal_like(x0)
+    def __call__(self, x0: Tensor, rng: Rng) -> tuple[Tensor, Tensor | Noise]:
+        return x0, rng.noise(x0)
 
 
 class OptimalTransport:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from .coupling import Coupling, Independent
 from .denoiser import Cond, Denoiser
+from .kernels import dsm_loss
 from .nn.embedding import FourierEmbedding
 from .rng import Rng
 from .sde import SDE
@@ -240,7 +241,7 @@ class DenoisingLoss(nn.Module):
         prediction = self.denoiser(sde.perturb(x0, t, eps), t, cond)
         dims, span = x0[0].numel(), sde.t_max - self.times.start(sde)
         weight = importance * self.weighting.weight(sde, t, dims, span)
-        loss = weight.to(x0.dtype) * (prediction.eps - eps).square().flatten(1).mean(1)
+        loss = dsm_loss(prediction.eps, eps, weight)
         if self.uncertainty is None:
             return Terms(loss, loss, t)
         u = self.uncertainty(sde.log_snr(t)).to(x0.dtype)

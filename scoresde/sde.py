@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .kernels import Noise, lincomb
 from .rng import Rng
 from .shapes import as_time, coefficient
 
@@ -84,10 +85,10 @@ class SDE(abc.ABC):
         alpha, sigma = self.marginal(t)
         return Scales(self, t, coefficient(alpha, like), coefficient(sigma, like), like)
 
-    def perturb(self, x0: Tensor, t: Tensor | float, eps: Tensor) -> Tensor:
-        """x_t = α_t x_0 + σ_t ε, of the shape of `x0` (B, *event)."""
-        scales = self.at(t, x0)
-        return scales.alpha * x0 + scales.sigma * eps
+    def perturb(self, x0: Tensor, t: Tensor | float, eps: Tensor | Noise) -> Tensor:
+        """x_t = α_t x_0 + σ_t ε, of the shape of `x0` (B, *event); ε a tensor like it, or from `Rng.noise`."""
+        alpha, sigma = self.marginal(as_time(t, x0))
+        return lincomb(((alpha, x0),), (sigma, eps))
 
     def transition(self, s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """(scale, std) of x_t | x_s ~ N(scale · x_s, std² I) for s ≤ t.

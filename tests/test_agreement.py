@@ -58,10 +58,24 @@ from scoresde import (
     UniPC,
     V,
 )
+from scoresde.kernels import lincomb
 from scoresde.sampling.multistep import History, knot
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:diffusers")  # numpy on torch tensors
 STEPS, SEED = 8, 7
+
+
+class TheirNoise(Rng):
+    """The numbers of a `torch.Generator`, from which diffusers draws."""
+
+    def __init__(self, seed: int):
+        super().__init__(seed)
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def normal(self, shape, *, dtype=None, device=None):
+        return torch.randn(tuple(shape), generator=self.generator, dtype=dtype, device=device)
+
+
 SHAPE = (4, 3, 4, 4)
 TO_DATA = {"lower_order_final": False, "final_sigmas_type": "sigma_min"}  # no first-order last step, and none to zero
 
@@ -88,9 +102,9 @@ def theirs(scheduler, x: Tensor, c_noise: Tensor, seeded: bool = False) -> list[
 
 
 def assert_same(step: Step, denoiser: Denoiser, times: Tensor, x: Tensor, expected: list[Tensor], **kwargs) -> None:
-    """Every state of our run over `times` is theirs; Rng(SEED) draws the numbers of their generator."""
+    """Every state of our run over `times` is theirs; TheirNoise draws the numbers of their generator."""
     sampler = Sampler(step, lambda sde, n: times.double(), len(times) - 1, **kwargs)
-    states = [trace.x for trace in sampler.iterate(denoiser, x, rng=Rng(SEED))][1:]
+    states = [trace.x for trace in sampler.iterate(denoiser, x, rng=TheirNoise(SEED))][1:]
     torch.testing.assert_close(torch.stack(states), torch.stack(expected), rtol=1e-4, atol=1e-4)
 
 
@@ -217,7 +231,7 @@ def test_third_order_methods_once_they_have_their_values(step, make) -> None:
         if k == 4:
             state = remembered(step, scheduler, states, times, k)
         states.append(scheduler.step(network(states[-1], c), scheduler.timesteps[k], states[-1]).prev_sample)
-    moved, _ = step(denoiser, states[4], times[4], times[5], state, cond=None, rng=Rng(SEED))
+    moved, _ = step(denoiser, states[4], times[4], times[5], state, cond=None, rng=TheirNoise(SEED))
     expected = states[5] + (missing_curvature(denoiser, states, times) if type(step) is DPMSolverPP else 0)
     torch.testing.assert_close(moved, expected, rtol=1e-4, atol=1e-4)
 
@@ -229,7 +243,8 @@ def remembered(step: Multistep, scheduler, states: list[Tensor], times: Tensor, 
     knots = tuple(knot(sde, times[k - 1 - back], share) for back in range(3))
     values = tuple(scheduler.model_outputs[-1 - back] for back in range(3))
     before = scheduler.last_sample if step.corrector else states[k - 1]
-    base = step._carry(before, knots[0], knot(sde, times[k], share), share, Rng(SEED))
+    carried, noise = step._carry(before, knots[0], knot(sde, times[k], share), share, TheirNoise(SEED))
+    base = lincomb((carried,), noise)
     return History(base, knots, values, None)
 
 

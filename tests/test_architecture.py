@@ -17,7 +17,9 @@ PACKAGE = Path(scoresde.__file__).parent
 
 # Each module imports from lower floors only, and from its own package.
 FLOORS = (
-    ("shapes", "rng", "nn", "redact"),
+    ("shapes", "philox", "nn", "redact"),
+    ("kernels",),
+    ("rng",),
     ("sde", "coupling"),
     ("prediction", "table"),
     ("parameterization",),

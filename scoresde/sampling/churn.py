@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from ..denoiser import Cond, Denoiser
+from ..kernels import lincomb
 from ..rng import Rng
-from ..shapes import coefficient
 from .sampler import State, Step
 from .steps import Heun
 
@@ -68,7 +68,7 @@ class Churn(Step):
     ) -> tuple[Tensor, State]:
         raised = self.raised(denoiser, t, s)
         scale, std = denoiser.sde.transition(t, raised)
-        x = coefficient(scale, x) * x + coefficient(self.noise * std, x) * rng.normal_like(x)
+        x = lincomb(((scale, x),), (self.noise * std, rng.noise(x)))
         return self.step(denoiser, x, raised, s, state, cond=cond, rng=rng)
 
     def raised(self, denoiser: Denoiser, t: Tensor, s: Tensor) -> Tensor:

@@ -18,19 +18,22 @@ c = σ_data has V = 0 on Gaussian data of that spread, so that only what is not 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..denoiser import Cond, Denoiser
+from ..kernels import lincomb
 from ..ode import lagrange
 from ..prediction import Prediction
 from ..rng import Rng
 from ..sde import SDE
-from ..shapes import coefficient
 from .sampler import State, Step
+
+Term = tuple[Tensor | float, Any]
+"""A coefficient and the tensor, or the noise, that it multiplies."""
 
 
 class Knot(NamedTuple):
@@ -131,16 +134,19 @@ class Multistep(Step):
             knots, values, origin = knots + state.knots, values + state.values, state.origin
             if origin is not None:
                 whole = self._carry(origin, knots[-1], here, share, rng)
-                x = self._integrate(whole, here, knots, values, len(values) - 1, share)
+                x = self._integrate(*whole, here, knots, values, len(values) - 1, share)
                 if self.order > 3 and len(values) == 2:
                     values = (self._value(denoiser(x, t, cond), here, share), *state.values)
             elif self.corrector:
-                x = self._integrate(state.base, here, knots[: self.corrector], values, 1, share)
-        base = self._carry(x, here, there, share, rng)
-        x = self._integrate(base, there, knots[: self.nodes], values, 0, share)
+                x = self._integrate((1.0, state.base), None, here, knots[: self.corrector], values, 1, share)
+        carried, base = self._carry(x, here, there, share, rng), None
+        if self.corrector:
+            base = lincomb((carried[0],), carried[1])
+            carried = (1.0, base), None
+        x = self._integrate(*carried, there, knots[: self.nodes], values, 0, share)
         keep = max(self.nodes, self.corrector, 2) - 1
         starting = self.eta == 0 and len(values) < self.order - 1
-        return x, History(base if self.corrector else None, knots[:keep], values[:keep], origin if starting else None)
+        return x, History(base, knots[:keep], values[:keep], origin if starting else None)
 
     def _noise(self, start: Knot) -> Tensor | float:
         """η of the step that begins at `start`."""
@@ -154,30 +160,32 @@ class Multistep(Step):
     def _value(self, p: Prediction, here: Knot, share: float) -> Tensor:
         if share in (0, 1):
             return p.eps if share else p.x0
-        value = coefficient((1 - share) * here.sigma / here.norm, p.x0) * p.x0
-        return value.addcmul_(p.eps, coefficient(-share * here.alpha / here.norm, p.x0))
+        return lincomb((((1 - share) * here.sigma / here.norm, p.x0), (-share * here.alpha / here.norm, p.eps)))
 
-    def _carry(self, x: Tensor, here: Knot, there: Knot, share: float, rng: Rng) -> Tensor:
+    def _carry(self, x: Tensor, here: Knot, there: Knot, share: float, rng: Rng) -> tuple[Term, Term | None]:
         """x_s without the integral: what the known Gaussian makes of x_t, and the noise."""
         ratio = there.norm / here.norm
         if self.eta == 0:
-            return coefficient(ratio, x) * x
+            return (ratio, x), None
         eta = self._noise(here)
         shrunk = (ratio * here.alpha / there.alpha) ** (2 * eta**2)  # (D_s/D_t)^{η²}
         gap = torch.exp(-2 * here.level) - torch.exp(-2 * there.level)  # ς_t² − ς_s²
         lost = (1 - shrunk) / (1 - share) if share < 1 else eta**2 * gap
-        base = coefficient(ratio * shrunk.sqrt(), x) * x
-        return base.addcmul_(rng.normal_like(x), coefficient(there.norm * lost.clamp(min=0).sqrt(), x))
+        return (ratio * shrunk.sqrt(), x), (there.norm * lost.clamp(min=0).sqrt(), rng.noise(x))
 
     def _integrate(
-        self, base: Tensor, end: Knot, knots: tuple[Knot, ...], values: tuple[Tensor, ...], start: int, share: float
+        self,
+        base: Term,
+        noise: Term | None,
+        end: Knot,
+        knots: tuple[Knot, ...],
+        values: tuple[Tensor, ...],
+        start: int,
+        share: float,
     ) -> Tensor:
         """`base` and the integral, from knot number `start` to `end`, of the polynomial through the values there."""
-        weights, x = self._weights([one.level for one in knots], knots[start], end, start, share), base
-        for index, (weight, value) in enumerate(zip(weights, values, strict=False)):
-            weight = coefficient(weight, x)
-            x = torch.addcmul(x, value, weight) if self.corrector and index == 0 else x.addcmul_(value, weight)
-        return x
+        weights = self._weights([one.level for one in knots], knots[start], end, start, share)
+        return lincomb((base, *zip(weights, values, strict=False)), noise)
 
     def _weights(self, levels: list[Tensor], start: Knot, end: Knot, at: int, share: float) -> tuple[Tensor, ...]:
         r"""(1 + η²) M_s ∫ (D_s/D)^{η²/2} ς/D L_i dℓ of the Lagrange polynomials L_i on `levels`.

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from ..denoiser import Cond, Denoiser
+from ..kernels import lincomb
 from ..rng import Rng
-from ..shapes import coefficient, expand_as_batch
+from ..shapes import expand_as_batch
 from .sampler import State, Step
 from .steps import Heun
 
@@ -85,7 +86,7 @@ class Restart(Step):
         way = [top, *(sde.time(snr_top + k / self.steps * (snr - snr_top)) for k in range(1, self.steps)), s]
         scale, std = sde.transition(s, top)
         for _ in range(self.repeats):
-            moved = coefficient(scale, x) * x + coefficient(self.noise * std, x) * rng.normal_like(x)
+            moved = lincomb(((scale, x),), (self.noise * std, rng.noise(x)))
             state = self.step.init(moved)
             for k in range(self.steps):
                 moved, state = self.step(denoiser, moved, way[k], way[k + 1], state, cond=cond, rng=rng)

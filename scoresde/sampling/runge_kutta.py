@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from ..denoiser import Cond, Denoiser
+from ..kernels import lincomb
 from ..prediction import Prediction
 from ..rng import Rng
 from ..sde import SDE
-from ..shapes import coefficient
 from .sampler import State, Step
 
 
@@ -68,10 +68,9 @@ def _runge_kutta(
 
     def state(time: Tensor, shares: tuple[float, ...]) -> Tensor:
         alpha, sigma = sde.marginal(time)
-        point = coefficient(alpha, x) * first.x0 + coefficient(sigma, x) * first.eps
-        for share, slope in zip(shares, slopes, strict=True):
-            point = point + coefficient(share * alpha * (end - start), x) * slope
-        return point
+        width = alpha * (end - start)
+        further = [(share * width, slope) for share, slope in zip(shares, slopes, strict=True)]
+        return lincomb(((alpha, first.x0), (sigma, first.eps), *further))
 
     for c, shares in stages:
         time = s if c == 1 else _time(sde, -2 * (start + c * (end - start)).log(), t, s)
@@ -131,16 +130,17 @@ class DPMSolver(Step):
         sde, first = denoiser.sde, denoiser(x, t, cond)
         snr_t, snr_s = sde.log_snr(t), sde.log_snr(s)
         h = 0.5 * (snr_s - snr_t)
-        delta, r = torch.zeros_like(x), 1.0
-        noise, part = torch.zeros_like(x), h / self.evaluations  # every stage is one part further along
+        delta, r = None, 1.0
+        noise, part = None, h / self.evaluations  # every stage is one part further along
         for k in range(1, self.evaluations + 1):
             c, last = k / self.evaluations, k == self.evaluations
             time = s if last else _time(sde, snr_s + (1 - c) * (snr_t - snr_s), t, s)
             if self.eta > 0:
                 decay = -(self.eta**2) * part
                 fresh = (-torch.expm1(2 * decay)).clamp(min=0).sqrt()
-                noise = coefficient(decay.exp(), x) * noise + coefficient(fresh, x) * rng.normal_like(x)
-            moved = self._point(sde, first, time, c * h, noise, c / r * delta)
+                before = torch.zeros_like(x) if noise is None else noise
+                noise = lincomb(((decay.exp(), before),), (fresh, rng.noise(x)))
+            moved = self._point(sde, first, time, c * h, noise, None if delta is None else (c / r, delta))
             if not last:
                 delta, r = self._read(denoiser(moved, time, cond)) - self._read(first), c
         return moved, state
@@ -148,14 +148,22 @@ class DPMSolver(Step):
     def _read(self, p: Prediction) -> Tensor:
         return p.x0 if self.prediction == "x0" else p.eps
 
-    def _point(self, sde: SDE, first: Prediction, time: Tensor, h: Tensor, noise: Tensor, delta: Tensor) -> Tensor:
+    def _point(
+        self,
+        sde: SDE,
+        first: Prediction,
+        time: Tensor,
+        h: Tensor,
+        noise: Tensor | None,
+        change: tuple[float, Tensor] | None,
+    ) -> Tensor:
         alpha, sigma = sde.marginal(time)
         scale, z = (alpha, (1 + self.eta**2) * h) if self.prediction == "x0" else (sigma, -h)
         grown = -torch.expm1(-z)
         weight = 0.5 * grown if self.evaluations == 2 else torch.where(z == 0, 0, 1 - grown / z)
-        eps = coefficient(torch.exp(-(self.eta**2) * h), delta) * first.eps + noise
-        return (
-            coefficient(alpha, delta) * first.x0
-            + coefficient(sigma, delta) * eps
-            + coefficient(scale * weight, delta) * delta
-        )
+        terms = [(alpha, first.x0), (sigma * torch.exp(-(self.eta**2) * h), first.eps)]
+        if noise is not None:
+            terms.append((sigma, noise))
+        if change is not None:
+            terms.append((change[0] * scale * weight, change[1]))
+        return lincomb(terms)

@@ -1,21 +1,19 @@
 r"""One-step methods on the pair (x̂_0, ε̂), for every SDE, event shape and grid.
 
-Coefficients are computed in the dtype of the grid (float64) and meet the batch once, in its own dtype. Sums are built
-in place on their first term: at the size of a batch of images a temporary costs more than the arithmetic.
+Coefficients are computed in the dtype of the grid (float64) and meet the batch once, in `kernels.lincomb`.
 """
 
 from __future__ import annotations
 
 import math
 
-import torch
 from torch import Tensor
 
 from ..denoiser import Cond, Denoiser
+from ..kernels import langevin, lincomb
 from ..prediction import Prediction
 from ..rng import Rng
 from ..sde import SDE
-from ..shapes import coefficient
 from .sampler import State, Step
 
 
@@ -44,10 +42,8 @@ class EulerMaruyama(Step):
         part = 0.5 if self.probability_flow else 1.0
         _, sigma = sde.marginal(t)
         eps = denoiser(x, t, cond).eps
-        x = (coefficient(1 - sde.drift(t) * dt, x) * x).addcmul_(eps, coefficient(-part * g**2 * dt / sigma, x))
-        if not self.probability_flow:
-            x.addcmul_(rng.normal_like(x), coefficient(g * dt.sqrt(), x))
-        return x, state
+        noise = None if self.probability_flow else (g * dt.sqrt(), rng.noise(x))
+        return lincomb(((1 - sde.drift(t) * dt, x), (-part * g**2 * dt / sigma, eps)), noise), state
 
 
 class ReverseDiffusion(Step):
@@ -76,10 +72,8 @@ class ReverseDiffusion(Step):
         _, sigma = sde.marginal(t)
         eps = denoiser(x, t, cond).eps
         kick = (2 - scale) * sigma - sde.marginal(s)[1] if self.probability_flow else std**2 / sigma
-        x = (coefficient(2 - scale, x) * x).addcmul_(eps, coefficient(-kick, x))
-        if not self.probability_flow:
-            x.addcmul_(rng.normal_like(x), coefficient(std, x))
-        return x, state
+        noise = None if self.probability_flow else (std, rng.noise(x))
+        return lincomb(((2 - scale, x), (-kick, eps)), noise), state
 
 
 def ddim_update(sde: SDE, p: Prediction, t: Tensor, s: Tensor, eta: float, rng: Rng) -> Tensor:
@@ -88,14 +82,13 @@ def ddim_update(sde: SDE, p: Prediction, t: Tensor, s: Tensor, eta: float, rng: 
     (Song, Meng & Ermon 2021, eq. 12 and 16.) Nothing is divided by α or σ.
     """
     alpha, sigma = sde.marginal(s)
-    x = coefficient(alpha, p.x0) * p.x0
     if eta == 0:
-        return x.addcmul_(p.eps, coefficient(sigma, x))
+        return lincomb(((alpha, p.x0), (sigma, p.eps)))
     alpha_t, sigma_t = sde.marginal(t)
     # share of σ_s² that the posterior q(x_s|x_t, x_0) holds, 1 − e^{λ_t − λ_s}
     gap = (1 - (alpha_t * sigma / (alpha * sigma_t)) ** 2).clamp(min=0)
-    x.addcmul_(p.eps, coefficient(sigma * (1 - eta**2 * gap).sqrt(), x))
-    return x.addcmul_(rng.normal_like(x), coefficient(eta * sigma * gap.sqrt(), x))
+    kept = sigma * (1 - eta**2 * gap).sqrt()
+    return lincomb(((alpha, p.x0), (kept, p.eps)), (eta * sigma * gap.sqrt(), rng.noise(p.x0)))
 
 
 class DDIM(Step):
@@ -152,8 +145,8 @@ class Heun(Step):
         second = denoiser(guess, s, cond)
         # ½(ς_s − ς_t) α_s (ε̂_s − ε̂_t) on top of the DDIM point
         (alpha_t, sigma_t), (alpha, sigma) = sde.marginal(t), sde.marginal(s)
-        slope = coefficient(0.5 * (sigma - alpha / alpha_t * sigma_t), x)
-        return torch.addcmul(guess, second.eps, slope).addcmul_(first.eps, -slope), state
+        slope = 0.5 * (sigma - alpha / alpha_t * sigma_t)
+        return lincomb(((1.0, guess), (slope, second.eps), (-slope, first.eps))), state
 
 
 class Langevin(Step):
@@ -170,25 +163,22 @@ class Langevin(Step):
 
     Args:
         snr: r > 0, target ratio of the score's step to the noise's.
+        measured: ‖z‖² of the noise that is added, as in the paper, instead of its mean D.
     """
 
     order, evaluations = 0.0, 1
 
-    def __init__(self, snr: float = 0.16):
+    def __init__(self, snr: float = 0.16, measured: bool = False):
         if not (0 < snr < math.inf):
             raise ValueError(f"Langevin needs snr > 0; got {snr}.")
-        self.snr = float(snr)
+        self.snr, self.measured = float(snr), bool(measured)
 
     def __call__(
         self, denoiser: Denoiser, x: Tensor, t: Tensor, s: Tensor, state: State, *, cond: Cond, rng: Rng
     ) -> tuple[Tensor, State]:
         _, sigma = denoiser.sde.marginal(t)
-        eps, z = denoiser(x, t, cond).eps, rng.normal_like(x)
-        # per sample in units of σ²: h/σ², with score = −ε̂/σ
-        ratio = (x[0].numel() + 64) / (eps.flatten(1).square().sum(1) + 64)
-        h = coefficient((2 * self.snr**2 * ratio).clamp(max=1.0), x)
-        sigma = coefficient(sigma, x)
-        return torch.addcmul(x, z, (2 * h).sqrt() * sigma).addcmul_(eps, -h * sigma), state
+        eps = denoiser(x, t, cond).eps
+        return langevin(x, eps, sigma, self.snr, rng.noise(x), measured=self.measured), state
 
 
 class AnnealedLangevin(Step):
@@ -212,8 +202,7 @@ class AnnealedLangevin(Step):
     ) -> tuple[Tensor, State]:
         _, sigma = denoiser.sde.marginal(t)
         eps, h = denoiser(x, t, cond).eps, 2 * self.snr**2
-        x = torch.addcmul(x, rng.normal_like(x), coefficient(math.sqrt(2 * h) * sigma, x))
-        return x.addcmul_(eps, coefficient(-h * sigma, x)), state
+        return lincomb(((1.0, x), (-h * sigma, eps)), (math.sqrt(2 * h) * sigma, rng.noise(x))), state
 
 
 class PredictorCorrector(Step):

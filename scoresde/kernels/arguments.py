@@ -1,0 +1,189 @@
+"""The arguments of the kernels in csrc/kernels.cu: its structs, field by field, and how a batch is shared out.
+
+Tensors come from `ops.py`, which has checked them: one device, one dtype, one dense memory format (contiguous or
+channels-last), batch first; coefficients in float64 of shape () or (B,), or None for 1.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from ctypes import c_double, c_int64, c_uint32, c_void_p
+
+from torch import Tensor
+
+from .noise import Noise
+
+BLOCK = 256  # threads
+# 2^19 threads fill a GPU (an H200 holds 132 · 2048 ≈ 2^18 at once). Beyond that a thread takes more quads, up to 8:
+# what it does once (find its sample, read coefficients, start the noise) costs about as much as a quad.
+FULL, MOST_QUADS = 2**19, 8
+# neighbouring threads of one sample, where it has as many quads: a warp, which then reads without gaps
+WARP = 32
+# Threads, and elements of a sample, are counted in 31 bits, as `Division` needs; a grid may round up by a block.
+LIMIT = 2**31 - BLOCK
+
+
+class Division(ctypes.Structure):
+    """n // divisor for n < 2^31 by a multiplication (Granlund & Montgomery 1994, fig. 4.1)."""
+
+    _fields_ = (("divisor", c_uint32), ("magic", c_uint32), ("shift", c_uint32))
+
+    @classmethod
+    def by(cls, divisor: int) -> Division:
+        shift = (divisor - 1).bit_length()
+        return cls(divisor, 2**32 * (2**shift - divisor) // divisor + 1, shift)
+
+
+class Coefficient(ctypes.Structure):
+    _fields_ = (("values", c_void_p), ("stride", c_int64))
+
+    @classmethod
+    def of(cls, values: Tensor | None) -> Coefficient:
+        return cls() if values is None else cls(values.data_ptr(), values.stride(0) if values.ndim else 0)
+
+
+class Counters(ctypes.Structure):
+    """`Noise` as the kernels know it."""
+
+    _fields_ = (
+        ("seeds", c_void_p),
+        ("draws", c_void_p),
+        ("seed_stride", c_int64),
+        ("draw_stride", c_int64),
+        ("draw", c_int64),
+        ("row", c_uint32),
+        ("row_stride", c_uint32),
+    )
+
+    @classmethod
+    def of(cls, noise: Noise | None) -> Counters:
+        if noise is None:
+            return cls()
+        seeds, draws = noise.seeds, noise.draws
+        shared = seeds.numel() == 1
+        return cls(
+            seeds=seeds.data_ptr(),
+            draws=draws.data_ptr(),
+            seed_stride=0 if shared else seeds.stride(0),
+            draw_stride=0 if draws.numel() == 1 else draws.stride(0),
+            draw=noise.draw,
+            row=noise.row,
+            row_stride=1 if shared else 0,
+        )
+
+
+def quads_of(like: Tensor) -> int:
+    """Groups of four elements in one sample of `like` (B, *event), which is not empty.
+
+    Raises:
+        ValueError: the batch or its samples are too large for one launch.
+    """
+    samples = like.shape[0]
+    elements = like.numel() // samples
+    quads = -(-elements // 4)
+    if samples * quads > LIMIT or elements > LIMIT:
+        raise ValueError(
+            f"A kernel takes samples of at most {LIMIT} elements and batches of at most {LIMIT} groups of four of them; "
+            f"got {samples} samples of {elements} elements. Split the batch."
+        )
+    return quads
+
+
+def quads_per_thread(like: Tensor) -> int:
+    """1 to `MOST_QUADS`: as many as leave the GPU full and a warp to each sample."""
+    quads = quads_of(like)
+    return max(1, min(MOST_QUADS, like.shape[0] * quads // FULL, quads // WARP))
+
+
+class Layout(ctypes.Structure):
+    _fields_ = (
+        ("samples", c_uint32),
+        ("elements", c_uint32),
+        ("quads", c_uint32),
+        ("vector", c_uint32),
+        ("rows", c_uint32),
+        ("threads", Division),
+        ("inner", Division),
+        ("channels", Division),
+    )
+
+    @classmethod
+    def of(cls, tensors: Sequence[Tensor], threads: int) -> Layout:
+        """Of tensors of one shape (B, *event) and memory format, with `threads` threads for each sample."""
+        like = tensors[0]
+        elements = like.numel() // like.shape[0]
+        channels = 1 if like.is_contiguous() else like.shape[1]
+        inner = elements // channels
+        packet = min(4 * like.element_size(), 16)
+        aligned = all(x.data_ptr() % packet == 0 for x in tensors)
+        return cls(
+            samples=like.shape[0],
+            elements=elements,
+            quads=quads_of(like),
+            vector=channels == 1 and elements % 4 == 0 and aligned,
+            rows=inner // 4 if channels > 1 and inner % 4 == 0 else 0,
+            threads=Division.by(threads),
+            inner=Division.by(inner),
+            channels=Division.by(channels),
+        )
+
+
+class Lincomb(ctypes.Structure):
+    _fields_ = (
+        ("layout", Layout),
+        ("out", c_void_p),
+        ("inputs", c_void_p * 5),
+        ("coefficients", Coefficient * 5),
+        ("std", Coefficient),
+        ("noise", Counters),
+    )
+
+
+class Perturb(ctypes.Structure):
+    _fields_ = (
+        ("layout", Layout),
+        ("noisy", c_void_p),
+        ("target", c_void_p),
+        ("x0", c_void_p),
+        ("eps", c_void_p),
+        ("alpha", Coefficient),
+        ("sigma", Coefficient),
+        ("p", Coefficient),
+        ("q", Coefficient),
+        ("noise", Counters),
+    )
+
+
+class Signs(ctypes.Structure):
+    _fields_ = (("layout", Layout), ("out", c_void_p), ("noise", Counters))
+
+
+class Squares(ctypes.Structure):
+    _fields_ = (
+        ("layout", Layout),
+        ("group", c_uint32),
+        ("partials", c_void_p),
+        ("a", c_void_p),
+        ("x0", c_void_p),
+        ("eps", c_void_p),
+        ("p", Coefficient),
+        ("q", Coefficient),
+        ("noise", Counters),
+    )
+
+
+class Finish(ctypes.Structure):
+    _fields_ = (
+        ("samples", c_uint32),
+        ("parts", c_uint32),
+        ("group", c_uint32),
+        ("measured", c_uint32),
+        ("partials", c_void_p),
+        ("factor", Coefficient),
+        ("snr", c_double),
+        ("elements", c_double),
+        ("eps", c_void_p),
+        ("std", c_void_p),
+        ("loss", c_void_p),
+    )
