@@ -18,11 +18,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_MULTIPLIERS = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
-_WEYL = 0x9E3779B9, 0xBB67AE85
+_MULTIPLIERS = np.array([0xD2511F53, 0xCD9E8D57], np.uint64)[:, None, None]
+_WEYL = np.array([0x9E3779B9, 0xBB67AE85], np.uint64)[:, None, None]
 _LOW, _HALF = np.uint64(0xFFFFFFFF), np.uint64(32)
 _CACHED = 8192
-"""Blocks that are made at once: their four arrays of 64 KiB fit in a second-level cache."""
+"""Blocks that are made at once: their two arrays of 128 KiB fit in a second-level cache."""
+_TINY, _TWICE, _TURN = np.float32(2.0**-32), np.float32(-2), np.float32(math.pi * 2.0**-31)
 
 
 class Streams(NamedTuple):
@@ -73,60 +74,54 @@ def normals(where: Streams, n: int) -> Tensor:
     Word j = (a, b) gives numbers 2j and 2j + 1, √(−2 ln u) (cos πv, sin πv), with u = (a + ½)/2³² and v = b/2³¹, b
     signed (Box & Muller 1958). The largest that can be had is 6.76.
     """
-    out = torch.empty(len(where.seeds), (n + 3) // 4, 2, 2)
+    out = np.empty((len(where.seeds), (n + 3) // 4, 2, 2), np.float32)
     for part, words in _parts(where, out.shape[1]):
-        whole = words.view(np.uint32)
-        u = torch.from_numpy(whole[..., 1::2].astype(np.float32))
-        radius = u.mul_(2.0**-32).add_(2.0**-33).log_().mul_(-2).sqrt_()
-        angle = torch.from_numpy(whole[..., 0::2].view(np.int32).astype(np.float32)).mul_(math.pi * 2.0**-31)
-        torch.mul(angle.cos(), radius, out=out[part][..., 0])
-        torch.mul(angle.sin_(), radius, out=out[part][..., 1])
-    return out.flatten(1)[:, :n].contiguous()
+        halves = words.view(np.uint32)  # b, a, b, a, …: words lie with their low half first
+        radius, angle = halves[..., 1::2].astype(np.float32), halves[..., 0::2].view(np.int32).astype(np.float32)
+        np.add(np.multiply(radius, _TINY, out=radius), 0.5 * _TINY, out=radius)
+        np.sqrt(np.multiply(np.log(radius, out=radius), _TWICE, out=radius), out=radius)
+        np.multiply(angle, _TURN, out=angle)
+        made = np.moveaxis(out[part], 2, 0)
+        np.multiply(np.cos(angle), radius, out=made[..., 0])
+        np.multiply(np.sin(angle, out=angle), radius, out=made[..., 1])
+    return torch.from_numpy(out.reshape(len(out), 4 * out.shape[1])[:, :n]).contiguous()
 
 
 def _words(where: Streams, n: int) -> np.ndarray:
     out = np.empty((len(where.seeds), n, 2), np.uint64)
     for part, words in _parts(where, n):
-        out[part] = words
+        np.moveaxis(out[part], 2, 0)[...] = words
     return out
 
 
 def _parts(where: Streams, n: int) -> Iterator[tuple[tuple[slice, slice], np.ndarray]]:
-    """(samples, blocks) and their words (samples, blocks, 2), a cacheful at a time; the array is used again."""
+    """(samples, blocks) and both words of each, (2, samples, blocks), a cacheful at a time; the array is used again."""
     seeds, rows, draws = where
+    shared = len(seeds) < 2 or bool((seeds == seeds[0]).all())
     width = max(min(n, _CACHED), 1)
     height = max(_CACHED // width, 1)
-    room = np.empty((4, height * width), np.uint64)
-    words = np.empty(2 * height * width, np.uint64)
+    room = np.empty((2, 2 * height * width), np.uint64)
     for first in range(0, len(seeds), height):
         samples = slice(first, min(first + height, len(seeds)))
+        key = seeds[samples, None][: 1 if shared else None]
+        draw = draws[samples, None]
         for begin in range(0, n, width):
             blocks = slice(begin, min(begin + width, n))
-            shape = samples.stop - first, blocks.stop - begin
-            size = shape[0] * shape[1]
-            a, b, p, q = (part[:size].reshape(shape) for part in room)
-            np.left_shift(np.arange(begin, blocks.stop, dtype=np.uint64)[None], _HALF, out=a)
-            np.bitwise_or(a, rows[samples, None], out=a)
-            draw = draws[samples, None]
-            b[...] = (draw << _HALF) | (draw >> _HALF)
-            _rounds(a, b, p, q, seeds[samples])
-            made = words[: 2 * size].reshape(*shape, 2)
-            made[..., 0], made[..., 1] = a, b
-            yield (samples, blocks), made
+            shape = 2, samples.stop - first, blocks.stop - begin
+            state, product = (part[: math.prod(shape)].reshape(shape) for part in room)
+            np.left_shift(np.arange(begin, blocks.stop, dtype=np.uint64)[None], _HALF, out=state[0])
+            np.bitwise_or(state[0], rows[samples, None], out=state[0])
+            state[1] = (draw << _HALF) | (draw >> _HALF)
+            _rounds(state, product, np.stack([key & _LOW, key >> _HALF]))
+            yield (samples, blocks), state
 
 
-def _rounds(a: np.ndarray, b: np.ndarray, p: np.ndarray, q: np.ndarray, seeds: np.ndarray) -> None:
-    """Ten rounds in place on a = (c0, c1) and b = (c2, c3), the former in the high halves; p and q are room."""
-    low, high = seeds & _LOW, seeds >> _HALF
-    one = len(seeds) == 1 or bool((seeds == seeds[0]).all())
+def _rounds(state: np.ndarray, product: np.ndarray, key: np.ndarray) -> None:
+    """Ten rounds in place on (c0, c1) and (c2, c3), the former in the high halves; `product` is room."""
+    crossed = product[::-1]
     for turn in range(10):
-        keys = [
-            ((half + np.uint64(turn * weyl & 0xFFFFFFFF)) & _LOW) << _HALF
-            for half, weyl in zip((low, high), _WEYL, strict=True)
-        ]
-        first, second = (key[0] if one else key[:, None] for key in keys)
-        np.multiply(np.right_shift(a, _HALF, out=p), _MULTIPLIERS[0], out=p)
-        np.multiply(np.right_shift(b, _HALF, out=q), _MULTIPLIERS[1], out=q)
-        # (c0, c1, c2, c3) ← (high q ^ c1 ^ key, low q, high p ^ c3 ^ key', low p)
-        np.bitwise_xor(np.bitwise_xor(np.left_shift(a, _HALF, out=a), first, out=a), q, out=a)
-        np.bitwise_xor(np.bitwise_xor(np.left_shift(b, _HALF, out=b), second, out=b), p, out=b)
+        bumped = ((key + np.uint64(turn) * _WEYL) & _LOW) << _HALF
+        np.multiply(np.right_shift(state, _HALF, out=product), _MULTIPLIERS, out=product)
+        # (c0, c1) ← (high half of c2's product ^ c1 ^ key, its low half), and the same the other way round
+        np.bitwise_xor(np.left_shift(state, _HALF, out=state), bumped, out=state)
+        np.bitwise_xor(state, crossed, out=state)

@@ -139,7 +139,7 @@ class Rng:
         return (words.to(torch.float64) * 2.0**-digits).to(device, dtype)
 
     def integers(self, high: int, shape: Sequence[int], *, device: torch.device | str | None = None) -> Tensor:
-        """Integers in {0, …, high − 1}, 1 ≤ high < 2^63, of probabilities that differ by 2^-63."""
+        """Integers in {0, …, high − 1}, 1 ≤ high < 2^63, of probability 1/high each to within 2^-63."""
         if not 1 <= high < 2**63:
             raise ValueError(f"integers needs 1 <= high < 2^63; got high={high}.")
         return (((self._words("integers", shape) >> 1) & (2**63 - 1)) % high).to(device)

@@ -16,7 +16,7 @@ static Dim threadIdx, blockIdx;
 #define __device__
 #define __shared__ static
 #define __forceinline__ inline
-#define __launch_bounds__(threads)
+#define __launch_bounds__(threads, blocks)
 void __syncthreads();
 
 #include "kernels.cu"

@@ -25,7 +25,9 @@ from forked import forked, start, wait
 from scoresde.kernels import cubin
 from scoresde.kernels.cubin import Cache, KernelWarning, key
 
-CUBIN = b"\x7fELF" + bytes(range(256)) * 2  # as long as it needs to be for every byte to be damaged once
+CUBIN = b"\x7fELF" + bytes(
+    range(128)
+)  # short, as every byte of it is damaged and replaced, and that waits for the disk
 NAME = key("source", {}, (), "sm_90", "13.0")
 NOBODY = 65534
 
@@ -321,11 +323,11 @@ def killed(folder: Path, call: str, number: int, after: bool, left: int | None) 
 
 
 def test_killed_at_every_point_of_a_write(tmp_path: Path) -> None:
-    """Before and after each call, and with every 16th length of the file: the next process has the right cubin."""
+    """Before and after each call, and with every 8th length of the file: the next process has the right cubin."""
     calls = (("makedirs", 1), ("open", 1), ("open", 2), ("fsync", 1), ("replace", 1))  # the first opens for reading
     points = [
         *((*call, after, None) for call in calls for after in (False, True)),
-        *(("fsync", 1, False, left) for left in range(0, len(CUBIN) + cubin.HEADER, 16)),
+        *(("fsync", 1, False, left) for left in range(0, len(CUBIN) + cubin.HEADER, 8)),
     ]
     for case, point in enumerate(points):
         folder = tmp_path / str(case)
@@ -344,7 +346,7 @@ def test_killed_at_every_point_of_a_write(tmp_path: Path) -> None:
 def test_killed_at_any_time(tmp_path: Path) -> None:
     """Forty writers that write over and over, killed from outside after 1 to 40 ms; large files, so that most are hit
     while they write."""
-    large = CUBIN * 4000  # 2 MB
+    large = CUBIN * 16000  # 2 MB
 
     def child() -> None:
         while True:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .noise import Noise
 
-BLOCK = 256  # threads
+BLOCK = 128  # threads
 # 2^19 threads fill a GPU (an H200 holds 132 · 2048 ≈ 2^18 at once). Beyond that a thread takes more quads, up to 8:
 # what it does once (find its sample, read coefficients, start the noise) costs about as much as a quad.
 FULL, MOST_QUADS = 2**19, 8

@@ -9,11 +9,12 @@ Three modes, of the environment variable SCORESDE_KERNELS or of `use`, which win
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -50,6 +51,17 @@ def use(mode: str | None) -> None:
         _mode = mode
         _decided.clear()
         _reasons.clear()
+
+
+@contextlib.contextmanager
+def using(mode: str) -> Iterator[None]:
+    """`use` for a while: `with using("off"): …` runs the reference, to compare with."""
+    before = _mode
+    use(mode)
+    try:
+        yield
+    finally:
+        use(before)
 
 
 def mode() -> str:

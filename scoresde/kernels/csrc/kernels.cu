@@ -23,9 +23,10 @@ typedef double Real;
 typedef float Real;
 #endif
 
-#define BLOCK 256
+#define BLOCK 128
 #define DEVICE static __device__ __forceinline__
-#define KERNEL extern "C" __global__ void __launch_bounds__(BLOCK)
+// blocks that a multiprocessor is to hold at once, which is what its 65,536 registers are shared out to
+#define KERNEL(blocks) extern "C" __global__ void __launch_bounds__(BLOCK, sizeof(Real) == 8 ? 4 : blocks)
 
 // ---- arguments ----
 
@@ -81,29 +82,28 @@ DEVICE Stream stream_of(const Noise& noise, u32 sample)
 
 struct Spot {
     u32 quad;
-    bool here;
     u32 offset[4];  // of its elements within the sample, where they are not read in one access
-    bool has[4];
+    bool has[4];    // whether there is such an element
 };
 
 // The quads of channels-last samples are taken in the order of memory, so that neighbouring threads touch neighbours.
+// A thread with no quad left is sent to the quad `instead`, which it may read but has no elements to write.
 template <bool vector>
-DEVICE Spot locate(const Layout& layout, u32 index)
+DEVICE Spot locate(const Layout& layout, u32 index, u32 instead)
 {
+    const bool here = index < layout.quads;
     Spot spot;
-    spot.quad = index;
-    spot.here = index < layout.quads;
-    if (vector) return spot;
-    if (layout.rows) {
-        const u32 row = divide(index, layout.channels);
-        spot.quad = (index - row * layout.channels.divisor) * layout.rows + row;
+    spot.quad = here ? index : instead;
+    if (!vector && layout.rows) {
+        const u32 row = divide(spot.quad, layout.channels);
+        spot.quad = (spot.quad - row * layout.channels.divisor) * layout.rows + row;
     }
     const u32 element = 4 * spot.quad;
-    u32 channel = divide(element, layout.inner), hw = element - channel * layout.inner.divisor;
+    u32 channel = vector ? 0 : divide(element, layout.inner), hw = element - channel * layout.inner.divisor;
 #pragma unroll
     for (int lane = 0; lane < 4; ++lane) {
+        spot.has[lane] = vector ? here : here && element + lane < layout.elements;
         spot.offset[lane] = hw * layout.channels.divisor + channel;
-        spot.has[lane] = spot.here && element + lane < layout.elements;
         if (++hw == layout.inner.divisor) {
             hw = 0;
             ++channel;
@@ -113,37 +113,28 @@ DEVICE Spot locate(const Layout& layout, u32 index)
 }
 
 template <bool vector>
-DEVICE bool has(const Spot& spot, int lane)
+DEVICE void read(const Scalar* sample, const Spot& spot, Real (&x)[4])
 {
-    return vector ? spot.here : spot.has[lane];
-}
-
-template <bool vector>
-DEVICE void read(const Scalar* from, const Spot& spot, Real (&x)[4])
-{
-    Packed<Scalar> packed = {};
     if (vector) {
-        if (spot.here) packed = *reinterpret_cast<const Packed<Scalar>*>(from + 4 * static_cast<u64>(spot.quad));
+        const Packed<Scalar> packed = reinterpret_cast<const Packed<Scalar>*>(sample)[spot.quad];
+        unpack(packed, x);
     } else {
 #pragma unroll
-        for (int lane = 0; lane < 4; ++lane)
-            if (spot.has[lane]) packed.v[lane] = from[spot.offset[lane]];
+        for (int lane = 0; lane < 4; ++lane) x[lane] = spot.has[lane] ? widen(sample[spot.offset[lane]]) : 0;
     }
-#pragma unroll
-    for (int lane = 0; lane < 4; ++lane) x[lane] = widen(packed.v[lane]);
 }
 
 template <bool vector>
-DEVICE void write(Scalar* to, const Spot& spot, const Real (&x)[4])
+DEVICE void write(Scalar* sample, const Spot& spot, const Real (&x)[4])
 {
-    Packed<Scalar> packed;
-    pack(x, packed);
     if (vector) {
-        if (spot.here) *reinterpret_cast<Packed<Scalar>*>(to + 4 * static_cast<u64>(spot.quad)) = packed;
+        Packed<Scalar> packed;
+        pack(x, packed);
+        if (spot.has[0]) reinterpret_cast<Packed<Scalar>*>(sample)[spot.quad] = packed;
     } else {
 #pragma unroll
         for (int lane = 0; lane < 4; ++lane)
-            if (spot.has[lane]) to[spot.offset[lane]] = packed.v[lane];
+            if (spot.has[lane]) narrow(x[lane], sample[spot.offset[lane]]);
     }
 }
 
@@ -176,33 +167,40 @@ DEVICE void combine(const Lincomb& args, const Share& share)
 {
     constexpr int width = vector ? InFlight<n>::quads : 1, slots = n > 0 ? n : 1;
     const u64 start = static_cast<u64>(share.sample) * args.layout.elements;
+    const Scalar* inputs[slots] = {};
     Real c[slots] = {};
 #pragma unroll
-    for (int i = 0; i < n; ++i) c[i] = value(args.coefficients[i], share.sample);
+    for (int i = 0; i < n; ++i) {
+        inputs[i] = args.inputs[i] + start;
+        c[i] = value(args.coefficients[i], share.sample);
+    }
+    Scalar* const out = args.out + start;
     const bool noisy = args.noise.seeds;
     const Real std = noisy ? value(args.std, share.sample) : 0;
     const Stream stream = stream_of(args.noise, share.sample);
 
     for (u32 index = share.first; index < args.layout.quads; index += width * share.step) {
         Spot spot[width];
-        Real x[width][slots][4];
+        Real x[width][slots][4], sum[width][4] = {};
 #pragma unroll
         for (int k = 0; k < width; ++k) {
-            spot[k] = locate<vector>(args.layout, index + k * share.step);
+            spot[k] = locate<vector>(args.layout, index + k * share.step, index);
 #pragma unroll
-            for (int i = 0; i < n; ++i) read<vector>(args.inputs[i] + start, spot[k], x[k][i]);
+            for (int i = 0; i < n; ++i) read<vector>(inputs[i], spot[k], x[k][i]);
+        }
+        if (noisy) {
+#pragma unroll
+            for (int k = 0; k < width; ++k) noise_at(stream, spot[k].quad, sum[k]);
         }
 #pragma unroll
         for (int k = 0; k < width; ++k) {
-            Real sum[4] = {};
-            if (noisy) noise_at(stream, spot[k].quad, sum);
 #pragma unroll
             for (int lane = 0; lane < 4; ++lane) {
-                sum[lane] *= std;
+                sum[k][lane] *= std;
 #pragma unroll
-                for (int i = 0; i < n; ++i) sum[lane] = multiply_add(c[i], x[k][i][lane], sum[lane]);
+                for (int i = 0; i < n; ++i) sum[k][lane] = multiply_add(c[i], x[k][i][lane], sum[k][lane]);
             }
-            write<vector>(args.out + start, spot[k], sum);
+            write<vector>(out, spot[k], sum[k]);
         }
     }
 }
@@ -218,12 +216,12 @@ DEVICE void lincomb(const Lincomb& args)
         combine<n, false>(args, share);
 }
 
-KERNEL lincomb_0(Lincomb args) { lincomb<0>(args); }
-KERNEL lincomb_1(Lincomb args) { lincomb<1>(args); }
-KERNEL lincomb_2(Lincomb args) { lincomb<2>(args); }
-KERNEL lincomb_3(Lincomb args) { lincomb<3>(args); }
-KERNEL lincomb_4(Lincomb args) { lincomb<4>(args); }
-KERNEL lincomb_5(Lincomb args) { lincomb<5>(args); }
+KERNEL(7) lincomb_0(Lincomb args) { lincomb<0>(args); }
+KERNEL(7) lincomb_1(Lincomb args) { lincomb<1>(args); }
+KERNEL(7) lincomb_2(Lincomb args) { lincomb<2>(args); }
+KERNEL(7) lincomb_3(Lincomb args) { lincomb<3>(args); }
+KERNEL(6) lincomb_4(Lincomb args) { lincomb<4>(args); }
+KERNEL(6) lincomb_5(Lincomb args) { lincomb<5>(args); }
 
 // ---- perturb_and_target: noisy = alpha x0 + sigma z, target = p x0 + q z, z = eps or, where that is null, noise ----
 
@@ -249,7 +247,7 @@ DEVICE void perturb(const Perturb& args, const Share& share)
         Real x0[width][4], eps[width][4];
 #pragma unroll
         for (int k = 0; k < width; ++k) {
-            spot[k] = locate<vector>(args.layout, index + k * share.step);
+            spot[k] = locate<vector>(args.layout, index + k * share.step, index);
             read<vector>(args.x0 + start, spot[k], x0[k]);
             if (args.eps) read<vector>(args.eps + start, spot[k], eps[k]);
         }
@@ -268,7 +266,7 @@ DEVICE void perturb(const Perturb& args, const Share& share)
     }
 }
 
-KERNEL perturb_and_target(Perturb args)
+KERNEL(7) perturb_and_target(Perturb args)
 {
     const Share share = share_of(args.layout, blockIdx.x * BLOCK + threadIdx.x);
     if (!share.any) return;
@@ -325,7 +323,7 @@ DEVICE void add_squares(const Squares& args, const Share& share, Real& errors, R
         Real a[width][4], x0[width][4] = {}, z[width][4] = {};
 #pragma unroll
         for (int k = 0; k < width; ++k) {
-            spot[k] = locate<vector>(args.layout, index + k * share.step);
+            spot[k] = locate<vector>(args.layout, index + k * share.step, index);
             read<vector>(args.a + start, spot[k], a[k]);
             if (residual && args.x0) read<vector>(args.x0 + start, spot[k], x0[k]);
             if (residual && args.eps) read<vector>(args.eps + start, spot[k], z[k]);
@@ -335,7 +333,7 @@ DEVICE void add_squares(const Squares& args, const Share& share, Real& errors, R
             if (noisy) noise_at(stream, spot[k].quad, z[k]);
 #pragma unroll
             for (int lane = 0; lane < 4; ++lane) {
-                if (!has<vector>(spot[k], lane)) continue;
+                if (!spot[k].has[lane]) continue;
                 Real error = a[k][lane];
                 if (residual) error = multiply_add(-q, z[k][lane], multiply_add(-p, x0[k][lane], error));
                 errors = multiply_add(error, error, errors);
@@ -365,10 +363,10 @@ DEVICE void squares(const Squares& args)
 }
 
 // the squares of a and of the noise
-KERNEL norms(Squares args) { squares<false>(args); }
+KERNEL(7) norms(Squares args) { squares<false>(args); }
 
 // the squares of a - p x0 - q z
-KERNEL squared_error(Squares args) { squares<true>(args); }
+KERNEL(7) squared_error(Squares args) { squares<true>(args); }
 
 // What is made of the partial sums, `parts` for each sample, by `group` threads for each.
 struct Finish {
@@ -396,7 +394,7 @@ DEVICE u32 total(const Finish& args, double& errors, double& noises)
 }
 
 // the coefficients of a Langevin step of length h: -h/sigma of eps_hat and sqrt(2 h) of the noise; factor: sigma
-KERNEL finish_langevin(Finish args)
+KERNEL(7) finish_langevin(Finish args)
 {
     double errors, noises;
     const u32 sample = total(args, errors, noises);
@@ -408,7 +406,7 @@ KERNEL finish_langevin(Finish args)
 }
 
 // the mean square of a sample times its weight; factor: weight
-KERNEL finish_loss(Finish args)
+KERNEL(7) finish_loss(Finish args)
 {
     double errors, noises;
     const u32 sample = total(args, errors, noises);
@@ -430,14 +428,14 @@ DEVICE void fill_signs(const Signs& args, const Share& share)
     const u64 start = static_cast<u64>(share.sample) * args.layout.elements;
     const Stream stream = stream_of(args.noise, share.sample);
     for (u32 index = share.first; index < args.layout.quads; index += share.step) {
-        const Spot spot = locate<vector>(args.layout, index);
+        const Spot spot = locate<vector>(args.layout, index, index);
         Real x[4];
         signs(stream, spot.quad, x);
         write<vector>(args.out + start, spot, x);
     }
 }
 
-KERNEL rademacher(Signs args)
+KERNEL(7) rademacher(Signs args)
 {
     const Share share = share_of(args.layout, blockIdx.x * BLOCK + threadIdx.x);
     if (!share.any) return;

@@ -39,6 +39,15 @@ SHARED_FUNCTION float float_of(u32 bits)
 #endif
 }
 
+SHARED_FUNCTION float absolute(float x)
+{
+#if defined(__CUDA_ARCH__)
+    return fabsf(x);
+#else
+    return __builtin_fabsf(x);
+#endif
+}
+
 // a b + c, rounded once
 SHARED_FUNCTION float multiply_add(float a, float b, float c)
 {
@@ -136,36 +145,106 @@ SHARED_FUNCTION void narrow(float x, Half& y)
 #endif
 }
 
-// four neighbouring elements, read and written in one access of 8 or 16 bytes (two for double)
+// ---- four neighbouring elements, read and written in one access of 8 or 16 bytes (two for double) ----
+
 template <class Scalar>
 struct alignas(sizeof(Scalar) == 2 ? 8 : 16) Packed {
     Scalar v[4];
 };
 
-template <class Scalar, class Real>
-SHARED_FUNCTION void pack(const Real (&x)[4], Packed<Scalar>& y)
+// halves as pairs of 32 bits: the GPU shifts them apart and rounds two at a time
+template <>
+struct alignas(8) Packed<Half> {
+    u32 v[2];
+};
+
+template <>
+struct alignas(8) Packed<Bfloat16> {
+    u32 v[2];
+};
+
+template <class Scalar>
+SHARED_FUNCTION void unpack(const Packed<Scalar>& from, Scalar (&x)[4])
 {
 #pragma unroll
-    for (int lane = 0; lane < 4; ++lane) narrow(x[lane], y.v[lane]);
+    for (int lane = 0; lane < 4; ++lane) x[lane] = from.v[lane];
 }
 
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800  // two roundings in one instruction
-
-#define PACK_PAIRS(type, convert)                                                       \
-    SHARED_FUNCTION void pack(const float (&x)[4], Packed<type>& y)                     \
-    {                                                                                   \
-        asm("{.reg .b32 pair; " convert " pair, %3, %2; mov.b32 {%0, %1}, pair;}"       \
-            : "=h"(y.v[0].bits), "=h"(y.v[1].bits) : "f"(x[0]), "f"(x[1]));             \
-        asm("{.reg .b32 pair; " convert " pair, %3, %2; mov.b32 {%0, %1}, pair;}"       \
-            : "=h"(y.v[2].bits), "=h"(y.v[3].bits) : "f"(x[2]), "f"(x[3]));             \
+SHARED_FUNCTION void unpack(const Packed<Bfloat16>& from, float (&x)[4])
+{
+#pragma unroll
+    for (int pair = 0; pair < 2; ++pair) {
+        x[2 * pair] = float_of(from.v[pair] << 16);
+        x[2 * pair + 1] = float_of(from.v[pair] & 0xffff0000u);
     }
+}
 
-PACK_PAIRS(Half, "cvt.rn.f16x2.f32")
-PACK_PAIRS(Bfloat16, "cvt.rn.bf16x2.f32")
+SHARED_FUNCTION void unpack(const Packed<Half>& from, float (&x)[4])
+{
+#pragma unroll
+    for (int pair = 0; pair < 2; ++pair) {
+        x[2 * pair] = widen(Half{static_cast<u16>(from.v[pair])});
+        x[2 * pair + 1] = widen(Half{static_cast<u16>(from.v[pair] >> 16)});
+    }
+}
 
+template <class Scalar>
+SHARED_FUNCTION void pack(const Scalar (&x)[4], Packed<Scalar>& to)
+{
+#pragma unroll
+    for (int lane = 0; lane < 4; ++lane) to.v[lane] = x[lane];
+}
+
+// the bits of two halves, that of `low` in the low 16
+SHARED_FUNCTION u32 pair_of(float low, float high, Half)
+{
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+    u32 pair;
+    asm("cvt.rn.f16x2.f32 %0, %2, %1;" : "=r"(pair) : "f"(low), "f"(high));
+    return pair;
+#else
+    Half first, second;
+    narrow(low, first);
+    narrow(high, second);
+    return first.bits | static_cast<u32>(second.bits) << 16;
 #endif
+}
+
+SHARED_FUNCTION u32 pair_of(float low, float high, Bfloat16)
+{
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+    u32 pair;
+    asm("cvt.rn.bf16x2.f32 %0, %2, %1;" : "=r"(pair) : "f"(low), "f"(high));
+    return pair;
+#else
+    Bfloat16 first, second;
+    narrow(low, first);
+    narrow(high, second);
+    return first.bits | static_cast<u32>(second.bits) << 16;
+#endif
+}
+
+SHARED_FUNCTION void pack(const float (&x)[4], Packed<Half>& to)
+{
+    to = {{pair_of(x[0], x[1], Half()), pair_of(x[2], x[3], Half())}};
+}
+
+SHARED_FUNCTION void pack(const float (&x)[4], Packed<Bfloat16>& to)
+{
+    to = {{pair_of(x[0], x[1], Bfloat16()), pair_of(x[2], x[3], Bfloat16())}};
+}
 
 // ---- integers ----
+
+// the high half of a b
+SHARED_FUNCTION u32 multiply_high(u32 a, u32 b)
+{
+#if defined(__CUDA_ARCH__)
+    return __umulhi(a, b);
+#else
+    return static_cast<u32>(static_cast<u64>(a) * b >> 32);
+#endif
+}
 
 // n / divisor for n < 2^31 (Granlund & Montgomery 1994, fig. 4.1): shift = ceil(log2 divisor),
 // magic = floor(2^32 (2^shift - divisor)/divisor) + 1
@@ -175,8 +254,7 @@ struct Division {
 
 SHARED_FUNCTION u32 divide(u32 n, Division by)
 {
-    const u32 high = static_cast<u32>(static_cast<u64>(n) * by.magic >> 32);
-    return (high + n) >> by.shift;
+    return (multiply_high(n, by.magic) + n) >> by.shift;
 }
 
 struct Words {
@@ -196,11 +274,12 @@ SHARED_FUNCTION Words philox(const Stream& stream, u32 quad)
     u32 k0 = static_cast<u32>(stream.seed), k1 = static_cast<u32>(stream.seed >> 32);
 #pragma unroll
     for (int round = 0; round < 10; ++round) {
-        const u64 a = static_cast<u64>(c0) * 0xD2511F53u, b = static_cast<u64>(c2) * 0xCD9E8D57u;
-        c0 = static_cast<u32>(b >> 32) ^ c1 ^ k0;
-        c1 = static_cast<u32>(b);
-        c2 = static_cast<u32>(a >> 32) ^ c3 ^ k1;
-        c3 = static_cast<u32>(a);
+        const u32 high0 = multiply_high(c0, 0xD2511F53u), low0 = c0 * 0xD2511F53u;
+        const u32 high1 = multiply_high(c2, 0xCD9E8D57u), low1 = c2 * 0xCD9E8D57u;
+        c0 = high1 ^ c1 ^ k0;
+        c1 = low1;
+        c2 = high0 ^ c3 ^ k1;
+        c3 = low0;
         k0 += 0x9E3779B9u;
         k1 += 0xBB67AE85u;
     }
@@ -253,8 +332,8 @@ SHARED_FUNCTION void box_muller(u32 w0, u32 w1, float& z0, float& z1)
     const float v = static_cast<float>(static_cast<int>(w1)) * 0x1p-31f;
     // with a = 1/2 - |v| and b = 1/2 - |a| both cosines have |argument| <= pi/2:
     // cos(pi v) = sign(a) cos(pi b), sin(pi v) = sign(v) cos(pi a)
-    const float a = 0.5f - float_of(bits_of(v) & 0x7fffffffu);
-    const float b = 0.5f - float_of(bits_of(a) & 0x7fffffffu);
+    const float a = 0.5f - absolute(v);
+    const float b = 0.5f - absolute(a);
     z0 = flip_sign(r * cos_pi(b), bits_of(a));
     z1 = flip_sign(r * cos_pi(a), w1);
 }

@@ -1,0 +1,170 @@
+"""`python -m scoresde.kernels`: which kernels there are on this machine, why not, and whether they are right.
+
+Exit code 1 if an op is wrong, or if SCORESDE_KERNELS is "require" and a GPU, or all of them, is missing its kernels.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import math
+import sys
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import philox
+from . import driver, dsm_loss, langevin, lincomb, nvrtc, perturb_and_target
+from .cubin import Cache
+from .noise import Noise
+from .switch import SCALARS, mode, using, why_not
+
+SHAPE = (3, 5, 7, 11)  # samples of 385 numbers, a multiple of nothing that a kernel likes
+ROUNDING = 32 * 2.0**-23  # of sums in float32, and of its logarithm and cosine on two kinds of processor
+
+
+class Check(NamedTuple):
+    """Largest error of one op, and what rounding explains."""
+
+    op: str
+    dtype: torch.dtype
+    error: float
+    tolerance: float
+
+
+def main() -> int:
+    try:
+        asked = mode()
+    except ValueError as error:
+        print(error)
+        return 1
+    devices = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    reasons = {device: _reason(device) for device in devices}  # first, as this fills the cache
+    lines = {"mode": asked, "torch": _torch(), "driver": _driver(), "NVRTC": _nvrtc(), "cache": _cache()}
+    for device, reason in reasons.items():
+        name, capability = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
+        state = "available" if reason is None else f"not available: {reason}"
+        lines[str(device)] = f"{name}, {'.'.join(map(str, capability))}: {state}"
+    if not devices:
+        lines["GPU"] = f"none: {why_not(torch.device('cuda', 0))}. All ops run on the torch reference"
+    for label, line in lines.items():
+        print(f"{label:8} {line}")
+    right = _report(torch.device("cpu"), "off")
+    for device in [device for device in devices if reasons[device] is None]:
+        right &= _report(device, "require")
+    if asked == "require" and (not devices or any(reasons.values())):
+        print("\nThe kernels are required, and not all devices have them.")
+        return 1
+    return 0 if right else 1
+
+
+def self_test(device: torch.device) -> Iterator[Check]:
+    """Every op in every dtype on `device`, in the mode that is set, against its formula in float64 on the CPU."""
+    for dtype in SCALARS:
+        given = torch.Generator().manual_seed(0)
+        x, y = (torch.randn(SHAPE, generator=given, dtype=torch.float64).to(dtype) for _ in range(2))
+        a, b = (torch.rand(SHAPE[0], generator=given, dtype=torch.float64) + 0.5 for _ in range(2))
+        seeds, draws = torch.tensor([1, 2**40, -3]), torch.tensor([7])
+        z = philox.normals(philox.streams(seeds, 0, draws + 5, SHAPE[0]), x[0].numel()).view(SHAPE).double()
+        noise = Noise(seeds.to(device), draws.to(device), 5, 0)
+        check = functools.partial(_compare, dtype)
+        yield from _checks(x.to(device), y.to(device), a.to(device), b.to(device), noise, z, check)
+
+
+def _checks(
+    x: Tensor, y: Tensor, a: Tensor, b: Tensor, noise: Noise, z: Tensor, check: Callable[..., Check]
+) -> Iterator[Check]:
+    wide_x, wide_y = x.cpu().double(), y.cpu().double()
+    per_a, per_b = (each.cpu().view(-1, *[1] * (x.ndim - 1)) for each in (a, b))
+    size = x[0].numel()
+
+    yield check("lincomb", lincomb(((a, x), (b, y))), per_a * wide_x + per_b * wide_y, exact=True)
+    yield check("lincomb + z", lincomb(((a, x), (0.3, y)), (b, noise)), per_a * wide_x + 0.3 * wide_y + per_b * z)
+
+    norm = wide_y.flatten(1).square().sum(1).view(per_a.shape)
+    h = per_a.square() * (2 * 0.2**2 * (size + 64) / (norm + 64)).clamp(max=1.0)
+    expected = wide_x - h / per_a * wide_y + (2 * h).sqrt() * z
+    yield check("langevin", langevin(x, y, a, 0.2, noise), expected)
+
+    noisy, target = perturb_and_target(x, noise, a, b, 0.4, -1.2)
+    yield check("perturb", noisy, per_a * wide_x + per_b * z)
+    yield check("target", target, 0.4 * wide_x - 1.2 * z)
+
+    prediction = y.clone().requires_grad_()
+    loss = dsm_loss(prediction, noise, a, x0=x, p=0.4, q=-1.2)
+    difference = wide_y - (0.4 * wide_x - 1.2 * z)
+    yield check("dsm_loss", loss.detach(), a.cpu() * difference.square().flatten(1).mean(1))
+    (gradient,) = torch.autograd.grad(loss.sum(), prediction)
+    yield check("gradient", gradient, 2 * per_a * difference / size)
+
+
+def _compare(dtype: torch.dtype, op: str, found: Tensor, expected: Tensor, exact: bool = False) -> Check:
+    """In float64 only what has no noise is exact to float64: the noise is of float32 in every dtype."""
+    if exact and found.dtype == torch.float64:
+        relative = 8 * torch.finfo(torch.float64).eps
+    else:
+        relative = torch.finfo(found.dtype).eps + ROUNDING
+    error = float((found.cpu().double() - expected).abs().max())
+    return Check(op, dtype, math.inf if math.isnan(error) else error, relative * float(expected.abs().max()))
+
+
+def _report(device: torch.device, how: str) -> bool:
+    """Prints the self-test of a device; whether all of it is right."""
+    names = [str(dtype).removeprefix("torch.") for dtype in SCALARS]
+    print(f"\n{f'{device}, largest error':24}" + "".join(f"{name:>16}" for name in names))
+    rows: dict[str, list[Check]] = {}
+    try:
+        with using(how):
+            for check in self_test(device):
+                rows.setdefault(check.op, []).append(check)
+    except RuntimeError as error:
+        print(f"failed: {error}")
+        return False
+    for op, checks in rows.items():
+        cells = (f"{c.error:.1e}" + (" ok" if c.error <= c.tolerance else " WRONG") for c in checks)
+        print(f"{op:24}" + "".join(f"{cell:>16}" for cell in cells))
+    return all(check.error <= check.tolerance for checks in rows.values() for check in checks)
+
+
+def _reason(device: torch.device) -> str | None:
+    """Of the first dtype that the device cannot have."""
+    return next((reason for dtype in SCALARS if (reason := why_not(device, dtype)) is not None), None)
+
+
+def _torch() -> str:
+    kind = f"ROCm {torch.version.hip}" if torch.version.hip else f"CUDA {torch.version.cuda}"
+    return f"{torch.__version__}, {kind if torch.version.hip or torch.version.cuda else 'without CUDA'}"
+
+
+def _driver() -> str:
+    version = ctypes.c_int()
+    try:
+        driver.libcuda().cuDriverGetVersion(ctypes.byref(version))
+    except OSError as error:
+        return str(error)
+    return f"up to CUDA {version.value // 1000}.{version.value % 1000 // 10}"
+
+
+def _nvrtc() -> str:
+    if torch.version.cuda is None:
+        return "not looked for, as this torch is without CUDA"
+    try:
+        found = nvrtc.find(int(torch.version.cuda.split(".")[0]))
+    except OSError as error:
+        return str(error)
+    return f"{found.version}, {found.path}"
+
+
+def _cache() -> str:
+    try:
+        folder = Cache().folder()
+        files = list(folder.glob("*.cubin"))
+        return f"{folder}, {len(files)} files, {sum(file.stat().st_size for file in files) / 1000:.0f} kB"
+    except OSError as error:
+        return f"none: {error}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
