@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .parameterization import Parameterization
 from .prediction import Prediction
 from .sde import EDMSDE, SDE
+from .shapes import beside
 
 Cond = Tensor | Mapping[str, Tensor] | None
 """A condition, passed unread from the caller to the network; None is unconditional."""
@@ -41,7 +42,7 @@ class Denoiser(nn.Module, abc.ABC):
 
     @abc.abstractmethod
     def forward(self, x: Tensor, t: Tensor, cond: Cond = None) -> Prediction:
-        """The prediction at x (B, *event) and t (() or (B,))."""
+        """The prediction at x (B, *event) and t (() or (B,)); a t of shape () may lie on the CPU (`shapes.beside`)."""
 
     def prior_sample(self, shape: tuple[int, ...], *, rng, dtype: torch.dtype | None = None, device=None) -> Tensor:
         """x_T of shape (B, *event) from the prior of the SDE for data of these moments."""
@@ -100,7 +101,7 @@ class Preconditioned(Denoiser):
         if cond is not None and not self.takes_cond:
             raise ValueError("A condition was given, but the network takes (x, c_noise) only.")
         scales = self.sde.at(t, x)
-        c_noise = self.noise_input(self.sde, scales.t).to(scales.alpha.dtype).expand(x.shape[0])
+        c_noise = beside(self.noise_input(self.sde, scales.t).to(scales.alpha.dtype), x).expand(x.shape[0])
         c_in = (scales.alpha**2 * self.sigma_data**2 + scales.sigma**2).rsqrt() if self.scale_input else None
         scaled = x if c_in is None else c_in * x
         with torch.autocast(x.device.type, dtype=self.autocast, enabled=self.autocast is not None):
@@ -139,7 +140,7 @@ class ScoreFunction(Denoiser):
 
     def forward(self, x: Tensor, t: Tensor, cond: Cond = None) -> Prediction:
         scales = self.sde.at(t, x)
-        times = scales.t.to(scales.alpha.dtype).expand(x.shape[0])
+        times = beside(scales.t.to(scales.alpha.dtype), x).expand(x.shape[0])
         score = self.fn(x, times) if cond is None else self.fn(x, times, cond)
         if score.shape != x.shape:
             raise ValueError(f"The score has shape {tuple(score.shape)}, expected that of x, {tuple(x.shape)}.")
@@ -165,7 +166,7 @@ class DenoiserFunction(Denoiser):
 
     def forward(self, x: Tensor, t: Tensor, cond: Cond = None) -> Prediction:
         scales = self.sde.at(t, x)
-        y, ratio = x / scales.alpha, (scales.sigma / scales.alpha).flatten().expand(x.shape[0])
+        y, ratio = x / scales.alpha, beside(scales.sigma / scales.alpha, x).flatten().expand(x.shape[0])
         x0 = self.fn(y, ratio) if cond is None else self.fn(y, ratio, cond)
         if x0.shape != x.shape:
             raise ValueError(f"The denoiser returned shape {tuple(x0.shape)}, expected that of x, {tuple(x.shape)}.")

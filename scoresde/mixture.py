@@ -11,7 +11,7 @@ from .denoiser import Cond, Denoiser
 from .prediction import Prediction
 from .rng import Rng
 from .sde import SDE
-from .shapes import as_time
+from .shapes import as_time, beside
 
 
 class GaussianMixtureDenoiser(Denoiser):
@@ -84,7 +84,7 @@ class GaussianMixtureDenoiser(Denoiser):
 
     def forward(self, x: Tensor, t: Tensor, cond: Cond = None) -> Prediction:
         scales = self.sde.at(t, x)
-        alpha, sigma = self.sde.marginal(scales.t.double())
+        alpha, sigma = (beside(value, x) for value in self.sde.marginal(scales.t.double()))
         residual, variance, logits = self._components(x, alpha, sigma)
         responsibility = logits.softmax(-1)
         whitened = residual / variance

@@ -41,7 +41,9 @@ def select(cond: Tensor | Mapping[str, Tensor] | None, rows: Tensor) -> Tensor |
 def as_time(t: Tensor | float, like: Tensor) -> Tensor:
     """`t` as a real tensor on the device of `like`: float64 for Python numbers, float32 or wider otherwise.
 
-    Times stay out of half precision, which cannot tell neighbouring steps apart, and are never integers.
+    Times stay out of half precision, which cannot tell neighbouring steps apart, and are never integers. A time () that
+    lies on the CPU stays there: what is computed of it is a number, which kernels on any device take as it is, where
+    on a GPU it would be dozens of kernels for one number each.
 
     Raises:
         TypeError: `t` holds integers (a step index is not a time).
@@ -55,4 +57,11 @@ def as_time(t: Tensor | float, like: Tensor) -> Tensor:
         )
     if t.dtype in (torch.float16, torch.bfloat16):
         t = t.float()
-    return t.to(like.device)
+    return t if t.ndim == 0 and t.device.type == "cpu" else t.to(like.device)
+
+
+def beside(value: Tensor, like: Tensor) -> Tensor:
+    """`value` on the device of `like`; a number by a fill, as a copy would wait and a CUDA graph may not contain it."""
+    if value.ndim == 0 and value.device != like.device:
+        return torch.empty_like(value, device=like.device).fill_(value)
+    return value.to(like.device)

@@ -44,7 +44,7 @@ void stub_silent(int on) { silent = on; }
 int stub_depth(void) { return depth; }
 int stub_mode(void) { return mode; }
 
-// The driver: two devices, 9.0 and 8.6; the primary context of device d is 0x1000 + d.
+// The driver: two devices, 9.0 and 8.6; the primary context of device d is 0x7e0000001000 + d, beyond 32 bits.
 
 int cuInit(unsigned flags) { return note("cuInit", " %u", flags); }
 int cuDriverGetVersion(int* version) { *version = 13000; return 0; }
@@ -61,7 +61,7 @@ int cuDeviceGetAttribute(int* value, int attribute, int device) {
 }
 
 int cuDevicePrimaryCtxRetain(void** context, int device) {
-  *context = (void*)(uintptr_t)(0x1000 + device);
+  *context = (void*)(uintptr_t)(0x7e0000001000 + device);
   return note("cuDevicePrimaryCtxRetain", " %d", device);
 }
 
@@ -104,6 +104,7 @@ int cuModuleGetFunction(void** function, Module* module, const char* name) {
   int code = note("cuModuleGetFunction", " %s", name);
   char line[80];
   if (code || (code = forbidden())) return code;
+  if (!depth) return 201;
   snprintf(line, sizeof line, "\n// %s ", name);
   char* at = strstr(module->image, line);
   if (!at) return 500;

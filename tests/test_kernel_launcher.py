@@ -25,6 +25,7 @@ from scoresde.kernels.cubin import Cache
 from scoresde.kernels.driver import SCALARS, Driver, machine_code
 
 ZERO, ONE = torch.device("cuda", 0), torch.device("cuda", 1)
+STREAM, CONTEXT = 0x7F0000000070, 0x7E0000001000  # of device 0; handles are pointers, longer than an int
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120")
 
 
@@ -51,12 +52,12 @@ def driver(stub: ctypes.CDLL, tmp_path: Path) -> Driver:
 
 
 def made(stub: ctypes.CDLL, folder: Path, source: str = SOURCE) -> Driver:
-    """As `driving.driver` makes it, of the stub's libraries; the stream of device d is 0x70 + d."""
+    """As `driving.driver` makes it, of the stub's libraries; the stream of device d is STREAM + d."""
     compiler, cache = nvrtc.Compiler(str(stub_cuda.path())), Cache(folder / "cache")
     return Driver(
         stub,
         lambda scalar, capability: machine_code(compiler, cache, source, HEADERS, scalar, capability),
-        lambda index: 0x70 + index,
+        lambda index: STREAM + index,
     )
 
 
@@ -66,14 +67,14 @@ def test_what_is_launched_is_what_was_asked(stub: ctypes.CDLL, driver: Driver) -
     driver.launch("axpy", "half", 2**31 - 1, 256, ARGS, ZERO)
     (call,) = diary(stub, "cuLaunchKernel")
     *head, args = call.split()
-    assert head == ["axpy", "2147483647x1x1", "256x1x1", "0", "0x70", "0x1000", "-"]
+    assert head == ["axpy", "2147483647x1x1", "256x1x1", "0", hex(STREAM), hex(CONTEXT), "-"]
     assert [bytes.fromhex(arg) for arg in args.split(",")] == [bytes(arg) for arg in ARGS]
 
 
 @needs_compiler
 def test_a_launch_after_the_first_is_one_call(stub: ctypes.CDLL, driver: Driver) -> None:
     """No look-up, allocation or wait: that is what a CUDA graph can capture."""
-    context = ctypes.c_void_p(0x1000)
+    context = ctypes.c_void_p(CONTEXT)
     stub.cuCtxPushCurrent_v2(context)
     driver.launch("axpy", "float", 1, 32, ARGS, ZERO)
     before = len(diary(stub))
@@ -95,7 +96,7 @@ def test_modules_are_of_a_scalar_and_a_device(stub: ctypes.CDLL, driver: Driver)
     assert len(diary(stub, "cuModuleLoadData")) == len(diary(stub, "nvrtcCompileProgram")) == 8
     assert len(diary(stub, "cuModuleGetFunction")) == 16
     where = [call.split()[4:6] for call in diary(stub, "cuLaunchKernel")]
-    assert where == 8 * [["0x70", "0x1000"], ["0x70", "0x1000"], ["0x71", "0x1001"], ["0x71", "0x1001"]]
+    assert where == 8 * (2 * [[hex(STREAM), hex(CONTEXT)]] + 2 * [[hex(STREAM + 1), hex(CONTEXT + 1)]])
     current = ctypes.c_void_p()
     stub.cuCtxGetCurrent(ctypes.byref(current))
     assert current.value == foreign.value

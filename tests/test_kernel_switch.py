@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 import stub_cuda
 import torch
+from forked import forked
 from stub_cuda import diary, needs_compiler
 
 from scoresde import kernels
@@ -106,6 +108,24 @@ def test_other_devices_take_the_reference_in_silence(asked: str, device: str, gp
     gpu.setattr(switch, "_decide", None)
     assert not enabled(torch.device(device), F32)
     assert why_not(torch.device(device)) == f"they run on CUDA devices, not on {device}"
+
+
+def test_a_child_is_not_held_up_by_a_thread_that_compiles(gpu: pytest.MonkeyPatch) -> None:
+    """A worker that loads data is forked while another thread of its parent waits for the compiler, and uses a CPU."""
+    looking, done = threading.Event(), threading.Event()
+
+    def look(*_: object) -> str:
+        looking.set()
+        done.wait(20)
+        return "none"
+
+    gpu.setattr(switch, "_look", look)
+    thread = threading.Thread(target=why_not, args=(CUDA,))
+    thread.start()
+    looking.wait()
+    assert forked(lambda: enabled(CPU, F32)) == 0
+    done.set()
+    thread.join()
 
 
 def test_off_looks_for_nothing(gpu: pytest.MonkeyPatch) -> None:

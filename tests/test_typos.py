@@ -40,6 +40,8 @@ OVERRIDES = {
     "trainer=3": "trainer=3: trainer takes the name of one of its options: default",
     "optim.lr=nan": "optim.lr is nan",
     "trainer.images=1e999": "trainer.images is a whole number; got inf",
+    "kernels=fast": "kernels.use is 'fast'; it takes",
+    "kernels=require": "kernels are required, and cpu cannot have them: .* Try kernels=auto",
     # out of range
     "optim.lr=-1": "optim: Invalid learning rate: -1",
     "trainer.batch_size=-1": "trainer: batch_size is a whole number of at least 1; got -1",

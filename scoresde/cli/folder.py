@@ -21,7 +21,7 @@ _FILES = (
     "summary.md", "failed.json",
 )  # fmt: skip
 # Keys of scoresde-sample, -likelihood and -evaluate on which no batch depends.
-_FREE = ("run", "out", "device", "threads", "pictures", "allow_targets", "timeout")
+_FREE = ("run", "out", "device", "threads", "kernels", "pictures", "allow_targets", "timeout")
 _PATTERNS = (
     "samples-*.png", "trajectory-*.png", "progress/step-*.png", "checkpoints/step-*", "checkpoints/.step-*",
     "averages/images-*", "batches/step-*",

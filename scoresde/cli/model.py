@@ -14,6 +14,7 @@ import torch
 from ..config import build, build_network
 from ..data import Dataset
 from ..denoiser import Denoiser
+from ..kernels import switch
 from ..train import reconstruct
 from ..train.checkpoint import CheckpointError, best, latest
 from ..train.evaluation import model_device
@@ -70,6 +71,17 @@ def set_threads(threads: int | None) -> None:
     torch.set_num_threads(threads)
 
 
+def choose_kernels(kernels: str | bool | None, device: torch.device) -> None:
+    """Where CUDA kernels run: auto, off or require; None leaves it to SCORESDE_KERNELS.
+
+    Raises:
+        ValueError: none of these, or they are required and `device` cannot have them.
+    """
+    switch.use("off" if kernels is False else kernels)  # type: ignore[arg-type]  # YAML reads off as false
+    if switch.mode() == "require" and (reason := switch.why_not(device)):
+        raise ValueError(f"kernels are required, and {device} cannot have them: {reason}. Try kernels=auto.")
+
+
 def build_dataset(config: Mapping[str, Any], allow: Sequence[str]) -> Dataset:
     return build(config["data"], allow, key="data")
 
@@ -97,7 +109,8 @@ def check_fit(denoiser: Denoiser, dataset: Dataset, *, conditional: bool) -> Non
 
 
 def chosen_run(options: Mapping[str, Any], allow: Sequence[str]) -> LoadedRun:
-    """`load_run` as the keys run, device, weights and checkpoint of a command say."""
+    """`load_run` as the keys run, device, kernels, weights and checkpoint of a command say."""
+    choose_kernels(options["kernels"], choose_device(options["device"]))
     return load_run(
         Path(options["run"]), allow=allow, device=options["device"], weights=options["weights"],
         checkpoint=options["checkpoint"],

@@ -18,7 +18,7 @@ from .listing import flat, number
 
 STATES = ("running", "finished", "resumable", "failed", "empty")
 # Overrides that say how a job is run, not what it is.
-CONTROL = ("out", "resume", "overwrite", "device", "threads")
+CONTROL = ("out", "resume", "overwrite", "device", "threads", "kernels")
 _MARK = b"# scoresde"
 # Folders that hold no runs but may hold thousands of files.
 _CLOSED = ("checkpoints", "wandb", "progress", "batches", "averages")

@@ -47,7 +47,7 @@ from ..train.signals import Interrupted
 from . import folder as folders
 from ._hydra import allowed, build_samplers, in_sweep, launch, output_folder, refusing
 from .job import one_job
-from .model import build_dataset, build_denoiser, check_fit, choose_device, set_threads
+from .model import build_dataset, build_denoiser, check_fit, choose_device, choose_kernels, set_threads
 from .report import Evaluation, announce, check_samplers, labels_for, list_files, measuring_jobs, report
 
 _UNSAVED = ("out", "resume", "overwrite", "allow_targets")
@@ -87,7 +87,9 @@ def run(cfg: DictConfig) -> dict[str, float]:
     folder = output_folder()
     with refusing():
         set_threads(cfg.threads)
-        world = join(choose_device(cfg.device), cfg.timeout)
+        device = choose_device(cfg.device)
+        choose_kernels(cfg.kernels, device)
+        world = join(device, cfg.timeout)
         if world.size > 1 and in_sweep():
             raise ConfigError("torchrun starts one run; a sweep (-m) starts many: give each of its jobs a GPU instead.")
     # the lock ends last, so that whoever waits for it finds everything written

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..shapes import beside
 from . import gradients as gradients  # so that the ops can be differentiated
 from . import ops, reference
 from .noise import Noise
@@ -88,7 +89,7 @@ def langevin(
     """
     if not enabled(x.device, x.dtype) or isinstance(noise, Tensor):
         return reference.langevin(x, eps, _tensor(noise, x), sigma, snr, measured)
-    return ops.langevin(x, eps.to(x.dtype), sigma, snr, measured, noise)
+    return ops.langevin(x, eps.to(x.dtype), _factor(sigma, x), snr, measured, noise)
 
 
 def perturb_and_target(
@@ -158,5 +159,5 @@ def _tensor(noise: Tensor | Noise, like: Tensor) -> Tensor:
 def _factor(value: Coefficient, like: Tensor) -> Tensor:
     """A number becomes a tensor by a fill, which a CUDA graph may contain; a copy from the CPU it may not."""
     if isinstance(value, Tensor):
-        return value.to(like.device)
+        return beside(value, like)
     return torch.full((), value, dtype=torch.float64, device=like.device)

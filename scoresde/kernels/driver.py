@@ -88,15 +88,13 @@ class Driver:
         index = torch.cuda.current_device() if device.index is None else device.index
         function = self._functions.get((name, scalar, index)) or self._function(name, scalar, index)
         pointers = (c_void_p * len(args))(*map(ctypes.addressof, args))
-        stream, current = self._stream(index), c_void_p()
-        code = self._current(byref(current))
-        # A thread that torch has not used yet has no context, and one that works on another device has another.
-        foreign = code != 0 or current.value != function.context
-        if foreign:
-            self._check(f"entering the context of cuda:{index}", "cuCtxPushCurrent_v2", c_void_p(function.context))
-        code = self._launch(function.handle, grid, 1, 1, block, 1, 1, 0, stream, pointers, None)
-        if foreign:
-            self._check(f"leaving the context of cuda:{index}", "cuCtxPopCurrent_v2", byref(c_void_p()))
+        call = (function.handle, grid, 1, 1, block, 1, 1, 0, self._stream(index), pointers, None)
+        current = c_void_p()
+        if self._current(byref(current)) == 0 and current.value == function.context:
+            code = self._launch(*call)
+        else:  # a thread that torch has not used yet has no context, one that works on another device has another
+            with self._inside(function.context, index):
+                code = self._launch(*call)
         if code:
             self._raise(f"launching {name} for {scalar} on cuda:{index} with {grid} blocks of {block} threads", code)
 
@@ -108,12 +106,13 @@ class Driver:
         """
         index = torch.cuda.current_device() if device.index is None else device.index
         if (scalar, index) not in self._modules or self._pid != os.getpid():
-            with self._loading():
+            with self._loading(index):
                 self._module(scalar, index)
 
     @contextlib.contextmanager
-    def _loading(self) -> Iterator[None]:
-        """One thread at a time, in the process that began, and allowed to load while a stream is being captured."""
+    def _loading(self, index: int) -> Iterator[int]:
+        """Inside the context of the device: one thread at a time, in the process that began, and with leave to load
+        while a stream is being captured."""
         if self._pid not in (None, os.getpid()):  # before the lock: another thread may have held it at the fork
             raise RuntimeError(
                 f"this process was forked from {self._pid} after that had used the GPU, and CUDA does not survive a "
@@ -128,31 +127,36 @@ class Driver:
             mode = c_int(RELAXED)
             self._check("allowing loads during a capture", "cuThreadExchangeStreamCaptureMode", byref(mode))
             try:
-                yield
+                context = self._context(index)
+                with self._inside(context, index):
+                    yield context
             finally:
                 self._check("restoring the capture mode", "cuThreadExchangeStreamCaptureMode", byref(mode))
 
+    @contextlib.contextmanager
+    def _inside(self, context: int, index: int) -> Iterator[None]:
+        self._check(f"entering the context of cuda:{index}", "cuCtxPushCurrent_v2", c_void_p(context))
+        try:
+            yield
+        finally:
+            self._check(f"leaving the context of cuda:{index}", "cuCtxPopCurrent_v2", byref(c_void_p()))
+
     def _function(self, name: str, scalar: str, index: int) -> Function:
-        with self._loading():
+        with self._loading(index) as context:
             module, handle = self._module(scalar, index), c_void_p()
             self._check(
                 f"looking for kernel {name} for {scalar} on cuda:{index}",
                 "cuModuleGetFunction",
                 *(byref(handle), c_void_p(module), name.encode()),
             )
-            found = self._functions[name, scalar, index] = Function(handle.value or 0, self._context(index))
+            found = self._functions[name, scalar, index] = Function(handle.value or 0, context)
         return found
 
     def _module(self, scalar: str, index: int) -> int:
         if (scalar, index) not in self._modules:
-            context, module = self._context(index), c_void_p()
-            image = self._cubin(scalar, self._capability(index))
-            self._check(f"entering the context of cuda:{index}", "cuCtxPushCurrent_v2", c_void_p(context))
-            try:
-                doing = f"loading the kernels for {scalar} on cuda:{index}"
-                self._check(doing, "cuModuleLoadData", byref(module), c_char_p(image))
-            finally:
-                self._check(f"leaving the context of cuda:{index}", "cuCtxPopCurrent_v2", byref(c_void_p()))
+            module, image = c_void_p(), self._cubin(scalar, self._capability(index))
+            doing = f"loading the kernels for {scalar} on cuda:{index}"
+            self._check(doing, "cuModuleLoadData", byref(module), c_char_p(image))
             self._modules[scalar, index] = module.value or 0
         return self._modules[scalar, index]
 

@@ -44,13 +44,10 @@ def use(mode: str | None) -> None:
     Raises:
         ValueError: it is none of them.
     """
-    global _mode
+    global _mode, _decided, _reasons
     if mode is not None:
         _check(mode, "kernels.use")
-    with _lock:
-        _mode = mode
-        _decided.clear()
-        _reasons.clear()
+    _mode, _decided, _reasons = mode, {}, {}
 
 
 @contextlib.contextmanager
@@ -87,9 +84,9 @@ def enabled(device: torch.device, dtype: torch.dtype) -> bool:
         ValueError: SCORESDE_KERNELS holds no mode.
     """
     if torch.compiler.is_compiling():
-        return _decide(device, dtype, _mode)
+        return _decide(device, dtype, _mode)  # which makes compiled code depend on the mode
     found = _decided.get((device, dtype))
-    return _decide(device, dtype, _mode) if found is None else found
+    return _decide(device, dtype) if found is None else found
 
 
 def launch(
@@ -110,10 +107,13 @@ def why_not(device: torch.device, dtype: torch.dtype = torch.float32) -> str | N
     The first question about a device and type compiles and loads the kernels for them (about 0.2 s, less when they are
     in the cache); the answer is kept until `use` is called.
     """
+    if device.type != "cuda":
+        return f"they run on CUDA devices, not on {device.type}"
     with _lock:
-        if (device, dtype) not in _reasons:
-            _reasons[device, dtype] = _look(device, dtype)
-        return _reasons[device, dtype]
+        reasons = _reasons
+        if (device, dtype) not in reasons:
+            reasons[device, dtype] = _look(device, dtype)
+        return reasons[device, dtype]
 
 
 def _check(mode: str, where: str) -> None:
@@ -121,25 +121,25 @@ def _check(mode: str, where: str) -> None:
         raise ValueError(f'{where} is {mode!r}; it takes "auto" (the kernel where it can be had), "off" or "require"')
 
 
-def _decide(device: torch.device, dtype: torch.dtype, asked: str | None) -> bool:
-    with _lock:
-        asked = asked or mode()
-        reason = None if asked == "off" else why_not(device, dtype)
-        if reason is not None and asked == "require":
-            raise RuntimeError(
-                f"the kernels are required (SCORESDE_KERNELS or kernels.use), and {dtype} on {device} cannot have "
-                f'them: {reason}. Give tensors that can, or the mode "auto".'
-            )
-        if reason is not None and device.type == "cuda" and reason not in _warned:
-            _warned.add(reason)
-            warnings.warn(
-                f"scoresde runs without its CUDA kernels, on torch alone: {reason}. "
-                "SCORESDE_KERNELS=off is silent, =require refuses; `python -m scoresde.kernels` shows more.",
-                KernelWarning,
-                stacklevel=2,
-            )
-        _decided[device, dtype] = asked != "off" and reason is None
-        return _decided[device, dtype]
+def _decide(device: torch.device, dtype: torch.dtype, _: str | None = None) -> bool:
+    decided = _decided  # before the mode: if another thread changes that now, this answer is forgotten with the rest
+    asked = mode()
+    reason = None if asked == "off" else why_not(device, dtype)
+    if reason is not None and asked == "require":
+        raise RuntimeError(
+            f"the kernels are required (SCORESDE_KERNELS or kernels.use), and {dtype} on {device} cannot have them: "
+            f'{reason}. Give tensors that can, or the mode "auto".'
+        )
+    if reason is not None and device.type == "cuda" and reason not in _warned:
+        _warned.add(reason)
+        warnings.warn(
+            f"scoresde runs without its CUDA kernels, on torch alone: {reason}. "
+            "SCORESDE_KERNELS=off is silent, =require refuses; `python -m scoresde.kernels` shows more.",
+            KernelWarning,
+            stacklevel=2,
+        )
+    decided[device, dtype] = asked != "off" and reason is None
+    return decided[device, dtype]
 
 
 # Tracing calls it and takes the answer as a constant, in place of tracing into it. The mark is that of
@@ -148,22 +148,23 @@ _decide._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _look(device: torch.device, dtype: torch.dtype) -> str | None:
-    if device.type != "cuda":
-        return f"they run on CUDA devices, not on {device.type}"
     if dtype not in SCALARS:
         return f"they take {', '.join(str(known) for known in SCALARS)}"
     if torch.version.hip is not None:
         return f"this torch ({torch.__version__}) is built for ROCm"
     if torch.version.cuda is None:
         return f"this torch ({torch.__version__}) is built without CUDA"
-    if not torch.cuda.device_count():
+    count = torch.cuda.device_count()
+    if not count:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         return "torch sees no GPU" + ("" if visible is None else f" (CUDA_VISIBLE_DEVICES is {visible!r})")
-    capability = torch.cuda.get_device_capability(device)
-    if capability < CAPABILITY:
-        name, needed = torch.cuda.get_device_name(device), ".".join(map(str, CAPABILITY))
-        return f"{name} has compute capability {'.'.join(map(str, capability))}, and they need {needed}"
+    if (device.index or 0) >= count:
+        return f"torch sees {count} GPUs, the first of which is cuda:0"
     try:
+        capability = torch.cuda.get_device_capability(device)
+        if capability < CAPABILITY:
+            name, needed = torch.cuda.get_device_name(device), ".".join(map(str, CAPABILITY))
+            return f"{name} has compute capability {'.'.join(map(str, capability))}, and they need {needed}"
         driver().prepare(SCALARS[dtype], device)
     except (OSError, RuntimeError) as error:
         return str(error)
