@@ -44,6 +44,10 @@ class Denoiser(nn.Module, abc.ABC):
     def forward(self, x: Tensor, t: Tensor, cond: Cond = None) -> Prediction:
         """The prediction at x (B, *event) and t (() or (B,)); a t of shape () may lie on the CPU (`shapes.beside`)."""
 
+    def null(self, cond: Cond) -> Cond:
+        """A condition like `cond` that says nothing, one entry for all samples; None where there is no such."""
+        return None
+
     def prior_sample(self, shape: tuple[int, ...], *, rng, dtype: torch.dtype | None = None, device=None) -> Tensor:
         """x_T of shape (B, *event) from the prior of the SDE for data of these moments."""
         return self.sde.prior_sample(shape, rng=rng, mean=self.data_mean, var=self.data_var, dtype=dtype, device=device)
@@ -113,6 +117,11 @@ class Preconditioned(Denoiser):
             )
         return self.parameterization.prediction(output.to(scaled.dtype), x, scales)
 
+    def null(self, cond: Cond) -> Cond:
+        """The network's own: `network.null(cond)`."""
+        own = getattr(self.network, "null", None)
+        return None if own is None else own(cond)
+
 
 def _takes_cond(network: Callable[..., Tensor]) -> bool:
     """Whether it can be called with a third positional argument; True where it does not say."""
@@ -173,7 +182,29 @@ class DenoiserFunction(Denoiser):
         return Prediction(x0, (x - scales.alpha * x0) / scales.sigma, scales)
 
 
-class CountingDenoiser(Denoiser):
+class Around(Denoiser):
+    """A denoiser around a denoiser: of the same SDE, with the same prior; what it says is up to `forward`.
+
+    Args:
+        denoiser: what is inside.
+    """
+
+    def __init__(self, denoiser: Denoiser):
+        super().__init__(denoiser.sde, denoiser.sigma_data)
+        self.denoiser = denoiser
+        self.data_mean, self.data_var = denoiser.data_mean, denoiser.data_var
+
+    def null(self, cond: Cond) -> Cond:
+        return self.denoiser.null(cond)
+
+    def prior_sample(self, shape: tuple[int, ...], *, rng, dtype: torch.dtype | None = None, device=None) -> Tensor:
+        return self.denoiser.prior_sample(shape, rng=rng, dtype=dtype, device=device)
+
+    def prior_log_prob(self, z: Tensor) -> Tensor:
+        return self.denoiser.prior_log_prob(z)
+
+
+class CountingDenoiser(Around):
     """Counts network calls: what a benchmark should report, not what a solver thinks it asked for.
 
     Attributes:
@@ -181,16 +212,9 @@ class CountingDenoiser(Denoiser):
     """
 
     def __init__(self, denoiser: Denoiser):
-        super().__init__(denoiser.sde, denoiser.sigma_data)
-        self.denoiser = denoiser
+        super().__init__(denoiser)
         self.evaluations = 0
 
     def forward(self, x: Tensor, t: Tensor, cond: Cond = None) -> Prediction:
         self.evaluations += 1
         return self.denoiser(x, t, cond)
-
-    def prior_sample(self, shape: tuple[int, ...], *, rng, dtype: torch.dtype | None = None, device=None) -> Tensor:
-        return self.denoiser.prior_sample(shape, rng=rng, dtype=dtype, device=device)
-
-    def prior_log_prob(self, z: Tensor) -> Tensor:
-        return self.denoiser.prior_log_prob(z)

@@ -81,6 +81,11 @@ class Rng:
         """Number of streams: 1, or one per sample."""
         return len(self._seeds)
 
+    @property
+    def layout(self) -> tuple[bool, int, int]:
+        """(one stream per sample, number of streams, rank of a share): what a CUDA graph's noise is bound to."""
+        return self.per_sample, len(self), self._rank
+
     def share(self, rank: int, world: int) -> Rng:
         """The same stream, of which each draw of n rows gives rows rank·n … (rank+1)·n − 1 of a draw of world·n.
 
@@ -275,6 +280,10 @@ class CapturedRng(Rng):
         seeds.copy_(rng._seeds)
         draws.copy_(rng._numbers())
         rng.skip(self._position.draws)
+
+    def rewind(self) -> None:
+        """The next draw is the first of the graph again: before it is captured, after what warmed it up."""
+        self._position.draws = 0
 
     def advance(self) -> None:
         """Inside a graph, after its last draw."""

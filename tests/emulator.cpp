@@ -1,5 +1,5 @@
-// Runs the kernels of scoresde/kernels/csrc/kernels.cu on a CPU: the file itself, compiled by g++, one fiber for each thread
-// of a block. Threads of a block take turns at __syncthreads; blocks follow one another; all in one thread of the system.
+// Runs the kernels of scoresde/kernels/csrc/kernels.cu on a CPU: the file itself, compiled by g++, with one fiber for each
+// thread of a block. Threads take turns at __syncthreads, blocks follow one another, all in one thread of the system.
 #include <ucontext.h>
 
 #include <cstdio>
@@ -20,6 +20,8 @@ static Dim threadIdx, blockIdx;
 void __syncthreads();
 
 #include "kernels.cu"
+
+using namespace scoresde;
 
 namespace {
 
@@ -42,7 +44,7 @@ void enter()
     current->state = done;
 }
 
-// One round of the block: every fiber that is not done runs to its next barrier or to its end. How many are at a barrier.
+// One round of the block: every fiber that is not done runs to its next barrier or to its end. Returns how many wait.
 unsigned run_round(std::vector<Fiber>& fibers, bool backwards)
 {
     unsigned at_barrier = 0;
@@ -112,6 +114,7 @@ EMULATE(lincomb_4, Lincomb)
 EMULATE(lincomb_5, Lincomb)
 EMULATE(perturb_and_target, Perturb)
 EMULATE(norms, Squares)
+EMULATE(norms_and_noise, Squares)
 EMULATE(squared_error, Squares)
 EMULATE(finish_langevin, Finish)
 EMULATE(finish_loss, Finish)

@@ -1,6 +1,6 @@
-"""The CUDA kernels on a CPU: csrc/kernels.cu compiled by a C++ compiler, thread by thread, with the launcher's interface.
+"""The CUDA kernels on a CPU: csrc/kernels.cu compiled by a C++ compiler and run thread by thread.
 
-`Emulator.launch` takes the place of `Driver.launch` for tensors in host memory, so everything but the GPU itself is run:
+`Emulator.launch` takes the place of `Driver.launch` for tensors in host memory, so everything but the GPU itself runs:
 the packing of arguments, grids, index arithmetic, tails, memory formats, reductions and the arithmetic.
 """
 
@@ -18,9 +18,8 @@ import torch
 HERE = Path(__file__).parent
 CSRC = HERE.parent / "scoresde" / "kernels" / "csrc"
 SCALARS = ("float", "double", "half", "bfloat16")
-# no contraction: a multiply-add is rounded once where the source says so, and nowhere else
-FLAGS = ("-std=c++17", "-O1", "-ffp-contract=off", "-fno-strict-aliasing", "-fPIC", "-shared", "-Wall", "-Werror")
-IGNORED = ("-Wno-unknown-pragmas", "-Wno-unknown-warning-option")
+# -O0 because compiling takes longer than running; no contraction: a multiply-add is rounded once where the source says so, and nowhere else
+FLAGS = ("-std=c++17", "-O0", "-ffp-contract=off", "-fno-strict-aliasing", "-fPIC", "-shared")
 
 
 class Emulator:
@@ -60,7 +59,7 @@ def build(folder: Path) -> Emulator:
     compiler = shutil.which("g++") or shutil.which("c++")
     if compiler is None:
         pytest.skip("no C++ compiler: neither g++ nor c++ is on the path")
-    command = [compiler, "-x", "c++", *FLAGS, *IGNORED, f"-I{CSRC}", str(HERE / "emulator.cpp")]
+    command = [compiler, "-x", "c++", *FLAGS, f"-I{CSRC}", str(HERE / "emulator.cpp")]
     for pair in (SCALARS[:2], SCALARS[2:]):
         running = [
             subprocess.Popen(

@@ -153,10 +153,10 @@ int cuGetErrorString(int code, const char** text) {
 // NVRTC 13.7.
 
 int nvrtcVersion(int* major, int* minor) { *major = 13; *minor = 7; return 0; }
-int nvrtcGetNumSupportedArchs(int* count) { *count = 4; return 0; }
+int nvrtcGetNumSupportedArchs(int* count) { *count = 5; return 0; }
 
 int nvrtcGetSupportedArchs(int* found) {
-  int known[] = {80, 90, 100, 120};
+  int known[] = {80, 89, 90, 100, 120};
   memcpy(found, known, sizeof known);
   return 0;
 }

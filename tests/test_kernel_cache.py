@@ -25,9 +25,7 @@ from forked import forked, start, wait
 from scoresde.kernels import cubin
 from scoresde.kernels.cubin import Cache, KernelWarning, key
 
-CUBIN = b"\x7fELF" + bytes(
-    range(128)
-)  # short, as every byte of it is damaged and replaced, and that waits for the disk
+CUBIN = b"\x7fELF" + bytes(range(128))  # short, as each of its bytes is damaged in turn
 NAME = key("source", {}, (), "sm_90", "13.0")
 NOBODY = 65534
 
@@ -110,6 +108,13 @@ def test_folder_and_files_are_closed_to_others(mask: int, tmp_path: Path) -> Non
     assert stat.S_IMODE(file(tmp_path / "cache").stat().st_mode) == 0o600
 
 
+@pytest.fixture
+def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hundreds of files that need not survive a loss of power."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+
+
+@pytest.mark.usefixtures("hasty")
 def test_a_file_cut_short_anywhere_is_replaced(tmp_path: Path) -> None:
     whole = filled(tmp_path)
     for length in range(len(whole)):
@@ -118,6 +123,7 @@ def test_a_file_cut_short_anywhere_is_replaced(tmp_path: Path) -> None:
         assert file(tmp_path).read_bytes() == whole
 
 
+@pytest.mark.usefixtures("hasty")
 def test_a_file_with_any_byte_changed_is_replaced(tmp_path: Path) -> None:
     """sha256 of the content, and the header's every byte is compared."""
     whole = filled(tmp_path)
@@ -156,11 +162,7 @@ def test_links_and_pipes_are_not_followed(tmp_path: Path) -> None:
     ):
         file(tmp_path).unlink()
         make(file(tmp_path))
-        signal.alarm(10)
-        try:
-            assert compiles(tmp_path) == 1 and compiles(tmp_path) == 0
-        finally:
-            signal.alarm(0)
+        assert forked(lambda: filled(tmp_path)) == 0
         assert stat.S_ISREG(file(tmp_path).lstat().st_mode)
     assert target.read_bytes() == whole and not (tmp_path / "missing").exists()
 
@@ -185,7 +187,8 @@ def test_a_folder_open_to_others_is_not_believed(mode: int, tmp_path: Path) -> N
     with pytest.warns(KernelWarning, match=f"{planted}: others may write to it .mode {mode:o}") as told:
         assert cache.get(NAME, compile) == cache.get(NAME, compile) == CUBIN
     assert compile.calls == 1 and len(told) == 1
-    assert [path.name for path in planted.iterdir()] == [f"{NAME}.cubin"], "something was written there"
+    assert [path.name for path in planted.iterdir()] == [f"{NAME}.cubin"]
+    assert file(planted).read_bytes() == file(tmp_path / "forge").read_bytes(), "it was written to"
 
 
 def test_a_folder_of_another_user_is_not_believed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -344,7 +347,7 @@ def test_killed_at_every_point_of_a_write(tmp_path: Path) -> None:
 
 
 def test_killed_at_any_time(tmp_path: Path) -> None:
-    """Forty writers that write over and over, killed from outside after 1 to 40 ms; large files, so that most are hit
+    """Writers that write over and over, killed from outside after 1 to 25 ms; large files, so that most are hit
     while they write."""
     large = CUBIN * 16000  # 2 MB
 
@@ -353,7 +356,7 @@ def test_killed_at_any_time(tmp_path: Path) -> None:
             file(tmp_path).unlink(missing_ok=True)
             Cache(tmp_path).get(NAME, lambda: large)
 
-    for milliseconds in range(1, 41):
+    for milliseconds in range(1, 26):
         pid = start(child)
         time.sleep(milliseconds / 1000)
         os.kill(pid, signal.SIGKILL)
@@ -370,7 +373,7 @@ def test_many_processes_at_once(processes: int, tmp_path: Path) -> None:
     def child(number: int) -> Callable[[], None]:
         def work() -> None:
             own = bytes([number]) * 300_000
-            for turn in range(20):
+            for turn in range(10):
                 name = key(str(turn), {}, (), "sm_90", "13.0")
                 barrier.wait(10)
                 found = Cache(tmp_path / "cache").get(name, lambda: own)
@@ -384,6 +387,6 @@ def test_many_processes_at_once(processes: int, tmp_path: Path) -> None:
 
     assert [wait(pid) for pid in [start(child(number)) for number in range(processes)]] == [0] * processes
     lines = log.read_text().splitlines()
-    assert len(lines) == 20 * processes
-    assert {line.split()[0] for line in lines if line.endswith("True")} == {str(turn) for turn in range(20)}
+    assert len(lines) == 10 * processes
+    assert {line.split()[0] for line in lines if line.endswith("True")} == {str(turn) for turn in range(10)}
     assert all(path.suffix == ".cubin" for path in (tmp_path / "cache").iterdir())

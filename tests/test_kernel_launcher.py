@@ -252,16 +252,14 @@ def test_a_forked_child_is_told(stub: ctypes.CDLL, driver: Driver, tmp_path: Pat
 
 @needs_compiler
 def test_architectures_are_those_whose_code_runs(stub: ctypes.CDLL) -> None:
-    """Code for x.y runs on x.z with z ≥ y; the stub knows 8.0, 9.0, 10.0 and 12.0."""
+    """Code for x.y runs on x.z with z ≥ y; the stub knows 8.0, 8.9, 9.0, 10.0 and 12.0."""
     compiler = nvrtc.Compiler(str(stub_cuda.path()))
     assert compiler.version == "13.7"
-    found = {
-        capability: compiler.architecture(*capability) for capability in [(8, 0), (8, 9), (9, 0), (10, 3), (12, 1)]
-    }
-    assert list(found.values()) == ["sm_80", "sm_80", "sm_90", "sm_100", "sm_120"]
-    for unknown in ((7, 5), (11, 0), (13, 0)):
-        with pytest.raises(RuntimeError, match=rf"8\.0, 9\.0, 10\.0, 12\.0, .*GPU has {unknown[0]}\.{unknown[1]}"):
-            compiler.architecture(*unknown)
+    found = [compiler.architecture(*capability) for capability in ((8, 0), (8, 6), (8, 9), (9, 0), (10, 3), (12, 1))]
+    assert found == ["sm_80", "sm_80", "sm_89", "sm_90", "sm_100", "sm_120"]
+    for major, minor in ((7, 5), (11, 0), (13, 0)):
+        with pytest.raises(RuntimeError, match=rf"8\.0, 8\.9, 9\.0, 10\.0, 12\.0, .*GPU has {major}\.{minor}"):
+            compiler.architecture(major, minor)
 
 
 @needs_compiler

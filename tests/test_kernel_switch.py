@@ -209,9 +209,14 @@ def test_a_gpu_without_kernels_is_told_once(
 
 
 def test_one_reason_is_one_warning_for_all_dtypes(gpu: pytest.MonkeyPatch) -> None:
+    """And is looked for once for each of them, however often it is asked for."""
+    looked, look = list[torch.dtype](), switch._look
+    gpu.setattr(switch, "_look", lambda device, dtype: (looked.append(dtype), look(device, dtype))[1])
     with pytest.warns(KernelWarning, match="NVRTC of CUDA 13") as told:
         assert not any(enabled(CUDA, dtype) for dtype in switch.SCALARS)
     assert len(told) == 1
+    assert all(why_not(CUDA, dtype) == why_not(CUDA, dtype) for dtype in switch.SCALARS)
+    assert looked == list(switch.SCALARS)
     assert "they take torch.float32, torch.float64" in str(why_not(CUDA, torch.complex64))
 
 
@@ -284,6 +289,9 @@ def test_the_command_says_what_there_is(capsys: pytest.CaptureFixture[str], gpu:
     assert command.main() == 1 and "not all devices have them" in capsys.readouterr().out
     break_count(gpu)
     assert command.main() == 1 and re.search(r"^GPU +none: torch sees no GPU", capsys.readouterr().out, re.MULTILINE)
+    gpu.setenv("SCORESDE_CACHE", "/dev/null")
+    command.main()
+    assert re.search(r"^cache +/dev/null, not used: it is not a folder$", capsys.readouterr().out, re.MULTILINE)
     gpu.setenv("SCORESDE_KERNELS", "perhaps")
     assert command.main() == 1 and "SCORESDE_KERNELS is 'perhaps'" in capsys.readouterr().out
 

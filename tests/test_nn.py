@@ -14,7 +14,7 @@ from scoresde import EDM, VPSDE, DenoisingLoss, Preconditioned, Rng
 from scoresde.data import EightGaussians
 from scoresde.loss import Likelihood, LogSNRTimes
 from scoresde.nn import MLP, Conditioning, Downsample, FourierEmbedding, SinusoidalEmbedding, UNet, Upsample
-from scoresde.nn.blocks import Attention, ResampleConv, ResidualBlock, attend
+from scoresde.nn.blocks import Attention, CrossAttention, ResampleConv, ResidualBlock, TokenEmbedding, attend
 
 SMALL = {"width": 8, "multipliers": (1, 2), "blocks": 1}
 # Two resolutions, attention at the lower, every kind of resampling layer that has derivatives of its own.
@@ -203,6 +203,233 @@ def test_label_and_vector_are_dropped_together():
     torch.manual_seed(0)
     out = module(c_noise, {"label": torch.full((n,), 2), "vector": torch.ones(n, 2)}, like)
     assert len(torch.unique((out * 1e4).round(), dim=0)) == 2
+
+
+TOLD = {
+    "classes": 3,
+    "cond_dim": 2,
+    "cond_image": (2, 8, 4),
+    "cond_tokens": 5,
+}
+TELLERS = {
+    "label": lambda **kw: UNet((1, 8, 4), attention=(4,), classes=3, **SMALL, **kw),
+    "vector": lambda **kw: UNet((1, 8, 4), cond_dim=2, **SMALL, **kw),
+    "image": lambda **kw: UNet((1, 8, 4), cond_image=(2, 8, 4), **SMALL, **kw),
+    "image-resized": lambda **kw: UNet((1, 8, 4), cond_image=(2, 4, 2), **SMALL, **kw),
+    "image-encoded": lambda **kw: UNet((1, 8, 4), cond_image=(2, 11, 5), encode_image=True, **SMALL, **kw),
+    "image-encoded-mlp": lambda **kw: MLP((2, 3), width=16, depth=2, cond_image=(1, 9), **kw),
+    "tokens": lambda **kw: UNet((1, 8, 4), attention=(4,), heads=2, cond_tokens=5, **SMALL, **kw),
+    "tokens-alone": lambda **kw: UNet((2, 8), cond_tokens=5, **SMALL, **kw),
+    "all": lambda **kw: UNet((1, 8, 4), attention=(4,), **TOLD, **SMALL, **kw),
+}
+
+
+def conditions_of(network: nn.Module, batch: int = 3, seed: int = 5):
+    """Every condition the network knows, as it is passed: a tensor if it is one, else a mapping."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = network.conditioning.conditions.shapes
+    cond = {
+        name: torch.randn(batch, *(4 if n == -1 else n for n in shape), generator=generator, dtype=torch.float64)
+        for name, shape in shapes.items()
+    }
+    if "label" in cond:
+        cond["label"] = torch.arange(batch) % network.conditioning.conditions.classes
+    return cond if len(cond) > 1 else next(iter(cond.values()))
+
+
+every_condition = pytest.mark.parametrize("build", TELLERS.values(), ids=TELLERS.keys())
+
+
+def rows(cond, index):
+    return {name: value[index] for name, value in cond.items()} if isinstance(cond, dict) else cond[index]
+
+
+@every_condition
+def test_every_condition_matters_and_its_null_says_nothing_sample_by_sample(build):
+    """The network's own null, put in for some samples: those are the unconditional ones, the others the conditional."""
+    network = awake(build())
+    x, c_noise = inputs(network)
+    cond = conditions_of(network)
+    told, silent = network(x, c_noise, cond), network(x, c_noise)
+    assert ((told - silent).flatten(1).abs().amax(1) > 1e-6).all()
+    null = network.null(cond)
+    assert type(null) is type(cond) and network.null(None) is None
+    pick = lambda a, b: torch.cat([b, a[1:]])  # noqa: E731
+    mixed = {k: pick(cond[k], null[k]) for k in cond} if isinstance(cond, dict) else pick(cond, null)
+    out = network(x, c_noise, mixed)
+    # attention over padded tokens sums zeros more, in another order
+    torch.testing.assert_close(out[0], silent[0], rtol=0, atol=1e-12)
+    torch.testing.assert_close(out[1:], told[1:], rtol=0, atol=1e-12)
+    if isinstance(cond, dict):  # and each alone
+        for name in cond:
+            left_out = network(x, c_noise, {k: v for k, v in cond.items() if k != name})
+            said_none = network(x, c_noise, cond | {name: null[name].expand_as(cond[name])})
+            torch.testing.assert_close(said_none, left_out, rtol=0, atol=1e-12)
+            assert (left_out - told).flatten(1).abs().amax(1).min() > 1e-6
+
+
+@every_condition
+def test_a_batch_with_nulls_trains_with_finite_gradients_for_every_parameter(build):
+    network = awake(build()).train()
+    x, c_noise = inputs(network)
+    cond = conditions_of(network)
+    null = network.null(cond)
+    join = lambda a, b: torch.cat([a[:2], b])  # noqa: E731
+    mixed = {k: join(cond[k], null[k]) for k in cond} if isinstance(cond, dict) else join(cond, null)
+    torch.nn.functional.mse_loss(network(x, c_noise, mixed), torch.ones_like(x)).backward()
+    for name, parameter in network.named_parameters():
+        assert parameter.grad is not None and parameter.grad.isfinite().all(), name
+        assert parameter.grad.any(), name
+
+
+@every_condition
+def test_conditions_of_one_batch_do_not_mix(build):
+    network = awake(build())
+    x, c_noise = inputs(network)
+    cond = conditions_of(network)
+    together = network(x, c_noise, cond)
+    for k in range(3):
+        part = slice(k, k + 1)
+        torch.testing.assert_close(
+            network(x[part], c_noise[part], rows(cond, part))[0], together[k], rtol=0, atol=1e-12
+        )
+
+
+def test_a_network_that_is_told_everything_is_one_graph():
+    network = awake(TELLERS["all"]())
+    x, c_noise = inputs(network)
+    cond = conditions_of(network)
+    compiled = torch.compile(network, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x, c_noise, cond), network(x, c_noise, cond))
+
+
+@pytest.mark.parametrize("kind", ["image", "tokens"])
+def test_conditional_derivatives_match_finite_differences(kind):
+    network = awake(TELLERS[kind]())
+    x, c_noise = inputs(network, batch=1)
+    cond = conditions_of(network, batch=1)
+    assert torch.autograd.gradcheck(
+        lambda x, cond: network(x, c_noise, cond), (x.requires_grad_(), cond.requires_grad_()), fast_mode=True
+    )
+    tangent = torch.ones_like(x)
+    _, forward = torch.func.jvp(lambda z: network(z, c_noise, cond.detach()), (x.detach(),), (tangent,))
+    (back,) = torch.autograd.grad(network(x, c_noise, cond), x, torch.ones_like(x))
+    torch.testing.assert_close((back * tangent).sum(), forward.sum())
+
+
+def test_cross_attention_is_multi_head_attention_with_padding():
+    layer = awake(CrossAttention(2, 8, 6, heads=2, scaling=0.5))
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
+    h, tokens = draw(3, 8, 2, 3), draw(3, 4, 5)
+    tokens[0, 2:], tokens[1] = math.nan, math.nan
+    embed = TokenEmbedding(5, 6).double()
+    told = embed(tokens, h)
+    assert told.there.tolist() == [[True, True, True, False, False], [True] + 4 * [False], 5 * [True]]
+    reference = nn.MultiheadAttention(8, 2, kdim=6, vdim=6, batch_first=True, dtype=torch.float64)
+    reference.q_proj_weight.data = layer.query.weight[:, :, 0, 0]
+    reference.k_proj_weight.data, reference.v_proj_weight.data = layer.key_value.weight.chunk(2)
+    reference.in_proj_bias.data = torch.cat([layer.query.bias, layer.key_value.bias])
+    reference.out_proj.weight.data, reference.out_proj.bias.data = layer.proj.weight[:, :, 0, 0], layer.proj.bias
+    query = layer.norm(h).flatten(2).transpose(1, 2)
+    keys = torch.cat([embed.null.expand(3, 1, -1), embed.linear(tokens.nan_to_num())], 1)
+    expected = reference(query, keys, keys, key_padding_mask=~told.there)[0].transpose(1, 2).reshape(h.shape)
+    torch.testing.assert_close(layer(h, h, told), 0.5 * (h + expected))
+    with pytest.raises(ValueError, match="no tokens"):
+        layer(h, h)
+
+
+def test_padding_and_order_of_tokens_change_nothing():
+    network = awake(TELLERS["tokens"]())
+    x, c_noise = inputs(network)
+    tokens = conditions_of(network)
+    out = network(x, c_noise, tokens)
+    padded = torch.cat([tokens, torch.full_like(tokens, math.nan)], 1)
+    for same in (padded, padded.flip(1), tokens[:, [2, 0, 3, 1]]):
+        torch.testing.assert_close(network(x, c_noise, same), out, rtol=0, atol=1e-12)
+    torch.testing.assert_close(network(x, c_noise, tokens[:, :0]), network(x, c_noise), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("image", [(2, 8, 4), (2, 4, 2)])
+def test_a_joined_image_is_further_channels_of_x(image):
+    """The inlet is one convolution of x, the image at its size, and a channel of ones."""
+    network = awake(UNet((1, 8, 4), cond_image=image, **SMALL))
+    x, c_noise = inputs(network)
+    cond = conditions_of(network)
+    seen = []
+    network.encoder[0][0].register_forward_hook(lambda module, args, out: seen.append(args[0]))
+    network(x, c_noise, cond)
+    full = F.interpolate(cond, (8, 4), mode="bilinear") if image != (2, 8, 4) else cond
+    channels = torch.cat([x, full, torch.ones_like(x)], 1)
+    weight = torch.cat([network.inlet.weight, network.joint.weight], 1)
+    expected = F.conv2d(channels, weight, network.inlet.bias + network.joint.bias, padding=1)
+    torch.testing.assert_close(seen[0], expected)
+
+
+def test_the_encoder_of_an_image_knows_what_is_where():
+    network = awake(TELLERS["image-encoded"]())
+    x, c_noise = inputs(network, batch=1)
+    spot = torch.zeros(1, 2, 11, 5, dtype=torch.float64)
+    spot[0, 0, 2, 2] = 3.0
+    assert (network(x, c_noise, spot) - network(x, c_noise, spot.flip(2))).abs().max() > 1e-3
+
+
+def test_every_kind_of_condition_is_dropped_together():
+    n = 300
+    network = awake(UNet((1, 2, 2), width=8, multipliers=(1,), blocks=1, **(TOLD | {"cond_image": (1, 2, 2)})))
+    network.conditioning.conditions.dropout = 0.5
+    x, c_noise = torch.zeros(n, 1, 2, 2, dtype=torch.float64), torch.zeros(n, dtype=torch.float64)
+    cond = {
+        "label": torch.full((n,), 2),
+        "vector": x.new_ones(n, 2),
+        "image": x.new_ones(n, 1, 2, 2),
+        "tokens": x.new_ones(n, 3, 5),
+    }
+    told, silent = network(x, c_noise, cond), network(x, c_noise)
+    torch.manual_seed(0)
+    out = network.train()(x, c_noise, cond)
+    is_null = (out - silent).flatten(1).abs().amax(1) < 1e-9
+    assert torch.equal(is_null, (out - told).flatten(1).abs().amax(1) > 1e-9)  # each sample is one or the other
+    assert abs(is_null.sum().item() - n / 2) < 4 * math.sqrt(n / 4)
+
+
+HOLE = torch.tensor([[1.0, math.nan], [0.0, 0.0], [math.nan, math.nan]])
+
+
+@pytest.mark.parametrize(
+    "build, words",
+    [
+        (lambda: MLP((2,), cond_dim=2)(torch.zeros(3, 2), torch.zeros(3), HOLE), "one vector are NaN and others"),
+        (
+            lambda: UNet((1, 2, 2), width=8, multipliers=(1,), cond_tokens=2)(
+                torch.zeros(1, 1, 2, 2), torch.zeros(1), HOLE[None]
+            ),
+            "one token are NaN",
+        ),
+        (
+            lambda: MLP((2,), cond_image=(1, 3, 2))(torch.zeros(1, 2), torch.zeros(1), HOLE[None, None]),
+            "one image are NaN",
+        ),
+        (lambda: MLP((2,), cond_image=(3,)), r"\(C, L\)"),
+        (lambda: MLP((2,), cond_dim=-1), "counts"),
+        (lambda: UNet((1, 8, 8), cond_image=(1, 8)), "encode_image=True"),
+        (
+            lambda: UNet((1, 8, 8), cond_tokens=3)(torch.zeros(2, 1, 8, 8), torch.zeros(2), torch.zeros(2, 3)),
+            r"\(2, L, 3\)",
+        ),
+        (
+            lambda: UNet((1, 8, 8), cond_image=(1, 8, 8), classes=2)(
+                torch.zeros(2, 1, 8, 8), torch.zeros(2), torch.zeros(2, 1, 8, 8)
+            ),
+            "two conditions",
+        ),
+        (lambda: MLP((2,), cond_dim=2).null(torch.zeros(1, 2, dtype=torch.long)), "floating-point"),
+        (lambda: MLP((2,)).null(torch.zeros(1)), "unconditional"),
+    ],
+)
+def test_conditions_that_make_no_sense_are_refused(build, words):
+    with pytest.raises(ValueError, match=words):
+        build()
 
 
 @pytest.mark.parametrize(

@@ -134,7 +134,8 @@ def dsm_loss(
         (B,), in float32 or wider.
     """
     if not enabled(prediction.device, prediction.dtype):
-        target = _tensor(noise, prediction)
+        # a target in a half type would be rounded before the difference is taken
+        target = _tensor(noise, prediction).to(torch.promote_types(prediction.dtype, torch.float32))
         if x0 is not None:
             target = reference.lincomb(((q, target), (p, x0)))
         return reference.dsm_loss(prediction, target, weight)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .. import philox
 from . import driver, dsm_loss, langevin, lincomb, nvrtc, perturb_and_target
-from .cubin import Cache
+from .cubin import Cache, refuse_shared
 from .noise import Noise
 from .switch import SCALARS, mode, using, why_not
 
@@ -160,10 +160,16 @@ def _nvrtc() -> str:
 def _cache() -> str:
     try:
         folder = Cache().folder()
-        files = list(folder.glob("*.cubin"))
-        return f"{folder}, {len(files)} files, {sum(file.stat().st_size for file in files) / 1000:.0f} kB"
     except OSError as error:
         return f"none: {error}"
+    try:
+        refuse_shared(folder)
+        sizes = [file.stat().st_size for file in folder.glob("*.cubin")]
+    except FileNotFoundError:
+        sizes = []
+    except OSError as error:
+        return f"{folder}, not used: {error}"
+    return f"{folder}, {len(sizes)} files, {sum(sizes) / 1000:.0f} kB"
 
 
 if __name__ == "__main__":

@@ -18,6 +18,8 @@ BLOCK = 128  # threads
 # 2^19 threads fill a GPU (an H200 holds 132 · 2048 ≈ 2^18 at once). Beyond that a thread takes more quads, up to 8:
 # what it does once (find its sample, read coefficients, start the noise) costs about as much as a quad.
 FULL, MOST_QUADS = 2**19, 8
+# `Path` in kernels.cu: how the elements of a quad are read and written
+VECTOR, ROWS, SCATTERED = range(3)
 # neighbouring threads of one sample, where it has as many quads: a warp, which then reads without gaps
 WARP = 32
 # Threads, and elements of a sample, are counted in 31 bits, as `Division` needs; a grid may round up by a block.
@@ -84,7 +86,7 @@ def quads_of(like: Tensor) -> int:
     quads = -(-elements // 4)
     if samples * quads > LIMIT or elements > LIMIT:
         raise ValueError(
-            f"A kernel takes samples of at most {LIMIT} elements and batches of at most {LIMIT} groups of four of them; "
+            f"A kernel takes at most {LIMIT} elements a sample and, in all, {LIMIT} groups of four of them; "
             f"got {samples} samples of {elements} elements. Split the batch."
         )
     return quads
@@ -101,8 +103,7 @@ class Layout(ctypes.Structure):
         ("samples", c_uint32),
         ("elements", c_uint32),
         ("quads", c_uint32),
-        ("vector", c_uint32),
-        ("rows", c_uint32),
+        ("path", c_uint32),
         ("threads", Division),
         ("inner", Division),
         ("channels", Division),
@@ -116,13 +117,17 @@ class Layout(ctypes.Structure):
         channels = 1 if like.is_contiguous() else like.shape[1]
         inner = elements // channels
         packet = min(4 * like.element_size(), 16)
-        aligned = all(x.data_ptr() % packet == 0 for x in tensors)
+        if inner % 4:
+            path = SCATTERED
+        elif channels > 1:
+            path = ROWS
+        else:
+            path = VECTOR if all(x.data_ptr() % packet == 0 for x in tensors) else SCATTERED
         return cls(
             samples=like.shape[0],
             elements=elements,
             quads=quads_of(like),
-            vector=channels == 1 and elements % 4 == 0 and aligned,
-            rows=inner // 4 if channels > 1 and inner % 4 == 0 else 0,
+            path=path,
             threads=Division.by(threads),
             inner=Division.by(inner),
             channels=Division.by(channels),

@@ -89,7 +89,7 @@ class Cache:
         """None where there is no such file, or it is not what `_write` would have written."""
         place = self.folder()
         try:
-            _refuse_shared(place)
+            refuse_shared(place)
         except FileNotFoundError:
             return None
         _sweep(place)
@@ -106,7 +106,7 @@ class Cache:
     def _write(self, name: str, cubin: bytes) -> None:
         place = self.folder()
         os.makedirs(place, mode=0o700, exist_ok=True)
-        _refuse_shared(place)
+        refuse_shared(place)
         new = place / f".{name}.{secrets.token_hex(8)}.part"
         try:
             with open(new, "xb", opener=_private) as file:
@@ -148,7 +148,7 @@ def _private(path: str, flags: int) -> int:
     return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o600)
 
 
-def _refuse_shared(path: Path) -> None:
+def refuse_shared(path: Path) -> None:
     """Raises PermissionError where another user could have put the files, which would then run as this one."""
     found = os.stat(path)
     if not stat.S_ISDIR(found.st_mode):

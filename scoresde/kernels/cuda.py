@@ -179,7 +179,7 @@ def langevin(
     """
     if not x.numel():
         return
-    sums = _squares(launch, "norms", eps, noise if measured else None)
+    sums = _squares(launch, "norms_and_noise", eps, noise) if measured else _squares(launch, "norms", eps)
     step = torch.empty(2, x.shape[0], dtype=torch.float64, device=x.device)
     rows = {"eps": step[0].data_ptr(), "std": step[1].data_ptr()}
     _finish(launch, "finish_langevin", eps, sums, sigma, snr=snr, measured=measured, **rows)

@@ -99,11 +99,12 @@ def _dsm_loss(
     eps: Tensor | None,
     *flat: Any,
 ) -> Tensor:
-    target = _drawn(prediction, flat) if eps is None else eps
-    if q is not None:
-        target = reference.lincomb(((q, target),))
+    wide = torch.promote_types(prediction.dtype, torch.float32)
+    target = _drawn(prediction, flat) if eps is None else eps.to(wide)
     if x0 is not None and p is not None:
-        target = reference.lincomb(((1.0, target), (p, x0)))
+        target = reference.lincomb(((1.0 if q is None else q, target), (p, x0)))
+    elif q is not None:
+        target = reference.lincomb(((q, target),))
     return reference.dsm_loss(prediction, target, weight)
 
 
@@ -255,8 +256,8 @@ def _fake_bits(shape: Sequence[int], seeds: Tensor, *_: Any) -> Tensor:
 
 
 LIBRARY: torch.library.Library = torch.library.Library("scoresde", "DEF")
-_AT = "Tensor seeds, Tensor draws, int draw, int row"
-_MAYBE_AT = "Tensor? seeds, Tensor? draws, int draw, int row"
+_AT = "Tensor seeds, Tensor draws, SymInt draw, SymInt row"
+_MAYBE_AT = "Tensor? seeds, Tensor? draws, SymInt draw, SymInt row"
 
 for _schema, _anywhere, _on_cuda, _fake in (
     (

@@ -51,7 +51,7 @@ def _add(total: Tensor, factor: Coefficient, x: Tensor, out: Tensor | None = Non
 def langevin(x: Tensor, eps: Tensor, z: Tensor, sigma: Tensor, snr: float, measured: bool) -> Tensor:
     r"""x − (h/σ) ε̂ + √(2h) z, h = σ² min(1, 2 snr² (N + 64)/(‖ε̂‖² + 64)) per sample, N = ‖z‖² or its mean D."""
     wide = _wide(x.dtype)
-    size = z.to(wide).flatten(1).square().sum(1) if measured else x[0].numel()
+    size = z.to(wide).flatten(1).square().sum(1) if measured else x.shape[1:].numel()
     ratio = (2 * snr**2 * (size + 64) / (eps.to(wide).flatten(1).square().sum(1) + 64)).clamp(max=1.0)
     return lincomb(((1.0, x), (-ratio * sigma, eps)), ((2 * ratio).sqrt() * sigma, z))
 

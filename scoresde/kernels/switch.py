@@ -23,10 +23,7 @@ from .driver import driver
 
 MODES = ("auto", "off", "require")
 SCALARS = {torch.float32: "float", torch.float64: "double", torch.float16: "half", torch.bfloat16: "bfloat16"}
-CAPABILITY = (
-    8,
-    0,
-)  # the first with bfloat16 arithmetic, and the oldest that tests compile for
+CAPABILITY = (8, 0)  # the first with bfloat16 arithmetic, and the oldest that tests compile for
 
 _lock = threading.RLock()
 _mode: str | None = None

@@ -1,20 +1,33 @@
-"""The layers of a U-Net, for 1 to 3 spatial dimensions: each is (h (B, C, *sizes), emb (B, E)) -> h."""
+"""The layers of a U-Net, for 1 to 3 spatial dimensions: each is (h (B, C, *sizes), emb (B, E), tokens) -> h.
+
+`tokens` are what the network was told as a sequence, None where it was built without; only `CrossAttention` looks.
+"""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .conditions import filled
 from .layers import conv, group_norm, linear
 
 
-class Stack(nn.ModuleList):
-    """Layers one after another, all given the same embedding."""
+class Tokens(NamedTuple):
+    """A sequence per sample: values (B, L, E), and which of them are there (B, L)."""
 
-    def forward(self, h: Tensor, emb: Tensor) -> Tensor:
+    values: Tensor
+    there: Tensor
+
+
+class Stack(nn.ModuleList):
+    """Layers one after another, all told the same."""
+
+    def forward(self, h: Tensor, emb: Tensor, tokens: Tokens | None = None) -> Tensor:
         for layer in self:
-            h = layer(h, emb)
+            h = layer(h, emb, tokens)
         return h
 
 
@@ -26,7 +39,7 @@ class ResampleConv(nn.Module):
         self.resample = resample
         self.conv = conv(dims, inputs, outputs, 3)
 
-    def forward(self, h: Tensor, emb: Tensor) -> Tensor:
+    def forward(self, h: Tensor, emb: Tensor, tokens: Tokens | None = None) -> Tensor:
         return self.conv(self.resample(h))
 
 
@@ -65,7 +78,7 @@ class ResidualBlock(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.skip = nn.Identity() if inputs == outputs else conv(dims, inputs, outputs, 1)
 
-    def forward(self, h: Tensor, emb: Tensor) -> Tensor:
+    def forward(self, h: Tensor, emb: Tensor, tokens: Tokens | None = None) -> Tensor:
         inner = self.conv1(self.resample(F.silu(self.norm1(h))))
         film = self.film(emb)
         scale, shift = film.reshape(*film.shape, *[1] * (h.ndim - 2)).chunk(2, 1)
@@ -74,16 +87,18 @@ class ResidualBlock(nn.Module):
         return (self.skip(self.resample(h)) + inner) * self.scaling
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q kᵀ/√d) v over tokens (B, heads, tokens, d).
+def attend(q: Tensor, k: Tensor, v: Tensor, there: Tensor | None = None) -> Tensor:
+    """softmax(q kᵀ/√d) v over tokens (B, heads, tokens, d); of keys and values, only those `there` (B, tokens).
 
     Fused except on the CPU, where two products are as fast at these sizes and have derivatives of every order
     and mode, which the fused kernel lacks. For a second derivative elsewhere use PyTorch's
     `sdpa_kernel(SDPBackend.MATH)`.
     """
+    mask = None if there is None else there[:, None, None]
     if q.device.type != "cpu":
-        return F.scaled_dot_product_attention(q, k, v)
-    return (q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)).softmax(-1) @ v
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    logits = q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)
+    return (logits if mask is None else logits.masked_fill(~mask, -torch.inf)).softmax(-1) @ v
 
 
 class Attention(nn.Module):
@@ -96,7 +111,56 @@ class Attention(nn.Module):
         self.qkv = conv(dims, channels, 3 * channels, 1)
         self.proj = conv(dims, channels, channels, 1, zero=True)
 
-    def forward(self, h: Tensor, emb: Tensor) -> Tensor:
+    def forward(self, h: Tensor, emb: Tensor, tokens: Tokens | None = None) -> Tensor:
         qkv = self.qkv(self.norm(h)).flatten(2).unflatten(1, (3, self.heads, -1))
-        tokens = attend(*torch.unbind(qkv.transpose(-1, -2), 1))
-        return (h + self.proj(tokens.transpose(-1, -2).reshape(h.shape))) * self.scaling
+        answer = attend(*torch.unbind(qkv.transpose(-1, -2), 1))
+        return (h + self.proj(answer.transpose(-1, -2).reshape(h.shape))) * self.scaling
+
+
+class TokenEmbedding(nn.Module):
+    """Tokens (B, L, inputs), NaN where padded, as `Tokens` of 1 + L: before them a learned one that is always there.
+
+    It is the null token: all that a sample without tokens attends to. Order is not seen; where it matters the tokens
+    carry it (positions added by whoever made them).
+    """
+
+    def __init__(self, inputs: int, width: int):
+        super().__init__()
+        self.linear = linear(inputs, width)
+        self.null = nn.Parameter(torch.randn(width))
+
+    def forward(self, value: Tensor | None, like: Tensor) -> Tokens:
+        null = self.null.to(like.dtype).expand(len(like), 1, -1)
+        alone = torch.ones(len(like), 1, dtype=torch.bool, device=like.device)
+        if value is None:
+            return Tokens(null, alone)
+        value, there = filled(value, 2)
+        return Tokens(torch.cat([null, self.linear(value).to(null.dtype)], 1), torch.cat([alone, there], 1))
+
+
+class CrossAttention(nn.Module):
+    """(h + proj(attention(norm(h) asks, tokens answer))) · scaling; `heads` divides `channels`; emb is unused.
+
+    Args:
+        dims: spatial dimensions, 1 to 3.
+        channels: of h.
+        width: of the tokens.
+        heads: number of heads.
+        scaling: factor on the sum.
+    """
+
+    def __init__(self, dims: int, channels: int, width: int, *, heads: int = 1, scaling: float = 1.0):
+        super().__init__()
+        self.heads, self.scaling = heads, scaling
+        self.norm = group_norm(channels)
+        self.query = conv(dims, channels, channels, 1)
+        self.key_value = linear(width, 2 * channels)
+        self.proj = conv(dims, channels, channels, 1, zero=True)
+
+    def forward(self, h: Tensor, emb: Tensor, tokens: Tokens | None = None) -> Tensor:
+        if tokens is None:
+            raise ValueError("Cross-attention has no tokens to attend to: pass Tokens, as UNet(cond_tokens=…) does.")
+        q = self.query(self.norm(h)).flatten(2).unflatten(1, (self.heads, -1)).transpose(-1, -2)
+        k, v = self.key_value(tokens.values).unflatten(2, (2, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind()
+        answer = attend(q, k, v, tokens.there)
+        return (h + self.proj(answer.transpose(-1, -2).reshape(h.shape))) * self.scaling

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .conditioning import Cond, Conditioning
+from .conditioning import Conditioning
+from .conditions import Cond
 from .layers import linear
 
 
@@ -32,7 +33,7 @@ class MLP(nn.Module):
         width: hidden width, even.
         depth: number of residual blocks, two dense layers each, ≥ 1.
         embedding, embedding_scale: waves that carry c_noise, see `Conditioning`.
-        classes, cond_dim, cond_dropout: conditions, see `Conditioning`.
+        classes, cond_dim, cond_image, cond_dropout: what it is told, see `Conditions`; an image through an encoder.
 
     Raises:
         ValueError: arguments out of range, or inputs of another shape.
@@ -48,6 +49,7 @@ class MLP(nn.Module):
         embedding_scale: float = 1.0,
         classes: int = 0,
         cond_dim: int = 0,
+        cond_image: Sequence[int] = (),
         cond_dropout: float = 0.0,
     ):
         super().__init__()
@@ -63,6 +65,7 @@ class MLP(nn.Module):
             embedding_scale=embedding_scale,
             classes=classes,
             cond_dim=cond_dim,
+            cond_image=cond_image,
             cond_dropout=cond_dropout,
         )
         # torch's own start, whose random biases put the bends off the origin: without them the features of symmetric
@@ -81,3 +84,7 @@ class MLP(nn.Module):
         for block in self.blocks:
             h = block(h, emb)
         return self.outlet(F.silu(h)).reshape(x.shape).to(x.dtype)
+
+    def null(self, cond: Cond) -> Cond:
+        """One entry like those of `cond` that says nothing, see `Conditions`."""
+        return self.conditioning.conditions.null(cond)

@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .blocks import Attention, ResampleConv, ResidualBlock, Stack
-from .conditioning import Cond, Conditioning
+from .blocks import Attention, CrossAttention, ResampleConv, ResidualBlock, Stack, TokenEmbedding
+from .conditioning import Conditioning
+from .conditions import Cond, filled
 from .layers import conv, group_norm
 from .resample import Downsample, Upsample
 
@@ -38,7 +39,10 @@ class UNet(nn.Module):
         resnet_resample: resample inside residual blocks (BigGAN); False by a convolution of its own.
         progressive_input: "residual" adds resampled, convolved x to each level (NCSN++); "none".
         dropout: probability in [0, 1), in every residual block, in training mode.
-        classes, cond_dim, cond_dropout: conditions, see `Conditioning`.
+        classes, cond_dim, cond_image, cond_tokens, cond_dropout: what it is told, see `Conditions`. Tokens are attended
+            to where there is self-attention, after it, and always in the middle.
+        encode_image: False joins the image to x as further channels, brought to its size by linear interpolation, and
+            one that says whether there is an image; True reads it by an encoder, for images that are no maps of x.
 
     Raises:
         ValueError: arguments out of range, sizes that cannot be halved, attention at a resolution that never
@@ -64,19 +68,14 @@ class UNet(nn.Module):
         dropout: float = 0.0,
         classes: int = 0,
         cond_dim: int = 0,
+        cond_image: Sequence[int] = (),
+        cond_tokens: int = 0,
         cond_dropout: float = 0.0,
+        encode_image: bool = False,
     ):
         super().__init__()
         self.event_shape = tuple(int(size) for size in event_shape)
-        if width < 2 or blocks < 1 or not multipliers or min(multipliers) < 1:
-            raise ValueError(
-                "width is at least 2, blocks and every multiplier at least 1; "
-                f"got width={width}, blocks={blocks}, multipliers={tuple(multipliers)}."
-            )
-        if progressive_input not in ("none", "residual"):
-            raise ValueError(f"progressive_input is 'none' or 'residual'; got {progressive_input!r}.")
-        if not 0 <= dropout < 1:
-            raise ValueError(f"dropout is a probability in [0, 1); got {dropout}.")
+        _check(width, multipliers, blocks, progressive_input, dropout)
         sizes = _sizes(self.event_shape, len(multipliers))
         unknown = sorted(set(attention) - set(sizes))
         if unknown:
@@ -91,15 +90,21 @@ class UNet(nn.Module):
             embedding_scale=embedding_scale,
             classes=classes,
             cond_dim=cond_dim,
+            cond_image=cond_image,
+            cond_tokens=cond_tokens,
             cond_dropout=cond_dropout,
+            encode_image=encode_image,
         )
         block = partial(ResidualBlock, dims, emb=4 * width, dropout=dropout, scaling=self.scaling)
 
-        def attend(c: int) -> Attention:
-            return Attention(dims, c, heads=_heads(c, heads, head_width), scaling=self.scaling)
+        def attend(c: int, itself: bool = True) -> list[nn.Module]:
+            n = _heads(c, heads, head_width)
+            own: list[nn.Module] = [Attention(dims, c, heads=n, scaling=self.scaling)] if itself else []
+            told = [CrossAttention(dims, c, 4 * width, heads=n, scaling=self.scaling)] if cond_tokens else []
+            return [*own, *told]
 
         def stage(inputs: int, level: int, attends: bool = True) -> Stack:
-            own = [attend(widths[level])] if attends and sizes[level] in attention else []
+            own = attend(widths[level]) if attends and sizes[level] in attention else []
             return Stack([block(inputs, widths[level]), *own])
 
         def resample(c: int, module: nn.Module) -> nn.Module:
@@ -123,7 +128,9 @@ class UNet(nn.Module):
                 c = widths[level]
                 skips.append(c)
             self.encoder.append(stages)
-        self.middle = Stack([block(c, c), *([attend(c)] if attention else []), block(c, c)])
+        self.middle = Stack(
+            [block(c, c), *(attend(c, itself=bool(attention)) if attention or cond_tokens else []), block(c, c)]
+        )
         for level in reversed(range(len(widths))):
             if level < len(widths) - 1:
                 self.ups.append(resample(c, Upsample(fir)))
@@ -133,30 +140,73 @@ class UNet(nn.Module):
                 c = widths[level]
             self.decoder.append(stages)
         self.norm, self.outlet = group_norm(c), conv(dims, c, channels, 3, zero=True)
+        self.tokens = TokenEmbedding(cond_tokens, 4 * width) if cond_tokens else None
+        self.joint = None if encode_image else _joint(self.event_shape, tuple(cond_image), width)
 
     def forward(self, x: Tensor, c_noise: Tensor, cond: Cond = None) -> Tensor:
         """F (B, *event_shape) at x (B, *event_shape) and c_noise (B,)."""
         if tuple(x.shape[1:]) != self.event_shape:
             raise ValueError(f"This UNet is for samples {self.event_shape}; got {tuple(x.shape[1:])}.")
-        emb = self.conditioning(c_noise, cond, x)
+        told = self.conditioning.conditions(cond, x)
+        emb = self.conditioning.embed(c_noise, told, x)
+        tokens = None if self.tokens is None else self.tokens(told.get("tokens"), x)
         h, pyramid = self.inlet(x), x
+        if self.joint is not None:  # a convolution of all channels together, in two parts
+            h = h + self.joint(self._joined(told.get("image"), x))
         skips = [h]
         for level, stages in enumerate(self.encoder):
             if level:
-                h = self.downs[level - 1](h, emb)
+                h = self.downs[level - 1](h, emb, tokens)
                 if self.pyramid:
                     pyramid = h = (h + self.pyramid[level - 1](pyramid, emb)) * self.scaling
                 skips.append(h)
             for stage in stages.children():
-                h = stage(h, emb)
+                h = stage(h, emb, tokens)
                 skips.append(h)
-        h = self.middle(h, emb)
+        h = self.middle(h, emb, tokens)
         for level, stages in enumerate(self.decoder):
             if level:
-                h = self.ups[level - 1](h, emb)
+                h = self.ups[level - 1](h, emb, tokens)
             for stage in stages.children():
-                h = stage(torch.cat([h, skips.pop()], 1), emb)
+                h = stage(torch.cat([h, skips.pop()], 1), emb, tokens)
         return self.outlet(F.silu(self.norm(h))).to(x.dtype)
+
+    def null(self, cond: Cond) -> Cond:
+        """One entry like those of `cond` that says nothing, see `Conditions`."""
+        return self.conditioning.conditions.null(cond)
+
+    def _joined(self, image: Tensor | None, x: Tensor) -> Tensor:
+        """The image at the size of x, 0 where there is none, and a channel that says where there is one."""
+        sizes = x.shape[2:]
+        if image is None:
+            return x.new_zeros(len(x), self.conditioning.conditions.shapes["image"][0] + 1, *sizes)
+        image, there = filled(image)
+        if image.shape[2:] != sizes:
+            image = F.interpolate(image, sizes, mode=("linear", "bilinear", "trilinear")[len(sizes) - 1])
+        flag = there.to(image.dtype).reshape(-1, 1, *[1] * len(sizes)).expand(-1, 1, *sizes)
+        return torch.cat([image, flag], 1)
+
+
+def _check(width: int, multipliers: Sequence[int], blocks: int, progressive_input: str, dropout: float) -> None:
+    if width < 2 or blocks < 1 or not multipliers or min(multipliers) < 1:
+        raise ValueError(
+            "width is at least 2, blocks and every multiplier at least 1; "
+            f"got width={width}, blocks={blocks}, multipliers={tuple(multipliers)}."
+        )
+    if progressive_input not in ("none", "residual"):
+        raise ValueError(f"progressive_input is 'none' or 'residual'; got {progressive_input!r}.")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout is a probability in [0, 1); got {dropout}.")
+
+
+def _joint(event_shape: tuple[int, ...], image: tuple[int, ...], width: int) -> nn.Module | None:
+    """The convolution of an image that is joined to x, and of the channel beside it."""
+    if image and len(image) != len(event_shape):
+        raise ValueError(
+            f"An image {image} cannot be joined to samples {event_shape}, which have another number of sizes: "
+            "take encode_image=True."
+        )
+    return conv(len(image) - 1, image[0] + 1, width, 3) if image else None
 
 
 def _sizes(event_shape: tuple[int, ...], levels: int) -> list[int]:

@@ -16,6 +16,7 @@ from ..denoiser import Cond, CountingDenoiser, Denoiser
 from ..grids import Grid, UniformGrid, check_grid
 from ..ode import SolverError
 from ..rng import Rng
+from .cuda_graph import Graphs
 
 State = Any
 """What a step remembers between calls (multistep history); None for one-step methods."""
@@ -74,19 +75,38 @@ class Sampler:
         grid: (sde, n) -> n + 1 falling times.
         steps: n ≥ 1; None takes the step's own default.
         denoise: end with x̂_0(x, t_end), one more evaluation: removes the noise σ(t_end) that is left.
+        cuda_graph: on a CUDA device, run all steps as one CUDA graph, network included. The samples are the same. It
+            pays where kernels are short, so for small networks and batches. The first call costs three runs; so does
+            one with another shape, kind of `rng`, denoiser or place of its weights. Memory for a whole run is held
+            for as long as the denoiser lives. Numbers and tensors that a denoiser holds besides its parameters and
+            buffers, and what it does in Python, are those of the first call.
 
     Raises:
-        ValueError: steps < 1.
+        ValueError: steps < 1, or a CUDA graph of an adaptive step.
     """
 
-    def __init__(self, step: Step, grid: Grid | None = None, steps: int | None = None, denoise: bool = True):
+    def __init__(
+        self,
+        step: Step,
+        grid: Grid | None = None,
+        steps: int | None = None,
+        denoise: bool = True,
+        cuda_graph: bool = False,
+    ):
         steps = step.default_steps if steps is None else steps
         if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
             raise ValueError(f"steps is a whole number of at least 1; got {steps!r}.")
+        if cuda_graph and step.count(steps) is None:
+            raise ValueError(
+                f"{type(step).__name__} decides as it goes how many steps it takes, and a CUDA graph always does the "
+                "same: take a step of fixed size, or cuda_graph=False."
+            )
         self.step = step
         self.grid: Grid = UniformGrid() if grid is None else grid
         self.steps = steps
         self.denoise = denoise
+        self.cuda_graph = bool(cuda_graph)
+        self._graphs = Graphs()
 
     @property
     def evaluations(self) -> int | None:
@@ -106,9 +126,21 @@ class Sampler:
 
         Raises:
             SolverError: a sample is not finite; its index is named.
-            ValueError: a shape, starting point or grid that is none.
+            ValueError: a shape, starting point or grid that is none; `cuda_graph` where x or `cond` are not on CUDA.
+            RuntimeError: `cuda_graph` without kernels, or for a step or network that no graph can contain.
         """
-        return deque(self.iterate(denoiser, shape_or_x, cond=cond, rng=rng), maxlen=1).pop().x
+        if not self.cuda_graph:
+            return deque(self.iterate(denoiser, shape_or_x, cond=cond, rng=rng), maxlen=1).pop().x
+        rng = Rng(0) if rng is None else rng
+        times = self._times(denoiser)
+        x = self.start(denoiser, shape_or_x, rng)
+
+        def run(x: Tensor, cond: Cond, rng: Rng) -> Tensor:
+            return deque(self._states(CountingDenoiser(denoiser), x, times, cond, rng), maxlen=1).pop()
+
+        x = self._graphs(run, (self.step, self.denoise, *times.tolist()), denoiser, x, cond, rng)
+        self._check(x, float(times[-1]), self.evaluations or 0)
+        return x
 
     def iterate(
         self,
@@ -118,28 +150,34 @@ class Sampler:
         cond: Cond = None,
         rng: Rng | None = None,
     ) -> Iterator[Trace]:
-        """The same run, point by point: progress bars and trajectories are the caller's `for`."""
+        """The same run, point by point: progress bars and trajectories are the caller's `for`. Never a CUDA graph."""
         rng = Rng(0) if rng is None else rng
+        times, counted = self._times(denoiser), CountingDenoiser(denoiser)
+        start, labels = self.start(denoiser, shape_or_x, rng), times.tolist()
+        yield Trace(0, labels[0], start, 0)
+        for index, x in enumerate(self._states(counted, start, times, cond, rng), 1):
+            if index >= self.steps:
+                self._check(x, labels[-1], counted.evaluations)
+            yield Trace(index, labels[min(index, self.steps)], x, counted.evaluations)
+
+    def _times(self, denoiser: Denoiser) -> Tensor:
+        """Falling times (n + 1,), float64, on the CPU: what steps compute of them are numbers there."""
         times = check_grid(self.grid(denoiser.sde, self.steps), denoiser.sde)
         if len(times) != self.steps + 1:
             raise ValueError(f"A grid (sde, n) returns n + 1 times; got {len(times)} for n = {self.steps}.")
-        counted = CountingDenoiser(denoiser)
-        x = self.start(denoiser, shape_or_x, rng)
-        times = times.to(x.device, torch.float64)
-        labels, knots = times.tolist(), times.unbind()
-        state = self.step.init(x)
-        yield Trace(0, labels[0], x, 0)
-        for index in range(self.steps):
+        return times.to("cpu", torch.float64)
+
+    def _states(self, denoiser: Denoiser, x: Tensor, times: Tensor, cond: Cond, rng: Rng) -> Iterator[Tensor]:
+        """x after each step, and after the last denoising."""
+        knots, state = times.unbind(), self.step.init(x)
+        for t, s in itertools.pairwise(knots):
             with torch.no_grad():
-                x, state = self.step(counted, x, knots[index], knots[index + 1], state, cond=cond, rng=rng)
-            if index + 1 == self.steps:
-                self._check(x, labels[-1], counted.evaluations)
-            yield Trace(index + 1, labels[index + 1], x, counted.evaluations)
+                x, state = self.step(denoiser, x, t, s, state, cond=cond, rng=rng)
+            yield x
         if self.denoise:
             with torch.no_grad():
-                x = counted(x, knots[-1], cond).x0
-            self._check(x, labels[-1], counted.evaluations)
-            yield Trace(self.steps + 1, labels[-1], x, counted.evaluations)
+                x = denoiser(x, knots[-1], cond).x0
+            yield x
 
     @staticmethod
     def start(denoiser: Denoiser, shape_or_x: Sequence[int] | Tensor, rng: Rng) -> Tensor:

@@ -1,11 +1,11 @@
-// The fused updates. A thread owns a few quads of one sample; a quad is 4 neighbouring elements and one block of the noise
-// generator. scoresde/kernels/cuda.py mirrors the structs, chooses the grid and says what each kernel computes.
+// The fused updates. A thread owns a few quads of one sample; a quad is 4 neighbouring elements and one block of the
+// noise generator. scoresde/kernels/arguments.py mirrors the structs and shares out the work, cuda.py launches.
 //
-// Compiled once per type of the tensors, with -DSCORESDE_SCALAR=0 float | 1 double | 2 half | 3 bfloat16. Arithmetic is in
-// float (double for double); coefficients arrive in float64.
+// Compiled once per type of the tensors, with -DSCORESDE_SCALAR=0 float | 1 double | 2 half | 3 bfloat16. Arithmetic is
+// in float (double for double); coefficients arrive in float64.
 #include "scoresde_math.h"
 
-using namespace scoresde;
+namespace scoresde {
 
 #if SCORESDE_SCALAR == 0
 typedef float Scalar;
@@ -47,9 +47,8 @@ struct Noise {
 // hw channels + c of it (channels 1: contiguous). Thread i has quads first, first + step, … of its sample.
 struct Layout {
     u32 samples, elements, quads;  // elements and quads of one sample
-    u32 vector;                    // contiguous, whole quads, aligned: one access per quad
-    u32 rows;                      // inner/4 where the quads of channels-last samples keep to a channel, else 0
-    Division threads;              // threads per sample
+    u32 path;                      // a `Path`
+    Division threads;              // per sample
     Division inner, channels;
 };
 
@@ -60,9 +59,9 @@ struct Share {
     bool any;
 };
 
-DEVICE Share share_of(const Layout& layout, u32 thread)
+DEVICE Share share_of(const Layout& layout)
 {
-    const u32 sample = divide(thread, layout.threads);
+    const u32 thread = blockIdx.x * BLOCK + threadIdx.x, sample = divide(thread, layout.threads);
     return {sample, thread - sample * layout.threads.divisor, layout.threads.divisor, sample < layout.samples};
 }
 
@@ -74,76 +73,141 @@ DEVICE Real value(const Coefficient& of, u32 sample)
 DEVICE Stream stream_of(const Noise& noise, u32 sample)
 {
     if (!noise.seeds) return {0, 0, 0};
-    return {static_cast<u64>(noise.seeds[sample * noise.seed_stride]),
-            static_cast<u64>(noise.draws[sample * noise.draw_stride] + noise.draw), noise.row + sample * noise.row_stride};
+    const long long seed = noise.seeds[sample * noise.seed_stride];
+    const long long draw = noise.draws[sample * noise.draw_stride] + noise.draw;
+    return {static_cast<u64>(seed), static_cast<u64>(draw), noise.row + sample * noise.row_stride};
 }
 
 // ---- memory ----
 
-struct Spot {
-    u32 quad;
-    u32 offset[4];  // of its elements within the sample, where they are not read in one access
-    bool has[4];    // whether there is such an element
+// How the quads of a batch are read and written:
+// vector: contiguous, whole and aligned: in one access;
+// rows: channels-last, each within a channel: with a fixed stride;
+// scattered: element by element. Everything else, so it is there to be right rather than fast.
+enum Path { vector, rows, scattered };
+
+// a quad of a sample, and how many of its elements there are: 0 for a thread that has none left
+struct Quad {
+    u32 number, count;
+    u32 offset;  // rows: of its first element
 };
 
-// The quads of channels-last samples are taken in the order of memory, so that neighbouring threads touch neighbours.
-// A thread with no quad left is sent to the quad `instead`, which it may read but has no elements to write.
-template <bool vector>
-DEVICE Spot locate(const Layout& layout, u32 index, u32 instead)
+// Quad `index` of a sample in the order of threads, that of memory; a thread with none left may read quad `instead`.
+template <Path path>
+DEVICE Quad quad_of(const Layout& layout, u32 index, u32 instead)
 {
     const bool here = index < layout.quads;
-    Spot spot;
-    spot.quad = here ? index : instead;
-    if (!vector && layout.rows) {
-        const u32 row = divide(spot.quad, layout.channels);
-        spot.quad = (spot.quad - row * layout.channels.divisor) * layout.rows + row;
+    if (!here) index = instead;
+    Quad quad = {index, here ? 4u : 0u, 0};
+    if (path == rows) {
+        const u32 row = divide(index, layout.channels), channel = index - row * layout.channels.divisor;
+        quad.number = channel * (layout.inner.divisor / 4) + row;
+        quad.offset = 4 * row * layout.channels.divisor + channel;
     }
-    const u32 element = 4 * spot.quad;
-    u32 channel = vector ? 0 : divide(element, layout.inner), hw = element - channel * layout.inner.divisor;
+    if (path == scattered && here && layout.elements - 4 * index < 4) quad.count = layout.elements - 4 * index;
+    return quad;
+}
+
+// Quads of n inputs that a thread has in flight: enough loads to cover the latency of memory, few enough registers.
+// Two of them also share the part of their noise that is the same for a sample: the key schedule, and four products.
+DEVICE constexpr int in_flight(Path path, int n)
+{
+    return path != scattered && n <= 2 ? 2 : 1;
+}
+
+// where the elements of any quad lie within the sample
+DEVICE void offsets_of(const Layout& layout, const Quad& quad, u32 (&offsets)[4])
+{
+    u32 channel = divide(4 * quad.number, layout.inner), hw = 4 * quad.number - channel * layout.inner.divisor;
 #pragma unroll
-    for (int lane = 0; lane < 4; ++lane) {
-        spot.has[lane] = vector ? here : here && element + lane < layout.elements;
-        spot.offset[lane] = hw * layout.channels.divisor + channel;
+    for (u32 lane = 0; lane < 4; ++lane) {
+        offsets[lane] = hw * layout.channels.divisor + channel;
         if (++hw == layout.inner.divisor) {
             hw = 0;
             ++channel;
         }
     }
-    return spot;
 }
 
-template <bool vector>
-DEVICE void read(const Scalar* sample, const Spot& spot, Real (&x)[4])
+// The elements of `width` quads of n tensors, given as pointers to a sample. All loads come before their first use.
+template <Path path, int width, int n>
+DEVICE void read(
+    const Layout& layout, const Scalar* const (&samples)[n], const Quad (&quads)[width], Real (&x)[width][n][4])
 {
-    if (vector) {
-        const Packed<Scalar> packed = reinterpret_cast<const Packed<Scalar>*>(sample)[spot.quad];
-        unpack(packed, x);
+    if (path == vector) {
+        Packed<Scalar> packed[width][n];
+#pragma unroll
+        for (int k = 0; k < width; ++k)
+#pragma unroll
+            for (int i = 0; i < n; ++i)
+                packed[k][i] = reinterpret_cast<const Packed<Scalar>*>(samples[i])[quads[k].number];
+#pragma unroll
+        for (int k = 0; k < width; ++k)
+#pragma unroll
+            for (int i = 0; i < n; ++i) unpack(packed[k][i], x[k][i]);
+    } else if (path == rows) {
+#pragma unroll
+        for (int k = 0; k < width; ++k)
+#pragma unroll
+            for (int i = 0; i < n; ++i) {
+                const Scalar* const first = samples[i] + quads[k].offset;
+#pragma unroll
+                for (u32 lane = 0; lane < 4; ++lane) x[k][i][lane] = widen(first[lane * layout.channels.divisor]);
+            }
     } else {
 #pragma unroll
-        for (int lane = 0; lane < 4; ++lane) x[lane] = spot.has[lane] ? widen(sample[spot.offset[lane]]) : 0;
+        for (int k = 0; k < width; ++k) {
+            u32 offsets[4];
+            offsets_of(layout, quads[k], offsets);
+#pragma unroll
+            for (int i = 0; i < n; ++i)
+#pragma unroll
+                for (u32 lane = 0; lane < 4; ++lane)
+                    x[k][i][lane] = lane < quads[k].count ? widen(samples[i][offsets[lane]]) : 0;
+        }
     }
 }
 
-template <bool vector>
-DEVICE void write(Scalar* sample, const Spot& spot, const Real (&x)[4])
+template <Path path, int width>
+DEVICE void write(const Layout& layout, Scalar* sample, const Quad (&quads)[width], const Real (&x)[width][4])
 {
-    if (vector) {
-        Packed<Scalar> packed;
-        pack(x, packed);
-        if (spot.has[0]) reinterpret_cast<Packed<Scalar>*>(sample)[spot.quad] = packed;
+    if (path == vector) {
+#pragma unroll
+        for (int k = 0; k < width; ++k) {
+            Packed<Scalar> packed;
+            pack(x[k], packed);
+            if (quads[k].count) reinterpret_cast<Packed<Scalar>*>(sample)[quads[k].number] = packed;
+        }
+    } else if (path == rows) {
+#pragma unroll
+        for (int k = 0; k < width; ++k) {
+            if (!quads[k].count) continue;
+            Scalar* const first = sample + quads[k].offset;
+#pragma unroll
+            for (u32 lane = 0; lane < 4; ++lane) narrow(x[k][lane], first[lane * layout.channels.divisor]);
+        }
     } else {
 #pragma unroll
-        for (int lane = 0; lane < 4; ++lane)
-            if (spot.has[lane]) narrow(x[lane], sample[spot.offset[lane]]);
+        for (int k = 0; k < width; ++k) {
+            u32 offsets[4];
+            offsets_of(layout, quads[k], offsets);
+#pragma unroll
+            for (u32 lane = 0; lane < 4; ++lane)
+                if (lane < quads[k].count) narrow(x[k][lane], sample[offsets[lane]]);
+        }
     }
 }
 
-DEVICE void noise_at(const Stream& stream, u32 quad, Real (&z)[4])
+template <int width>
+DEVICE void noise_of(const Stream& stream, const Quad (&quads)[width], Real (&z)[width][4])
 {
-    float normal[4];
-    normals(stream, quad, normal);
 #pragma unroll
-    for (int lane = 0; lane < 4; ++lane) z[lane] = normal[lane];
+    for (int k = 0; k < width; ++k) {
+        float normal[4];
+        normals(stream, quads[k].number, normal);
+#pragma unroll
+        for (u32 lane = 0; lane < 4; ++lane) z[k][lane] = normal[lane];
+    }
 }
 
 // ---- lincomb: out = sum of coefficients[i] inputs[i] + std z; out may be one of the inputs ----
@@ -156,16 +220,10 @@ struct Lincomb {
     Noise noise;
 };
 
-// quads that a thread has in flight: enough loads to cover the latency of memory, few enough registers
-template <int inputs>
-struct InFlight {
-    static const int quads = inputs <= 2 ? 2 : 1;
-};
-
-template <int n, bool vector>
+template <int n, Path path>
 DEVICE void combine(const Lincomb& args, const Share& share)
 {
-    constexpr int width = vector ? InFlight<n>::quads : 1, slots = n > 0 ? n : 1;
+    constexpr int width = in_flight(path, n), slots = n > 0 ? n : 1;
     const u64 start = static_cast<u64>(share.sample) * args.layout.elements;
     const Scalar* inputs[slots] = {};
     Real c[slots] = {};
@@ -174,46 +232,39 @@ DEVICE void combine(const Lincomb& args, const Share& share)
         inputs[i] = args.inputs[i] + start;
         c[i] = value(args.coefficients[i], share.sample);
     }
-    Scalar* const out = args.out + start;
     const bool noisy = args.noise.seeds;
     const Real std = noisy ? value(args.std, share.sample) : 0;
     const Stream stream = stream_of(args.noise, share.sample);
 
     for (u32 index = share.first; index < args.layout.quads; index += width * share.step) {
-        Spot spot[width];
+        Quad quads[width];
         Real x[width][slots][4], sum[width][4] = {};
 #pragma unroll
-        for (int k = 0; k < width; ++k) {
-            spot[k] = locate<vector>(args.layout, index + k * share.step, index);
+        for (int k = 0; k < width; ++k) quads[k] = quad_of<path>(args.layout, index + k * share.step, index);
+        if (n > 0) read<path>(args.layout, inputs, quads, x);
+        if (noisy) noise_of(stream, quads, sum);
 #pragma unroll
-            for (int i = 0; i < n; ++i) read<vector>(inputs[i], spot[k], x[k][i]);
-        }
-        if (noisy) {
+        for (int k = 0; k < width; ++k)
 #pragma unroll
-            for (int k = 0; k < width; ++k) noise_at(stream, spot[k].quad, sum[k]);
-        }
-#pragma unroll
-        for (int k = 0; k < width; ++k) {
-#pragma unroll
-            for (int lane = 0; lane < 4; ++lane) {
+            for (u32 lane = 0; lane < 4; ++lane) {
                 sum[k][lane] *= std;
 #pragma unroll
                 for (int i = 0; i < n; ++i) sum[k][lane] = multiply_add(c[i], x[k][i][lane], sum[k][lane]);
             }
-            write<vector>(out, spot[k], sum[k]);
-        }
+        write<path>(args.layout, args.out + start, quads, sum);
     }
 }
 
 template <int n>
 DEVICE void lincomb(const Lincomb& args)
 {
-    const Share share = share_of(args.layout, blockIdx.x * BLOCK + threadIdx.x);
+    const Share share = share_of(args.layout);
     if (!share.any) return;
-    if (args.layout.vector)
-        combine<n, true>(args, share);
-    else
-        combine<n, false>(args, share);
+    switch (args.layout.path) {
+        case vector: return combine<n, vector>(args, share);
+        case rows: return combine<n, rows>(args, share);
+        default: return combine<n, scattered>(args, share);
+    }
 }
 
 KERNEL(7) lincomb_0(Lincomb args) { lincomb<0>(args); }
@@ -233,53 +284,55 @@ struct Perturb {
     Noise noise;
 };
 
-template <bool vector>
+template <Path path>
 DEVICE void perturb(const Perturb& args, const Share& share)
 {
-    constexpr int width = vector ? 2 : 1;
+    constexpr int width = in_flight(path, 2);
     const u64 start = static_cast<u64>(share.sample) * args.layout.elements;
+    const Scalar* const x0[1] = {args.x0 + start};
+    const Scalar* const eps[1] = {args.eps ? args.eps + start : nullptr};
     const Real alpha = value(args.alpha, share.sample), sigma = value(args.sigma, share.sample);
     const Real p = value(args.p, share.sample), q = value(args.q, share.sample);
     const Stream stream = stream_of(args.noise, share.sample);
 
     for (u32 index = share.first; index < args.layout.quads; index += width * share.step) {
-        Spot spot[width];
-        Real x0[width][4], eps[width][4];
+        Quad quads[width];
+        Real x[width][1][4], given[width][1][4], z[width][4], noisy[width][4], target[width][4];
 #pragma unroll
-        for (int k = 0; k < width; ++k) {
-            spot[k] = locate<vector>(args.layout, index + k * share.step, index);
-            read<vector>(args.x0 + start, spot[k], x0[k]);
-            if (args.eps) read<vector>(args.eps + start, spot[k], eps[k]);
-        }
+        for (int k = 0; k < width; ++k) quads[k] = quad_of<path>(args.layout, index + k * share.step, index);
+        read<path>(args.layout, x0, quads, x);
+        if (args.eps)
+            read<path>(args.layout, eps, quads, given);
+        else
+            noise_of(stream, quads, z);
 #pragma unroll
-        for (int k = 0; k < width; ++k) {
-            Real noisy[4], target[4];
-            if (!args.eps) noise_at(stream, spot[k].quad, eps[k]);
+        for (int k = 0; k < width; ++k)
 #pragma unroll
-            for (int lane = 0; lane < 4; ++lane) {
-                noisy[lane] = multiply_add(alpha, x0[k][lane], sigma * eps[k][lane]);
-                target[lane] = multiply_add(p, x0[k][lane], q * eps[k][lane]);
+            for (u32 lane = 0; lane < 4; ++lane) {
+                const Real noise = args.eps ? given[k][0][lane] : z[k][lane];
+                noisy[k][lane] = multiply_add(alpha, x[k][0][lane], sigma * noise);
+                target[k][lane] = multiply_add(p, x[k][0][lane], q * noise);
             }
-            write<vector>(args.noisy + start, spot[k], noisy);
-            write<vector>(args.target + start, spot[k], target);
-        }
+        write<path>(args.layout, args.noisy + start, quads, noisy);
+        write<path>(args.layout, args.target + start, quads, target);
     }
 }
 
-KERNEL(7) perturb_and_target(Perturb args)
+KERNEL(6) perturb_and_target(Perturb args)
 {
-    const Share share = share_of(args.layout, blockIdx.x * BLOCK + threadIdx.x);
+    const Share share = share_of(args.layout);
     if (!share.any) return;
-    if (args.layout.vector)
-        perturb<true>(args, share);
-    else
-        perturb<false>(args, share);
+    switch (args.layout.path) {
+        case vector: return perturb<vector>(args, share);
+        case rows: return perturb<rows>(args, share);
+        default: return perturb<scattered>(args, share);
+    }
 }
 
 // ---- sums of squares per sample, in two kernels and always in the same order: no atomics ----
 
-// Each `group` (a power of two) of neighbouring threads leaves two sums in partials[group number]: the squares of
-// a - p x0 - q z (x0 null: none; z: eps, or noise, or where both are null none), and of the noise.
+// Each `group` (a power of two) of neighbouring threads leaves two sums of squares in partials[group number]: of
+// a - p x0 - q z (x0 null: no such term; z is eps or, where that is null, noise), and of the noise.
 struct Squares {
     Layout layout;
     u32 group;
@@ -288,6 +341,9 @@ struct Squares {
     Coefficient p, q;
     Noise noise;
 };
+
+// what is squared: a alone, a and the noise, or a - p x0 - q z
+enum Of { alone, and_noise, residual };
 
 // the sums of a and of b over the group of a thread, in its first thread
 template <class T>
@@ -308,65 +364,67 @@ DEVICE void reduce(T& a, T& b, u32 group)
     b = sums[1][thread];
 }
 
-template <bool vector, bool residual>
+template <Of of, Path path>
 DEVICE void add_squares(const Squares& args, const Share& share, Real& errors, Real& noises)
 {
-    constexpr int width = vector ? 2 : 1;
+    // with nothing to compute, more loads have to be in flight
+    constexpr int width = of == alone && path != scattered ? 4 : in_flight(path, 2);
     const u64 start = static_cast<u64>(share.sample) * args.layout.elements;
-    const bool noisy = args.noise.seeds;
-    const Real p = residual && args.x0 ? value(args.p, share.sample) : 0;
-    const Real q = residual ? value(args.q, share.sample) : 0;
+    const Scalar* const a[1] = {args.a + start};
+    const Scalar* const x0[1] = {args.x0 ? args.x0 + start : nullptr};
+    const Scalar* const eps[1] = {args.eps ? args.eps + start : nullptr};
+    const Real p = of == residual ? value(args.p, share.sample) : 0;
+    const Real q = of == residual ? value(args.q, share.sample) : 0;
     const Stream stream = stream_of(args.noise, share.sample);
 
     for (u32 index = share.first; index < args.layout.quads; index += width * share.step) {
-        Spot spot[width];
-        Real a[width][4], x0[width][4] = {}, z[width][4] = {};
+        Quad quads[width];
+        Real x[width][1][4], clean[width][1][4] = {}, given[width][1][4] = {}, z[width][4] = {};
 #pragma unroll
-        for (int k = 0; k < width; ++k) {
-            spot[k] = locate<vector>(args.layout, index + k * share.step, index);
-            read<vector>(args.a + start, spot[k], a[k]);
-            if (residual && args.x0) read<vector>(args.x0 + start, spot[k], x0[k]);
-            if (residual && args.eps) read<vector>(args.eps + start, spot[k], z[k]);
-        }
+        for (int k = 0; k < width; ++k) quads[k] = quad_of<path>(args.layout, index + k * share.step, index);
+        read<path>(args.layout, a, quads, x);
+        if (of == residual && args.x0) read<path>(args.layout, x0, quads, clean);
+        if (of == residual && args.eps)
+            read<path>(args.layout, eps, quads, given);
+        else if (of != alone)
+            noise_of(stream, quads, z);
 #pragma unroll
-        for (int k = 0; k < width; ++k) {
-            if (noisy) noise_at(stream, spot[k].quad, z[k]);
+        for (int k = 0; k < width; ++k)
 #pragma unroll
-            for (int lane = 0; lane < 4; ++lane) {
-                if (!spot[k].has[lane]) continue;
-                Real error = a[k][lane];
-                if (residual) error = multiply_add(-q, z[k][lane], multiply_add(-p, x0[k][lane], error));
+            for (u32 lane = 0; lane < 4; ++lane) {
+                const Real noise = of == residual && args.eps ? given[k][0][lane] : z[k][lane];
+                Real error = x[k][0][lane];
+                if (of == residual) error = multiply_add(-q, noise, multiply_add(-p, clean[k][0][lane], error));
+                if (lane >= quads[k].count) continue;
                 errors = multiply_add(error, error, errors);
-                if (!residual) noises = multiply_add(z[k][lane], z[k][lane], noises);
+                if (of == and_noise) noises = multiply_add(noise, noise, noises);
             }
-        }
     }
 }
 
-template <bool residual>
+template <Of of>
 DEVICE void squares(const Squares& args)
 {
-    const u32 thread = blockIdx.x * BLOCK + threadIdx.x;
-    const Share share = share_of(args.layout, thread);
+    const Share share = share_of(args.layout);
     Real errors = 0, noises = 0;
     if (share.any) {
-        if (args.layout.vector)
-            add_squares<true, residual>(args, share, errors, noises);
-        else
-            add_squares<false, residual>(args, share, errors, noises);
+        switch (args.layout.path) {
+            case vector: add_squares<of, vector>(args, share, errors, noises); break;
+            case rows: add_squares<of, rows>(args, share, errors, noises); break;
+            default: add_squares<of, scattered>(args, share, errors, noises);
+        }
     }
     reduce(errors, noises, args.group);
+    const u32 thread = blockIdx.x * BLOCK + threadIdx.x;
     if (share.any && thread % args.group == 0) {
         args.partials[thread / args.group][0] = errors;
         args.partials[thread / args.group][1] = noises;
     }
 }
 
-// the squares of a and of the noise
-KERNEL(7) norms(Squares args) { squares<false>(args); }
-
-// the squares of a - p x0 - q z
-KERNEL(7) squared_error(Squares args) { squares<true>(args); }
+KERNEL(7) norms(Squares args) { squares<alone>(args); }
+KERNEL(7) norms_and_noise(Squares args) { squares<and_noise>(args); }
+KERNEL(6) squared_error(Squares args) { squares<residual>(args); }
 
 // What is made of the partial sums, `parts` for each sample, by `group` threads for each.
 struct Finish {
@@ -422,25 +480,28 @@ struct Signs {
     Noise noise;
 };
 
-template <bool vector>
+template <Path path>
 DEVICE void fill_signs(const Signs& args, const Share& share)
 {
     const u64 start = static_cast<u64>(share.sample) * args.layout.elements;
     const Stream stream = stream_of(args.noise, share.sample);
     for (u32 index = share.first; index < args.layout.quads; index += share.step) {
-        const Spot spot = locate<vector>(args.layout, index, index);
-        Real x[4];
-        signs(stream, spot.quad, x);
-        write<vector>(args.out + start, spot, x);
+        const Quad quads[1] = {quad_of<path>(args.layout, index, index)};
+        Real x[1][4];
+        signs(stream, quads[0].number, x[0]);
+        write<path>(args.layout, args.out + start, quads, x);
     }
 }
 
 KERNEL(7) rademacher(Signs args)
 {
-    const Share share = share_of(args.layout, blockIdx.x * BLOCK + threadIdx.x);
+    const Share share = share_of(args.layout);
     if (!share.any) return;
-    if (args.layout.vector)
-        fill_signs<true>(args, share);
-    else
-        fill_signs<false>(args, share);
+    switch (args.layout.path) {
+        case vector: return fill_signs<vector>(args, share);
+        case rows: return fill_signs<rows>(args, share);
+        default: return fill_signs<scattered>(args, share);
+    }
 }
+
+}  // namespace scoresde

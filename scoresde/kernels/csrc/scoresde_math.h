@@ -121,11 +121,15 @@ SHARED_FUNCTION void narrow(double x, double& y) { y = x; }
 
 SHARED_FUNCTION void narrow(float x, Bfloat16& y)
 {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y.bits) : "f"(x));
+#else
     const u32 bits = bits_of(x);
     if ((bits & 0x7fffffffu) > 0x7f800000u)
         y.bits = static_cast<u16>(bits >> 16 | 0x40u);
     else
         y.bits = static_cast<u16>((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
+#endif
 }
 
 SHARED_FUNCTION void narrow(float x, Half& y)

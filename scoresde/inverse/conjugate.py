@@ -1,0 +1,99 @@
+"""Conjugate gradients, sample by sample: the systems that observations make, with no matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..shapes import expand_as_batch
+
+Product = Callable[[Tensor], Tensor]
+"""S v for v (B, *y), linear and symmetric within each sample."""
+
+
+def conjugate_gradients(
+    product: Product, b: Tensor, *, iterations: int, tolerance: float, strict: bool = False
+) -> Tensor:
+    r"""u with S u = b for a symmetric S ⪰ 0, from u = 0, in float64 (Hestenes & Stiefel 1952).
+
+    In exact arithmetic done after as many iterations as S has distinct eigenvalues. A sample rests when its residual
+    is below `tolerance` ‖b‖, or where vᵀS v ≤ 0: a network's Jacobian need not be symmetric or positive, and a step
+    along such a direction would lead anywhere.
+
+    Args:
+        product: S v.
+        b: (B, *y).
+        iterations: the most of them, ≥ 1.
+        tolerance: of ‖S u − b‖/‖b‖, ≥ 0.
+        strict: raise where that is not reached.
+
+    Returns:
+        u, float64 (B, *y).
+
+    Raises:
+        RuntimeError: `strict`, and a sample is not solved.
+    """
+    b = b.double()
+    u, residual, direction = torch.zeros_like(b), b, b
+    size = _dot(b, b)
+    goal, moving = tolerance**2 * size, size > 0
+    for _ in range(iterations):
+        moving = moving & (size > goal)
+        # a compiled graph has no way out of a loop; there all iterations are made
+        if not torch.compiler.is_compiling() and not bool(moving.any()):
+            break
+        image = product(direction).double()
+        curvature = _dot(direction, image)
+        moving = moving & (curvature > 0)
+        length = torch.where(moving, size, 0.0) / torch.where(moving, curvature, 1.0)
+        u = u + expand_as_batch(length, b) * direction
+        residual = residual - expand_as_batch(length, b) * image
+        after = torch.where(moving, _dot(residual, residual), size)
+        direction = residual + expand_as_batch(after / torch.where(moving, size, 1.0), b) * direction
+        size = after
+    if strict and not torch.compiler.is_compiling():
+        bad = (size > goal).nonzero().flatten().tolist()
+        if bad:
+            raise RuntimeError(
+                f"Conjugate gradients did not reach {tolerance} in {iterations} iterations for samples {bad}: allow "
+                "more iterations or a larger tolerance, or look whether the operator is linear."
+            )
+    return u
+
+
+def solve(product: Product, variance: Tensor, b: Tensor, *, iterations: int, tolerance: float) -> tuple[Tensor, Tensor]:
+    r"""u = (diag(variance) + P)⁻¹ b and log det of that matrix.
+
+    Where y has at most `iterations` entries, P is written out by as many products, its symmetric part is taken, and
+    both are exact. Else u is by conjugate gradients, and log det that of s² I with the s² = bᵀb/bᵀu which b sees.
+
+    Args:
+        product: P v, P ⪰ 0.
+        variance: > 0, of the shape of b.
+        b: (B, *y).
+        iterations, tolerance: of conjugate gradients.
+
+    Returns:
+        float64 (B, *y) and (B,).
+    """
+    size = b[0].numel()
+    variance, b = variance.double().expand(b.shape), b.double()
+    if size > iterations:
+        u = conjugate_gradients(lambda v: variance * v + product(v), b, iterations=iterations, tolerance=tolerance)
+        ratio = _dot(b, b) / _dot(b, u).clamp(min=torch.finfo(torch.float64).tiny)
+        return u, size * torch.where(ratio > 0, ratio, 1.0).log()
+    basis = torch.eye(size, dtype=torch.float64, device=b.device).reshape(size, 1, *b.shape[1:])
+    matrix = torch.stack([product(row.expand(b.shape)).double().flatten(1) for row in basis], 1)
+    matrix = 0.5 * (matrix + matrix.mT) + torch.diag_embed(variance.flatten(1))
+    # no eigenvalue of the sum is below the noise; a network may say so, and one of no noise at all may be singular
+    least = variance.flatten(1).amin(1) + 1e-10 * matrix.diagonal(dim1=1, dim2=2).mean(1)
+    lift = (least - torch.linalg.eigvalsh(matrix.detach())[:, 0]).clamp(min=0).detach()
+    factor = torch.linalg.cholesky(matrix + torch.diag_embed(lift[:, None].expand(-1, size)))
+    u = torch.cholesky_solve(b.flatten(1)[..., None], factor)[..., 0]
+    return u.reshape(b.shape), 2 * factor.diagonal(dim1=1, dim2=2).log().sum(1)
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    return (a * b).flatten(1).sum(1)

@@ -1,0 +1,170 @@
+r"""What was measured: y = A(x_0) + std · noise, and A near a guess of x_0."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..denoiser import Cond
+from .conjugate import conjugate_gradients
+
+Map = Callable[[Tensor], Tensor]
+
+
+class Measured(NamedTuple):
+    """y of shape (B, *y) or one for all, and its noise level."""
+
+    y: Tensor
+    std: Tensor
+
+
+class Linear(NamedTuple):
+    """An observation near x̂_0: y − A(x) ≈ residual − forward(x − x̂_0).
+
+    Attributes:
+        residual: y − A(x̂_0), (B, *y).
+        variance: std², float64, of the same shape.
+        forward: v (B, *event) -> A′v (B, *y), the derivative at x̂_0; A itself if it is linear.
+        adjoint: u (B, *y) -> A′ᵀu (B, *event), in the dtype of x̂_0.
+    """
+
+    residual: Tensor
+    variance: Tensor
+    forward: Map
+    adjoint: Map
+
+
+class Observation(nn.Module):
+    r"""y = A(x_0) + std · noise, noise ~ N(0, I).
+
+    No matrix is needed: Aᵀ is a product by autograd, and where A is not linear its derivative at x̂_0 takes its place.
+
+    Args:
+        y: what was seen, (B, *y), one per sample of a batch; or (1, *y) or (*y), one for all. None: it comes with the
+            condition, `cond={"y": y}`, and with it, if they differ, noise levels "std" (B,) or of the shape of y. What
+            else is in that mapping goes on to the denoiser; under the single name "cond", without the mapping. It has
+            to be so for solvers with a step of its own for every sample, which drop samples as they go.
+        operator: A, (B, *event) -> (B, *y), each sample by itself, differentiable.
+        std: noise level, ≥ 0, a number, (B,) or of the shape of y. Methods that divide by it say so.
+        linear: whether A is linear; None asks `operator.linear`, and without that it is not. It is tried at first use.
+
+    Raises:
+        ValueError: y that is not finite, a negative std; when first used, shapes of y and A(x) that do not fit, a
+            wrong claim that A is linear.
+    """
+
+    y: Tensor | None
+    std: Tensor
+
+    def __init__(self, y: Tensor | None, operator: Map, std: Tensor | float = 0.0, *, linear: bool | None = None):
+        super().__init__()
+        std = torch.as_tensor(std, dtype=torch.float64)
+        if y is not None and not (y.is_floating_point() and bool(torch.isfinite(y).all())):
+            raise ValueError(f"y holds finite floating-point numbers; got {y.dtype}, or NaN or infinite ones among it.")
+        if not bool((std >= 0).all() & torch.isfinite(std).all()):
+            raise ValueError(f"std is a noise level, ≥ 0 and finite; got {std.tolist()}.")
+        self.register_buffer("y", y, persistent=False)
+        self.register_buffer("std", std, persistent=False)
+        self.operator = operator
+        self.linear = bool(getattr(operator, "linear", False)) if linear is None else bool(linear)
+        self._tried = False
+
+    def forward(self, x0: Tensor) -> Tensor:
+        """A(x_0), (B, *y)."""
+        return self.operator(x0)
+
+    def split(self, cond: Cond) -> tuple[Measured, Cond]:
+        """What was measured, and the condition that is left for the denoiser inside."""
+        if self.y is not None:
+            return Measured(self.y, self.std), cond
+        if not isinstance(cond, Mapping) or "y" not in cond:
+            raise ValueError('This Observation has no y; give it as cond={"y": y}, or to Observation(y, …).')
+        rest = {name: value for name, value in cond.items() if name not in ("y", "std")}
+        measured = Measured(cond["y"], cond.get("std", self.std))
+        return measured, (rest["cond"] if set(rest) == {"cond"} else rest or None)
+
+    def near(self, x0: Tensor, measured: Measured) -> Linear:
+        """The observation linearised at x̂_0 (B, *event)."""
+        if not self._tried and not torch.compiler.is_compiling():
+            self._try(x0)
+        if self.linear:
+            seen, back = self.operator(x0), torch.func.vjp(self.operator, torch.zeros_like(x0))[1]
+        else:
+            seen, back = torch.func.vjp(self.operator, x0)
+        y, std = self.fitted(measured, seen)
+
+        def forward(v: Tensor) -> Tensor:
+            v = v.to(x0.dtype)
+            return self.operator(v) if self.linear else torch.func.jvp(self.operator, (x0,), (v,))[1]
+
+        def adjoint(u: Tensor) -> Tensor:
+            return back(u.to(seen.dtype))[0]
+
+        return Linear(y - seen, (std.double() ** 2).expand(seen.shape), forward, adjoint)
+
+    def fitted(self, measured: Measured, seen: Tensor) -> Measured:
+        """y and std so that they broadcast against A(x) = `seen`, on its device."""
+        y, std, shape = measured.y.to(seen), measured.std.to(seen.device), tuple(seen.shape)
+        y = y[None] if y.shape == shape[1:] else y
+        if y.ndim == len(shape) and y.shape[1:] == shape[1:] and len(y) not in (1, shape[0]):
+            raise ValueError(
+                f"y is of {len(y)} samples, and x of {shape[0]}. Solvers that give every sample its own steps drop "
+                'samples as they go: build Observation(None, …) and give y as cond={"y": y}.'
+            )
+        if y.shape not in (shape, (1, *shape[1:])):
+            raise ValueError(
+                f"A(x) has shape {shape}, so y is {shape}, or one for all, {shape[1:]}; got {tuple(y.shape)}."
+            )
+        if std.ndim == 1 and std.shape != shape[1:] and len(std) == shape[0]:
+            std = std.reshape(-1, *[1] * (len(shape) - 1))
+        try:
+            std = std.expand(shape)
+        except RuntimeError:
+            raise ValueError(
+                f"std is a number, ({shape[0]},) or of the shape of y, {shape}; got {tuple(std.shape)}."
+            ) from None
+        return Measured(y, std)
+
+    def project(self, x: Tensor, target: Tensor, *, iterations: int = 200, tolerance: float = 1e-6) -> Tensor:
+        r"""x + A⁺(target − A x): the x′ nearest to x that comes nearest to A x′ = target, for a linear A.
+
+        By conjugate gradients on AᵀA w = Aᵀ(target − A x), which is solvable whatever the rank of A.
+
+        Raises:
+            ValueError: A is not linear. RuntimeError: not solved in `iterations`.
+        """
+        if not self.linear:
+            raise ValueError("A pseudo-inverse is of a linear operator; say linear=True, or take DPS, PiGDM or MMPS.")
+        back = torch.func.vjp(self.operator, torch.zeros_like(x))[1]
+
+        def normal(v: Tensor) -> Tensor:
+            return back(self.operator(v.to(x.dtype)))[0]
+
+        rough = 10 * torch.finfo(x.dtype).eps  # no product is better than that
+        b = back((target - self.operator(x)).to(x.dtype))[0]
+        change = conjugate_gradients(
+            normal, b, iterations=iterations, tolerance=max(tolerance, rough), strict=True
+        )
+        return x + change.to(x.dtype)
+
+    def _try(self, x0: Tensor) -> None:
+        """A(a + 2b) = A(a) + 2 A(b) for two vectors without pattern: the claim that A is linear, and its shape."""
+        self._tried = True
+        with torch.no_grad():
+            number = torch.arange(x0.numel(), dtype=torch.float64, device=x0.device).reshape(x0.shape)
+            a, b = (((number * step) % 1 - 0.5).to(x0.dtype) for step in (0.6180339887, 0.7548776662))
+            both, one, two = self.operator(a + 2 * b), self.operator(a), self.operator(b)
+            if both.ndim == 0 or len(both) != len(x0):
+                raise ValueError(
+                    f"An operator keeps samples apart: (B, *event) -> (B, *y). For {tuple(x0.shape)} it returned "
+                    f"{tuple(both.shape)}."
+                )
+            gap, size = (both - one - 2 * two).abs().amax(), one.abs().amax() + two.abs().amax()
+            if self.linear and not bool(gap <= 10 * torch.finfo(x0.dtype).eps ** 0.5 * size):
+                raise ValueError(
+                    f"The operator is said to be linear, but A(a + 2b) − A(a) − 2A(b) is up to {float(gap):.2g}. Say "
+                    "linear=False; of an affine one, A(x) = M x + c, take c from y."
+                )

@@ -1,0 +1,206 @@
+"""Operators: what a camera, a sensor or a scale does to x_0. Any function will do; these are the usual ones.
+
+Events are (D,), or (C, *space) with a channel first; "space" of (D,) is D itself.
+"""
+
+from __future__ import annotations
+
+import abc
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..rng import Rng
+
+
+class Operator(nn.Module, abc.ABC):
+    """A: (B, *event) -> (B, *y).
+
+    Attributes:
+        linear: whether A(a x + b z) = a A(x) + b A(z).
+    """
+
+    linear = True
+
+    @abc.abstractmethod
+    def forward(self, x: Tensor) -> Tensor:
+        """A(x)."""
+
+
+class Mask(Operator):
+    """x where the mask is, 0 elsewhere: the missing part of an image. There y is of no account; let it be 0.
+
+    Args:
+        mask: True (or 1) where x is seen; of the event shape or one that broadcasts to it, or (B, *event).
+
+    Raises:
+        ValueError: values other than 0 and 1, or none seen.
+    """
+
+    def __init__(self, mask: Tensor):
+        super().__init__()
+        mask = torch.as_tensor(mask)
+        if not bool(((mask == 0) | (mask == 1)).all()) or not bool(mask.any()):
+            raise ValueError("A mask is True or 1 where x is seen and 0 elsewhere, and something is seen.")
+        self.register_buffer("mask", mask.bool(), persistent=False)
+
+    mask: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.where(self.mask.to(x.device), x, torch.zeros((), dtype=x.dtype, device=x.device))
+
+
+class DownSample(Operator):
+    """The mean of each block of `factor` entries along every axis of space: a coarser image.
+
+    Args:
+        factor: ≥ 1; it divides those axes.
+    """
+
+    def __init__(self, factor: int):
+        super().__init__()
+        if factor < 1:
+            raise ValueError(f"factor is at least 1; got {factor}.")
+        self.factor = int(factor)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for axis in _space(x):
+            if x.shape[axis] % self.factor:
+                raise ValueError(f"An axis of {x.shape[axis]} has no blocks of {self.factor}; got {tuple(x.shape)}.")
+            x = x.unflatten(axis, (-1, self.factor)).mean(axis + 1)
+        return x
+
+
+class Blur(Operator):
+    """Each axis of space convolved with a kernel.
+
+    Args:
+        std: of a Gaussian kernel, in entries, > 0, cut off at 4 std; or the kernel itself, (k,) with k odd.
+        edges: "reflect" or "circular": what lies beyond them.
+    """
+
+    def __init__(self, std: float | Tensor, edges: str = "reflect"):
+        super().__init__()
+        if edges not in ("reflect", "circular"):
+            raise ValueError(f"edges are 'reflect' or 'circular'; got {edges!r}.")
+        if isinstance(std, Tensor):
+            kernel = std
+        else:
+            if not 0 < std < math.inf:
+                raise ValueError(f"std is the width of a Gaussian in entries, > 0; got {std}.")
+            reach = math.ceil(4 * std)
+            kernel = torch.exp(-0.5 * (torch.arange(-reach, reach + 1, dtype=torch.float64) / std) ** 2)
+            kernel = kernel / kernel.sum()
+        if kernel.ndim != 1 or len(kernel) % 2 == 0:
+            raise ValueError(f"A kernel is (k,) with k odd; got shape {tuple(kernel.shape)}.")
+        self.register_buffer("kernel", kernel, persistent=False)
+        self.edges = edges
+
+    kernel: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        reach, kernel = len(self.kernel) // 2, self.kernel.to(x)
+        for axis in _space(x):
+            if x.shape[axis] <= reach:
+                raise ValueError(f"A kernel of {len(kernel)} is too wide for an axis of {x.shape[axis]}; lower std.")
+            rows = x.movedim(axis, -1)
+            padded = F.pad(rows.reshape(-1, 1, x.shape[axis]), (reach, reach), mode=self.edges)
+            x = F.conv1d(padded, kernel.flip(0)[None, None]).reshape(rows.shape).movedim(-1, axis)
+        return x
+
+
+class ColourMix(Operator):
+    """Each pixel's channels, mixed: y_k = Σ_c m_kc x_c.
+
+    Args:
+        matrix: (K, C).
+    """
+
+    def __init__(self, matrix: Tensor):
+        super().__init__()
+        matrix = torch.as_tensor(matrix)
+        if matrix.ndim != 2:
+            raise ValueError(f"A colour matrix is (K, C); got shape {tuple(matrix.shape)}.")
+        self.register_buffer("matrix", matrix, persistent=False)
+
+    matrix: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.einsum("kc,bc...->bk...", self.matrix.to(x), x)
+
+
+def grey() -> ColourMix:
+    """Red, green and blue to their luma (ITU-R BT.601)."""
+    return ColourMix(torch.tensor([[0.299, 0.587, 0.114]]))
+
+
+class RandomProjection(Operator):
+    """(B, *event) -> (B, rows), by a fixed matrix of independent N(0, 1/D) entries, D the size of an event.
+
+    Args:
+        rows: ≥ 1.
+        event_shape: of x.
+        rng: draws the matrix; default `Rng(0)`.
+    """
+
+    def __init__(self, rows: int, event_shape: Sequence[int], rng: Rng | None = None):
+        super().__init__()
+        if rows < 1:
+            raise ValueError(f"rows is at least 1; got {rows}.")
+        size = math.prod(event_shape)
+        matrix = (Rng(0) if rng is None else rng).normal((1, rows * size), dtype=torch.float64)
+        self.register_buffer("matrix", matrix.reshape(rows, size) / math.sqrt(size), persistent=False)
+
+    matrix: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.flatten(1) @ self.matrix.to(x).mT
+
+
+class Magnitude(Operator):
+    """|F x|, without its phase. Not linear.
+
+    Args:
+        transform: F, any function whose values are real or complex; default the unitary Fourier transform over space.
+    """
+
+    linear = False
+
+    def __init__(self, transform: Callable[[Tensor], Tensor] | None = None):
+        super().__init__()
+        self.transform = _fourier if transform is None else transform
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.transform(x).abs()
+
+
+class Compose(Operator):
+    """One after the other: Compose(Blur(1.0), DownSample(4)) blurs first. Linear where all of them are.
+
+    Args:
+        operators: any functions; those that do not say `linear` are taken not to be.
+    """
+
+    def __init__(self, *operators: Callable[[Tensor], Tensor]):
+        super().__init__()
+        if not operators:
+            raise ValueError("Compose needs an operator.")
+        self.operators = operators
+        self.parts = nn.ModuleList(one for one in operators if isinstance(one, nn.Module))
+        self.linear = all(getattr(one, "linear", False) for one in operators)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for operator in self.operators:
+            x = operator(x)
+        return x
+
+
+def _space(x: Tensor) -> range:
+    return range(min(2, x.ndim - 1), x.ndim)
+
+
+def _fourier(x: Tensor) -> Tensor:
+    return torch.fft.fftn(x, dim=tuple(_space(x)), norm="ortho")

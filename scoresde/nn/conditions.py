@@ -1,0 +1,163 @@
+"""What a network may be told beside x, read and checked: labels, vectors, images, token sequences; and none of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+Cond = Tensor | Mapping[str, Tensor] | None
+
+
+class Conditions(nn.Module):
+    r"""Reads `cond`: a tensor where the network has one kind of condition, or a mapping of any of its kinds,
+
+        "label"    (B,) integers in 0 … classes − 1, or `classes` for none
+        "vector"   (B, cond_dim) floats
+        "image"    (B, *cond_image) floats
+        "tokens"   (B, L, cond_tokens) floats, any L; rows of NaN are padding
+
+    Floats of a sample that are all NaN say nothing of it, as the label `classes` does, and so does what is left out:
+    the network has learned nulls for each. With `dropout` p, a forward in training mode makes the whole condition of
+    each sample null with probability p (Ho & Salimans 2022, alg. 1); it draws from torch's global generator, as
+    `nn.Dropout` does, and evaluation mode draws nothing.
+
+    Args:
+        classes: number of labels K ≥ 0; 0 for none.
+        cond_dim: size of the vector ≥ 0; 0 for none.
+        cond_image: shape (C, *sizes) of the image, one to three sizes; () for none.
+        cond_tokens: size of one token ≥ 0; 0 for none.
+        dropout: p in [0, 1).
+
+    Raises:
+        ValueError: at construction for arguments out of range; in forward for a condition that the network was not
+            built for, of the wrong shape, or (on the CPU, outside torch.compile) labels out of range, or floats of
+            which only some are NaN.
+    """
+
+    def __init__(
+        self,
+        classes: int = 0,
+        cond_dim: int = 0,
+        cond_image: Sequence[int] = (),
+        cond_tokens: int = 0,
+        dropout: float = 0.0,
+    ):
+        super().__init__()
+        if classes < 0 or cond_dim < 0 or cond_tokens < 0:
+            raise ValueError(
+                "classes, cond_dim and cond_tokens are counts, 0 for none; "
+                f"got {classes}, {cond_dim} and {cond_tokens}."
+            )
+        image = tuple(int(size) for size in cond_image)
+        if image and (not 2 <= len(image) <= 4 or min(image) < 1):
+            raise ValueError(f"cond_image is (C, L), (C, H, W) or (C, D, H, W), or () for none; got {image}.")
+        if not 0 <= dropout < 1:
+            raise ValueError(f"cond_dropout is a probability in [0, 1); got {dropout}.")
+        self.classes, self.dropout = int(classes), float(dropout)
+        self.shapes: dict[str, tuple[int, ...]] = {}  # of one sample; −1 is any length
+        if classes:
+            self.shapes["label"] = ()
+        if cond_dim:
+            self.shapes["vector"] = (int(cond_dim),)
+        if image:
+            self.shapes["image"] = image
+        if cond_tokens:
+            self.shapes["tokens"] = (-1, int(cond_tokens))
+        if dropout and not self.shapes:
+            raise ValueError(
+                f"cond_dropout={dropout} has no condition to drop: set classes, cond_dim, cond_image or cond_tokens."
+            )
+
+    def forward(self, cond: Cond, like: Tensor) -> dict[str, Tensor]:
+        """The kinds given, by name, for a batch `like` (B, *): labels int64, floats in its dtype, dropped where so."""
+        told = {name: self._checked(name, value, len(like)) for name, value in self._parts(cond).items()}
+        told = {name: value.long() if name == "label" else value.to(like.dtype) for name, value in told.items()}
+        if told and self.training and self.dropout:
+            keep = torch.rand(len(like), device=like.device) >= self.dropout
+            null = {name: self.classes if name == "label" else torch.nan for name in told}
+            told = {
+                name: torch.where(keep.reshape(-1, *[1] * (value.ndim - 1)), value, null[name])
+                for name, value in told.items()
+            }
+        return told
+
+    def null(self, cond: Cond) -> Cond:
+        """One entry like those of `cond` that says nothing: a condition of the same kinds; None of None."""
+        if cond is None:
+            return None
+        parts = {name: self._null(name, value) for name, value in self._parts(cond).items()}
+        return next(iter(parts.values())) if isinstance(cond, Tensor) else parts
+
+    def _parts(self, cond: Cond) -> dict[str, Tensor]:
+        if cond is None:
+            return {}
+        names = list(self.shapes)
+        if not names:
+            raise ValueError(
+                "This network is unconditional: leave cond out, or build it with classes, cond_dim, cond_image or "
+                "cond_tokens."
+            )
+        if isinstance(cond, Tensor):
+            if len(names) > 1:
+                many, shown = ("two", "three", "four")[len(names) - 2], ", ".join(f'"{name}": …' for name in names)
+                raise ValueError(f"This network has {many} conditions: pass cond={{{shown}}}.")
+            return {names[0]: cond}
+        unknown = sorted(set(cond) - set(names))
+        if unknown:
+            raise ValueError(f"This network's conditions are {names}; got also {unknown}.")
+        return dict(cond)
+
+    def _null(self, name: str, value: Tensor) -> Tensor:
+        if name == "label":
+            return value.new_full((1,), self.classes)
+        if not value.is_floating_point():
+            raise ValueError(f"The condition {name!r} is floating-point; got {value.dtype}.")
+        return value.new_full((1, *value.shape[1:]), torch.nan)
+
+    def _checked(self, name: str, value: Tensor, batch: int) -> Tensor:
+        if name == "label":
+            return self._checked_labels(value, batch)
+        expected = (batch, *self.shapes[name])
+        fits = value.ndim == len(expected) and all(n in (-1, m) for n, m in zip(expected, value.shape, strict=True))
+        if not fits or not value.is_floating_point():
+            shown = str(expected).replace("-1", "L")
+            raise ValueError(
+                f"The condition {name!r} is floating-point of shape {shown}; "
+                f"got {value.dtype} of shape {tuple(value.shape)}."
+            )
+        if _readable(value):
+            # NaN is told from numbers by a whole entry, and by a whole token
+            gaps = value.isnan().flatten(2 if name == "tokens" else 1)
+            if bool((gaps.any(-1) & ~gaps.all(-1)).any()):
+                raise ValueError(
+                    f"Some numbers of one {'token' if name == 'tokens' else name} are NaN and others are not. All of "
+                    "them are NaN where there is none; for gaps inside, fill them and add a mask to the condition."
+                )
+        return value
+
+    def _checked_labels(self, label: Tensor, batch: int) -> Tensor:
+        if label.shape != (batch,) or label.is_floating_point() or label.dtype == torch.bool:
+            raise ValueError(
+                f"Labels are integers of shape ({batch},); got {label.dtype} of shape {tuple(label.shape)}."
+            )
+        # On an accelerator the embedding's own device assertion guards.
+        if _readable(label):
+            low, high = int(label.min()), int(label.max())
+            if low < 0 or high > self.classes:
+                raise ValueError(
+                    f"Labels are in 0 … {self.classes - 1}, or {self.classes} for none; got {low} to {high}."
+                )
+        return label
+
+
+def _readable(value: Tensor) -> bool:
+    """Whether its numbers can be looked at without waiting for a device or breaking a compiled graph."""
+    return not torch.compiler.is_compiling() and value.device.type == "cpu" and value.numel() > 0
+
+
+def filled(value: Tensor, start: int = 1) -> tuple[Tensor, Tensor]:
+    """(`value` with 0 for NaN entries, which of them are there): an entry is all that lies behind dimension `start`."""
+    there = ~value.isnan().flatten(start).all(start)
+    return value.masked_fill(~there.reshape(*there.shape, *[1] * (value.ndim - start)), 0), there
