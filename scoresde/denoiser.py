@@ -56,6 +56,10 @@ class Denoiser(nn.Module, abc.ABC):
         """Log-density of that prior in nats, shape (B,)."""
         return self.sde.prior_log_prob(z, mean=self.data_mean, var=self.data_var)
 
+    def prior_log_ratio(self, z: Tensor, cond: Cond) -> Tensor:
+        """log of what a condition makes of that prior, p_T(z | cond)/p_T(z), (B,) nats: 0 where it is not known."""
+        return z.new_zeros(len(z))
+
 
 def default_noise_input(sde: SDE, t: Tensor) -> Tensor:
     """c_noise = −λ/8 = ¼ log(σ/α), the EDM convention for every SDE (Karras et al. 2022, table 1)."""
@@ -202,6 +206,9 @@ class Around(Denoiser):
 
     def prior_log_prob(self, z: Tensor) -> Tensor:
         return self.denoiser.prior_log_prob(z)
+
+    def prior_log_ratio(self, z: Tensor, cond: Cond) -> Tensor:
+        return self.denoiser.prior_log_ratio(z, cond)
 
 
 class CountingDenoiser(Around):

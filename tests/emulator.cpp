@@ -1,4 +1,4 @@
-// Runs the kernels of scoresde/kernels/csrc/kernels.cu on a CPU: the file itself, compiled by g++, with one fiber for each
+// Runs the kernels of scoresde/kernels/csrc/kernels.cu on a CPU: the file itself, compiled by g++, one fiber for each
 // thread of a block. Threads take turns at __syncthreads, blocks follow one another, all in one thread of the system.
 #include <ucontext.h>
 

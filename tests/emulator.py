@@ -18,7 +18,8 @@ import torch
 HERE = Path(__file__).parent
 CSRC = HERE.parent / "scoresde" / "kernels" / "csrc"
 SCALARS = ("float", "double", "half", "bfloat16")
-# -O0 because compiling takes longer than running; no contraction: a multiply-add is rounded once where the source says so, and nowhere else
+# -O0, because compiling takes longer than running; no contraction: a multiply-add is rounded once where the source says
+# so, and nowhere else
 FLAGS = ("-std=c++17", "-O0", "-ffp-contract=off", "-fno-strict-aliasing", "-fPIC", "-shared")
 
 

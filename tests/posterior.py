@@ -1,4 +1,4 @@
-"""Closed forms of mixtures with linear observations, y = A x_0 + std · noise: what posterior methods are measured by."""
+"""Closed forms of mixtures seen through y = A x_0 + std · noise: what posterior methods are measured by."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from oracles import component_covariances
 from torch import Tensor
 
-from scoresde import SDE, Denoiser, GaussianMixtureDenoiser, Prediction
+from scoresde import SDE, Denoiser, GaussianMixtureDenoiser, Prediction, Rng
 from scoresde.inverse import Observation
 
 
@@ -78,8 +78,6 @@ def mode_weights(mixture: GaussianMixtureDenoiser, x: Tensor) -> Tensor:
 
 def observed(prior: GaussianMixtureDenoiser, operator, std: float, seed: int = 0) -> tuple[Observation, Tensor, Tensor]:
     """An observation of one draw of the prior: (observation, A (m, D), y (m,))."""
-    from scoresde import Rng
-
     x0 = prior.sample(1, rng=Rng(seed), dtype=torch.float64)
     seen = operator(x0)
     noise = Rng(seed + 1).normal(seen.shape, dtype=torch.float64)

@@ -27,7 +27,7 @@ FLOORS = (
     ("mixture", "grids", "ode", "divergence", "guidance"),
     ("budget",),
     ("sampling", "likelihood", "loss"),
-    ("bounds", "inverse", "edit", "classify"),
+    ("bounds", "inverse", "edit", "classifier", "classify"),
     ("data", "metrics"),
     ("config", "train"),
     ("cli",),

@@ -56,6 +56,7 @@ from scoresde import (
     UniPC,
 )
 from scoresde.kernels import switch
+from scoresde.nn import MLP, UNet
 from scoresde.sampling import Step, cuda_graph
 
 STOCHASTIC: dict[str, Step] = {
@@ -395,6 +396,83 @@ def test_a_failed_capture_names_the_line() -> None:
     assert "shape '[3]' is invalid for input of size 2" in text and "cuda_graph=False" in text
 
 
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What is asked of torch.cuda, in order: there is none here."""
+    asked: list[str] = []
+
+    @contextlib.contextmanager
+    def within(name: str) -> Iterator[None]:
+        asked.append(f"{name} {{")
+        try:
+            yield
+        finally:
+            asked.append("}")
+
+    class Stream:
+        def __init__(self, name: str = "side"):
+            self.name = name
+
+        def wait_stream(self, other: Stream) -> None:
+            asked.append(f"{self.name} waits for {other.name}")
+
+    class Graph:
+        def replay(self) -> None:
+            asked.append("replay")
+
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: Stream("current"))
+    monkeypatch.setattr(torch.cuda, "device", lambda device: within(str(device)))
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: within(stream.name))
+    monkeypatch.setattr(
+        torch.cuda, "graph", lambda graph, stream, capture_error_mode: within(f"capture on {stream.name}")
+    )
+    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", lambda mode: asked.append(f"waiting: {mode}"))
+    monkeypatch.setattr(cuda_graph, "enabled", lambda device, dtype: True)
+    return asked
+
+
+class OnCuda:
+    device, dtype = torch.device("cuda:1"), torch.float32
+
+
+def test_a_graph_is_warmed_up_and_captured_on_one_stream_of_its_own(cuda: list[str]) -> None:
+    graph = cuda_graph.CudaGraph(OnCuda())  # type: ignore[arg-type]
+    outputs = [torch.zeros(1), torch.ones(1)]
+    found = graph.record(lambda: cuda.append("run") or outputs[cuda.count("run") - 1])  # type: ignore[func-returns-value]
+    graph.replay()
+    assert found is outputs[1]
+    assert cuda == [
+        *("cuda:1 {", "side waits for current", "side {", "waiting: error", "run", "waiting: 0", "}"),
+        *("current waits for side", "capture on side {", "run", "}", "}", "replay"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("fails_at", "error", "expected"),
+    [
+        (1, "called a synchronizing CUDA operation", r"test_cuda_graph.py:\d+, .*cuda_graph=False\.$"),
+        (1, "mat1 and mat2 shapes cannot be multiplied", "^mat1 and mat2 shapes cannot be multiplied$"),
+        (2, "operation not permitted when stream is capturing", "reads a value back.*Start a new process"),
+    ],
+)
+def test_what_fails_while_a_graph_is_made(fails_at: int, error: str, expected: str, cuda: list[str]) -> None:
+    """What would spoil the capture is found before it; errors of the network remain what they are."""
+
+    def run() -> Tensor:
+        cuda.append("run")
+        if cuda.count("run") == fails_at:
+            raise RuntimeError(error)
+        return torch.zeros(1)
+
+    with pytest.raises(RuntimeError, match=expected):
+        cuda_graph.CudaGraph(OnCuda()).record(run)  # type: ignore[arg-type]
+    assert cuda.count("waiting: error") == cuda.count("waiting: 0") == 1
+    assert sum(line.startswith("capture") for line in cuda) == fails_at - 1
+
+
 # What a capture cannot contain, on a device without values.
 
 GPU = torch.device("meta")
@@ -468,24 +546,36 @@ def exact_on_the_device(sde: Any) -> nn.Module:
 EVERY = STOCHASTIC | DETERMINISTIC
 
 
-@pytest.mark.parametrize("sde", ["vp", "ddpm"])
 @pytest.mark.parametrize("step", EVERY.values(), ids=EVERY.keys())
-def test_every_step_can_be_captured(step: Step, sde: str, on_gpu: FakeTensorMode) -> None:
-    """Under a closed form, and under a table, which has values of its own to look up."""
+def test_every_step_can_be_captured(step: Step, on_gpu: FakeTensorMode) -> None:
     multistep = 2 + int(step.order) if step.evaluations == 1 else 2  # until all past values are there
-    capture(on_gpu, step, lambda: on_the_device(SDES[sde]), KarrasGrid(), multistep)
+    capture(on_gpu, step, lambda: on_the_device(VPSDE()), KarrasGrid(), multistep)
 
 
 @pytest.mark.parametrize("sde", SDES.values(), ids=SDES.keys())
 @pytest.mark.parametrize("name", ["pc", "churn", "adams-0"])
 def test_under_every_sde(name: str, sde: Any, on_gpu: FakeTensorMode) -> None:
-    """By the steps that between them ask it for all it knows: rates, transitions, times of given levels."""
+    """By steps that between them ask it for all it knows: also tables, which have values of their own to look up."""
     capture(on_gpu, EVERY[name], lambda: on_the_device(sde), KarrasGrid())
 
 
-@pytest.mark.parametrize("sde", SDES.values(), ids=SDES.keys())
+@pytest.mark.parametrize("sde", [SDES["vp"], SDES["ddpm"]], ids=["vp", "ddpm"])
 def test_with_an_exact_score_too(sde: Any, on_gpu: FakeTensorMode) -> None:
     capture(on_gpu, PredictorCorrector(Ancestral(), Langevin()), lambda: exact_on_the_device(sde))
+
+
+@pytest.mark.parametrize(
+    "network",
+    [lambda: MLP((2,)), lambda: UNet((2, 8, 8), attention=(4,)), lambda: UNet((2, 8, 8), embedding="sinusoidal")],
+    ids=["mlp", "u-net", "ddpm++"],
+)
+def test_our_networks_can_be_captured(network: Callable[[], nn.Module], on_gpu: FakeTensorMode) -> None:
+    with on_gpu, torch.device(GPU):
+        inner: Any = network()
+        model, x = Preconditioned(inner, VPSDE(), EDM()).eval(), torch.empty(2, *inner.event_shape)
+    t = torch.tensor(0.5, dtype=torch.float64)
+    with on_gpu, Capture():
+        assert model(x, t).x0.shape == x.shape
 
 
 def test_torchsde_cannot_be_captured(on_gpu: FakeTensorMode) -> None:

@@ -31,6 +31,7 @@ from scoresde import (
     UniPC,
 )
 from scoresde.denoiser import CountingDenoiser
+from scoresde.kernels import lincomb
 from scoresde.sampling.multistep import knot
 
 SDES = {name: sde for name, sde in closed_form_sdes().items() if name in ("vp", "ve", "edm", "flow")}
@@ -198,7 +199,8 @@ def test_strong_order_on_one_brownian_path(name, step) -> None:
         coarse, fine, times = affine(step, denoiser, n), affine(step, denoiser, 2 * n), grid(sde, 2 * n)
         x, share = torch.ones(2 * n, 1, dtype=torch.float64), step._share(denoiser)
         here, there = knot(sde, times[:-1], share), knot(sde, times[1:], share)
-        a, std = (step._carry(v * x, here, there, share, Fixed(1.0 - v))[:, 0] for v in (1.0, 0.0))
+        terms = (step._carry(v * x, here, there, share, Fixed(1.0 - v)) for v in (1.0, 0.0))
+        a, std = (lincomb((moved,), noise)[:, 0] for moved, noise in terms)
         carried = torch.stack([a[1::2] * std[::2], std[1::2]], 1)
         weights = (carried / carried.square().sum(1, keepdim=True).sqrt()).reshape(-1)
         split = torch.cat([coarse[:2], coarse[2:].repeat_interleave(2) * weights])

@@ -296,7 +296,7 @@ def test_conditions_of_one_batch_do_not_mix(build):
 
 
 def test_a_network_that_is_told_everything_is_one_graph():
-    network = awake(TELLERS["all"]())
+    network = awake(UNet((1, 2, 2), width=8, multipliers=(1,), blocks=1, **(TOLD | {"cond_image": (1, 1, 2)})))
     x, c_noise = inputs(network)
     cond = conditions_of(network)
     compiled = torch.compile(network, backend="eager", fullgraph=True)

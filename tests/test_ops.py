@@ -1,4 +1,4 @@
-"""The ops of torch.ops.scoresde and their front: against formulas in float64, against autograd, and as torch's citizens.
+"""The ops of torch.ops.scoresde and their front: against formulas in float64 and autograd, and as torch wants its ops.
 
 On a CPU, so the reference runs; the kernels are held to the same formulas in test_kernel_source.py.
 """
@@ -351,8 +351,8 @@ def test_gradients_are_those_of_plain_torch(name: str, dtype: torch.dtype) -> No
     for mine, theirs in zip(*leaves, strict=True):
         if isinstance(mine, Tensor) and mine.requires_grad:
             assert mine.grad.dtype == mine.dtype and mine.grad.shape == mine.shape
-            # each way rounds to the type twice at most (what is summed, and the sum), and a sum of D terms, each of a few
-            # products, D + 8 times in its arithmetic
+            # each way rounds twice at most to the type (what is summed, and the sum), D + 8 times in its arithmetic:
+            # D terms, each of a few products
             bound = 4 * ROUNDING[dtype] + 2 * (D + 8) * ARITHMETIC[dtype]
             assert (mine.grad.double() - theirs.grad.double()).norm() <= bound * theirs.grad.double().norm()
             compared += 1

@@ -186,23 +186,30 @@ def test_devices_and_default_types() -> None:
 
 def test_what_was_drawn_is_the_callers() -> None:
     """Draws that were made ahead lie side by side: to write into one changes neither itself later nor the next."""
-    rng, other = Rng(1), Rng(1)
-    for kind in KINDS * 3:
-        mine = draw(rng, kind, (2, 3))
-        again = draw(other, kind, (2, 3))
-        mine.fill_(7)
-        assert not (again == 7).any()
-        assert mine.is_contiguous() and mine.untyped_storage().nbytes() == 6 * 8
-    before = rng.normal((2, 3))
-    kept = before.clone()
-    rng.normal((2, 3)).zero_()
-    assert torch.equal(before, kept)
+    asks = (
+        lambda rng: rng.normal((2, 3)), lambda rng: rng.uniform((2, 3)), lambda rng: rng.integers(9, (2, 3)),
+        lambda rng: rng.rademacher_like(torch.zeros(2, 3)), lambda rng: rng.permutation(3),
+    )  # fmt: skip
+    for ask in asks:
+        rng, other = Rng(1), Rng(1)
+        mine = [ask(rng) for _ in range(4)]
+        kept = [x.clone() for x in mine]
+        for k, x in enumerate(mine):
+            assert x.is_contiguous() and x.untyped_storage().nbytes() == x.nbytes
+            x.zero_()
+            assert all(map(torch.equal, mine[k + 1 :], kept[k + 1 :]))
+        ask(rng).zero_()
+        theirs = [ask(other) for _ in range(6)]
+        assert all(map(torch.equal, theirs, kept)) and torch.equal(ask(rng), theirs[5])
 
 
 def test_a_number_is_everybodys() -> None:
     for rank in range(3):
         assert torch.equal(Rng(4).share(rank, 3).normal(()), Rng(4).normal((1,))[0])
-        assert Rng(4).share(rank, 3).uniform(()).shape == ()
+        rng, twin = Rng(4).share(rank, 3), Rng(4)
+        for _ in range(3):
+            assert torch.equal(rng.uniform(()), twin.uniform(()))
+        assert torch.equal(rng.uniform((1,)), twin.uniform((3,))[rank : rank + 1])  # and what is made ahead is, too
 
 
 def blocks(monkeypatch: pytest.MonkeyPatch) -> list[int]:

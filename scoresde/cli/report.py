@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..data import Dataset
-from ..denoiser import Denoiser
+from ..denoiser import Cond, Denoiser
 from ..grids import check_grid
 from ..likelihood import bits_per_dim
 from ..metrics import sliced_w2
@@ -74,16 +74,15 @@ def check_samplers(samplers: Mapping[str, Sampler], denoiser: Denoiser) -> None:
 
 
 def sampling_jobs(
-    samplers: Mapping[str, Sampler], denoiser: Denoiser, dataset: Dataset, *,
-    seeds: Sequence[int], conditional: bool, batch_size: int,
+    samplers: Mapping[str, Sampler], denoiser: Denoiser, event_shape: Sequence[int], *,
+    seeds: Sequence[int], labels: Tensor | None, batch_size: int, cond: Cond = None,
 ) -> dict[str, Job[Samples]]:  # fmt: skip
     """Samples by every sampler from the same seeds: what is to be done."""
-    shape, labels = dataset.event_shape, labels_for(dataset, len(seeds), conditional)
-    watched = 8 if len(shape) > 1 else 500
+    watched = 8 if len(event_shape) > 1 else 500
     return {
         name: drawing(
-            denoiser, sampler, shape, seeds=seeds, labels=labels, batch_size=batch_size, watched=watched,
-            name=f"samples-{name}",
+            denoiser, sampler, event_shape, seeds=seeds, labels=labels, cond=cond, batch_size=batch_size,
+            watched=watched, name=f"samples-{name}",
         )
         for name, sampler in samplers.items()
     }  # fmt: skip
@@ -96,7 +95,11 @@ def write_samples(
     sampler's pictures are `samples.png` and `trajectory.png`, the others carry its name.
     """
     labels = next(iter(made.values())).labels
-    real = dataset.encode(dataset.test.raw[spread(len(dataset.test), min(len(seeds), len(dataset.test)))])
+    real = dataset.test.raw
+    if labels is not None and dataset.test.labels is not None:  # of the classes that were asked for
+        alike = torch.isin(dataset.test.labels, labels)
+        real = real[alike] if bool(alike.any()) else real
+    real = dataset.encode(real[spread(len(real), min(len(seeds), len(real)))])
     for index, (name, samples) in enumerate(made.items()):
         if pictures:
             suffix = f"-{name}" if index else ""
@@ -147,8 +150,9 @@ def measuring_jobs(
     """What a report needs: held-out bits/dim, and samples by each sampler."""
     seeds = range(seed * evaluation.samples, (seed + 1) * evaluation.samples)
     draws = sampling_jobs(
-        samplers, denoiser, dataset, seeds=seeds, conditional=conditional, batch_size=evaluation.batch_size
-    )
+        samplers, denoiser, dataset.event_shape, seeds=seeds, labels=labels_for(dataset, len(seeds), conditional),
+        batch_size=evaluation.batch_size,
+    )  # fmt: skip
     return likelihood.job(denoiser, dataset, points=evaluation.points, seed=seed, conditional=conditional), draws
 
 

@@ -1,17 +1,22 @@
-"""scoresde-sample: samples from a trained run."""
+"""scoresde-sample: samples from a trained run, of a class or of what a measurement leaves open."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
+import torch
 from omegaconf import DictConfig
+from torch import Tensor
 
-from ..config import ConfigError, plain
+from ..config import ConfigError, build, plain
 from ..train import figures
 from . import folder as folders
 from ._hydra import allowed, build_samplers, choice, launch, output_folder, refusing
-from .model import chosen_run, set_threads
-from .report import check_samplers, layout, list_files, sampling_jobs, write_samples
+from .model import LoadedRun, chosen_run, set_threads
+from .problem import read_problem
+from .report import check_samplers, labels_for, layout, list_files, sampling_jobs, write_samples
+from .restored import Method, choose_method, measured, write_restored
 
 
 def main() -> None:
@@ -25,17 +30,63 @@ def choose_seeds(seeds: Any, seed: Any, n: Any) -> list[int]:
     Raises:
         ConfigError: seeds that are not a list of whole numbers ≥ 0, or n < 1.
     """
-
-    def whole(value: Any, least: int) -> bool:
-        return isinstance(value, int) and not isinstance(value, bool) and value >= least
-
     if seeds is not None:
-        if not isinstance(seeds, list) or not seeds or not all(whole(value, 0) for value in seeds):
+        if not isinstance(seeds, list) or not seeds or not all(_whole(value, 0) for value in seeds):
             raise ConfigError(f"seeds is a list of whole numbers, one per sample, as in seeds=[0,1,2]; got {seeds!r}.")
         return seeds
-    if not whole(n, 1) or not whole(seed, 0):
+    if not _whole(n, 1) or not _whole(seed, 0):
         raise ConfigError(f"n is at least 1 and seed at least 0, both whole numbers; got n={n!r}, seed={seed!r}.")
     return list(range(seed * n, (seed + 1) * n))
+
+
+def choose_labels(cond: Any, n: int, run: LoadedRun, *, needed: bool) -> Tensor | None:
+    """Labels (n,) as `cond.label` says, a list being gone through again and again; None for no labels.
+
+    Args:
+        cond: the mapping of that key.
+        n: number of samples.
+        run: the model.
+        needed: without a label, take each class in turn; else none.
+
+    Raises:
+        ConfigError: a class that is not there, or any for a model without classes.
+    """
+    if not isinstance(cond, Mapping) or set(cond) != {"label"}:
+        raise ConfigError(f"cond is a mapping with the key label, as in cond.label=7; got {cond!r}.")
+    label, classes = cond["label"], run.dataset.classes
+    if label is None:
+        if needed or not run.conditional:
+            return labels_for(run.dataset, n, run.conditional)
+        if _untold(run):
+            raise ConfigError(f"{run.folder} was never trained without a label; say which: cond.label=…")
+        return None
+    if not run.conditional:
+        raise ConfigError(
+            f"cond.label={label}: {run.folder} was trained without labels; a model that is told them is trained with "
+            "conditional=true."
+        )
+    given = label if isinstance(label, list) else [label]
+    if not given or not all(_whole(value, 0) and value < classes for value in given):
+        raise ConfigError(f"cond.label is a class 0 … {classes - 1} of {run.dataset.name}, or a list; got {label!r}.")
+    return torch.tensor(given)[torch.arange(n) % len(given)]
+
+
+def check_guidance(node: Any, run: LoadedRun) -> None:
+    """Refuses classifier-free guidance of a model that has no condition, or never was without.
+
+    Raises:
+        ConfigError: it is one of these; says how to train one that can be guided.
+    """
+    if not isinstance(node, Mapping) or node.get("_target_") != "scoresde.ClassifierFree":
+        return
+    advice = "Train with conditional=true network.cond_dropout=0.1."
+    if not run.conditional:
+        raise ConfigError(f"guidance=cfg steers towards labels, and {run.folder} was trained without. {advice}")
+    if _untold(run):
+        raise ConfigError(
+            f"guidance=cfg also asks the model without its label, and {run.folder} never was trained so "
+            f"(network.cond_dropout=0). {advice}"
+        )
 
 
 def sample(cfg: DictConfig) -> None:
@@ -52,26 +103,67 @@ def sample(cfg: DictConfig) -> None:
         samplers = build_samplers(cfg, allow)
         run = chosen_run(options, allow)
         check_samplers(samplers, run.denoiser)
-        shards = folders.share(folder, options, run)
+        check_guidance(options["guidance"], run)
+        problem = read_problem(options, run.dataset, allow)
+        own, repeats = len(seeds), 1 if problem is None else len(problem.inputs)
+        labels = choose_labels(options["cond"], own, run, needed=problem is None)
+        labels = labels if labels is None else labels.repeat(repeats)
+        method = Method(build(cfg.guidance, allow, denoiser=run.denoiser), samplers, options["batch_size"])
+        if problem is not None:
+            method = choose_method(
+                problem, options["posterior"], method.denoiser, samplers, allow, n=own, batch_size=method.batch_size
+            )
+        shards = folders.share(folder, options | ({"given": problem.digest} if problem else {}), run)
     jobs = sampling_jobs(
-        samplers, run.denoiser, run.dataset, seeds=seeds, conditional=run.conditional, batch_size=options["batch_size"]
-    )
+        method.samplers, method.denoiser, run.dataset.event_shape, seeds=seeds * repeats, labels=labels,
+        cond=None if problem is None else problem.cond(own, labels), batch_size=method.batch_size,
+    )  # fmt: skip
     for job in jobs.values():
         shards.work(job)
     if shards.rank:
         return
     made = {name: shards.result(job) for name, job in jobs.items()}
-    write_samples(made, run.dataset, folder, seeds=seeds, pictures=options["pictures"])
+    columns = ["sampler", "NFE", "seconds", "samples"]
     rows = [[name, f"{s.evaluations:.0f}", f"{s.seconds:.1f}", str(len(s.x))] for name, s in made.items()]
     record = {
         "run": str(run.folder), "step": run.step, "weights": options["weights"], "seeds": seeds,
+        "guidance": options["guidance"], "labels": None if labels is None else labels[:own].tolist(),
         "samplers": {name: plain(cfg.sampler if name == choice("sampler") else cfg.samplers[name]) for name in made},
         "cost": {name: {"nfe": s.evaluations, "seconds": s.seconds} for name, s in made.items()},
     }  # fmt: skip
+    if problem is None:
+        write_samples(made, run.dataset, folder, seeds=seeds, pictures=options["pictures"])
+    else:
+        write_restored(problem, made, run.dataset, folder, seeds=seeds, pictures=options["pictures"])
+        quality = measured(problem, made, run.dataset)
+        record |= {
+            "problem": options["problem"], "posterior": options["posterior"], "inputs": problem.inputs,
+            "mask": options["mask"], "restored": quality,
+        }  # fmt: skip
+        keys = list(next(iter(quality.values())))
+        columns += [_TITLES[key] for key in keys]
+        rows = [[*row, *(f"{quality[row[0]][key]:.3g}" for key in keys)] for row in rows]
     folders.finish(folder / "summary.json", record)
     shards.clear()
-    print(layout(("sampler", "NFE", "seconds", "samples"), rows))
-    print(list_files(folder, {"samples": "samples.png", "trajectory": "trajectory.png", "arrays": "samples.npz"}))
+    print(layout(columns, rows))
+    print(list_files(folder, _FILES))
+
+
+_TITLES = {
+    "residual": "residual", "std": "of noise", "psnr_mean": "PSNR of mean", "psnr_sample": "of a sample"
+}  # fmt: skip
+_FILES = {
+    "restored": "restored.png", "samples": "samples.png", "trajectory": "trajectory.png", "arrays": "samples.npz"
+}  # fmt: skip
+
+
+def _whole(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _untold(run: LoadedRun) -> bool:
+    """Whether the network is known to have had its label always."""
+    return run.conditional and run.config["network"].get("cond_dropout") == 0
 
 
 if __name__ == "__main__":

@@ -96,6 +96,33 @@ def _size(image: np.ndarray) -> str:
     return f"{image.shape[2]} × {image.shape[1]}"
 
 
+def read_image(path: str | Path, channels: int) -> Tensor:
+    """One 8-bit image without transparency, (channels, H, W) uint8; orientation tags are not applied.
+
+    Args:
+        path: the file.
+        channels: 1 for grey (also stored as colour), 3 for colour.
+
+    Raises:
+        ImportError: pillow is missing.
+        FileNotFoundError: no such file.
+        ValueError: it is something else; path, expected and found are named.
+    """
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise ImportError("Images are read with pillow: pip install 'scoresde[data]'.") from error
+
+    file = existing(path)
+    pixels = torch.from_numpy(_read(Image, file, None, channels == 1))
+    if channels == 1:
+        with Image.open(file) as image:
+            colours = np.asarray(image.convert("RGB"))
+        if (colours != colours[..., :1]).any():
+            raise ValueError(f"{file}: expected a grey image, found colours. Convert it first.")
+    return pixels
+
+
 def _read(pillow: Any, file: Path, size: int | None, grey: bool) -> np.ndarray:
     """(C, H, W) uint8."""
     refuse_lfs_pointer(file)

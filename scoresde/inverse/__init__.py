@@ -12,6 +12,7 @@ from .gaussian import DPS, MMPS, TMPD, DiffPIR, Look, Matched, PiGDM, Posterior
 from .observation import Linear, Measured, Observation
 from .operators import Blur, ColourMix, Compose, DownSample, Magnitude, Mask, Operator, RandomProjection, grey
 from .particles import Particles, TwistedSMC
+from .replacement import RePaint, Replacement
 
 __all__ = [
     "DPS",
@@ -34,6 +35,8 @@ __all__ = [
     "PiGDM",
     "Posterior",
     "RandomProjection",
+    "RePaint",
+    "Replacement",
     "TwistedSMC",
     "conjugate_gradients",
     "grey",

@@ -93,7 +93,7 @@ class Observation(nn.Module):
         if self.linear:
             seen, back = self.operator(x0), torch.func.vjp(self.operator, torch.zeros_like(x0))[1]
         else:
-            seen, back = torch.func.vjp(self.operator, x0)
+            seen, back = torch.func.vjp(self.operator, x0)  # type: ignore[misc]
         y, std = self.fitted(measured, seen)
 
         def forward(v: Tensor) -> Tensor:
@@ -145,9 +145,7 @@ class Observation(nn.Module):
 
         rough = 10 * torch.finfo(x.dtype).eps  # no product is better than that
         b = back((target - self.operator(x)).to(x.dtype))[0]
-        change = conjugate_gradients(
-            normal, b, iterations=iterations, tolerance=max(tolerance, rough), strict=True
-        )
+        change = conjugate_gradients(normal, b, iterations=iterations, tolerance=max(tolerance, rough), strict=True)
         return x + change.to(x.dtype)
 
     def _try(self, x0: Tensor) -> None:

@@ -134,7 +134,7 @@ class ColourMix(Operator):
 
 def grey() -> ColourMix:
     """Red, green and blue to their luma (ITU-R BT.601)."""
-    return ColourMix(torch.tensor([[0.299, 0.587, 0.114]]))
+    return ColourMix(torch.tensor([[0.299, 0.587, 0.114]], dtype=torch.float64))
 
 
 class RandomProjection(Operator):

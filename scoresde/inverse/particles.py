@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -50,9 +49,9 @@ class TwistedSMC(Step):
     own ancestral chain, which leaves the discretisation of that chain, and at most the noise at t_min. With few
     particles those of a group stem from few ancestors: modes that none found are missing.
 
-    After each step draws of equal weight are returned; the weighted ones go on to the next step, or where their
-    effective number is below `threshold`, the draws. (A step that is given other x than it returned begins anew, with
-    equal weights.)
+    After each step draws of equal weight are returned; the weighted ones go on to the next step, or where their effective
+    number is below `threshold`, the draws. Given other x than it returned, as by a corrector that is told of y by the same
+    method, it goes on from those with equal weights.
 
     Its denoiser is the prior's: `Sampler(TwistedSMC(seen, particles=64), steps=250)(denoiser, (64, *event))`.
 
@@ -109,7 +108,9 @@ class TwistedSMC(Step):
         twist = self.method(denoiser, self.observation)
         if state is None or state.given is not x:
             look = twist.look(x, t, cond)
-            state = Particles(x, look.log_prob.double(), look, x)
+            # x_T comes from the prior; later x, if others moved them, are draws of p_t(x) p̃(y|x) already
+            log_weights = look.log_prob.double() if state is None else torch.zeros_like(look.log_prob.double())
+            state = Particles(x, log_weights, look, x)
         x, log_weights, look, _ = state
         moved, gain = _propose(denoiser.sde, look, t, s, rng.normal_like(x))
         there = twist.look(moved, s, cond)
@@ -137,7 +138,9 @@ def _propose(sde: SDE, look: Look, t: Tensor, s: Tensor, z: Tensor) -> tuple[Ten
     gap = -torch.expm1(sde.log_snr(t) - sde.log_snr(s))
     kept, std = sigma * (1 - gap).sqrt(), sigma * gap.sqrt()
     moved = lincomb(((alpha, look.told.x0), (kept, look.told.eps)), (std, z))
-    by_x0, by_eps = (told.double() - plain.double() for told, plain in zip(_ends(look.told), _ends(look.plain), strict=True))
+    by_x0, by_eps = (
+        told.double() - plain.double() for told, plain in zip(_ends(look.told), _ends(look.plain), strict=True)
+    )
     step = lincomb(((alpha, by_x0), (kept, by_eps))) / coefficient(std, by_x0).clamp(min=1e-300)
     return moved, -(0.5 * step**2 + step * z.double()).flatten(1).sum(1)
 

@@ -7,6 +7,7 @@ channels-last), batch first; coefficients in float64 of shape () or (B,), or Non
 from __future__ import annotations
 
 import ctypes
+import functools
 from collections.abc import Sequence
 from ctypes import c_double, c_int64, c_uint32, c_void_p
 
@@ -32,6 +33,7 @@ class Division(ctypes.Structure):
     _fields_ = (("divisor", c_uint32), ("magic", c_uint32), ("shift", c_uint32))
 
     @classmethod
+    @functools.lru_cache(maxsize=256)
     def by(cls, divisor: int) -> Division:
         shift = (divisor - 1).bit_length()
         return cls(divisor, 2**32 * (2**shift - divisor) // divisor + 1, shift)
@@ -92,10 +94,9 @@ def quads_of(like: Tensor) -> int:
     return quads
 
 
-def quads_per_thread(like: Tensor) -> int:
-    """1 to `MOST_QUADS`: as many as leave the GPU full and a warp to each sample."""
-    quads = quads_of(like)
-    return max(1, min(MOST_QUADS, like.shape[0] * quads // FULL, quads // WARP))
+def quads_per_thread(samples: int, quads: int) -> int:
+    """1 to `MOST_QUADS`, of samples of `quads` each: as many as leave the GPU full and a warp to each sample."""
+    return max(1, min(MOST_QUADS, samples * quads // FULL, quads // WARP))
 
 
 class Layout(ctypes.Structure):
@@ -110,8 +111,8 @@ class Layout(ctypes.Structure):
     )
 
     @classmethod
-    def of(cls, tensors: Sequence[Tensor], threads: int) -> Layout:
-        """Of tensors of one shape (B, *event) and memory format, with `threads` threads for each sample."""
+    def of(cls, tensors: Sequence[Tensor], quads: int, threads: int) -> Layout:
+        """Of tensors of one shape (B, *event) and memory format, with `threads` for the `quads` of each sample."""
         like = tensors[0]
         elements = like.numel() // like.shape[0]
         channels = 1 if like.is_contiguous() else like.shape[1]
@@ -126,7 +127,7 @@ class Layout(ctypes.Structure):
         return cls(
             samples=like.shape[0],
             elements=elements,
-            quads=quads_of(like),
+            quads=quads,
             path=path,
             threads=Division.by(threads),
             inner=Division.by(inner),

@@ -41,9 +41,10 @@ def _run(launch: Launch, name: str, like: Tensor, threads: int, args: ctypes.Str
     launch(name, SCALARS[like.dtype], -(-like.shape[0] * threads // BLOCK), BLOCK, [args], like.device)
 
 
-def _threads(like: Tensor) -> int:
-    """Threads of one sample, for kernels that treat each element by itself."""
-    return -(-quads_of(like) // quads_per_thread(like))
+def _shares(like: Tensor) -> tuple[int, int]:
+    """Quads and threads of one sample, for kernels that treat each element by itself."""
+    quads = quads_of(like)
+    return quads, -(-quads // quads_per_thread(like.shape[0], quads))
 
 
 def _pointer(x: Tensor | None) -> int | None:
@@ -65,9 +66,9 @@ def lincomb(
     """`out = Σ coefficients[i] inputs[i] + std z` (B, *event), of at most five inputs; `out` may be one of them."""
     if not out.numel():
         return
-    threads = _threads(out)
+    quads, threads = _shares(out)
     args = Lincomb(
-        layout=Layout.of([out, *inputs], threads),
+        layout=Layout.of([out, *inputs], quads, threads),
         out=out.data_ptr(),
         std=Coefficient.of(std),
         noise=Counters.of(noise),
@@ -94,10 +95,10 @@ def perturb_and_target(
     if not x0.numel():
         return
     eps, counters = _either(noise)
-    threads = _threads(x0)
+    quads, threads = _shares(x0)
     alpha, sigma, p, q = map(Coefficient.of, coefficients)
     args = Perturb(
-        layout=Layout.of([x for x in (x0, noisy, target, eps) if x is not None], threads),
+        layout=Layout.of([x for x in (x0, noisy, target, eps) if x is not None], quads, threads),
         noisy=noisy.data_ptr(),
         target=target.data_ptr(),
         x0=x0.data_ptr(),
@@ -114,8 +115,8 @@ def perturb_and_target(
 def rademacher(launch: Launch, out: Tensor, noise: Noise) -> None:
     """Fills `out` (B, *event) with the −1 and 1 of a draw."""
     if out.numel():
-        threads = _threads(out)
-        args = Signs(layout=Layout.of([out], threads), out=out.data_ptr(), noise=Counters.of(noise))
+        quads, threads = _shares(out)
+        args = Signs(layout=Layout.of([out], quads, threads), out=out.data_ptr(), noise=Counters.of(noise))
         _run(launch, "rademacher", out, threads, args)
 
 
@@ -130,13 +131,14 @@ def _squares(
 ) -> Tensor:
     """(B, parts, 2): the two sums of kernel `name` for each sample, in parts."""
     eps, counters = _either(noise)
-    samples, quads, most = a.shape[0], quads_of(a), quads_per_thread(a)
+    samples, quads = a.shape[0], quads_of(a)
+    most = quads_per_thread(samples, quads)
     # threads that add up together: a power of two, and a warp where the sample has as many quads
     group = min(BLOCK, 1 << (max(min(quads, WARP), quads // most).bit_length() - 1))
     parts = max(1, min(quads // (most * group), PARTIALS // samples))
     sums = torch.empty(samples, parts, 2, dtype=torch.promote_types(a.dtype, torch.float32), device=a.device)
     args = Squares(
-        layout=Layout.of([x for x in (a, x0, eps) if x is not None], parts * group),
+        layout=Layout.of([x for x in (a, x0, eps) if x is not None], quads, parts * group),
         group=group,
         partials=sums.data_ptr(),
         a=a.data_ptr(),
@@ -180,10 +182,10 @@ def langevin(
     if not x.numel():
         return
     sums = _squares(launch, "norms_and_noise", eps, noise) if measured else _squares(launch, "norms", eps)
-    step = torch.empty(2, x.shape[0], dtype=torch.float64, device=x.device)
-    rows = {"eps": step[0].data_ptr(), "std": step[1].data_ptr()}
-    _finish(launch, "finish_langevin", eps, sums, sigma, snr=snr, measured=measured, **rows)
-    lincomb(launch, out, [x, eps], [None, step[0]], step[1], noise)
+    slope, std = (torch.empty(x.shape[0], dtype=torch.float64, device=x.device) for _ in range(2))
+    step = {"eps": slope.data_ptr(), "std": std.data_ptr()}
+    _finish(launch, "finish_langevin", eps, sums, sigma, snr=snr, measured=measured, **step)
+    lincomb(launch, out, [x, eps], [None, slope], std, noise)
 
 
 def dsm_loss(

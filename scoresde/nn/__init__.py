@@ -1,5 +1,6 @@
 """Networks F(x, c_noise, cond): they see a noise level as one number per sample, never an SDE."""
 
+from .classifier import Classifier
 from .conditioning import Conditioning
 from .conditions import Cond, Conditions
 from .embedding import FourierEmbedding, SinusoidalEmbedding
@@ -8,6 +9,6 @@ from .resample import Downsample, Upsample
 from .unet import UNet
 
 __all__ = [
-    "MLP", "Cond", "Conditioning", "Conditions", "Downsample", "FourierEmbedding", "SinusoidalEmbedding", "UNet",
-    "Upsample",
+    "MLP", "Classifier", "Cond", "Conditioning", "Conditions", "Downsample", "FourierEmbedding", "SinusoidalEmbedding",
+    "UNet", "Upsample",
 ]  # fmt: skip

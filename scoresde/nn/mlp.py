@@ -13,7 +13,7 @@ from .conditions import Cond
 from .layers import linear
 
 
-class _Block(nn.Module):
+class Block(nn.Module):
     """h + W₂ SiLU(W₁ SiLU(h) + E emb)."""
 
     def __init__(self, width: int):
@@ -71,7 +71,7 @@ class MLP(nn.Module):
         # torch's own start, whose random biases put the bends off the origin: without them the features of symmetric
         # data, normalised, say nothing about the zero output's error, and training stays where it started
         self.inlet = nn.Linear(size, width)
-        self.blocks = nn.ModuleList(_Block(width) for _ in range(depth))
+        self.blocks = nn.ModuleList(Block(width) for _ in range(depth))
         self.outlet = linear(width, size)
         nn.init.zeros_(self.outlet.weight)
 

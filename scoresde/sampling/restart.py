@@ -90,5 +90,5 @@ class Restart(Step):
             state = self.step.init(moved)
             for k in range(self.steps):
                 moved, state = self.step(denoiser, moved, way[k], way[k + 1], state, cond=cond, rng=rng)
-            x = torch.where(expand_as_batch(crossed, x), moved, x)
+            x = moved if crossed.ndim == 0 else torch.where(expand_as_batch(crossed, x), moved, x)
         return x, state

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from ..budget import LEAST_BUDGET
 from ..data import Dataset, Split
-from ..denoiser import Denoiser
+from ..denoiser import Cond, Denoiser
 from ..divergence import Divergence
 from ..likelihood import bits_per_dim, log_likelihood
 from ..loss import DenoisingLoss
@@ -220,6 +221,7 @@ def draw(
     *,
     seeds: Sequence[int],
     labels: Tensor | None = None,
+    cond: Cond = None,
     batch_size: int = 128,
     frames: int = 8,
     watched: int = 8,
@@ -231,11 +233,12 @@ def draw(
         event_shape: of one sample.
         seeds: one per sample.
         labels: (n,) class labels, None for none.
+        cond: what the denoiser is told of each sample, (n, …) or a mapping of such; None: the labels.
         batch_size: samples at a time.
         frames, watched: how many states of how many samples of the first batch to keep for a trajectory.
     """
     return drawing(
-        denoiser, sampler, event_shape, seeds=seeds, labels=labels, batch_size=batch_size, frames=frames,
+        denoiser, sampler, event_shape, seeds=seeds, labels=labels, cond=cond, batch_size=batch_size, frames=frames,
         watched=watched,
     ).run()  # fmt: skip
 
@@ -247,6 +250,7 @@ def drawing(
     *,
     seeds: Sequence[int],
     labels: Tensor | None = None,
+    cond: Cond = None,
     batch_size: int = 128,
     frames: int = 8,
     watched: int = 8,
@@ -255,13 +259,13 @@ def drawing(
     """The same as `draw`, in batches, for `Shards`, under a name that tells one sampler from another."""
     device, seeds = model_device(denoiser), list(seeds)
     watch = _frame_indices(denoiser, sampler, frames)
+    told = labels if cond is None else cond
 
     def batch(index: int) -> Iterator[Tensors]:
         start, part = time.monotonic(), slice(index * batch_size, (index + 1) * batch_size)
-        cond = None if labels is None else labels[part].to(device)
         kept, times = [], []
         shape = (len(seeds[part]), *event_shape)
-        for trace in sampler.iterate(denoiser, shape, cond=cond, rng=Rng(seeds=seeds[part])):
+        for trace in sampler.iterate(denoiser, shape, cond=_part(told, part, device), rng=Rng(seeds=seeds[part])):
             if index == 0 and trace.index in watch:
                 kept.append(trace.x[:watched].cpu())
                 times.append(trace.t)
@@ -278,9 +282,26 @@ def drawing(
     settings = {
         "seeds": seeds, "labels": None if labels is None else labels.tolist(), "event_shape": list(event_shape),
         "batch_size": batch_size, "steps": sampler.steps, "frames": frames, "watched": watched,
+        **({} if cond is None else {"cond": digest_of(cond)}),
     }  # fmt: skip
     count = math.ceil(len(seeds) / batch_size)
     return Job(name, count, sampler.steps + 2 + int(sampler.denoise), batch, merge, settings)
+
+
+def _part(cond: Cond, part: slice, device: torch.device) -> Cond:
+    """The condition of some of the samples, on the device."""
+    if isinstance(cond, Mapping):
+        return {name: value[part].to(device) for name, value in cond.items()}
+    return None if cond is None else cond[part].to(device)
+
+
+def digest_of(cond: Cond) -> str:
+    """SHA-256 of the numbers in a condition, their shapes and names."""
+    found = hashlib.sha256()
+    for name, value in sorted(({"": cond} if not isinstance(cond, Mapping) else cond).items()):
+        if value is not None:
+            found.update(f"{name} {value.dtype} {tuple(value.shape)}".encode() + value.cpu().numpy().tobytes())
+    return found.hexdigest()
 
 
 def _frame_indices(denoiser: Denoiser, sampler: Sampler, frames: int) -> set[int]:

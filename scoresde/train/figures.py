@@ -62,6 +62,50 @@ def trajectory(frames: Tensor, times: Sequence[float], path: Path) -> Path:
     return _write(figure, path)
 
 
+def restored(
+    given: Tensor,
+    made: Tensor,
+    truth: Tensor | None,
+    path: Path,
+    *,
+    seen: Tensor | None = None,
+    limits: tuple[float, float] = (-1.0, 1.0),
+) -> Path:
+    """An inverse problem, one row per input: given, truth, mean, standard deviation, samples; at most 8 inputs of 16.
+
+    Args:
+        given: (k, *y), what was measured.
+        made: (k, n, *event), samples of each; anything but images as `scatter`.
+        truth: (k, *event), or None where it is not known.
+        path: the PNG to write.
+        seen: (*y) bool, a chequerboard where it is False.
+        limits: least and greatest value of the data, black and white.
+    """
+    if made.ndim < 4:
+        known = {} if truth is None else {"truth": truth}
+        return _scatter({"restored": made.flatten(0, 1), **known}, path, shared=True)
+    given, made = given[:8], made[:8, :16]
+    columns = -(-made.shape[1] // 2)
+    titles = ["given", *([] if truth is None else ["truth"]), "mean", "standard deviation", "samples"]
+    widths = [1.0] * (len(titles) - 1) + [max(columns / 2, 1.0)]
+    figure = _figure(1.6 * sum(widths), 1.8 * len(given) + 0.3)
+    panels = figure.subplots(len(given), len(titles), squeeze=False, width_ratios=widths)
+    for k, row in enumerate(panels):
+        pictures = [_tile(x[k], limits) for x in ([made.mean(1)] if truth is None else [truth, made.mean(1)])]
+        for axes, picture in zip(row, [_given(given[k], seen, limits), *pictures], strict=False):
+            axes.imshow(picture, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+        std = made[k].std(0, correction=0).mean(0, keepdim=True) / (limits[1] - limits[0])
+        row[-2].imshow(_tile(std, (0.0, float(std.max()))), cmap="magma", vmin=0, vmax=1)
+        row[-2].text(0.5, -0.03, f"brightest: {std.max():.2g} of the range", ha="center", va="top", fontsize=6,
+                     transform=row[-2].transAxes)  # fmt: skip
+        row[-1].imshow(_mosaic(made[k], columns, *limits), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+        for axes, title in zip(row, titles, strict=True):
+            axes.axis("off")
+            if k == 0:
+                axes.set_title(title, fontsize=8)
+    return _write(figure, path)
+
+
 def loss_curve(rows: Sequence[Mapping[str, Any]], path: Path) -> Path:
     """Training and held-out loss against images seen, from the rows of `metrics.jsonl`."""
     figure = _figure(6, 3.5)
@@ -110,6 +154,25 @@ def _mosaic(images: Tensor, columns: int, low: float, high: float) -> np.ndarray
     tiles = canvas.reshape(rows, columns, channels, height + 1, width + 1).transpose(0, 3, 1, 4, 2)
     picture = tiles.reshape(rows * (height + 1), columns * (width + 1), channels)
     return picture[..., 0] if channels == 1 else picture
+
+
+def _tile(x: Tensor, limits: tuple[float, float]) -> np.ndarray:
+    """The picture of one event."""
+    return _mosaic(x[None], 1, *limits)[:-1, :-1]
+
+
+def _given(y: Tensor, seen: Tensor | None, limits: tuple[float, float]) -> np.ndarray:
+    """What was measured, as it is where it is no picture; grey squares where nothing is seen."""
+    if y.ndim < 2:
+        y = y[None, None]
+    picture = _tile(y, limits)
+    if seen is None:
+        return picture
+    hole = _tile(seen.float(), (0.0, 1.0)) == 0
+    rows, columns = np.indices(picture.shape[:2])
+    side = max(min(picture.shape[:2]) // 14, 1)
+    squares = np.where((rows // side + columns // side) % 2 == 0, 0.55, 0.75)
+    return np.where(hole, squares if picture.ndim == 2 else squares[..., None], picture)
 
 
 def _limits(x: Tensor) -> tuple[float, float]:

@@ -44,7 +44,7 @@ struct Noise {
 };
 
 // How the elements of a batch lie in memory and are shared out. Element c inner + hw of a sample is at offset
-// hw channels + c of it (channels 1: contiguous). Thread i has quads first, first + step, … of its sample.
+// hw channels + c of it (channels 1: contiguous). Thread i has quads first, first + step, ... of its sample.
 struct Layout {
     u32 samples, elements, quads;  // elements and quads of one sample
     u32 path;                      // a `Path`

@@ -88,7 +88,7 @@ SHARED_FUNCTION double exact_sqrt(double x)
 #endif
 }
 
-// ---- the types of the tensors: half types are 16 bits, computed with in float, rounded to nearest even; NaN stays NaN ----
+// ---- the types of tensors: halves are computed with in float and rounded to nearest even; NaN stays NaN ----
 
 struct Half {
     u16 bits;
@@ -292,8 +292,8 @@ SHARED_FUNCTION Words philox(const Stream& stream, u32 quad)
 
 // ---- normals ----
 
-// -2 log u of a normal u in (0, 1], relative error below 2^-23: u = m 2^e with m in [2/3, 4/3), and a minimax polynomial
-// of degree 7 for (-2 log m + 2 (m - 1))/(m - 1)^2 (error of the whole: 2^-25 before rounding)
+// -2 log u of a normal u in (0, 1], relative error below 2^-23: u = m 2^e with m in [2/3, 4/3), and a minimax
+// polynomial for (-2 log m + 2 (m - 1))/(m - 1)^2 (error of the whole: 2^-25 before rounding)
 SHARED_FUNCTION float minus_two_log(float u)
 {
     const u32 bits = bits_of(u), exponent = (bits - 0x3f2aaaabu) & 0xff800000u;
@@ -307,11 +307,11 @@ SHARED_FUNCTION float minus_two_log(float u)
     p = multiply_add(p, f, -0x1.5554fcp-1f);
     p = multiply_add(p, f, 0x1.ffffd6p-1f);
     const float log_m = multiply_add(f * f, p, -2.0f * f);
-    // exponent holds e 2^23: times -2 log 2 · 2^-23
+    // exponent holds e 2^23: times -2 log 2 * 2^-23
     return multiply_add(static_cast<float>(static_cast<int>(exponent)), -0x1.62e43p-23f, log_m);
 }
 
-// cos(pi y) for |y| <= 1/2, absolute error below 2^-23: 1 + s P(s), s = y^2, a minimax polynomial (2^-29 before rounding)
+// cos(pi y) for |y| <= 1/2, absolute error below 2^-23: 1 + s P(s), s = y^2, P minimax (2^-29 before rounding)
 SHARED_FUNCTION float cos_pi(float y)
 {
     const float s = y * y;
@@ -342,7 +342,7 @@ SHARED_FUNCTION void box_muller(u32 w0, u32 w1, float& z0, float& z1)
     z1 = flip_sign(r * cos_pi(a), w1);
 }
 
-// the four normals 4 quad … 4 quad + 3 of a stream
+// the four normals 4 quad ... 4 quad + 3 of a stream
 SHARED_FUNCTION void normals(const Stream& stream, u32 quad, float (&z)[4])
 {
     const Words words = philox(stream, quad);
@@ -350,7 +350,7 @@ SHARED_FUNCTION void normals(const Stream& stream, u32 quad, float (&z)[4])
     box_muller(words.w[2], words.w[3], z[2], z[3]);
 }
 
-// the four signs 4 quad … 4 quad + 3: bit e & 31 of word e >> 5, one block of the generator for 32 quads
+// the four signs 4 quad ... 4 quad + 3: bit e & 31 of word e >> 5, one block of the generator for 32 quads
 template <class Real>
 SHARED_FUNCTION void signs(const Stream& stream, u32 quad, Real (&z)[4])
 {

@@ -1,0 +1,295 @@
+"""An inverse problem as a command gives it: what was measured, read from files or made of clean samples."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..config import ConfigError, build, parameters
+from ..data import Dataset, Scaling
+from ..data.folder import read_image
+from ..data.source import existing, refuse_lfs_pointer
+from ..inverse import Observation
+from ..rng import Rng
+
+_NOISE = 2**62  # seeds of the noise in measurements are above those of samples
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is known, in model coordinates.
+
+    Attributes:
+        observation: operator and noise level; y comes with the condition.
+        y: (k, *y), one for each input; 0 where nothing is seen.
+        seen: (*y) bool, the entries of y on which x has any influence.
+        mask: (*event) bool, True where x is seen; None where there is no mask.
+        truth: (k, *event), None where it is not known.
+        inputs: k names.
+    """
+
+    observation: Observation
+    y: Tensor
+    seen: Tensor
+    mask: Tensor | None
+    truth: Tensor | None
+    inputs: list[str]
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of what was measured: another picture under the same name is another problem."""
+        found = hashlib.sha256(self.y.numpy().tobytes())
+        if self.mask is not None:
+            found.update(self.mask.numpy().tobytes())
+        return found.hexdigest()
+
+    def cond(self, n: int, labels: Tensor | None) -> dict[str, Tensor]:
+        """What a posterior denoiser is told for n samples of each input."""
+        told = {"y": self.y.repeat_interleave(n, 0)}
+        return told if labels is None else told | {"cond": labels}
+
+    def residual(self, x: Tensor) -> float:
+        """Root mean square of y − A(x) over what is seen, for x (k, n, *event): std if all is well."""
+        gap = self.observation(x.flatten(0, 1)) - self.y.repeat_interleave(x.shape[1], 0)
+        return float(gap[:, self.seen].double().square().mean().sqrt())
+
+
+def read_problem(options: Mapping[str, Any], dataset: Dataset, allow: Sequence[str]) -> Problem | None:
+    """The problem that a command describes, None for problem=none.
+
+    Raises:
+        ConfigError, ValueError, OSError: what was given does not fit; says what was expected and found.
+    """
+    node = options["problem"]
+    if node is None:
+        for key in ("input", "mask"):
+            if options[key] is not None:
+                raise ConfigError(
+                    f"{key}={options[key]} is part of a problem; say which: problem=inpaint, superres, …."
+                )
+        return None
+    if not isinstance(node, Mapping) or "operator" not in node:
+        raise ConfigError("problem is a mapping with _target_: scoresde.Observation and an operator.")
+    if options["input"] is None:
+        raise ConfigError("A problem needs what was measured: input=photo.png, or input=test:0 for a held-out sample.")
+    operator, mask = _operator(node["operator"], options["mask"], dataset.event_shape, allow)
+    observation = build(node, allow, key="problem", y=None, operator=operator)
+    given = _Measurement(dataset, observation, mask is not None)
+    names = _names(options["input"], len(dataset.test))
+    clean = [given.clean(name, bool(options["simulate"])) for name in names]
+    known = [x for x in clean if x is not None]
+    if known and len(known) < len(names):
+        raise ConfigError("Inputs are all test:… (or simulate=true), or all measured; got both.")
+    ys = [
+        given.read(name) if x is None else given.simulate(x, options["seed"])
+        for name, x in zip(names, clean, strict=True)
+    ]
+    return Problem(observation, torch.stack(ys), given.seen, mask, torch.stack(known) if known else None, names)
+
+
+def _operator(node: Any, path: Any, event: tuple[int, ...], allow: Sequence[str]) -> tuple[Any, Tensor | None]:
+    """The operator, told what it asks for and the configuration does not say; and the mask, if that was part of it."""
+    target = node.get("_target_") if isinstance(node, Mapping) else None
+    if not isinstance(target, str):
+        raise ConfigError(f"problem.operator is a mapping with _target_; got {node!r}.")
+    partial = bool(node.get("_partial_"))
+    asks = set(parameters(target)[0]) - set(node) if partial else set()
+    if "mask" not in asks:
+        if path is not None:
+            raise ConfigError(f"mask={path}: {target} takes no mask; problem=inpaint does.")
+        mask = None
+    elif path is None:
+        raise ConfigError("Give the mask, not 0 where the input is seen: mask=mask.png or mask=mask.npy.")
+    else:
+        mask = read_mask(path, event)
+    facts = {name: value for name, value in (("mask", mask), ("event_shape", event)) if name in asks}
+    return build(node, allow, key="problem.operator", **facts), mask
+
+
+def _names(given: Any, held_out: int) -> list[str]:
+    """Inputs one by one: test:3-5 is test:3, test:4 and test:5.
+
+    Raises:
+        ConfigError: no name, or a sample that is not there.
+    """
+    names: list[str] = []
+    for name in given if isinstance(given, list) else [given]:
+        if not isinstance(name, str) or not name.strip():
+            raise ConfigError(f"input is a file, test:5, or a list of such: input=[a.png,b.png]; got {given!r}.")
+        if not name.startswith("test:"):
+            names.append(name)
+            continue
+        match = re.fullmatch(r"test:(\d+)(?:-(\d+))?", name)
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+        if not first <= last < held_out:
+            raise ConfigError(f"input={name}: held-out samples are test:0 … test:{held_out - 1}, or a range test:0-7.")
+        names += [f"test:{i}" for i in range(first, last + 1)]
+    if not names:
+        raise ConfigError("input is an empty list.")
+    return names
+
+
+class _Measurement:
+    """Reads and makes measurements for one observation."""
+
+    def __init__(self, dataset: Dataset, observation: Observation, masked: bool):
+        self.dataset, self.observation, self.masked = dataset, observation, masked
+        event = dataset.event_shape
+        noise = Rng(0).normal((1, *event))
+        observation.near(noise, observation.split({"y": observation(noise)})[0])  # refuses what is not linear
+        self.seen = (observation(noise) != 0)[0]
+        # of the constant 1: an operator that keeps it commutes with the scaling of the data
+        self.unit = observation(torch.ones(1, *event))[0]
+        self.shape = tuple(self.unit.shape)
+        self.keeps = bool(((self.unit - 1)[self.seen].abs() < 1e-4).all())
+
+    def clean(self, name: str, simulate: bool) -> Tensor | None:
+        """The sample behind an input that is to be degraded; None for one that is measured."""
+        dataset = self.dataset
+        if name.startswith("test:"):
+            return dataset.encode(dataset.test.raw[int(name[5:])][None])[0]
+        if not simulate:
+            return None
+        values, picture = _values(name, dataset.event_shape, "a clean sample")
+        self._check_range(name, values, picture)
+        slope, offset = _affine(dataset.scaling, picture)
+        return slope * values + offset
+
+    def simulate(self, x: Tensor, seed: int) -> Tensor:
+        """y of a clean x (*event): its noise depends on x and the seed alone."""
+        own = int(hashlib.sha256(x.numpy().tobytes()).hexdigest()[:15], 16)
+        seen = self.observation(x[None])
+        noise = Rng(seeds=[_NOISE + (own ^ seed)]).normal_like(seen)
+        return torch.where(self.seen, seen + self.observation.std.to(seen) * noise, 0)[0]
+
+    def read(self, name: str) -> Tensor:
+        """y from a file, in model coordinates: A of raw values v becomes A of slope · v + offset."""
+        try:
+            values, picture = _values(name, self.shape, "what was measured")
+        except ValueError as error:
+            if self.shape == self.dataset.event_shape:
+                raise
+            raise ValueError(f"{error} To degrade a clean sample instead: simulate=true.") from error
+        if picture and not self.keeps:
+            raise ValueError(f"{name}: what this operator measures is no picture; give its values as .npy.")
+        self._check_range(name, values[self.seen], picture)
+        if not self.observation.linear:
+            return values  # there is no rule: taken to be of model data
+        slope, offset = _affine(self.dataset.scaling, picture)
+        return torch.where(self.seen, slope * values + offset * self.unit, 0)
+
+    def _check_range(self, name: str, values: Tensor, picture: bool) -> None:
+        """Refuses values that are none of the data, with noise, and pictures of data that have no range."""
+        scaling = self.dataset.scaling
+        bounded = scaling.levels is not None or scaling.bounded
+        if picture and not bounded:
+            raise ValueError(f"{name}: data without a range are in no picture; give their values as .npy.")
+        if not bool(torch.isfinite(values).all()):
+            raise ValueError(f"{name} holds NaN or infinite values.")
+        if picture or not bounded or not self.keeps:
+            return
+        low, high = (0, scaling.levels - 1) if scaling.levels else (scaling.raw_low, scaling.raw_high)
+        slack = 6 * float(self.observation.std.max()) / _affine(scaling)[0] + 1e-6 * (high - low)
+        if float(values.min()) < low - slack or float(values.max()) > high + slack:
+            raise ValueError(
+                f"{name}: expected values {low:g} … {high:g} as the data of the run have, found "
+                f"{float(values.min()):g} … {float(values.max()):g}."
+            )
+
+
+def _values(name: str, shape: tuple[int, ...], what: str) -> tuple[Tensor, bool]:
+    """Values of a file, float32 of `shape`, and whether they are those of a picture."""
+    file = existing(name)
+    if file.suffix == ".npy":
+        values = _array(file)
+        if values.shape == (1, *shape) or (shape[0] == 1 and values.shape == shape[1:]):
+            values = values.reshape(shape)
+        if values.shape != shape:
+            raise ValueError(f"{file}: expected {what} of shape {shape}, found {tuple(values.shape)}.")
+        return torch.from_numpy(values.astype(np.float32)), False
+    if len(shape) != 3 or shape[0] not in (1, 3):
+        raise ValueError(f"{file}: expected {what} of shape {shape} as .npy, which no picture holds.")
+    pixels = read_image(file, shape[0])
+    if tuple(pixels.shape) != shape:
+        raise ValueError(
+            f"{file}: expected {what} of {shape[2]} × {shape[1]} pixels, found {pixels.shape[2]} × {pixels.shape[1]}."
+        )
+    return pixels.float(), True
+
+
+def read_mask(path: Any, event: tuple[int, ...]) -> Tensor:
+    """(*event) bool from mask.png (one for all channels) or mask.npy.
+
+    Raises:
+        ConfigError: the path is no text.
+        FileNotFoundError: there is no such file.
+        ValueError: not of the size of a sample, more than two values, or nothing seen.
+    """
+    if not isinstance(path, str):
+        raise ConfigError(f"mask is the name of a file; got {path!r}.")
+    file = existing(path)
+    if file.suffix == ".npy":
+        values = torch.from_numpy(_array(file).astype(np.float32))
+        shapes = {tuple(event), tuple(event[1:]), (1, *event[1:])} - {()}
+    else:
+        values = read_image(file, 1).float()
+        shapes = {(1, *event[1:])} if len(event) == 3 else set()
+    if tuple(values.shape) not in shapes:
+        expected = f"{event[2]} × {event[1]} pixels" if len(event) == 3 else f"shape {event}, as .npy"
+        found = " × ".join(map(str, reversed(values.shape[-2:]))) if len(event) == 3 else tuple(values.shape)
+        raise ValueError(f"{file}: expected a mask of {expected} as the samples have, found {found}.")
+    levels = values.unique().tolist()
+    if len(levels) > 2 or (len(levels) == 2 and 0 not in levels):
+        raise ValueError(
+            f"{file}: expected a mask of two values, 0 (not seen) and another, found {len(levels)}: "
+            f"{', '.join(f'{v:g}' for v in levels[:4])}{' …' if len(levels) > 4 else ''}. JPEG blurs masks; use PNG."
+        )
+    if levels == [0]:
+        raise ValueError(f"{file}: expected a mask that is not 0 where the input is seen, found nothing seen.")
+    return (values != 0).expand(event).clone()
+
+
+def _array(file: Path) -> np.ndarray:
+    refuse_lfs_pointer(file)
+    try:
+        values = np.load(file, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise ValueError(f"{file}: expected an array of numbers, found a damaged or other file ({error}).") from error
+    if values.dtype.kind not in "biuf":
+        raise ValueError(f"{file}: expected an array of numbers, found dtype {values.dtype}.")
+    return values
+
+
+def _affine(scaling: Scaling, picture: bool = False) -> tuple[float, float]:
+    """(slope, offset) of model data = slope · raw + offset; of integers, the centres of their bins.
+
+    The 256 levels of a picture span the range of the data, however many levels these have.
+    """
+    width, levels = scaling.high - scaling.low, 256 if picture else scaling.levels
+    if levels is not None:
+        return width / levels, scaling.low + width / levels / 2
+    slope = width / (scaling.raw_high - scaling.raw_low)
+    return slope, scaling.low - slope * scaling.raw_low
+
+
+def raw_values(x: Tensor, dataset: Dataset) -> Tensor:
+    """Model data in units of the raw data, not rounded."""
+    slope, offset = _affine(dataset.scaling)
+    return (x - offset) / slope
+
+
+def raw_measurement(problem: Problem, dataset: Dataset) -> Tensor:
+    """y (k, *y) in units of the raw data, NaN where nothing is seen; of operators that are not linear, as it is."""
+    if not problem.observation.linear:
+        return problem.y
+    slope, offset = _affine(dataset.scaling)
+    constant = problem.observation(torch.full((1, *dataset.event_shape), offset))
+    return torch.where(problem.seen, (problem.y - constant) / slope, torch.nan)

@@ -1,0 +1,135 @@
+"""Scores added to a prediction, P.shift(δ): gradients of energies and of classifiers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..denoiser import Around, Cond, Denoiser
+from ..prediction import Prediction
+from ..shapes import as_time, beside, expand_as_batch
+from .scale import Scale, checked, strength
+
+
+class Energy(Around):
+    r"""Samples of p(x_0) e^{−s E}, by δ = −s ∇_x E added to the score.
+
+    Exact if E(x_t, t) = −log E[e^{−E(x_0)} | x_t], as a classifier of noisy x_t is trained to be. An energy of x̂_0
+    (`of="x0"`) is the first-order guess of that, exact for linear E of Gaussian data only: elsewhere it pulls too hard
+    where p(x_0 | x_t) is wide, by a factor 1 + E″ Var(x_0|x_t) for quadratic E, so that samples are drawn into the
+    minimum of E early and lose variance. It costs a backward pass through the denoiser (Bansal et al. 2023; Chung et
+    al. 2023).
+
+    Args:
+        denoiser: of p.
+        energy: (z (B, *event), t (B,), cond) -> (B,), differentiable, in nats.
+        scale: s, a number or a function of λ.
+        of: "xt", z is x_t; or "x0", z is x̂_0.
+        conditional: whether the denoiser is told the condition too.
+
+    Raises:
+        ValueError: `of` is neither; or, when called, an energy that is not (B,).
+    """
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        energy: Callable[[Tensor, Tensor, Cond], Tensor],
+        scale: Scale = 1.0,
+        *,
+        of: str = "xt",
+        conditional: bool = True,
+    ):
+        super().__init__(denoiser)
+        if of not in ("xt", "x0"):
+            raise ValueError(f"An energy is of 'xt' or of 'x0'; got {of!r}.")
+        self.energy, self.scale, self.of, self.conditional = energy, checked(scale), of, bool(conditional)
+
+    def forward(self, x: Tensor, t: Tensor, cond: Cond = None) -> Prediction:
+        t, told = as_time(t, x), cond if self.conditional else None
+        times = _times(t, x)
+        if self.of == "xt":
+            slope, p = _slope(lambda z: self.energy(z, times, cond), x), self.denoiser(x, t, told)
+        else:
+
+            def total(z: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+                p = self.denoiser(z, t, told)
+                return _summed(self.energy(p.x0, times, cond), z), (p.x0, p.eps)
+
+            slope, (x0, eps) = torch.func.grad(total, has_aux=True)(x)
+            p = Prediction(x0, eps, self.sde.at(t, x))
+        return p.shift(-expand_as_batch(strength(self.scale, self.sde.log_snr(t)), x).to(x.dtype) * slope)
+
+    def prior_log_ratio(self, z: Tensor, cond: Cond) -> Tensor:
+        inner = self.denoiser.prior_log_ratio(z, cond if self.conditional else None)
+        return inner - _tilt(self, self.energy, z, cond) if self.of == "xt" else inner
+
+
+class Classifier(Around):
+    r"""Samples of p(x) p(y|x)^s by the gradient of a classifier of noisy x_t (Dhariwal & Nichol 2021, alg. 1 and 2).
+
+    Exact at s = 1 if the classifier is. At other s the noised p p(y|·)^s is not p_t p_t(y|·)^s, and samples are only
+    about those: for s > 1 they crowd where the classifier is sure. Without a condition it is the denoiser unguided.
+
+    Args:
+        denoiser: of p(x); told nothing of y unless `conditional`.
+        log_prob: (x_t (B, *event), t (B,), y) -> log p(y | x_t) (B,) in nats, such as a `NoisyClassifier`.
+        scale: s, a number or a function of λ.
+        conditional: whether the denoiser is told y too.
+
+    Raises:
+        ValueError: when called, a log-probability that is not (B,).
+    """
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        log_prob: Callable[[Tensor, Tensor, Cond], Tensor],
+        scale: Scale = 1.0,
+        *,
+        conditional: bool = False,
+    ):
+        super().__init__(denoiser)
+        self.log_prob, self.scale, self.conditional = log_prob, checked(scale), bool(conditional)
+
+    def null(self, cond: Cond) -> Cond:
+        return None  # a classifier knows no null
+
+    def forward(self, x: Tensor, t: Tensor, cond: Cond = None) -> Prediction:
+        t = as_time(t, x)
+        p = self.denoiser(x, t, cond if self.conditional else None)
+        if cond is None:
+            return p
+        times = _times(t, x)
+        slope = _slope(lambda z: self.log_prob(z, times, cond), x)
+        return p.shift(expand_as_batch(strength(self.scale, self.sde.log_snr(t)), x).to(x.dtype) * slope)
+
+    def prior_log_ratio(self, z: Tensor, cond: Cond) -> Tensor:
+        inner = self.denoiser.prior_log_ratio(z, cond if self.conditional else None)
+        return inner if cond is None else inner + _tilt(self, self.log_prob, z, cond)
+
+
+def _times(t: Tensor, x: Tensor) -> Tensor:
+    """t per sample, in single precision or that of x."""
+    return beside(t.to(torch.promote_types(x.dtype, torch.float32)), x).expand(len(x))
+
+
+def _tilt(guided: Energy | Classifier, fn: Callable[[Tensor, Tensor, Cond], Tensor], z: Tensor, cond: Cond) -> Tensor:
+    """s (fn(z) − fn(E z)) at t_max: the log of e^{s fn} over its mean, where e^{s fn} is as good as linear in z."""
+    t = torch.tensor(guided.sde.t_max, dtype=torch.float64)
+    times, (alpha, _) = _times(t, z), guided.sde.marginal(t)
+    centre = torch.zeros_like(z) + (alpha * torch.as_tensor(guided.data_mean)).to(z)
+    return strength(guided.scale, guided.sde.log_snr(t)).to(z) * (fn(z, times, cond) - fn(centre, times, cond))
+
+
+def _slope(fn: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """∇_x of (B, *event) -> (B,), sample by sample; under no_grad too, and differentiable."""
+    return torch.func.grad(lambda z: _summed(fn(z), z))(x)
+
+
+def _summed(value: Tensor, x: Tensor) -> Tensor:
+    if value.shape != (len(x),):
+        raise ValueError(f"One number per sample is expected, ({len(x)},); got shape {tuple(value.shape)}.")
+    return value.sum()

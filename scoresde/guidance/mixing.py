@@ -1,0 +1,183 @@
+"""Affine mixtures of predictions, Σ w_i P_i with Σ w_i = 1."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from ..denoiser import Around, Cond, Denoiser
+from ..prediction import Prediction
+from ..shapes import as_time, expand_as_batch
+from .conditioned import join, one_entry, spread
+from .scale import Scale, checked, number, strength
+
+
+class ClassifierFree(Around):
+    r"""(1 − w) P(x, t, ∅) + w P(x, t, cond) (Ho & Salimans 2022, eq. 6, with w for their 1 + w).
+
+    w = 1 is the conditional model itself and w = 0 the unconditional one, bit for bit and at the cost of one, also
+    where a function or the interval makes it so. Elsewhere both are asked in one batch of 2B if the network has a null.
+    For w > 1 the guided score is not that of any noised density: samples are sharper and less various than p(x|cond),
+    and their likelihood is the one of the guided flow.
+
+    Args:
+        denoiser: trained with its condition dropped at times.
+        scale: w, a number or a function of λ.
+        interval: (low, high) of σ/α, 0 ≤ low < high, in which to guide; elsewhere w is 1 (Kynkäänniemi et al. 2024).
+        rescale: φ in [0, 1]: how far x̂_0 is brought back to the standard deviation, over one sample, of the
+            conditional x̂_0 (Lin et al. 2023, eq. 15–16, there on their own prediction).
+        null: a condition that means none, one entry, for networks that do not know their own; or a function of the
+            condition, `lambda cond: {"image": cond["image"]}` for guidance by what else is in it.
+
+    Raises:
+        ValueError: arguments outside these; when called, a rescale of samples that are one number.
+    """
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        scale: Scale = 1.0,
+        *,
+        interval: tuple[float, float] = (0.0, math.inf),
+        rescale: float = 0.0,
+        null: Cond | Callable[[Cond], Cond] = None,
+    ):
+        super().__init__(denoiser)
+        low, high = interval
+        if not 0 <= low < high:
+            raise ValueError(f"interval is (low, high) of σ/α with 0 <= low < high; got {interval}.")
+        if not 0 <= rescale <= 1:
+            raise ValueError(f"rescale is a share in [0, 1]; got {rescale}.")
+        self.scale = checked(scale)
+        self.interval = None if (low, high) == (0, math.inf) or self.scale == 1 else (float(low), float(high))
+        self.rescale, self.nothing = float(rescale), null if callable(null) else one_entry(null)
+
+    def null(self, cond: Cond) -> Cond:
+        return self.denoiser.null(cond) if self.nothing is None else self._nothing(cond)
+
+    def forward(self, x: Tensor, t: Tensor, cond: Cond = None) -> Prediction:
+        cond, t = spread(cond, x), as_time(t, x)
+        if cond is None:
+            return self.denoiser(x, t, spread(self._nothing(None), x))
+        weight = self.weight(self.sde.log_snr(t))
+        known = self.scale if self.interval is None and not callable(self.scale) else number(weight)
+        if known == 1:
+            return self.denoiser(x, t, cond)
+        if known == 0:
+            return self.denoiser(x, t, spread(self._nothing(cond), x))
+        plain, asked = self._both(x, t, cond)
+        guided = plain.blend(asked, weight)
+        return guided if self.rescale == 0 else self._rescaled(guided, asked)
+
+    def weight(self, log_snr: Tensor) -> Tensor:
+        """w at λ () or (B,)."""
+        weight = strength(self.scale, log_snr)
+        if self.interval is None:
+            return weight
+        ratio = torch.exp(-0.5 * log_snr)
+        inside = (ratio >= self.interval[0]) & (ratio <= self.interval[1])
+        return torch.where(inside, weight, torch.ones_like(weight))
+
+    def prior_log_ratio(self, z: Tensor, cond: Cond) -> Tensor:
+        t = torch.tensor(self.sde.t_max, dtype=torch.float64)
+        return self.weight(self.sde.log_snr(t)) * self.denoiser.prior_log_ratio(z, cond)
+
+    def _nothing(self, cond: Cond) -> Cond:
+        """The null that was given, if one was."""
+        return self.nothing(cond) if callable(self.nothing) else self.nothing
+
+    def _both(self, x: Tensor, t: Tensor, cond: Cond) -> tuple[Prediction, Prediction]:
+        """(unconditional, conditional)."""
+        null = self._nothing(cond)
+        own = self.denoiser.null(cond)
+        if isinstance(null, Mapping) and isinstance(own, Mapping):
+            null = {**own, **null}
+        null = own if null is None else null
+        if null is None:
+            return self.denoiser(x, t, None), self.denoiser(x, t, cond)
+        n, times = len(x), t if t.ndim == 0 else torch.cat([t, t])
+        both = self.denoiser(torch.cat([x, x]), times, join(spread(null, x), cond))
+        scales = self.sde.at(t, x)
+        return Prediction(both.x0[:n], both.eps[:n], scales), Prediction(both.x0[n:], both.eps[n:], scales)
+
+    def _rescaled(self, guided: Prediction, asked: Prediction) -> Prediction:
+        if guided.x0[0].numel() < 2:
+            raise ValueError("rescale compares standard deviations over one sample, and these are one number each.")
+        wide, narrow = (p.x0.flatten(1).std(1) for p in (guided, asked))
+        factor = expand_as_batch(1 - self.rescale + self.rescale * narrow / wide.clamp(min=1e-12), guided.x0)
+        # ε̂ from x_t = α x̂_0 + σ ε̂, as a change: nothing is lost where σ is small
+        change = guided.scales.alpha / guided.scales.sigma * (1 - factor) * guided.x0
+        return Prediction(factor * guided.x0, guided.eps + change, guided.scales)
+
+
+class Blend(Around):
+    r"""P + Σ w_i (P_i − P): any affine mixture of denoisers of one SDE.
+
+    With P unconditional and P_i of one condition each it is the conjunction of Liu et al. 2022, eq. 11. A product of
+    densities has the sum of their scores at t_min only: the noised product is not the product of the noised, so samples
+    of a conjunction lean towards what is easier; for Gaussians they are too narrow or too wide, with the right mean
+    (Du et al. 2023, sec. 3).
+
+    Args:
+        denoiser: P; priors and moments are its own.
+        others: pairs (P_i, w_i), w_i a number or a function of λ.
+
+    Raises:
+        ValueError: denoisers of different SDEs.
+    """
+
+    def __init__(self, denoiser: Denoiser, others: Sequence[tuple[Denoiser, Scale]]):
+        super().__init__(denoiser)
+        for other, _ in others:
+            _check_same(denoiser, other)
+        self.others = torch.nn.ModuleList(other for other, _ in others)
+        self.scales = [checked(scale) for _, scale in others]
+
+    def forward(self, x: Tensor, t: Tensor, cond: Cond = None) -> Prediction:
+        snr = self.sde.log_snr(as_time(t, x))
+        p = self.denoiser(x, t, cond)
+        x0, eps = p.x0, p.eps
+        for other, scale in zip(self.others, self.scales, strict=True):
+            weight, q = expand_as_batch(strength(scale, snr), x).to(x0.dtype), other(x, t, cond)
+            x0, eps = x0 + weight * (q.x0 - p.x0), eps + weight * (q.eps - p.eps)
+        return Prediction(x0, eps, p.scales)
+
+
+class Auto(Around):
+    """(1 − w) P_guide + w P, away from what a weaker model of the same data says (Karras et al. 2024b, eq. 3).
+
+    Its bias is that of classifier-free guidance at the same w: samples crowd where P is surer than the guide.
+
+    Args:
+        denoiser: P.
+        guide: trained less, or smaller, with the same data, SDE and condition.
+        scale: w, a number or a function of λ. 1 is P bit for bit.
+
+    Raises:
+        ValueError: a guide of another SDE.
+    """
+
+    def __init__(self, denoiser: Denoiser, guide: Denoiser, scale: Scale = 1.0):
+        super().__init__(denoiser)
+        _check_same(denoiser, guide)
+        self.guide, self.scale = guide, checked(scale)
+
+    def forward(self, x: Tensor, t: Tensor, cond: Cond = None) -> Prediction:
+        p = self.denoiser(x, t, cond)
+        if self.scale == 1:
+            return p
+        return self.guide(x, t, cond).blend(p, strength(self.scale, self.sde.log_snr(as_time(t, x))))
+
+
+def _check_same(denoiser: Denoiser, other: Denoiser) -> None:
+    """Refuses a denoiser of another process: the same x_t and t would mean another noise."""
+    a, b = denoiser.sde, other.sde
+    t = torch.linspace(a.t_min, a.t_max, 5, dtype=torch.float64)
+    if b.t_min > a.t_min or b.t_max < a.t_max or not all(map(torch.allclose, a.marginal(t), b.marginal(t))):
+        raise ValueError(
+            f"Predictions are mixed at one x_t and t, so both denoisers need the same SDE; got {type(a).__name__} on "
+            f"[{a.t_min}, {a.t_max}] and {type(b).__name__} on [{b.t_min}, {b.t_max}], or other constants."
+        )

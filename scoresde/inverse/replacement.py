@@ -1,0 +1,133 @@
+"""Replacement: after each move, what was seen is put in again, with the noise of that time."""
+
+from __future__ import annotations
+
+import itertools
+from typing import NamedTuple
+
+from torch import Tensor
+
+from ..denoiser import Cond, Denoiser
+from ..kernels import lincomb
+from ..rng import Rng
+from ..sampling import Step
+from ..sampling.sampler import State
+from ..shapes import expand_as_batch
+from .observation import Observation
+
+
+class Replacement(Step):
+    r"""A step, and then x_s + A⁺(α y + α std η + σ A z − A x_s), η, z ~ N(0, I), for a linear A.
+
+    (Song et al. 2021, App. I.2 and I.4, for std = 0; with noise, what was seen is drawn from N(y, std²).) The network
+    is told of y only by what stands at x_s, so its part that is not seen is drawn given the noised y of that time, not
+    y, and of the other it knows late. Bias: samples fit y, and are less coherent with it than the posterior; the
+    prior of the part that is seen is left out, which counts where std is not small. No derivative of the network.
+
+    It needs moves that are short: steps that go from noise to data in one call, as adaptive ones, are refused.
+
+    Args:
+        step: the move, of any kind but those.
+        observation: of a linear A.
+        iterations, tolerance: of the conjugate gradients that make A⁺; of one iteration where AAᵀ is a number.
+
+    Raises:
+        ValueError: an adaptive step, or an A that is not linear. RuntimeError: A⁺ is not reached, see `conjugate`.
+    """
+
+    def __init__(self, step: Step, observation: Observation, *, iterations: int = 500, tolerance: float = 1e-4):
+        if step.evaluations is None:
+            raise ValueError(
+                f"{type(step).__name__} goes all the way in one call, and y would be put in only at its end; take a "
+                "step of fixed size, or a posterior denoiser (PiGDM, MMPS), which works with every step."
+            )
+        if not observation.linear:
+            raise ValueError("Replacement needs a linear operator; say linear=True, or take PiGDM, MMPS or DPS.")
+        self.step, self.observation = step, observation
+        self.iterations, self.tolerance = int(iterations), float(tolerance)
+        self.order, self.evaluations, self.default_steps = step.order, step.evaluations, step.default_steps
+
+    def init(self, x: Tensor) -> State:
+        return self.step.init(x)
+
+    def count(self, steps: int) -> int | None:
+        return self.step.count(steps)
+
+    def __call__(
+        self, denoiser: Denoiser, x: Tensor, t: Tensor, s: Tensor, state: State, *, cond: Cond, rng: Rng
+    ) -> tuple[Tensor, State]:
+        measured, rest = self.observation.split(cond)
+        x, state = self.step(denoiser, x, t, s, state, cond=rest, rng=rng)
+        scales, seen = denoiser.sde.at(s, x), self.observation(rng.normal_like(x))
+        y, std = self.observation.fitted(measured, seen)
+        alpha, sigma = (
+            expand_as_batch(value.flatten() if value.ndim else value, seen) for value in (scales.alpha, scales.sigma)
+        )
+        target = alpha * (y + std.to(seen) * rng.normal_like(seen)) + sigma * seen
+        return self.observation.project(x, target, iterations=self.iterations, tolerance=self.tolerance), state
+
+
+class Segment(NamedTuple):
+    """The inner step's state, and the times since the last jump."""
+
+    state: State
+    times: tuple[Tensor, ...]
+
+
+class RePaint(Step):
+    r"""RePaint (Lugmayr et al. 2022, alg. 1 and App. B): `Replacement`, and after every `jump` steps `repeats` − 1
+    times the forward SDE back over them and the steps again.
+
+    The noise makes what is not seen forget, so that it is drawn anew beside what is: r → ∞ is a Gibbs sampler of each
+    noise level, which removes the incoherence of `Replacement` and not its other biases. Steps at the end of a grid
+    that do not fill a jump are taken once.
+
+    Args:
+        step, observation: as in `Replacement`.
+        jump: steps of a jump, ≥ 1.
+        repeats: times that each step is taken, ≥ 1; the number of network calls is as many times that of `step`.
+        iterations, tolerance: as in `Replacement`.
+
+    Attributes:
+        evaluations: those of a step that does not jump; `count` has those of a run.
+    """
+
+    def __init__(
+        self,
+        step: Step,
+        observation: Observation,
+        jump: int = 10,
+        repeats: int = 10,
+        *,
+        iterations: int = 500,
+        tolerance: float = 1e-4,
+    ):
+        if jump < 1 or repeats < 1:
+            raise ValueError(f"jump and repeats are at least 1; got {jump} and {repeats}.")
+        self.step = Replacement(step, observation, iterations=iterations, tolerance=tolerance)
+        self.jump, self.repeats = int(jump), int(repeats)
+        self.order, self.evaluations, self.default_steps = step.order, step.evaluations, step.default_steps
+
+    def count(self, steps: int) -> int | None:
+        whole = self.step.count(steps)
+        again = self.step.count(self.jump)
+        return None if whole is None or again is None else whole + steps // self.jump * (self.repeats - 1) * again
+
+    def init(self, x: Tensor) -> State:
+        return Segment(self.step.init(x), ())
+
+    def __call__(
+        self, denoiser: Denoiser, x: Tensor, t: Tensor, s: Tensor, state: State, *, cond: Cond, rng: Rng
+    ) -> tuple[Tensor, State]:
+        inner, times = state
+        x, inner = self.step(denoiser, x, t, s, inner, cond=cond, rng=rng)
+        times = (*(times or (t,)), s)
+        if len(times) <= self.jump:
+            return x, Segment(inner, times)
+        scale, std = denoiser.sde.transition(s, times[0])
+        for _ in range(self.repeats - 1):
+            x = lincomb(((scale, x),), (std, rng.noise(x)))
+            inner = self.step.init(x)
+            for start, stop in itertools.pairwise(times):
+                x, inner = self.step(denoiser, x, start, stop, inner, cond=cond, rng=rng)
+        return x, Segment(inner, ())
