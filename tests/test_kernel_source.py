@@ -137,7 +137,11 @@ def random(seed: int, *shape: int, dtype: torch.dtype = torch.float64) -> Tensor
 
 
 def coefficient(seed: int, samples: int, per_sample: bool) -> Tensor:
-    return random(seed, samples) if per_sample else random(seed, 1)[0]
+    """One for each sample, or one for all: a number, which comes with the launch, or (every other seed) in memory."""
+    if per_sample:
+        return random(seed, samples)
+    one = random(seed, 1)
+    return one.expand(samples) if seed % 2 else one[0]
 
 
 def some_noise(samples: int, kind: int) -> Noise | None:
@@ -294,9 +298,14 @@ def test_lincomb(emulator: Emulator, dtype: torch.dtype, full: int, monkeypatch:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_lincomb_into_its_inputs_and_with_coefficients_of_one(emulator: Emulator, dtype: torch.dtype) -> None:
+def test_lincomb_into_its_inputs_and_with_coefficients_of_one(
+    emulator: Emulator, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In place an element that is written twice, or read after it was written, is wrong."""
+    monkeypatch.setattr(arguments, "FULL", 4)
+    monkeypatch.setattr(arguments, "WARP", 2)
     noise, std = some_noise(3, 2), coefficient(5, 3, True)
-    for event, channels_last in (((64,), False), ((7,), False), ((3, 4, 2), True)):
+    for event, channels_last in (((300,), False), ((301,), False), ((3, 8, 8), True), ((3, 5, 5), True)):
         x, y = random(1, 3, *event, dtype=dtype), random(2, 3, *event, dtype=dtype)
         apart = Batch(torch.full_like(x, torch.nan), channels_last)
         pair = [Batch(x, channels_last), Batch(y, channels_last)]
@@ -379,6 +388,25 @@ def test_dsm_loss(emulator: Emulator, dtype: torch.dtype, monkeypatch: pytest.Mo
                 sums(dtype, elements) + 2 * ARITHMETIC[dtype]
             )
             compare(loss[:, None], expected, tolerance[:, None], (dtype, samples, event, channels_last, kind, with_x0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_more_partial_sums_than_threads_to_add_them(emulator: Emulator, dtype: torch.dtype) -> None:
+    """One sample of 200,003 elements: 390 sums, which at most 128 threads add."""
+    a, loss, one = random(1, 1, 200_003, dtype=dtype), torch.empty(1), torch.ones((), dtype=torch.float64)
+    cuda.dsm_loss(emulator.launch, loss, a, None, None, one, one, torch.zeros_like(a))
+    expected = a.double().square().mean()
+    assert abs(loss.item() - expected) <= expected * (sums(dtype, 4) + 2**-24)  # a thread has one or two quads
+
+
+def test_only_aligned_quads_are_read_in_one_access() -> None:
+    """16 bytes, or the 8 of four halves: a GPU refuses what a CPU forgives."""
+    for dtype in DTYPES:
+        packet = min(4 * dtype.itemsize, 16)
+        for shift in range(9):
+            tensors = [Batch(torch.zeros(3, 8, dtype=dtype), shift=s).tensor for s in (0, shift)]
+            whole = arguments.Layout.of(tensors, 2, 2).path == arguments.VECTOR
+            assert whole == (shift * dtype.itemsize % packet == 0), (dtype, shift)
 
 
 @pytest.mark.parametrize("measured", [False, True])

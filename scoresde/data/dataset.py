@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from ..denoiser import Cond
 from ..rng import Rng
 from .scaling import Scaling
 
@@ -19,21 +20,42 @@ class Split:
     Attributes:
         raw: (N, *event), integers or float32.
         labels: (N,) int64 class indices, or None.
+        told: what else a conditional network is told, by name: "vector" (N, d), "image" (N, C, *sizes) and "tokens"
+            (N, L, d), float32 and of about unit variance, for nothing scales them; all NaN for a sample or token that
+            has none.
     """
 
     raw: Tensor
     labels: Tensor | None = None
+    told: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.raw)
 
     def to(self, device: torch.device) -> Split:
         """The same on `device`."""
-        return Split(self.raw.to(device), None if self.labels is None else self.labels.to(device))
+        return self._each(lambda values: values.to(device))
 
-    def cond(self, index: Tensor | slice, conditional: bool, device: torch.device) -> Tensor | None:
-        """What a conditional network is told of the samples `index`: their labels, on the device. Else None."""
-        return self.labels[index].to(device) if conditional and self.labels is not None else None
+    def take(self, index: Tensor) -> Split:
+        """The samples `index` (n,)."""
+        return self._each(lambda values: values[index])
+
+    def cond(self, index: Tensor | slice, conditional: bool, device: torch.device) -> Cond:
+        """What a conditional network is told of the samples `index`, on the device; None if it is not conditional.
+
+        Labels if there are no others, else all by name.
+        """
+        if not conditional:
+            return None
+        label = None if self.labels is None else self.labels[index].to(device)
+        if not self.told:
+            return label
+        others = {name: values[index].to(device) for name, values in self.told.items()}
+        return others if label is None else {"label": label, **others}
+
+    def _each(self, fn: Callable[[Tensor], Tensor]) -> Split:
+        labels = None if self.labels is None else fn(self.labels)
+        return Split(fn(self.raw), labels, {name: fn(values) for name, values in self.told.items()})
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,7 +64,7 @@ class Dataset:
 
     Attributes:
         name: for logs and error messages.
-        train, test: see `Split`; same event shape, labels in both or in neither.
+        train, test: see `Split`; same event shape, labels and conditions in both or in neither.
         scaling: raw ↔ model data.
         classes: labels are 0 … classes − 1; 0 for no labels.
         log_prob: raw samples (B, *event) -> exact log-density (B,) in nats, where it is known (the toys).
@@ -64,10 +86,18 @@ class Dataset:
             where = f"{self.name}, {part} split"
             _check_raw(split.raw, self.scaling, where)
             _check_labels(split, self.classes, where)
+            _check_told(split, where)
         if self.train.raw.shape[1:] != self.test.raw.shape[1:]:
             raise ValueError(
                 f"{self.name}: a training sample has shape {tuple(self.train.raw.shape[1:])}, a test sample "
                 f"{tuple(self.test.raw.shape[1:])}; they must agree."
+            )
+
+        kinds = [{name: tuple(v.shape[1:]) for name, v in split.told.items()} for split in (self.train, self.test)]
+        if kinds[0] != kinds[1]:
+            raise ValueError(
+                f"{self.name}: training samples have the conditions {kinds[0]}, test samples {kinds[1]}; names and "
+                "shapes must agree (pad tokens with NaN)."
             )
 
     @property
@@ -109,3 +139,19 @@ def _check_labels(split: Split, classes: int, where: str) -> None:
     low, high = (int(value) for value in labels.aminmax())
     if low < 0 or high >= classes:
         raise ValueError(f"{where}: labels span {low} … {high}, expected 0 … {classes - 1} (classes={classes}).")
+
+
+_RANKS = {"vector": (2,), "image": (3, 4, 5), "tokens": (3,)}
+
+
+def _check_told(split: Split, where: str) -> None:
+    for name, values in split.told.items():
+        if name not in _RANKS:
+            raise ValueError(f"{where}: conditions beside labels are {', '.join(_RANKS)}; got {name!r}.")
+        if values.dtype != torch.float32:
+            raise TypeError(f"{where}: the condition {name!r} holds {values.dtype}; pass .float().")
+        if values.ndim not in _RANKS[name] or len(values) != len(split.raw):
+            raise ValueError(
+                f"{where}: the condition {name!r} has shape {tuple(values.shape)}; a vector is (N, d), an image "
+                f"(N, C, *sizes), tokens (N, L, d), with N = {len(split.raw)}."
+            )

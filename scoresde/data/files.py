@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -22,6 +22,7 @@ def Arrays(
     path: str,
     key: str | None = None,
     label_key: str | None = None,
+    cond_keys: Mapping[str, str] | None = None,
     test_path: str | None = None,
     levels: int | None = None,
     raw_low: float | None = None,
@@ -41,6 +42,8 @@ def Arrays(
         path: .npy or .npz file.
         key: array of the .npz to read; None if it holds a single one, or for .npy.
         label_key: array of the .npz with class indices (N,), integers ≥ 0; None for none.
+        cond_keys: arrays of the .npz with other conditions, by their names: {"vector": key, "image": key, "tokens":
+            key}, floats as in `Split.told`.
         test_path: file of the test split, read with the same keys; None holds out `test_fraction` instead.
         levels: number of integer values; None means 256 for uint8, and is refused for other integers.
         raw_low, raw_high: range of floats.
@@ -54,14 +57,15 @@ def Arrays(
         ValueError: a damaged file, an unknown key, or anything that `Dataset` refuses.
     """
     file = existing(path)
-    train = _read_split(file, key, label_key, channels_last, add_channel)
+    told = dict(cond_keys or {})
+    train = _read_split(file, key, label_key, told, channels_last, add_channel)
     scaling = _scaling(train.raw, levels, raw_low, raw_high, file)
     if test_path is None:
         here, there = hold_out(len(train.raw), test_fraction, seed, train.labels)
-        train, test = _take(train, here), _take(train, there)
+        train, test = train.take(here), train.take(there)
     else:
         other = existing(test_path)
-        test = _read_split(other, key, label_key, channels_last, add_channel)
+        test = _read_split(other, key, label_key, told, channels_last, add_channel)
         scaling.check(test.raw, f"{other}: raw")
     classes = 1 + max((int(split.labels.max()) for split in (train, test) if split.labels is not None), default=-1)
     if classes > len(train.raw) + len(test.raw):  # the network would hold a row for each
@@ -72,38 +76,44 @@ def Arrays(
     return Dataset(file.stem, train, test, scaling, classes)
 
 
-def _take(split: Split, index: Tensor) -> Split:
-    return Split(split.raw[index], None if split.labels is None else split.labels[index])
-
-
-def _read_split(path: Path, key: str | None, label_key: str | None, channels_last: bool, add_channel: bool) -> Split:
-    arrays = _load(path, key, label_key)
-    raw = _oriented(_tensor(arrays[0], path), channels_last, add_channel, path)
+def _read_split(
+    path: Path, key: str | None, label_key: str | None, told: dict[str, str], channels_last: bool, add_channel: bool
+) -> Split:
+    first, *others = _load(path, key, *([] if label_key is None else [label_key]), *told.values())
+    raw = _oriented(_tensor(first, path), channels_last, add_channel, path)
+    conds = dict(zip(told, others[len(others) - len(told) :], strict=True))
+    for name, values in conds.items():
+        if values.dtype.kind != "f" or np.isinf(values).any():
+            raise ValueError(
+                f"{path}[{told[name]}]: the condition {name!r} is floats, NaN where there is none; found {values.dtype}"
+                f"{' with infinite ones' if values.dtype.kind == 'f' else ''}."
+            )
+    given = {name: torch.from_numpy(values.astype(np.float32)) for name, values in conds.items()}
     if label_key is None:
-        return Split(raw)
-    labels = arrays[1]
+        return Split(raw, told=given)
+    labels = others[0]
     if labels.dtype.kind not in "ui" or labels.shape != raw.shape[:1] or (labels.size and labels.min() < 0):
         raise ValueError(
             f"{path}[{label_key}]: expected ({len(raw)},) integers ≥ 0, one class per sample; found {labels.dtype} "
             f"{labels.shape}{f' with minimum {labels.min()}' if labels.size and labels.dtype.kind in 'ui' else ''}."
         )
-    return Split(raw, torch.from_numpy(labels.astype(np.int64)))
+    return Split(raw, torch.from_numpy(labels.astype(np.int64)), given)
 
 
-def _load(path: Path, key: str | None, label_key: str | None) -> list[np.ndarray]:
-    """The array, and the labels if they have a key."""
+def _load(path: Path, key: str | None, *others: str) -> list[np.ndarray]:
+    """The array, and what has a key beside it: labels, conditions."""
     refuse_lfs_pointer(path)
     with _explained(path):
         content = np.load(path, allow_pickle=False)
     if isinstance(content, np.ndarray):
-        if key is not None or label_key is not None:
+        if key is not None or others:
             raise ValueError(f"{path} is one array without keys: leave key and label_key out, or store an .npz.")
         return [content]
     with content:
         names = content.files
         if key is None and len(names) != 1:
             raise ValueError(f"{path} holds {', '.join(names) or 'no array'}; choose one with key=….")
-        wanted = [name for name in (key or names[0], label_key) if name is not None]
+        wanted = [key or names[0], *others]
         for name in wanted:
             if name not in names:
                 raise ValueError(f"{path} has no array {name!r}; found {', '.join(names)}.")

@@ -49,9 +49,9 @@ class TwistedSMC(Step):
     own ancestral chain, which leaves the discretisation of that chain, and at most the noise at t_min. With few
     particles those of a group stem from few ancestors: modes that none found are missing.
 
-    After each step draws of equal weight are returned; the weighted ones go on to the next step, or where their effective
-    number is below `threshold`, the draws. Given other x than it returned, as by a corrector that is told of y by the same
-    method, it goes on from those with equal weights.
+    After each step draws of equal weight are returned; the weighted ones go on to the next step, or where their
+    effective number is below `threshold`, the draws. Given other x than it returned, as by a corrector that is told of
+    y by the same method, it goes on from those with equal weights.
 
     Its denoiser is the prior's: `Sampler(TwistedSMC(seen, particles=64), steps=250)(denoiser, (64, *event))`.
 

@@ -16,7 +16,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..shapes import beside
 from . import gradients as gradients  # so that the ops can be differentiated
 from . import ops, reference
 from .noise import Noise
@@ -158,7 +157,7 @@ def _tensor(noise: Tensor | Noise, like: Tensor) -> Tensor:
 
 
 def _factor(value: Coefficient, like: Tensor) -> Tensor:
-    """A number becomes a tensor by a fill, which a CUDA graph may contain; a copy from the CPU it may not."""
-    if isinstance(value, Tensor):
-        return beside(value, like)
-    return torch.full((), value, dtype=torch.float64, device=like.device)
+    """On the device; or a number on the CPU, which goes along with the launch: no copy, and no kernel that fills it."""
+    if not isinstance(value, Tensor):
+        return torch.tensor(value, dtype=torch.float64)
+    return value if value.ndim == 0 and value.device.type == "cpu" else value.to(like.device)

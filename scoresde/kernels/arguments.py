@@ -1,7 +1,7 @@
 """The arguments of the kernels in csrc/kernels.cu: its structs, field by field, and how a batch is shared out.
 
 Tensors come from `ops.py`, which has checked them: one device, one dtype, one dense memory format (contiguous or
-channels-last), batch first; coefficients in float64 of shape () or (B,), or None for 1.
+channels-last), batch first; coefficients in float64 of shape (B,), or () there or on the CPU, or None for 1.
 """
 
 from __future__ import annotations
@@ -40,11 +40,17 @@ class Division(ctypes.Structure):
 
 
 class Coefficient(ctypes.Structure):
-    _fields_ = (("values", c_void_p), ("stride", c_int64))
+    """A number that comes with the launch, or values in device memory: one for all samples, or one for each."""
+
+    _fields_ = (("values", c_void_p), ("stride", c_int64), ("number", c_double))
 
     @classmethod
     def of(cls, values: Tensor | None) -> Coefficient:
-        return cls() if values is None else cls(values.data_ptr(), values.stride(0) if values.ndim else 0)
+        if values is None:
+            return cls(None, 0, 1.0)
+        if values.ndim == 0 and values.device.type == "cpu":
+            return cls(None, 0, float(values))
+        return cls(values.data_ptr(), values.stride(0) if values.ndim else 0, 0.0)
 
 
 class Counters(ctypes.Structure):

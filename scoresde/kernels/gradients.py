@@ -17,7 +17,7 @@ from .noise import Noise
 def _dot(a: Tensor, b: Tensor, like: Tensor) -> Tensor:
     """∂/∂c of a sum with terms c·b: ⟨a, b⟩ in the shape of `like`, () or (B,)."""
     product = a.to(torch.promote_types(a.dtype, torch.float32)) * b
-    return (product[:, None].flatten(1).sum(1) if like.ndim else product.sum()).to(like.dtype)
+    return (product[:, None].flatten(1).sum(1) if like.ndim else product.sum()).to(like)
 
 
 def _normal_like(x: Tensor, noise: Noise) -> Tensor:
@@ -64,7 +64,7 @@ def _langevin(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     by_sigma = -ratio * by_drift + (2 * ratio).sqrt() * by_noise
     by_room = torch.where(free < 1, (sigma * by_drift - sigma / (2 * ratio).sqrt() * by_noise) * ratio / room, 0)
     by_eps = ops.lincomb([grad, eps], [-ratio * sigma, 2 * by_room])
-    return grad, by_eps, (by_sigma if sigma.ndim else by_sigma.sum()).to(sigma.dtype), *[None] * 6
+    return grad, by_eps, (by_sigma if sigma.ndim else by_sigma.sum()).to(sigma), *[None] * 6
 
 
 def _keep_perturb_and_target(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -110,7 +110,7 @@ def _dsm_loss(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     by_weight = None
     if wanted[1]:
         alone = grad * ops.dsm_loss(prediction, torch.ones_like(weight), x0, p, q, eps, noise)
-        by_weight = (alone if weight.ndim else alone.sum()).to(weight.dtype)
+        by_weight = (alone if weight.ndim else alone.sum()).to(weight)
     z = eps
     if wanted[4] and eps is None:
         z = _normal_like(prediction, Noise(seeds, draws, ctx.draw, ctx.row))

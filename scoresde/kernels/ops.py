@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import reference
+from . import cuda, reference
 from .driver import driver
 from .noise import Noise
 from .switch import enabled
@@ -129,8 +129,6 @@ def _bits(shape: Sequence[int], *flat: Any) -> Tensor:
 
 
 def _lincomb_cuda(inputs: list[Tensor], coefficients: list[Tensor], std: Tensor | None, *flat: Any) -> Tensor:
-    from . import cuda
-
     if not _fit(inputs[0], *inputs[1:]):
         return _lincomb(inputs, coefficients, std, *flat)
     inputs = _alike(*inputs)
@@ -141,8 +139,6 @@ def _lincomb_cuda(inputs: list[Tensor], coefficients: list[Tensor], std: Tensor 
 
 
 def _langevin_cuda(x: Tensor, eps: Tensor, sigma: Tensor, snr: float, measured: bool, *flat: Any) -> Tensor:
-    from . import cuda
-
     if not _fit(x, eps):
         return _langevin(x, eps, sigma, snr, measured, *flat)
     x, eps = _alike(x, eps)
@@ -154,8 +150,6 @@ def _langevin_cuda(x: Tensor, eps: Tensor, sigma: Tensor, snr: float, measured: 
 def _perturb_and_target_cuda(
     x0: Tensor, eps: Tensor | None, alpha: Tensor, sigma: Tensor, p: Tensor, q: Tensor, *flat: Any
 ) -> tuple[Tensor, Tensor]:
-    from . import cuda
-
     given = () if eps is None else (eps,)
     if not _fit(x0, *given):
         return _perturb_and_target(x0, eps, alpha, sigma, p, q, *flat)
@@ -175,8 +169,6 @@ def _dsm_loss_cuda(
     eps: Tensor | None,
     *flat: Any,
 ) -> Tensor:
-    from . import cuda
-
     given = [x for x in (x0, eps) if x is not None]
     if not _fit(prediction, *given):
         return _dsm_loss(prediction, weight, x0, p, q, eps, *flat)
@@ -190,20 +182,15 @@ def _dsm_loss_cuda(
 
 
 def _normal_cuda(shape: Sequence[int], dtype: torch.dtype, *flat: Any) -> Tensor:
-    from . import cuda
-
     noise = Noise(*flat)
     if not enabled(noise.seeds.device, dtype):
         return _normal(shape, dtype, *flat)
     out = torch.empty(tuple(shape), dtype=dtype, device=noise.seeds.device)
-    one = torch.ones((), dtype=torch.float64, device=out.device)
-    cuda.lincomb(driver().launch, out if out.ndim else out[None], [], [], one, noise)
+    cuda.lincomb(driver().launch, out if out.ndim else out[None], [], [], None, noise)
     return out
 
 
 def _rademacher_cuda(shape: Sequence[int], dtype: torch.dtype, *flat: Any) -> Tensor:
-    from . import cuda
-
     noise = Noise(*flat)
     if not enabled(noise.seeds.device, dtype):
         return _rademacher(shape, dtype, *flat)

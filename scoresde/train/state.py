@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..data import Dataset, EpochOrder
+from ..denoiser import Cond
 from ..loss import DenoisingLoss, Terms
 from ..rng import Rng
 from .checkpoint import Checkpoint, CheckpointError
@@ -80,8 +81,8 @@ class Training:
         for group in optimizer.param_groups:
             if not 0 <= group["lr"] < math.inf:
                 raise ValueError(f"lr is a finite number of at least 0; got {group['lr']}.")
-        if conditional and dataset.train.labels is None:
-            raise ValueError(f"conditional=true needs labels, and data set {dataset.name!r} has none.")
+        if conditional and dataset.train.labels is None and not dataset.train.told:
+            raise ValueError(f"conditional=true needs labels or other conditions; data set {dataset.name!r} has none.")
         if order.batch_size % self.world.size or (self.world.size > 1 and not order.drop_last):
             raise ValueError(
                 f"batch_size={order.batch_size} is of all {self.world.size} processes together and has to be a "
@@ -103,8 +104,8 @@ class Training:
         self.marks: dict[str, int] = {}
         self.score: tuple[float, int] | None = None
 
-    def batch(self) -> tuple[Tensor, Tensor | None]:
-        """This process's rows of the next batch: x0 (B/size, *event), labels (B/size,) or None, on the device."""
+    def batch(self) -> tuple[Tensor, Cond]:
+        """This process's rows of the next batch: x0 (B/size, *event), what it is told, on the device."""
         index = self.order.next().chunk(self.world.size)[self.world.rank].to(self.train.raw.device)
         x0 = self.dataset.scaling.scale(self.train.raw[index], rng=self.rng).to(self.device)
         return x0, self.train.cond(index, self.conditional, self.device)

@@ -30,10 +30,11 @@ typedef float Real;
 
 // ---- arguments ----
 
-// one number for all samples (stride 0) or one for each; null: 1
+// one number for all samples (stride 0) or one for each; null: `number`, which came with the launch
 struct Coefficient {
     const double* values;
     long long stride;
+    double number;
 };
 
 // where the noise of a batch is to be found; seeds null: no noise
@@ -65,9 +66,14 @@ DEVICE Share share_of(const Layout& layout)
     return {sample, thread - sample * layout.threads.divisor, layout.threads.divisor, sample < layout.samples};
 }
 
+DEVICE double exact_value(const Coefficient& of, u32 sample)
+{
+    return of.values ? of.values[sample * of.stride] : of.number;
+}
+
 DEVICE Real value(const Coefficient& of, u32 sample)
 {
-    return of.values ? static_cast<Real>(of.values[sample * of.stride]) : 1;
+    return static_cast<Real>(exact_value(of, sample));
 }
 
 DEVICE Stream stream_of(const Noise& noise, u32 sample)
@@ -457,7 +463,7 @@ KERNEL(7) finish_langevin(Finish args)
     double errors, noises;
     const u32 sample = total(args, errors, noises);
     if (sample >= args.samples) return;
-    const double sigma = args.factor.values[sample * args.factor.stride];
+    const double sigma = exact_value(args.factor, sample);
     const double ratio = langevin_ratio(args.snr, args.measured ? noises : args.elements, errors);
     args.eps[sample] = -ratio * sigma;
     args.std[sample] = exact_sqrt(2 * ratio) * sigma;
@@ -469,7 +475,7 @@ KERNEL(7) finish_loss(Finish args)
     double errors, noises;
     const u32 sample = total(args, errors, noises);
     if (sample >= args.samples) return;
-    args.loss[sample] = static_cast<Real>(args.factor.values[sample * args.factor.stride] * (errors / args.elements));
+    args.loss[sample] = static_cast<Real>(exact_value(args.factor, sample) * (errors / args.elements));
 }
 
 // ---- rademacher: fills with -1 and 1 ----
