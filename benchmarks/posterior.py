@@ -152,8 +152,8 @@ def posterior(cfg: DictConfig) -> None:
             print(*(f"{value:.3g}" if isinstance(value, float) else value for value in rows[-1].values()), flush=True)
     seconds = time.perf_counter() - start
     results.close(
-        f"{n} samples, {cfg.seeds} seed(s), {cfg.threads} thread(s), {seconds:.0f} s in all. W2 over the two-sample floor"
-        f" / error of mode weights.\n\n{table(rows, cases)}"
+        f"{n} samples, {cfg.seeds} seed(s), {cfg.threads} thread(s), {seconds:.0f} s in all. W2 over the two-sample "
+        f"floor / error of mode weights.\n\n{table(rows, cases)}"
     )
 
 

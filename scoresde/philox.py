@@ -74,9 +74,9 @@ def normals(where: Streams, n: int) -> Tensor:
     Word j = (a, b) gives numbers 2j and 2j + 1, √(−2 ln u) (cos πv, sin πv), with u = (a + ½)/2³² and v = b/2³¹, b
     signed (Box & Muller 1958). The largest that can be had is 6.76.
     """
-    out = np.empty((len(where.seeds), (n + 3) // 4, 2, 2), np.float32)
+    out = np.empty((len(where.seeds), (n + 3) // 4, 1 if n < 3 else 2, 2), np.float32)  # points in a plane: half a block
     for part, words in _parts(where, out.shape[1]):
-        halves = words.view(np.uint32)  # b, a, b, a, …: words lie with their low half first
+        halves = words[: out.shape[2]].view(np.uint32)  # b, a, b, a, …: words lie with their low half first
         radius, angle = halves[..., 1::2].astype(np.float32), halves[..., 0::2].view(np.int32).astype(np.float32)
         np.add(np.multiply(radius, _TINY, out=radius), 0.5 * _TINY, out=radius)
         np.sqrt(np.multiply(np.log(radius, out=radius), _TWICE, out=radius), out=radius)
@@ -84,7 +84,7 @@ def normals(where: Streams, n: int) -> Tensor:
         made = np.moveaxis(out[part], 2, 0)
         np.multiply(np.cos(angle), radius, out=made[..., 0])
         np.multiply(np.sin(angle, out=angle), radius, out=made[..., 1])
-    return torch.from_numpy(out.reshape(len(out), 4 * out.shape[1])[:, :n]).contiguous()
+    return torch.from_numpy(out.reshape(len(out), math.prod(out.shape[1:]))[:, :n]).contiguous()
 
 
 def _words(where: Streams, n: int) -> np.ndarray:

@@ -14,7 +14,7 @@ from torch import Tensor
 from .kernels import Noise, enabled, ops
 from .philox import Maker, bits, normals, signs, streams
 
-_AHEAD = 8192
+_AHEAD = 2**15
 """Small draws are made ahead, this many blocks at once: a call of NumPy costs as much as thousands of numbers."""
 
 

@@ -86,10 +86,11 @@ def test_what_a_file_tells_reaches_the_samples_and_dropping_it_teaches_the_null(
         heard = denoiser(x, t, cond).x0.mean((1, 2, 3)) * 6
         silent = denoiser(x, t).x0.mean((1, 2, 3)) * 6
         drawn = Sampler(Heun(), LogSNRGrid(), steps=5)(denoiser, x, cond=cond).mean((1, 2, 3)) * 6
-    # 70 steps explain four fifths of the variance of m, about 1; without a condition nothing does
-    for answer in (heard, drawn):
-        assert (answer - mean).square().mean() < 0.2 * mean.var()
-    assert silent.square().mean() < 0.2 * mean.var()
+    # shares of the variance of m that 70 steps leave open: hardly any at t_max, more where they were rarer; and what is
+    # made up where nothing is told
+    assert (heard - mean).square().mean() < 0.1 * mean.var()
+    assert (drawn - mean).square().mean() < 0.6 * mean.var()
+    assert silent.square().mean() < 0.1 * mean.var()
 
 
 def test_a_classifier_is_trained_by_the_same_trainer(tmp_path):

@@ -94,7 +94,7 @@ GROUPS: dict[str, tuple[Any, Callable[[], dict[str, Any]]]] = {
     "trainer": (Trainer, dict),
     "likelihood": (OdeLikelihood, dict),
     "grid": (object, dict),
-    "guidance": (Denoiser, lambda: {"denoiser": tiny_denoiser()}),
+    "guidance": (Denoiser, lambda: {"denoiser": tiny_denoiser(), "guide": tiny_denoiser()}),
     "posterior": ((Denoiser, Step), lambda: {"denoiser": tiny_denoiser(), "step": DDIM(), "observation": seen()}),
     "problem": (Observation, lambda: {"y": None}),
 }
@@ -102,8 +102,8 @@ OF_SAMPLES = ("guidance", "posterior", "problem")  # groups that scoresde-train 
 
 
 def wanted(node: Any, facts: dict[str, Any]) -> dict[str, Any]:
-    """Posterior methods are around a denoiser or around a step; others get all."""
-    if "observation" not in facts:
+    """Guides, and methods around a denoiser or around a step, are told what they ask for; others get all."""
+    if not {"observation", "guide"} & set(facts):
         return facts
     return {name: value for name, value in facts.items() if name in parameters(node["_target_"])[0]}
 

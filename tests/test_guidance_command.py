@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -13,9 +14,9 @@ import torch
 from commands import PLAIN, TINY, command
 from torch import Tensor
 
-from scoresde import DDIM, ClassifierFree, Mask, Observation, PiGDM, Rng, Sampler
+from scoresde import DDIM, Auto, ClassifierFree, Mask, Observation, PiGDM, Rng, Sampler
 from scoresde.cli.model import LoadedRun, load_run
-from scoresde.cli.sample import check_guidance, choose_labels
+from scoresde.cli.sample import build_guidance, check_guidance, choose_labels
 from scoresde.config import ConfigError
 
 DRAW = ("run=run", "sampler=ddim", "sampler.steps=4", "pictures=false", "threads=1")
@@ -123,6 +124,9 @@ WRONG = {
     "guidance=cfg guidance.rescale=2": "guidance: rescale is a share in [0, 1]; got 2",
     "guidance=cfg guidance.interval=[2,1]": "guidance: interval is (low, high)",
     "guidance=cfg +guidance.scael=2": "guidance.scael: .* Did you mean 'scale'?",
+    "guidance=auto": "guidance=auto needs a weaker model, the folder of a run: guide=runs/weak; got None",
+    "guidance=auto guide=lost": "lost holds no whole checkpoint",
+    "guide=run": "guide=run is the weaker model of guidance=auto",
     "guidance.scale=2": "There is no key 'guidance.scale'",
 }
 
@@ -153,6 +157,22 @@ def test_a_model_that_cannot_be_guided_is_refused(run: LoadedRun) -> None:
     with pytest.raises(ConfigError, match="was never trained without a label; say which"):
         choose_labels({"label": None}, 4, always, needed=False)
     assert choose_labels({"label": None}, 4, unconditional, needed=False) is None
+
+
+def test_a_weaker_run_can_guide(folder: Path, run: LoadedRun) -> None:
+    """The run's own first checkpoint: Auto(P, guide), to the bit. A guide that does not fit is refused."""
+    steps = sorted((folder / "run" / "checkpoints").iterdir())
+    shutil.copytree(steps[0], folder / "weak" / "checkpoints" / steps[0].name)
+    weak = load_run(folder / "weak")
+    assert weak.step < run.step
+    made = drawn(folder, "auto", "guidance=auto", "guide=weak", "guidance.scale=2.5", "cond.label=1", "n=3")
+    x = SAMPLER(
+        Auto(run.denoiser, weak.denoiser, 2.5), (3, 1, 8, 8), cond=torch.ones(3).long(), rng=Rng(seeds=range(3))
+    )
+    assert np.array_equal(made["ddim"], raw(run, x))
+    options = {"guidance": {"_target_": "scoresde.Auto"}, "guide": str(folder / "weak"), "device": "cpu"}
+    with pytest.raises(ConfigError, match="has conditional True, and .*run False; they have to agree"):
+        build_guidance(options, replace(run, conditional=False), [])
 
 
 def test_real_samples_beside_are_of_the_same_class(folder: Path, run: LoadedRun, monkeypatch) -> None:

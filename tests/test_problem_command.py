@@ -4,6 +4,7 @@ of the files, and mistakes that are told."""
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -425,3 +426,19 @@ def test_vectors_are_restored_too(tmp_path: Path, known, monkeypatch) -> None:
     up = (made[:, 1] > 0).mean()
     # symmetric, so exact whatever the method: 4 standard errors
     assert abs(up - 0.5) < 4 * 0.5 / 200**0.5 and np.abs(np.abs(made[:, 1]) - abs(float(x[1]))).mean() < 3 * toy.std
+
+
+def test_the_guide_runs() -> None:
+    """docs/control.md, its blocks in turn; what it promises of them is so."""
+    page = (Path(config_dir()).parent / "docs" / "control.md").read_text(encoding="utf-8")
+    names: dict[str, object] = {}
+    for text in re.findall(r"^```python\n(.*?)^```", page, flags=re.DOTALL | re.MULTILINE):
+        exec(text, names)
+    # x + its neighbour is 0.9 and 0.1 to within the noise, by the prior's 0.1
+    residual = names["seen"](names["x"]) - names["seen"].y
+    assert 0.05 < float(residual.square().mean().sqrt()) < 0.2
+    # seldom to the other side of a barrier that is three times as high as the noise; always there when told to go
+    same = torch.sign(names["near"][:, 0]) == torch.sign(names["x0"][:, 0])
+    assert float(same.float().mean()) > 0.9 and not torch.allclose(names["near"], names["x0"], atol=0.1)
+    assert bool((names["moved"][:, 0] > 0).float().mean() > 0.9)
+    assert float((names["pulled"][:, 0] > 0).float().mean()) > 0.6

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from omegaconf import DictConfig
 from torch import Tensor
 
-from ..config import ConfigError, build, plain
+from ..config import ConfigError, build, parameters, plain
+from ..denoiser import Denoiser
 from ..train import figures
 from . import folder as folders
 from ._hydra import allowed, build_samplers, choice, launch, output_folder, refusing
-from .model import LoadedRun, chosen_run, set_threads
+from .model import LoadedRun, chosen_run, load_run, set_threads
 from .problem import read_problem
 from .report import check_samplers, labels_for, layout, list_files, sampling_jobs, write_samples
 from .restored import Method, choose_method, measured, write_restored
@@ -89,6 +91,34 @@ def check_guidance(node: Any, run: LoadedRun) -> None:
         )
 
 
+def build_guidance(options: Mapping[str, Any], run: LoadedRun, allow: Sequence[str]) -> tuple[Denoiser, str | None]:
+    """The guided denoiser, and the digest of the checkpoint of its guide if it has one.
+
+    Raises:
+        ConfigError: it cannot be built, or does not suit the model.
+        CheckpointError: the guide's folder holds no run.
+    """
+    node, folder = options["guidance"], options["guide"]
+    check_guidance(node, run)
+    asks = (
+        parameters(node["_target_"])[0] if isinstance(node, Mapping) and isinstance(node.get("_target_"), str) else []
+    )
+    if "guide" not in asks:
+        if folder is not None:
+            raise ConfigError(f"guide={folder} is the weaker model of guidance=auto.")
+        return build(node, allow, key="guidance", denoiser=run.denoiser), None
+    if not isinstance(folder, str):
+        raise ConfigError(f"guidance=auto needs a weaker model, the folder of a run: guide=runs/weak; got {folder!r}.")
+    guide = load_run(Path(folder), allow=allow, device=options["device"])
+    for what, own, other in (
+        ("samples of shape", run.dataset.event_shape, guide.dataset.event_shape),
+        ("conditional", run.conditional, guide.conditional),
+    ):
+        if own != other:
+            raise ConfigError(f"guide={folder} has {what} {other}, and {run.folder} {own}; they have to agree.")
+    return build(node, allow, key="guidance", denoiser=run.denoiser, guide=guide.denoiser), guide.digest
+
+
 def sample(cfg: DictConfig) -> None:
     """Writes samples.npz and pictures to a new folder, prints what they cost."""
     folder = output_folder()
@@ -103,17 +133,18 @@ def sample(cfg: DictConfig) -> None:
         samplers = build_samplers(cfg, allow)
         run = chosen_run(options, allow)
         check_samplers(samplers, run.denoiser)
-        check_guidance(options["guidance"], run)
+        denoiser, guide = build_guidance(options, run, allow)
         problem = read_problem(options, run.dataset, allow)
         own, repeats = len(seeds), 1 if problem is None else len(problem.inputs)
         labels = choose_labels(options["cond"], own, run, needed=problem is None)
         labels = labels if labels is None else labels.repeat(repeats)
-        method = Method(build(cfg.guidance, allow, denoiser=run.denoiser), samplers, options["batch_size"])
+        method = Method(denoiser, samplers, options["batch_size"])
         if problem is not None:
             method = choose_method(
-                problem, options["posterior"], method.denoiser, samplers, allow, n=own, batch_size=method.batch_size
+                problem, options["posterior"], denoiser, samplers, allow, n=own, batch_size=options["batch_size"]
             )
-        shards = folders.share(folder, options | ({"given": problem.digest} if problem else {}), run)
+        given = {"given": problem and problem.digest, "guide_checkpoint": guide}
+        shards = folders.share(folder, options | {name: value for name, value in given.items() if value}, run)
     jobs = sampling_jobs(
         method.samplers, method.denoiser, run.dataset.event_shape, seeds=seeds * repeats, labels=labels,
         cond=None if problem is None else problem.cond(own, labels), batch_size=method.batch_size,
