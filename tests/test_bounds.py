@@ -200,7 +200,9 @@ def test_importance_weights_are_unbiased_for_the_density_of_the_chain(sde) -> No
     for fewer, more in pairwise(tighter):
         assert bool((more > fewer).all())
     deviation = result.log_prob.reshape(256, 4).std(0) / 16
-    assert bool((tighter[-1] < exact + 4.5 * deviation).all() and (tighter[-1] > exact - 0.2).all())
+    # E log of a mean of K weights of mean 1 is −Var w/2K and terms of higher order: as much again is left to them
+    gap = weights.var(0) / 64
+    assert bool((tighter[-1] < exact + 4.5 * deviation).all() and (tighter[-1] > exact - gap - 4.5 * deviation).all())
     one = vlb(denoiser, x, steps=steps, samples=1000, rng=Rng(5))
     within(one.log_prob, tighter[0], torch.hypot(one.stderr, log_weights.reshape(n, 4).std(0) / math.sqrt(n)))
 

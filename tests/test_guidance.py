@@ -340,6 +340,7 @@ def test_auto_guidance_leaves_the_guide_behind_at_a_known_rate():
     x, t = points(sde, event=(1,))
     same(Auto(good, weak, 3.0)(x, t), gaussian([0.2 + 3 * 0.3], 0.3, sde)(x, t))
     assert torch.equal(Auto(good, weak)(x, t).x0, good(x, t).x0)
+    same(Auto(good, weak, lambda snr: 3.0)(x, t), Auto(good, weak, 3.0)(x, t))
     got = Auto(good, weak, lambda snr: torch.where(snr > 0, 3.0, 1.0))(x, t)
     strong = Auto(good, weak, 3.0)(x, t)
     snr = sde.log_snr(t)[:, None]
@@ -407,6 +408,10 @@ def test_energies_nest_and_mixtures_hold_guides():
     guided = Classifier(denoiser, denoiser.classify)
     # free guidance around a classifier: asked with and without, it is the classifier at that scale
     same(ClassifierFree(guided, 2.0)(x, t, LABELS), Classifier(denoiser, denoiser.classify, 2.0)(x, t, LABELS))
+    # and around an energy of x_t that no condition changes, it is free guidance with that energy
+    round_ = lambda z, t, cond: z.square().sum(1)  # noqa: E731
+    outside, inside = ClassifierFree(Energy(denoiser, round_), 2.0), Energy(ClassifierFree(denoiser, 2.0), round_)
+    same(outside(x, t, LABELS), inside(x, t, LABELS), rtol=1e-9, atol=1e-9)
     # free guidance inside one: both branches in one batch, the classifier asked about the samples there are
     strong = Classifier(ClassifierFree(denoiser, 2.0), denoiser.classify, conditional=True)
     denoiser.calls.clear()

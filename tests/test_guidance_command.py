@@ -89,24 +89,25 @@ def test_a_list_of_labels_is_gone_through_in_batches_of_any_size(folder: Path) -
 
 
 def test_a_measurement_and_a_label_together(folder: Path, run: LoadedRun) -> None:
-    """The posterior of the guided model: PiGDM(ClassifierFree(P)), to the bit."""
+    """The posterior of the guided model: PiGDM(ClassifierFree(P)), of each input with all labels in turn."""
     mask = torch.arange(8) < 4  # the left half
     np.save(folder / "mask.npy", mask.expand(8, 8).numpy())
+    words = ("problem=inpaint", "posterior=pigdm", "mask=mask.npy", "problem.std=0.1")
     made = drawn(
-        folder, "both", "problem=inpaint", "posterior=pigdm", "input=test:3", "mask=mask.npy", "problem.std=0.1",
-        "guidance=cfg", "guidance.scale=2", "cond.label=[5,6]", "n=4",
+        folder, "both", *words, "input=[test:3,test:8]", "guidance=cfg", "guidance.scale=2", "cond.label=[5,6,7]",
+        "n=4", "batch_size=3",
     )  # fmt: skip
     slope = 2 / 17
-    y = torch.from_numpy(made["given"]).nan_to_num() * slope + (-1 + slope / 2) * mask
-    seen = Observation(y[0], Mask(mask.expand(1, 8, 8)), 0.1)
-    method = PiGDM(ClassifierFree(run.denoiser, 2.0), seen)
-    x = SAMPLER(method, (4, 1, 8, 8), cond=torch.tensor([5, 6, 5, 6]), rng=Rng(seeds=range(4)))
-    # y has been to raw units and back
-    assert np.abs(made["samples"][0].astype(int) - raw(run, x).astype(int)).max() <= 1
-    assert np.mean(made["samples"][0] == raw(run, x)) > 0.98
+    ys = torch.from_numpy(made["given"]).nan_to_num() * slope + (-1 + slope / 2) * mask
+    for y, samples in zip(ys, made["samples"], strict=True):
+        method = PiGDM(ClassifierFree(run.denoiser, 2.0), Observation(y, Mask(mask.expand(1, 8, 8)), 0.1))
+        x = SAMPLER(method, (4, 1, 8, 8), cond=torch.tensor([5, 6, 7, 5]), rng=Rng(seeds=range(4)))
+        # y has been to raw units and back, in other batches
+        assert np.abs(samples.astype(int) - raw(run, x).astype(int)).max() <= 1
+        assert np.mean(samples == raw(run, x)) > 0.98
     # and with no label at all
-    free = drawn(folder, "free", "problem=inpaint", "posterior=pigdm", "input=test:3", "mask=mask.npy", "n=2")
-    assert free["samples"].shape == (1, 2, 1, 8, 8) and "labels" not in free
+    free = drawn(folder, "free", *words, "input=test:3", "n=2")
+    assert free["samples"].shape == (1, 2, 1, 8, 8) and np.array_equal(free["given"][0], made["given"][0], True)
 
 
 WRONG = {
@@ -171,7 +172,7 @@ def test_a_weaker_run_can_guide(folder: Path, run: LoadedRun) -> None:
     )
     assert np.array_equal(made["ddim"], raw(run, x))
     options = {"guidance": {"_target_": "scoresde.Auto"}, "guide": str(folder / "weak"), "device": "cpu"}
-    with pytest.raises(ConfigError, match="has conditional True, and .*run False; they have to agree"):
+    with pytest.raises(ConfigError, match=r"has conditional True, and .*run False; they have to agree"):
         build_guidance(options, replace(run, conditional=False), [])
 
 

@@ -205,6 +205,23 @@ def test_label_and_vector_are_dropped_together():
     assert len(torch.unique((out * 1e4).round(), dim=0)) == 2
 
 
+def test_the_embedding_is_its_formula_under_names_that_checkpoints_rely_on():
+    network = awake(UNet((1, 2, 2), width=4, multipliers=(1,), blocks=1, classes=3, cond_dim=2))
+    own = {name: value for name, value in network.state_dict().items() if name.startswith("conditioning.")}
+    names = ["waves.omega", "inner.weight", "inner.bias", "outer.weight", "outer.bias", "label.weight"]
+    names += ["null_vector", "vector.weight", "vector.bias"]
+    assert set(own) == {f"conditioning.{name}" for name in names}
+    omega, w1, b1, w2, b2, label, null, w, b = (own[f"conditioning.{name}"] for name in names)
+    like, c_noise = torch.zeros(3, 1, dtype=torch.float64), torch.tensor([-1.0, 0.0, 2.0], dtype=torch.float64)
+    labels, vector = torch.tensor([1, 3, 0]), torch.tensor([[1.0, 2.0], [0.5, -1.0], [math.nan] * 2]).double()
+    angle = c_noise[:, None] * omega
+    h = torch.cat([angle.cos(), angle.sin()], 1) @ w1.T + b1 + label[labels]
+    h = h + torch.stack([w @ vector[0] + b, w @ vector[1] + b, null])
+    silu = lambda z: z / (1 + torch.exp(-z))  # noqa: E731
+    got = network.conditioning(c_noise, {"label": labels, "vector": vector}, like)
+    torch.testing.assert_close(got, silu(silu(h) @ w2.T + b2))
+
+
 TOLD = {
     "classes": 3,
     "cond_dim": 2,

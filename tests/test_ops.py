@@ -277,8 +277,8 @@ def test_batches_of_nothing_and_events_of_one_number() -> None:
     for measured in (False, True):
         assert kernels.langevin(none, none, one, 0.1, at, measured=measured).shape == (0, 3)
     assert kernels.dsm_loss(none, at, one).shape == (0,)
-    for name in NAMES:
-        op, args = calls(torch.float64, per_sample=False, drawn=True)[name]
+    for name, drawn in itertools.product(NAMES, (False, True)):
+        op, args = calls(torch.float64, per_sample=False, drawn=drawn)[name]
         args = torch.utils._pytree.tree_map_only(Tensor, lambda x: x[:0] if x.ndim == 3 else x, args)
         args = with_gradients(args)
         out = op(*args)

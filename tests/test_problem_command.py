@@ -160,6 +160,7 @@ def test_held_out_samples_are_degraded_with_noise_of_their_own(tmp_path: Path, k
     noise = (made["given"] - clean) / 128
     # 7 × 16 draws: 3.5 standard errors of the mean and of the standard deviation
     assert abs(noise.mean()) < 3.5 * 0.2 / 112**0.5 and abs(noise.std() / 0.2 - 1) < 3.5 / 224**0.5
+    assert all(np.abs(noise[i] - noise[j]).min() > 1e-4 for i in range(7) for j in range(i))
     # an input alone: the same noise and, to round-off, the same samples
     alone = sampled(tmp_path, *options, "input=test:0", "out=b")
     assert np.array_equal(alone["given"][0], made["given"][-1])
@@ -368,8 +369,10 @@ def test_it_goes_on_where_it_stopped_and_another_input_is_another_job(tmp_path: 
 
 
 def shown(path: Path) -> np.ndarray:
-    """The colours that occur in a picture, (n, 3)."""
-    return np.unique(np.asarray(Image.open(path).convert("RGB")).reshape(-1, 3), axis=0).astype(float)
+    """The colours of areas in a picture, (n, 3): not those of the edges of letters."""
+    pixels = np.asarray(Image.open(path).convert("RGB")).reshape(-1, 3)
+    colours, counts = np.unique(pixels, axis=0, return_counts=True)
+    return colours[counts > 500].astype(float)
 
 
 def test_the_picture_shows_what_there_is(tmp_path: Path, known) -> None:
@@ -437,8 +440,8 @@ def test_the_guide_runs() -> None:
     # x + its neighbour is 0.9 and 0.1 to within the noise, by the prior's 0.1
     residual = names["seen"](names["x"]) - names["seen"].y
     assert 0.05 < float(residual.square().mean().sqrt()) < 0.2
-    # seldom to the other side of a barrier that is three times as high as the noise; always there when told to go
+    # seldom to the other side, which is seven times as far as the noise is high; mostly there when told to go
     same = torch.sign(names["near"][:, 0]) == torch.sign(names["x0"][:, 0])
     assert float(same.float().mean()) > 0.9 and not torch.allclose(names["near"], names["x0"], atol=0.1)
-    assert bool((names["moved"][:, 0] > 0).float().mean() > 0.9)
+    assert float((names["moved"][:, 0] > 0).float().mean()) > 0.8
     assert float((names["pulled"][:, 0] > 0).float().mean()) > 0.6

@@ -16,8 +16,8 @@ class Conditioned(Around):
 
     Args:
         denoiser: of P(x, t, cond).
-        cond: what it is asked for, one entry, for all samples; or a function of the sampler's own condition, which is
-            per sample: `lambda cond: {"label": cond["first"]}`.
+        cond: what it is asked for, one entry, for all samples (in a CUDA graph: on the device); or a function of the
+            sampler's own condition, which is per sample: `lambda cond: {"label": cond["first"]}`.
 
     Raises:
         ValueError: several entries (solvers ask for some of a batch only, so what differs is given to the sampler); or,

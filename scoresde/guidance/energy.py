@@ -17,10 +17,11 @@ class Energy(Around):
     r"""Samples of p(x_0) e^{−s E}, by δ = −s ∇_x E added to the score.
 
     Exact if E(x_t, t) = −log E[e^{−E(x_0)} | x_t], as a classifier of noisy x_t is trained to be. An energy of x̂_0
-    (`of="x0"`) is the first-order guess of that, exact for linear E of Gaussian data only: elsewhere it pulls too hard
-    where p(x_0 | x_t) is wide, by a factor 1 + E″ Var(x_0|x_t) for quadratic E, so that samples are drawn into the
-    minimum of E early and lose variance. It costs a backward pass through the denoiser (Bansal et al. 2023; Chung et
-    al. 2023).
+    (`of="x0"`; Bansal et al. 2023; Chung et al. 2023) is the first-order guess of that, at the cost of a backward pass
+    through the denoiser. It is exact for linear E of Gaussian data. Else it pulls too hard where p(x_0 | x_t) is wide,
+    for Gaussians and quadratic E by 1 + E″ Var(x_0 | x_t), and samples go too far and lose variance: of N(0.4, 0.8)
+    tilted by E = 1.5 (x + 0.6)², exactly N(−0.31, 0.24), the ODE makes mean −0.75 and variance 0.08, the SDE −0.52 and
+    0.17 (noise forgives).
 
     Args:
         denoiser: of p.
@@ -46,6 +47,9 @@ class Energy(Around):
         if of not in ("xt", "x0"):
             raise ValueError(f"An energy is of 'xt' or of 'x0'; got {of!r}.")
         self.energy, self.scale, self.of, self.conditional = energy, checked(scale), of, bool(conditional)
+
+    def null(self, cond: Cond) -> Cond:
+        return None  # an energy knows no null: free guidance around it asks twice, once with no condition
 
     def forward(self, x: Tensor, t: Tensor, cond: Cond = None) -> Prediction:
         t, told = as_time(t, x), cond if self.conditional else None

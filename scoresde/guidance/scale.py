@@ -22,7 +22,9 @@ def checked(scale: Scale) -> Scale:
 
 def strength(scale: Scale, log_snr: Tensor) -> Tensor:
     """Its value at λ () or (B,), of the same shape."""
-    return scale(log_snr) if callable(scale) else torch.full_like(log_snr, scale)
+    if callable(scale):
+        return torch.as_tensor(scale(log_snr)).to(log_snr).expand_as(log_snr)
+    return torch.full_like(log_snr, scale)
 
 
 def number(weight: Tensor) -> float | None:

@@ -53,7 +53,8 @@ class TwistedSMC(Step):
     effective number is below `threshold`, the draws. Given other x than it returned, as by a corrector that is told of
     y by the same method, it goes on from those with equal weights.
 
-    Its denoiser is the prior's: `Sampler(TwistedSMC(seen, particles=64), steps=250)(denoiser, (64, *event))`.
+    Its denoiser is the prior's: `Sampler(TwistedSMC(seen), LogisticGrid(denoiser.sigma_data), 250)(denoiser, shape)`.
+    That grid halves the discretisation of `LogSNRGrid`.
 
     Args:
         observation: y, A and std > 0; if y is one per sample, all of a group have the same.
