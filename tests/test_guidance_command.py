@@ -14,7 +14,7 @@ import torch
 from commands import PLAIN, TINY, command
 from torch import Tensor
 
-from scoresde import DDIM, Auto, ClassifierFree, Mask, Observation, PiGDM, Rng, Sampler
+from scoresde import DDIM, Auto, ClassifierFree, Mask, Observation, PiGDM, Replacement, Rng, Sampler
 from scoresde.cli.model import LoadedRun, load_run
 from scoresde.cli.sample import build_guidance, check_guidance, choose_labels
 from scoresde.config import ConfigError
@@ -105,6 +105,13 @@ def test_a_measurement_and_a_label_together(folder: Path, run: LoadedRun) -> Non
         # y has been to raw units and back, in other batches
         assert np.abs(samples.astype(int) - raw(run, x).astype(int)).max() <= 1
         assert np.mean(samples == raw(run, x)) > 0.98
+    # a step around the sampler's: the last denoising is told the label, and nothing of y
+    made = drawn(folder, "step", *words, "input=test:3", "posterior=replacement", "cond.label=[5,6]", "n=4")
+    seen = Observation(ys[0], Mask(mask.expand(1, 8, 8)), 0.1)
+    x = Sampler(Replacement(DDIM(), seen), steps=4)(
+        run.denoiser, (4, 1, 8, 8), cond=torch.tensor([5, 6, 5, 6]), rng=Rng(seeds=range(4))
+    )
+    assert np.mean(made["samples"][0] == raw(run, x)) > 0.98
     # and with no label at all
     free = drawn(folder, "free", *words, "input=test:3", "n=2")
     assert free["samples"].shape == (1, 2, 1, 8, 8) and np.array_equal(free["given"][0], made["given"][0], True)
