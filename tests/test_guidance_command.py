@@ -16,6 +16,7 @@ from torch import Tensor
 
 from scoresde import DDIM, Auto, ClassifierFree, Mask, Observation, PiGDM, Replacement, Rng, Sampler
 from scoresde.cli.model import LoadedRun, load_run
+from scoresde.cli.restored import Untold
 from scoresde.cli.sample import build_guidance, check_guidance, choose_labels
 from scoresde.config import ConfigError
 
@@ -115,6 +116,14 @@ def test_a_measurement_and_a_label_together(folder: Path, run: LoadedRun) -> Non
     # and with no label at all
     free = drawn(folder, "free", *words, "input=test:3", "n=2")
     assert free["samples"].shape == (1, 2, 1, 8, 8) and np.array_equal(free["given"][0], made["given"][0], True)
+
+
+def test_the_prior_beside_a_step_is_told_all_but_y(run: LoadedRun) -> None:
+    x, t, labels = Rng(0).normal((2, 1, 8, 8)), torch.tensor(0.5), torch.tensor([3, 4])
+    prior = Untold(run.denoiser, Observation(None, Mask(torch.ones(1, 8, 8))))
+    for cond, told in (({"y": x, "cond": labels}, labels), ({"y": x}, None), (labels, labels), (None, None)):
+        assert torch.equal(prior(x, t, cond).x0, run.denoiser(x, t, told).x0)
+    assert float((run.denoiser(x, t, labels).x0 - run.denoiser(x, t).x0).abs().max()) > 1e-3
 
 
 WRONG = {
