@@ -74,7 +74,8 @@ def normals(where: Streams, n: int) -> Tensor:
     Word j = (a, b) gives numbers 2j and 2j + 1, √(−2 ln u) (cos πv, sin πv), with u = (a + ½)/2³² and v = b/2³¹, b
     signed (Box & Muller 1958). The largest that can be had is 6.76.
     """
-    out = np.empty((len(where.seeds), (n + 3) // 4, 1 if n < 3 else 2, 2), np.float32)  # points in a plane: half a block
+    # points in a plane need half a block
+    out = np.empty((len(where.seeds), (n + 3) // 4, 1 if n < 3 else 2, 2), np.float32)
     for part, words in _parts(where, out.shape[1]):
         halves = words[: out.shape[2]].view(np.uint32)  # b, a, b, a, …: words lie with their low half first
         radius, angle = halves[..., 1::2].astype(np.float32), halves[..., 0::2].view(np.int32).astype(np.float32)

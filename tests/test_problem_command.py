@@ -257,6 +257,8 @@ INPAINT, SUPER = "name=inpaint mask=mask.png ", "name=superres operator.factor=2
 WRONG = {
     "name=none input=grey.png": "input=grey.png is part of a problem",
     "name=none mask=mask.png": "mask=mask.png is part of a problem",
+    "name=none simulate=true": "simulate=True is part of a problem",
+    "name=superres input=grey.png simulate=maybe": "simulate is true or false; got 'maybe'",
     "name=inpaint input=grey.png": "Give the mask, .* mask=mask.png",
     SUPER + "input=small.png mask=mask.png": "scoresde.DownSample takes no mask",
     INPAINT + "input=lost.png": "There is no file .*lost.png (the nearest folder that exists is",

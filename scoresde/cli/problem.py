@@ -69,9 +69,11 @@ def read_problem(options: Mapping[str, Any], dataset: Dataset, allow: Sequence[s
         ConfigError, ValueError, OSError: what was given does not fit; says what was expected and found.
     """
     node = options["problem"]
+    if not isinstance(options["simulate"], bool):
+        raise ConfigError(f"simulate is true or false; got {options['simulate']!r}.")
     if node is None:
-        for key in ("input", "mask"):
-            if options[key] is not None:
+        for key in ("input", "mask", "simulate"):
+            if options[key] not in (None, False):
                 raise ConfigError(
                     f"{key}={options[key]} is part of a problem; say which: problem=inpaint, superres, …."
                 )
@@ -84,7 +86,7 @@ def read_problem(options: Mapping[str, Any], dataset: Dataset, allow: Sequence[s
     observation = build(node, allow, key="problem", y=None, operator=operator)
     given = _Measurement(dataset, observation, mask is not None)
     names = _names(options["input"], len(dataset.test))
-    clean = [given.clean(name, bool(options["simulate"])) for name in names]
+    clean = [given.clean(name, options["simulate"]) for name in names]
     known = [x for x in clean if x is not None]
     if known and len(known) < len(names):
         raise ConfigError("Inputs are all test:… (or simulate=true), or all measured; got both.")
