@@ -164,7 +164,7 @@ def test_native_solves_every_sample_alone(name) -> None:
         alone = solver.move(denoiser, x[k : k + 1], start, stop)
         torch.testing.assert_close(alone, batch[k : k + 1], rtol=1e-10, atol=1e-10)
     hard = torch.cat([x.flip(0), 1e3 * x[:1]])
-    torch.testing.assert_close(solver.move(denoiser, hard, start, stop)[:4], batch.flip(0), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(solver.move(denoiser, hard, start, stop)[:-1], batch.flip(0), rtol=1e-10, atol=1e-10)
 
 
 @each_backend
