@@ -1,7 +1,8 @@
-"""Samples of p(x_0 | y) by every posterior method, on mixtures whose posterior is known in closed form.
+r"""Samples of p(x_0 | y) by every posterior method, on mixtures whose posterior is known in closed form.
 
     python benchmarks/posterior.py
-    python benchmarks/posterior.py 'dims=[16]' 'sdes=[vp]' samples=2000 seeds=4
+    python benchmarks/posterior.py 'dims=[64]' 'sdes=[vp]' 'stds=[0.1]' seeds=1 particle_steps=400 \
+        'methods=[exact,MMPS,TwistedSMC]' results=benchmarks/results/posterior64
 
 Four unequal Gaussians in D dimensions with covariances of low rank plus a diagonal, seen through D/4 random
 projections that tell little of the mode. W2: sliced W2 distance of the samples to as many exact posterior samples, over
@@ -96,7 +97,7 @@ def stepwise(step: Callable[[Problem], S.Step], steps: int, problem: Problem, cf
 
 
 def particles(kind: type[I.Posterior], size: int | None, problem: Problem, cfg: DictConfig) -> Any:
-    return stepwise(lambda p: I.TwistedSMC(p.seen, size, kind), cfg.steps, problem, cfg)
+    return stepwise(lambda p: I.TwistedSMC(p.seen, size, kind), cfg.particle_steps, problem, cfg)
 
 
 def methods(cfg: DictConfig) -> list[Method]:
@@ -118,7 +119,7 @@ def methods(cfg: DictConfig) -> list[Method]:
         for size in sizes:
             label = f"K = {size or cfg.samples}"
             made.append(Method(f"TwistedSMC({kind.__name__})", label, partial(particles, kind, size)))
-    return made
+    return [method for method in made if not cfg.methods or method.name.split("(")[0] in cfg.methods]
 
 
 def posterior(cfg: DictConfig) -> None:

@@ -156,6 +156,15 @@ def test_a_direction_of_negative_curvature_is_not_taken() -> None:
     torch.testing.assert_close(u, torch.tensor([[0.5, 0.0], [0.0, 0.0]], dtype=torch.float64))
 
 
+def test_a_matrix_that_is_not_symmetric_cannot_lead_far() -> None:
+    """As a network's Jacobian may be: whatever the number of iterations, the residual is no larger than b."""
+    s, b = draw(3, 30, 30) + 2 * torch.eye(30, dtype=torch.float64), draw(3, 30, seed=1)
+    for iterations in (1, 5, 40):
+        u = conjugate_gradients(lambda v: torch.einsum("bij,bj->bi", s, v), b, iterations=iterations, tolerance=1e-8)
+        left = b - torch.einsum("bij,bj->bi", s, u)
+        assert bool((left.norm(dim=1) <= (1 + 1e-9) * b.norm(dim=1)).all())
+
+
 def test_systems_are_solved_written_out_or_by_products() -> None:
     """u and log det of diag(std²) + P beside `linalg`; by products log det is exact for a multiple of the identity."""
     p, b, variance = spd(5, 4), draw(2, 5), 0.1 + draw(2, 5, seed=2) ** 2

@@ -19,8 +19,8 @@ def conjugate_gradients(
     r"""u with S u = b for a symmetric S ⪰ 0, from u = 0, in float64 (Hestenes & Stiefel 1952).
 
     In exact arithmetic done after as many iterations as S has distinct eigenvalues. A sample rests when its residual
-    is below `tolerance` ‖b‖, or where vᵀS v ≤ 0: a network's Jacobian need not be symmetric or positive, and a step
-    along such a direction would lead anywhere.
+    is below `tolerance` ‖b‖, or where vᵀS v ≤ 0. A network's Jacobian need be neither symmetric nor positive; then
+    iterates lead anywhere, so that of the least residual is returned.
 
     Args:
         product: S v.
@@ -39,6 +39,7 @@ def conjugate_gradients(
     u, residual, direction = torch.zeros_like(b), b, b
     size = _dot(b, b)
     goal, moving = tolerance**2 * size, size > 0
+    best, least = u, size
     for _ in range(iterations):
         moving = moving & (size > goal)
         # a compiled graph has no way out of a loop; there all iterations are made
@@ -53,14 +54,16 @@ def conjugate_gradients(
         after = torch.where(moving, _dot(residual, residual), size)
         direction = residual + expand_as_batch(after / torch.where(moving, size, 1.0), b) * direction
         size = after
+        better = size < least
+        best, least = torch.where(expand_as_batch(better, b), u, best), torch.minimum(size, least)
     if strict and not torch.compiler.is_compiling():
-        bad = (size > goal).nonzero().flatten().tolist()
+        bad = (least > goal).nonzero().flatten().tolist()
         if bad:
             raise RuntimeError(
                 f"Conjugate gradients did not reach {tolerance} in {iterations} iterations for samples {bad}: allow "
                 "more iterations or a larger tolerance, or look whether the operator is linear."
             )
-    return u
+    return best
 
 
 def solve(product: Product, variance: Tensor, b: Tensor, *, iterations: int, tolerance: float) -> tuple[Tensor, Tensor]:

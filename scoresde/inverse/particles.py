@@ -53,8 +53,9 @@ class TwistedSMC(Step):
     effective number is below `threshold`, the draws. Given other x than it returned, as by a corrector that is told of
     y by the same method, it goes on from those with equal weights.
 
-    Its denoiser is the prior's: `Sampler(TwistedSMC(seen), LogisticGrid(denoiser.sigma_data), 250)(denoiser, shape)`.
-    That grid halves the discretisation of `LogSNRGrid`.
+    Its denoiser is the prior's: `Sampler(TwistedSMC(seen), LogisticGrid(denoiser.sigma_data))(denoiser, shape)`. That
+    grid halves the discretisation of `LogSNRGrid`. The more steps, the less weights vary, as each proposal is nearer:
+    where y has many entries of little noise, 400 are worth more than many particles.
 
     Args:
         observation: y, A and std > 0; if y is one per sample, all of a group have the same.
@@ -68,7 +69,7 @@ class TwistedSMC(Step):
     """
 
     order, evaluations = 1.0, 1
-    default_steps = 250
+    default_steps = 400
 
     def __init__(
         self,
