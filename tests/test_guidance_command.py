@@ -16,9 +16,9 @@ from torch import Tensor
 
 from scoresde import DDIM, Auto, ClassifierFree, Mask, Observation, PiGDM, Replacement, Rng, Sampler
 from scoresde.cli.model import LoadedRun, load_run
-from scoresde.cli.restored import Untold
 from scoresde.cli.sample import build_guidance, check_guidance, choose_labels
 from scoresde.config import ConfigError
+from scoresde.inverse import Untold
 
 DRAW = ("run=run", "sampler=ddim", "sampler.steps=4", "pictures=false", "threads=1")
 SAMPLER = Sampler(DDIM(), steps=4)

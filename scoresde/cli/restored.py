@@ -15,9 +15,8 @@ from torch import Tensor
 
 from ..config import ConfigError, build, parameters
 from ..data import Dataset
-from ..denoiser import Around, Cond, Denoiser
-from ..inverse import Observation
-from ..prediction import Prediction
+from ..denoiser import Denoiser
+from ..inverse import Untold
 from ..sampling import Sampler
 from ..train import Samples, figures
 from ..train.evaluation import model_device
@@ -31,18 +30,6 @@ class Method:
     denoiser: Denoiser
     samplers: dict[str, Sampler]
     batch_size: int
-
-
-class Untold(Around):
-    """The prior, which is not to hear of y: steps keep that from it, the last denoising of a sampler does not."""
-
-    def __init__(self, denoiser: Denoiser, observation: Observation):
-        super().__init__(denoiser)
-        self.observation = observation
-
-    def forward(self, x: Tensor, t: Tensor, cond: Cond = None) -> Prediction:
-        told = isinstance(cond, Mapping) and "y" in cond
-        return self.denoiser(x, t, self.observation.split(cond)[1] if told else cond)
 
 
 def choose_method(

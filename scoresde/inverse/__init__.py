@@ -9,7 +9,7 @@ Which one? `MMPS` where its backward passes can be paid for, `PiGDM` where not, 
 
 from .conjugate import conjugate_gradients
 from .gaussian import DPS, MMPS, TMPD, DiffPIR, Look, Matched, PiGDM, Posterior
-from .observation import Linear, Measured, Observation
+from .observation import Linear, Measured, Observation, Untold
 from .operators import Blur, ColourMix, Compose, DownSample, Magnitude, Mask, Operator, RandomProjection, grey
 from .particles import Particles, TwistedSMC
 from .replacement import RePaint, Replacement
@@ -38,6 +38,7 @@ __all__ = [
     "RePaint",
     "Replacement",
     "TwistedSMC",
+    "Untold",
     "conjugate_gradients",
     "grey",
 ]

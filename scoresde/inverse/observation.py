@@ -8,7 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..denoiser import Cond
+from ..denoiser import Around, Cond, Denoiser
+from ..prediction import Prediction
 from .conjugate import conjugate_gradients
 
 Map = Callable[[Tensor], Tensor]
@@ -166,3 +167,21 @@ class Observation(nn.Module):
                     f"The operator is said to be linear, but A(a + 2b) − A(a) − 2A(b) is up to {float(gap):.2g}. Say "
                     "linear=False; of an affine one, A(x) = M x + c, take c from y."
                 )
+
+
+class Untold(Around):
+    """A denoiser that does not hear of y where it comes with the condition: steps that put y in themselves keep it from
+    the network, but the last denoising of a `Sampler` does not.
+
+    Args:
+        denoiser: of p(x_0).
+        observation: one without y, see `Observation`.
+    """
+
+    def __init__(self, denoiser: Denoiser, observation: Observation):
+        super().__init__(denoiser)
+        self.observation = observation
+
+    def forward(self, x: Tensor, t: Tensor, cond: Cond = None) -> Prediction:
+        told = isinstance(cond, Mapping) and "y" in cond
+        return self.denoiser(x, t, self.observation.split(cond)[1] if told else cond)

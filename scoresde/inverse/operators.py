@@ -129,6 +129,10 @@ class ColourMix(Operator):
     matrix: Tensor
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.ndim < 2 or x.shape[1] != self.matrix.shape[1]:
+            raise ValueError(
+                f"This matrix mixes {self.matrix.shape[1]} channels; got samples of shape {tuple(x.shape[1:])}."
+            )
         return torch.einsum("kc,bc...->bk...", self.matrix.to(x), x)
 
 
