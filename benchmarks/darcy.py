@@ -8,7 +8,7 @@ pairs, and is then told of u at a few points, with noise, by a posterior method:
 The square's eight symmetries turn a solution into a solution and are training data too. The fields are every
 so-many-th point of a finer grid: their first row and column lie on the boundary (where the data hold a few values that
 no solution has, below 0), their last do not. So it is the 15×15 inside that are symmetric; they are modelled, in a
-16×16 field whose first row and column are 0.
+16×16 field whose first row and column are 0. On one core training takes 4 minutes, and the samples take 4.
 """
 
 from __future__ import annotations
@@ -148,9 +148,9 @@ def mean_error(values: Tensor) -> tuple[float, float]:
     return float(values.double().mean()), float(values.double().std() / math.sqrt(len(values)))
 
 
-def shown(values: Tensor, scale: float = 1.0) -> str:
+def shown(values: Tensor, scale: float = 1.0, digits: int = 2) -> str:
     mean, error = mean_error(scale * values)
-    return f"{mean:.2f} ± {error:.2f}"
+    return f"{mean:.{digits}f} ± {error:.{digits}f}"
 
 
 def right(guess: Tensor, truth: Tensor) -> Tensor:
@@ -213,7 +213,7 @@ def compare(made: Tensor, full: Tensor, others: dict[str, Tensor], truth: Tensor
         for key, value in (("right", right(guess, truth)), ("rms", distance(guess, truth))):
             mean, error = mean_error(value)
             out.add(key, mean, guess=name, stderr=error)
-        rows.append([name, shown(right(guess, truth), 100), f"{shown(distance(guess, truth))}"])
+        rows.append([name, shown(right(guess, truth), 100), shown(distance(guess, truth), digits=4)])
     single = torch.stack([right(one, truth) for one in made.unbind(1)]).mean(0)
     out.add("right", mean_error(single)[0], guess="one posterior sample", stderr=mean_error(single)[1])
     rows.append(["one posterior sample", shown(single, 100), ""])

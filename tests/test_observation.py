@@ -178,11 +178,12 @@ def test_systems_are_solved_written_out_or_by_products() -> None:
     torch.testing.assert_close(log_det, torch.full((2,), 40 * math.log(2.25), dtype=torch.float64))
 
 
-def test_a_matrix_that_a_network_made_indefinite_is_lifted() -> None:
-    """No eigenvalue of S is below std²: with P = diag(−5, 1) and std² = 0.1 it is lifted by 5, as a whole."""
+def test_what_a_network_made_negative_counts_by_its_size() -> None:
+    """With P = diag(−5, 1) and std² = 0.1 the first direction is as uncertain as if P were 5 there."""
     p, b = torch.tensor([-5.0, 1.0], dtype=torch.float64), torch.ones(1, 2, dtype=torch.float64)
-    u, _ = solve(lambda v: p * v, torch.full_like(b, 0.1), b, iterations=2, tolerance=1e-9)
-    torch.testing.assert_close(u, torch.tensor([[1 / 0.1, 1 / 6.1]], dtype=torch.float64), rtol=1e-6, atol=0)
+    u, log_det = solve(lambda v: p * v, torch.full_like(b, 0.1), b, iterations=2, tolerance=1e-9)
+    torch.testing.assert_close(u, torch.tensor([[1 / 5.1, 1 / 1.1]], dtype=torch.float64), rtol=1e-6, atol=0)
+    torch.testing.assert_close(log_det, torch.tensor([5.1 * 1.1], dtype=torch.float64).log(), rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("n", [1, 3])

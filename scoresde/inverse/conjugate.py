@@ -89,11 +89,12 @@ def solve(product: Product, variance: Tensor, b: Tensor, *, iterations: int, tol
         return u, size * torch.where(ratio > 0, ratio, 1.0).log()
     basis = torch.eye(size, dtype=torch.float64, device=b.device).reshape(size, 1, *b.shape[1:])
     matrix = torch.stack([product(row.expand(b.shape)).double().flatten(1) for row in basis], 1)
-    matrix = 0.5 * (matrix + matrix.mT) + torch.diag_embed(variance.flatten(1))
-    # no eigenvalue of the sum is below the noise; a network may say so, and one of no noise at all may be singular
-    least = variance.flatten(1).amin(1) + 1e-10 * matrix.diagonal(dim1=1, dim2=2).mean(1)
-    lift = (least - torch.linalg.eigvalsh(matrix.detach())[:, 0]).clamp(min=0).detach()
-    factor = torch.linalg.cholesky(matrix + torch.diag_embed(lift[:, None].expand(-1, size)))
+    matrix = 0.5 * (matrix + matrix.mT)
+    # the Jacobian of a network has eigenvalues below 0 where it errs; their size says how much, and stands for them
+    values, vectors = torch.linalg.eigh(matrix.detach())
+    lift = 2 * (-values).clamp(min=0) + 1e-10 * values.abs().mean(1, keepdim=True)
+    matrix = matrix + vectors @ (lift[..., None] * vectors.mT) + torch.diag_embed(variance.flatten(1))
+    factor = torch.linalg.cholesky(matrix)
     u = torch.cholesky_solve(b.flatten(1)[..., None], factor)[..., 0]
     return u.reshape(b.shape), 2 * factor.diagonal(dim1=1, dim2=2).log().sum(1)
 
