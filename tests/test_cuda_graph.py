@@ -501,6 +501,7 @@ class Capture(TorchDispatchMode):
             raise NotCapturable(f"{name}: from one device to the other")
         # elementwise kernels take a number of the CPU as an argument, but `where` copies it
         number = (torch.Tag.pointwise in func.tags or name == "fill_") and name != "where"
+        number |= func.namespace == "scoresde"  # coefficients go along with the launch
         if there and any(tensor.ndim or not number for tensor in here):
             raise NotCapturable(f"{name}: tensors of both devices")
         return func(*args, **kwargs)

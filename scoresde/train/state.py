@@ -169,7 +169,9 @@ class Training:
                 load(module, _joined(name, checkpoint.tensors))
             self._restore_optimizer(checkpoint.tensors["optimizer"])
             random = checkpoint.tensors["random"]
-            self.rng.load_state_dict({"streams": random["noise"]})
+            # bytes are the state of another generator, of before 0.1: noise then begins anew, which is as good
+            if random["noise"].dtype != torch.uint8:
+                self.rng.load_state_dict({"streams": random["noise"]})
             self.scale.load_state_dict(random)
             self.order.load_state_dict(checkpoint.records["order"])
             self._restore_sums(random["stats"])
