@@ -102,8 +102,7 @@ def perturb_and_target(
         alpha, sigma, p, q: numbers or tensors () or (B,); p and q as in `parameterization`.
     """
     if not enabled(x0.device, x0.dtype):
-        z = _tensor(noise, x0)
-        return reference.lincomb(((alpha, x0),), (sigma, z)), reference.lincomb(((p, x0),), (q, z))
+        return reference.perturb_and_target(x0, _tensor(noise, x0), alpha, sigma, p, q)
     eps, found = _either(noise, x0)
     return ops.perturb_and_target(
         x0, eps, _factor(alpha, x0), _factor(sigma, x0), _factor(p, x0), _factor(q, x0), found
@@ -133,11 +132,7 @@ def dsm_loss(
         (B,), in float32 or wider.
     """
     if not enabled(prediction.device, prediction.dtype):
-        # a target in a half type would be rounded before the difference is taken
-        target = _tensor(noise, prediction).to(torch.promote_types(prediction.dtype, torch.float32))
-        if x0 is not None:
-            target = reference.lincomb(((q, target), (p, x0)))
-        return reference.dsm_loss(prediction, target, weight)
+        return reference.dsm_loss(prediction, _tensor(noise, prediction), weight, x0, p, 1.0 if x0 is None else q)
     eps, found = _either(noise, prediction)
     weight = _factor(weight, prediction)
     if x0 is None:
@@ -151,9 +146,7 @@ def _either(noise: Tensor | Noise, like: Tensor) -> tuple[Tensor | None, Noise |
 
 
 def _tensor(noise: Tensor | Noise, like: Tensor) -> Tensor:
-    if isinstance(noise, Tensor):
-        return noise
-    return ops.normal(like.shape, torch.promote_types(like.dtype, torch.float32), noise)
+    return noise if isinstance(noise, Tensor) else ops.normal_like(like, noise)
 
 
 def _factor(value: Coefficient, like: Tensor) -> Tensor:

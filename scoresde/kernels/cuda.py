@@ -28,11 +28,11 @@ from .arguments import (
     quads_per_thread,
 )
 from .noise import Noise
+from .switch import SCALARS
 
 # (kernel, scalar, grid, block, arguments, device): `driver.Driver.launch`, or the emulator of the tests
 Launch = Callable[[str, str, int, int, Sequence[ctypes.Structure], torch.device], None]
 
-SCALARS = {torch.float32: "float", torch.float64: "double", torch.float16: "half", torch.bfloat16: "bfloat16"}
 # partial sums of a batch: enough blocks for any GPU, few enough to add up in no time
 PARTIALS = 2**15
 

@@ -20,10 +20,6 @@ def _dot(a: Tensor, b: Tensor, like: Tensor) -> Tensor:
     return (product[:, None].flatten(1).sum(1) if like.ndim else product.sum()).to(like)
 
 
-def _normal_like(x: Tensor, noise: Noise) -> Tensor:
-    return ops.normal(x.shape, torch.promote_types(x.dtype, torch.float32), noise)
-
-
 def _keep_lincomb(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     tensors, coefficients, std, seeds, draws, ctx.draw, ctx.row = inputs
     ctx.number = len(tensors)
@@ -42,7 +38,7 @@ def _lincomb(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         _dot(grad, x, c) if wanted else None
         for x, c, wanted in zip(tensors, coefficients, wanted_coefficients, strict=True)
     ]
-    by_std = _dot(grad, _normal_like(grad, Noise(seeds, draws, ctx.draw, ctx.row)), std) if wanted_std else None
+    by_std = _dot(grad, ops.normal_like(grad, Noise(seeds, draws, ctx.draw, ctx.row)), std) if wanted_std else None
     return by_input, by_coefficient, by_std, None, None, None, None
 
 
@@ -54,7 +50,7 @@ def _keep_langevin(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _langevin(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     r"""x − r σ ε̂ + √(2r) σ z with r = min(1, c/(S + 64)), S = ‖ε̂‖²: r reaches the loss by both coefficients."""
     eps, sigma, seeds, draws = ctx.saved_tensors
-    z = _normal_like(eps, Noise(seeds, draws, ctx.draw, ctx.row))
+    z = ops.normal_like(eps, Noise(seeds, draws, ctx.draw, ctx.row))
     size = z.flatten(1).square().sum(1) if ctx.measured else eps.shape[1:].numel()
     room = eps.to(z.dtype).flatten(1).square().sum(1) + 64
     free = 2 * ctx.snr**2 * (size + 64) / room
@@ -77,7 +73,7 @@ def _perturb_and_target(ctx: Any, noisy: Tensor, target: Tensor) -> tuple[Any, .
     wanted = ctx.needs_input_grad
     z = eps
     if eps is None and (wanted[3] or wanted[5]):
-        z = _normal_like(x0, Noise(seeds, draws, ctx.draw, ctx.row))
+        z = ops.normal_like(x0, Noise(seeds, draws, ctx.draw, ctx.row))
     return (
         ops.lincomb([noisy, target], [alpha, p]) if wanted[0] else None,
         ops.lincomb([noisy, target], [sigma, q]) if wanted[1] else None,
@@ -113,7 +109,7 @@ def _dsm_loss(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         by_weight = (alone if weight.ndim else alone.sum()).to(weight)
     z = eps
     if wanted[4] and eps is None:
-        z = _normal_like(prediction, Noise(seeds, draws, ctx.draw, ctx.row))
+        z = ops.normal_like(prediction, Noise(seeds, draws, ctx.draw, ctx.row))
     return (
         by_prediction,
         by_weight,

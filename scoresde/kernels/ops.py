@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 from . import cuda, reference
-from .driver import driver
 from .noise import Noise
-from .switch import enabled
+from .switch import enabled, launch
 
 _OPS = torch.ops.scoresde
 
@@ -67,6 +66,11 @@ def bits(shape: Sequence[int], noise: Noise) -> Tensor:
     return _OPS.bits(shape, *noise)
 
 
+def normal_like(x: Tensor, noise: Noise) -> Tensor:
+    """Those of `noise` for x. Half types are rounded once, at the end of a sum: until then noise is float32."""
+    return normal(x.shape, torch.promote_types(x.dtype, torch.float32), noise)
+
+
 def _flat(noise: Noise | None) -> tuple[Any, ...]:
     return (None, None, 0, 0) if noise is None else noise
 
@@ -86,8 +90,7 @@ def _langevin(x: Tensor, eps: Tensor, sigma: Tensor, snr: float, measured: bool,
 def _perturb_and_target(
     x0: Tensor, eps: Tensor | None, alpha: Tensor, sigma: Tensor, p: Tensor, q: Tensor, *flat: Any
 ) -> tuple[Tensor, Tensor]:
-    eps = _drawn(x0, flat) if eps is None else eps
-    return reference.lincomb(((alpha, x0),), (sigma, eps)), reference.lincomb(((p, x0),), (q, eps))
+    return reference.perturb_and_target(x0, _drawn(x0, flat) if eps is None else eps, alpha, sigma, p, q)
 
 
 def _dsm_loss(
@@ -99,13 +102,8 @@ def _dsm_loss(
     eps: Tensor | None,
     *flat: Any,
 ) -> Tensor:
-    wide = torch.promote_types(prediction.dtype, torch.float32)
-    target = _drawn(prediction, flat) if eps is None else eps.to(wide)
-    if x0 is not None and p is not None:
-        target = reference.lincomb(((1.0 if q is None else q, target), (p, x0)))
-    elif q is not None:
-        target = reference.lincomb(((q, target),))
-    return reference.dsm_loss(prediction, target, weight)
+    eps = _drawn(prediction, flat) if eps is None else eps
+    return reference.dsm_loss(prediction, eps, weight, x0, 0.0 if p is None else p, 1.0 if q is None else q)
 
 
 def _drawn(x: Tensor, flat: tuple[Any, ...]) -> Tensor:
@@ -134,7 +132,7 @@ def _lincomb_cuda(inputs: list[Tensor], coefficients: list[Tensor], std: Tensor 
     inputs = _alike(*inputs)
     out = torch.empty_like(inputs[0])
     noise = None if std is None else Noise(*flat)
-    cuda.lincomb(driver().launch, out, inputs, [c.double() for c in coefficients], _double(std), noise)
+    cuda.lincomb(launch, out, inputs, [c.double() for c in coefficients], _double(std), noise)
     return out
 
 
@@ -143,7 +141,7 @@ def _langevin_cuda(x: Tensor, eps: Tensor, sigma: Tensor, snr: float, measured: 
         return _langevin(x, eps, sigma, snr, measured, *flat)
     x, eps = _alike(x, eps)
     out = torch.empty_like(x)
-    cuda.langevin(driver().launch, out, x, eps, sigma.double(), snr, Noise(*flat), measured)
+    cuda.langevin(launch, out, x, eps, sigma.double(), snr, Noise(*flat), measured)
     return out
 
 
@@ -156,7 +154,7 @@ def _perturb_and_target_cuda(
     x0, *rest = _alike(x0, *given)
     noisy, target = torch.empty_like(x0), torch.empty_like(x0)
     factors = [c.double() for c in (alpha, sigma, p, q)]
-    cuda.perturb_and_target(driver().launch, noisy, target, x0, factors, rest[0] if rest else Noise(*flat))
+    cuda.perturb_and_target(launch, noisy, target, x0, factors, rest[0] if rest else Noise(*flat))
     return noisy, target
 
 
@@ -177,7 +175,7 @@ def _dsm_loss_cuda(
         x0, *given = given
     loss = prediction.new_empty(len(prediction), dtype=torch.promote_types(prediction.dtype, torch.float32))
     noise = given[0] if given else Noise(*flat)
-    cuda.dsm_loss(driver().launch, loss, prediction, x0, _double(p), _double(q), weight.double(), noise)
+    cuda.dsm_loss(launch, loss, prediction, x0, _double(p), _double(q), weight.double(), noise)
     return loss
 
 
@@ -186,7 +184,7 @@ def _normal_cuda(shape: Sequence[int], dtype: torch.dtype, *flat: Any) -> Tensor
     if not enabled(noise.seeds.device, dtype):
         return _normal(shape, dtype, *flat)
     out = torch.empty(tuple(shape), dtype=dtype, device=noise.seeds.device)
-    cuda.lincomb(driver().launch, out if out.ndim else out[None], [], [], None, noise)
+    cuda.lincomb(launch, out if out.ndim else out[None], [], [], None, noise)
     return out
 
 
@@ -195,7 +193,7 @@ def _rademacher_cuda(shape: Sequence[int], dtype: torch.dtype, *flat: Any) -> Te
     if not enabled(noise.seeds.device, dtype):
         return _rademacher(shape, dtype, *flat)
     out = torch.empty(tuple(shape), dtype=dtype, device=noise.seeds.device)
-    cuda.rademacher(driver().launch, out if out.ndim else out[None], noise)
+    cuda.rademacher(launch, out if out.ndim else out[None], noise)
     return out
 
 

@@ -56,9 +56,29 @@ def langevin(x: Tensor, eps: Tensor, z: Tensor, sigma: Tensor, snr: float, measu
     return lincomb(((1.0, x), (-ratio * sigma, eps)), ((2 * ratio).sqrt() * sigma, z))
 
 
-def dsm_loss(prediction: Tensor, target: Tensor, weight: Tensor) -> Tensor:
-    """w_k ‖prediction_k − target_k‖²/D of every sample, (B,), in float32 or wider."""
+def perturb_and_target(
+    x0: Tensor, eps: Tensor, alpha: Coefficient, sigma: Coefficient, p: Coefficient, q: Coefficient
+) -> tuple[Tensor, Tensor]:
+    """(α x_0 + σ ε, p x_0 + q ε)."""
+    return lincomb(((alpha, x0),), (sigma, eps)), lincomb(((p, x0),), (q, eps))
+
+
+def dsm_loss(
+    prediction: Tensor,
+    eps: Tensor,
+    weight: Tensor,
+    x0: Tensor | None = None,
+    p: Coefficient = 0.0,
+    q: Coefficient = 1.0,
+) -> Tensor:
+    """w_k ‖F_k − p x_0k − q ε_k‖²/D of every sample, (B,), in float32 or wider; without x_0, of F − q ε."""
     wide = _wide(prediction.dtype)
+    # a target in a half type would be rounded before the difference is taken
+    target = eps.to(wide)
+    if x0 is not None:
+        target = lincomb(((q, target), (p, x0)))
+    elif isinstance(q, Tensor) or q != 1:
+        target = lincomb(((q, target),))
     return weight.to(wide) * (prediction.to(wide) - target).square().flatten(1).mean(1)
 
 
