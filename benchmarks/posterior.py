@@ -2,13 +2,14 @@ r"""Samples of p(x_0 | y) by every posterior method, on mixtures whose posterior
 
     python benchmarks/posterior.py
     python benchmarks/posterior.py 'dims=[64]' 'sdes=[vp]' 'stds=[0.1]' seeds=1 particle_steps=400 \
-        'methods=[exact,MMPS,TwistedSMC]' results=benchmarks/results/posterior64
+        'methods=[exact,MMPS,TwistedSMC]' results=runs/posterior64
 
 Four unequal Gaussians in D dimensions with covariances of low rank plus a diagonal, seen through D/4 random
 projections that tell little of the mode. W2: sliced W2 distance of the samples to as many exact posterior samples, over
 the same distance between two exact sets (the floor: 1.0 is as good as exact sampling; for D = 2 it is all but the
 chance of mode counts, and single values vary by half). Modes: half the sum of the errors of the mode weights. `exact`
-is the posterior's own denoiser by the same sampler, and `unguided` the prior's. Particles are in groups of K.
+is the posterior's own denoiser by the same sampler, and `unguided` the prior's. Particles are in groups of K; where
+that is more than there are samples, every K/n-th of a group is one.
 """
 
 from __future__ import annotations
@@ -77,6 +78,7 @@ class Method(NamedTuple):
     name: str
     sampler: str
     make: Callable[[Problem, DictConfig], tuple[S.Sampler, S.Denoiser]]
+    group: int = 1  # particles that move together
 
 
 def grid(problem: Problem) -> S.Grid:
@@ -96,7 +98,7 @@ def stepwise(step: Callable[[Problem], S.Step], steps: int, problem: Problem, cf
     return S.Sampler(step(problem), grid(problem), steps), problem.prior
 
 
-def particles(kind: type[I.Posterior], size: int | None, problem: Problem, cfg: DictConfig) -> Any:
+def particles(kind: type[I.Posterior], size: int, problem: Problem, cfg: DictConfig) -> Any:
     return stepwise(lambda p: I.TwistedSMC(p.seen, size, kind), cfg.particle_steps, problem, cfg)
 
 
@@ -115,10 +117,8 @@ def methods(cfg: DictConfig) -> list[Method]:
     )
     made.append(Method("Replacement", "ancestral", partial(stepwise, replaced, cfg.steps)))
     made.append(Method("RePaint", "ancestral", partial(stepwise, painted, cfg.steps // 5)))
-    for kind, sizes in ((I.DPS, (8, 64, None)), (I.MMPS, (None,))):
-        for size in sizes:
-            label = f"K = {size or cfg.samples}"
-            made.append(Method(f"TwistedSMC({kind.__name__})", label, partial(particles, kind, size)))
+    for kind, size in ((I.DPS, cfg.samples), *((I.MMPS, size) for size in cfg.particles)):
+        made.append(Method(f"TwistedSMC({kind.__name__})", f"K = {size}", partial(particles, kind, size), size))
     return [method for method in made if not cfg.methods or method.name.split("(")[0] in cfg.methods]
 
 
@@ -139,9 +139,10 @@ def posterior(cfg: DictConfig) -> None:
             found, errors, began = [], [], time.perf_counter()
             for seed in range(cfg.seeds):
                 sampler, denoiser = method.make(problem, cfg)
-                *_, last = sampler.iterate(denoiser, (n, dims), rng=S.Rng(seed))
-                found.append(distance(last.x, sets[seed]) / floor)
-                errors.append(float((shares(exact, last.x) - weights).abs().sum() / 2))
+                *_, last = sampler.iterate(denoiser, (max(n, method.group), dims), rng=S.Rng(seed))
+                x = last.x[:: len(last.x) // n]
+                found.append(distance(x, sets[seed]) / floor)
+                errors.append(float((shares(exact, x) - weights).abs().sum() / 2))
             ratio, wrong = sum(found) / len(found), sum(errors) / len(errors)
             rows.append(
                 {"method": method.name, "sampler": method.sampler, "sde": name, "std": std, "dims": dims,

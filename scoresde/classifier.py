@@ -12,7 +12,7 @@ from .denoiser import Cond, default_noise_input
 from .loss import LogSNRTimes, Terms, Times
 from .rng import Rng
 from .sde import SDE
-from .shapes import beside
+from .shapes import per_sample
 
 
 class NoisyClassifier(nn.Module):
@@ -38,9 +38,8 @@ class NoisyClassifier(nn.Module):
     def logits(self, x: Tensor, t: Tensor) -> Tensor:
         """log p(y | x_t) up to a constant, (B, K), at x (B, *event) and t (() or (B,))."""
         scales = self.sde.at(t, x)
-        c_noise = beside(default_noise_input(self.sde, scales.t).to(scales.alpha.dtype), x).expand(len(x))
         c_in = (scales.alpha**2 * self.sigma_data**2 + scales.sigma**2).rsqrt()
-        return self.network(c_in * x, c_noise)
+        return self.network(c_in * x, per_sample(default_noise_input(self.sde, scales.t), x))
 
     def forward(self, x: Tensor, t: Tensor, y: Cond) -> Tensor:
         """log p(y | x_t) (B,) in nats of labels y (B,), or of a condition with y["label"].

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .parameterization import Parameterization
 from .prediction import Prediction
 from .sde import EDMSDE, SDE
-from .shapes import beside
+from .shapes import per_sample
 
 Cond = Tensor | Mapping[str, Tensor] | None
 """A condition, passed unread from the caller to the network; None is unconditional."""
@@ -27,6 +27,7 @@ class Denoiser(nn.Module, abc.ABC):
     Attributes:
         data_mean, data_var: moments of the data (numbers, or tensors of the event shape) that the prior at t_max
             takes into account: p_T ≈ N(α_T mean, (α_T² var + σ_T²) I). 0 gives the usual N(0, σ_T² I).
+        prior_evaluations: network calls of `prior_log_prob`.
         sigma_data: about the standard deviation of the data, > 0: the noise level at which solvers and grids expect
             noise to become data.
     """
@@ -39,6 +40,7 @@ class Denoiser(nn.Module, abc.ABC):
         self.sigma_data = float(sigma_data)
         self.data_mean: Tensor | float = 0.0
         self.data_var: Tensor | float = 0.0
+        self.prior_evaluations = 0
 
     @abc.abstractmethod
     def forward(self, x: Tensor, t: Tensor, cond: Cond = None) -> Prediction:
@@ -52,13 +54,16 @@ class Denoiser(nn.Module, abc.ABC):
         """x_T of shape (B, *event) from the prior of the SDE for data of these moments."""
         return self.sde.prior_sample(shape, rng=rng, mean=self.data_mean, var=self.data_var, dtype=dtype, device=device)
 
-    def prior_log_prob(self, z: Tensor) -> Tensor:
-        """Log-density of that prior in nats, shape (B,)."""
+    def prior_log_prob(self, z: Tensor, cond: Cond = None) -> Tensor:
+        """log p_T(z | cond) in nats, (B,): that of the prior, and what conditions make of it, as far as it is known.
+
+        As σ_T leaves little of the data, that is as good as linear in z; it is normalised up to second order.
+        """
         return self.sde.prior_log_prob(z, mean=self.data_mean, var=self.data_var)
 
-    def prior_log_ratio(self, z: Tensor, cond: Cond) -> Tensor:
-        """log of what a condition makes of that prior, p_T(z | cond)/p_T(z), (B,) nats: 0 where it is not known."""
-        return z.new_zeros(len(z))
+    def prior_centre(self, z: Tensor) -> Tensor:
+        """α_T mean, as a batch like z: where what is as good as linear in z has the value of its mean."""
+        return torch.zeros_like(z) + self.sde.prior_moments(z, self.data_mean)[0].to(z.dtype)
 
 
 def default_noise_input(sde: SDE, t: Tensor) -> Tensor:
@@ -109,7 +114,7 @@ class Preconditioned(Denoiser):
         if cond is not None and not self.takes_cond:
             raise ValueError("A condition was given, but the network takes (x, c_noise) only.")
         scales = self.sde.at(t, x)
-        c_noise = beside(self.noise_input(self.sde, scales.t).to(scales.alpha.dtype), x).expand(x.shape[0])
+        c_noise = per_sample(self.noise_input(self.sde, scales.t), x)
         c_in = (scales.alpha**2 * self.sigma_data**2 + scales.sigma**2).rsqrt() if self.scale_input else None
         scaled = x if c_in is None else c_in * x
         with torch.autocast(x.device.type, dtype=self.autocast, enabled=self.autocast is not None):
@@ -153,7 +158,7 @@ class ScoreFunction(Denoiser):
 
     def forward(self, x: Tensor, t: Tensor, cond: Cond = None) -> Prediction:
         scales = self.sde.at(t, x)
-        times = beside(scales.t.to(scales.alpha.dtype), x).expand(x.shape[0])
+        times = per_sample(scales.t, x)
         score = self.fn(x, times) if cond is None else self.fn(x, times, cond)
         if score.shape != x.shape:
             raise ValueError(f"The score has shape {tuple(score.shape)}, expected that of x, {tuple(x.shape)}.")
@@ -179,7 +184,7 @@ class DenoiserFunction(Denoiser):
 
     def forward(self, x: Tensor, t: Tensor, cond: Cond = None) -> Prediction:
         scales = self.sde.at(t, x)
-        y, ratio = x / scales.alpha, beside(scales.sigma / scales.alpha, x).flatten().expand(x.shape[0])
+        y, ratio = x / scales.alpha, per_sample((scales.sigma / scales.alpha).flatten(), x)
         x0 = self.fn(y, ratio) if cond is None else self.fn(y, ratio, cond)
         if x0.shape != x.shape:
             raise ValueError(f"The denoiser returned shape {tuple(x0.shape)}, expected that of x, {tuple(x.shape)}.")
@@ -197,6 +202,7 @@ class Around(Denoiser):
         super().__init__(denoiser.sde, denoiser.sigma_data)
         self.denoiser = denoiser
         self.data_mean, self.data_var = denoiser.data_mean, denoiser.data_var
+        self.prior_evaluations = denoiser.prior_evaluations
 
     def null(self, cond: Cond) -> Cond:
         return self.denoiser.null(cond)
@@ -204,11 +210,8 @@ class Around(Denoiser):
     def prior_sample(self, shape: tuple[int, ...], *, rng, dtype: torch.dtype | None = None, device=None) -> Tensor:
         return self.denoiser.prior_sample(shape, rng=rng, dtype=dtype, device=device)
 
-    def prior_log_prob(self, z: Tensor) -> Tensor:
-        return self.denoiser.prior_log_prob(z)
-
-    def prior_log_ratio(self, z: Tensor, cond: Cond) -> Tensor:
-        return self.denoiser.prior_log_ratio(z, cond)
+    def prior_log_prob(self, z: Tensor, cond: Cond = None) -> Tensor:
+        return self.denoiser.prior_log_prob(z, cond)
 
 
 class CountingDenoiser(Around):
@@ -225,3 +228,7 @@ class CountingDenoiser(Around):
     def forward(self, x: Tensor, t: Tensor, cond: Cond = None) -> Prediction:
         self.evaluations += 1
         return self.denoiser(x, t, cond)
+
+    def prior_log_prob(self, z: Tensor, cond: Cond = None) -> Tensor:
+        self.evaluations += self.prior_evaluations
+        return self.denoiser.prior_log_prob(z, cond)

@@ -68,7 +68,7 @@ def sdedit(
         denoiser: the model, or one that is guided.
         x0: (B, *event).
         sampler: its steps are all taken below `level`, spaced as its grid has them there.
-        level: σ/α > 0, in units of the data: 0 changes nothing, ∞ everything.
+        level: σ/α > 0, in units of the data: the larger, the more is drawn anew. It is within what the SDE reaches.
         cond: condition of each sample.
         rng: default `Rng(0)`.
 
@@ -88,9 +88,15 @@ def interpolate(first: Tensor, second: Tensor, share: Tensor | float) -> Tensor:
     ever is, and give samples without detail.
 
     Args:
-        first, second: a, b (B, *event).
+        first, second: a, b (B, *event), not 0. Between opposite ones, which no sphere has one way between, it is the
+            straight line.
         share: w, a number or (B,): 0 is `first`, 1 `second`.
+
+    Raises:
+        ValueError: shapes that differ.
     """
+    if first.shape != second.shape:
+        raise ValueError(f"Latents are paired, (B, *event); got {tuple(first.shape)} and {tuple(second.shape)}.")
     a, b = first.flatten(1).double(), second.flatten(1).double()
     share = torch.as_tensor(share, dtype=torch.float64, device=a.device).reshape(-1, 1)
     cosine = (a * b).sum(1, keepdim=True) / (a.norm(dim=1, keepdim=True) * b.norm(dim=1, keepdim=True))
@@ -104,6 +110,11 @@ def attribute(having: Tensor, lacking: Tensor) -> Tensor:
     that lack it (Radford et al. 2016; Kingma & Dhariwal 2018, sec. 6.2). Add a multiple of it, and decode.
 
     Args:
-        having, lacking: latents (N, *event) and (M, *event).
+        having, lacking: latents (N, *event) and (M, *event), N and M ≥ 1.
+
+    Raises:
+        ValueError: no sample of one kind.
     """
+    if min(len(having), len(lacking)) == 0:
+        raise ValueError(f"An attribute needs samples with and without it; got {len(having)} and {len(lacking)}.")
     return having.mean(0, keepdim=True) - lacking.mean(0, keepdim=True)

@@ -111,8 +111,9 @@ def log_likelihood(
     with torch.set_grad_enabled(differentiable):
         flow = _Flow(denoiser, x, solver, divergence or Hutchinson(), cond, rng, differentiable)
         latent, change, errors = flow.run(x, up=True)
-        log_prob = flow.prior(latent) + flow.log_scale + change + log_volume
-    return LogLikelihood(log_prob, _total(*errors), latent.to(x.dtype), flow.counted.evaluations, *errors)
+        latent = latent.to(x.dtype)
+        log_prob = flow.counted.prior_log_prob(latent, cond) + flow.log_scale + change + log_volume
+    return LogLikelihood(log_prob, _total(*errors), latent, flow.counted.evaluations, *errors)
 
 
 def sample_with_log_prob(
@@ -142,7 +143,8 @@ def sample_with_log_prob(
             `log_likelihood`.
 
     Returns:
-        x at t_min (B, *event), and the log-density of the model there, as `log_likelihood` would measure it.
+        x at t_min (B, *event), and the log-density of the model there, as `log_likelihood` would measure it: of
+        p(x|cond), also where x_T is drawn from a prior that knows no condition.
 
     Raises:
         SolverError: a solve that failed; the samples are named.
@@ -158,7 +160,7 @@ def sample_with_log_prob(
     with torch.set_grad_enabled(differentiable):
         flow = _Flow(denoiser, latent, solver, divergence or Hutchinson(), cond, rng, differentiable)
         x, change, errors = flow.run(latent, up=False)
-        log_prob = flow.prior(latent) + flow.log_scale + change
+        log_prob = flow.counted.prior_log_prob(latent, cond) + flow.log_scale + change
     return x.to(latent.dtype), LogLikelihood(log_prob, _total(*errors), latent, flow.counted.evaluations, *errors)
 
 
@@ -258,10 +260,6 @@ class _Flow:
     def time(self, u: float) -> float:
         return float(point(self.sde, torch.tensor(u, dtype=torch.float64))[0])
 
-    def prior(self, z: Tensor) -> Tensor:
-        """log p_T(z | cond), which differs from log p_T(z) by what is left of the data: up to 1 % of a nat and more."""
-        return self.counted.prior_log_prob(z) + self.counted.prior_log_ratio(z, self.cond)
-
     def denoised(self, x0: Tensor, ratio: float) -> Tensor:
         """x̂_0 of x_0 with noise of σ/α = `ratio`, one network call: what a divergence may look at before the solve."""
         u = torch.full((len(x0),), min(max(math.log(ratio), self.u0), self.u1), dtype=torch.float64, device=x0.device)
@@ -285,10 +283,10 @@ class _Flow:
     def _to_budget(self, y: Tensor, up: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         solver = self.solver
         assert solver.budget is not None
-        calls = solver.budget - self.counted.evaluations
+        calls = solver.budget - self.counted.evaluations - self.counted.prior_evaluations
         if calls < LEAST_BUDGET:
             raise ValueError(
-                f"budget={solver.budget} leaves {calls} network calls after the divergence's own; a path takes "
+                f"budget={solver.budget} leaves {calls} network calls beside divergence's and prior's; a path takes "
                 f"{LEAST_BUDGET}."
             )
         nodes = solver.nodes(self.sde, calls)

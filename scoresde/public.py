@@ -1,8 +1,10 @@
 """Every public name, from the module that it lives in: `scoresde` looks here when one is asked for."""
 
 from . import nn
+from .bayes import Classification, classify
 from .bounds import Bound, ImportanceBound, elbo, importance_weighted, vlb
 from .budget import LikelihoodGrid
+from .classifier import ClassifierLoss, NoisyClassifier
 from .data import suggest_sigma_max
 from .denoiser import Cond, Denoiser, DenoiserFunction, Preconditioned, ScoreFunction
 from .divergence import Exact, Hutchinson, HutchPlusPlus
@@ -102,8 +104,10 @@ __all__ = [
     "Blur",
     "Bound",
     "Churn",
+    "Classification",
     "Classifier",
     "ClassifierFree",
+    "ClassifierLoss",
     "ColourMix",
     "Compose",
     "Cond",
@@ -138,6 +142,7 @@ __all__ = [
     "Mask",
     "Midpoint",
     "Multistep",
+    "NoisyClassifier",
     "Observation",
     "Parameterization",
     "PiGDM",
@@ -171,6 +176,7 @@ __all__ = [
     "Velocity",
     "attribute",
     "bits_per_dim",
+    "classify",
     "default_sampler",
     "elbo",
     "fit_grid",

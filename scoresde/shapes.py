@@ -65,3 +65,9 @@ def beside(value: Tensor, like: Tensor) -> Tensor:
     if value.ndim == 0 and value.device != like.device:
         return torch.empty_like(value, device=like.device).fill_(value)
     return value.to(like.device)
+
+
+def per_sample(value: Tensor, like: Tensor) -> Tensor:
+    """`value` (() or (B,)), computed in any precision, as networks want it: (B,) beside `like`, in its dtype, for half
+    types float32."""
+    return beside(value.to(torch.promote_types(like.dtype, torch.float32)), like).expand(len(like))

@@ -27,7 +27,7 @@ FLOORS = (
     ("mixture", "grids", "ode", "divergence", "guidance"),
     ("budget",),
     ("sampling", "likelihood", "loss"),
-    ("bounds", "inverse", "edit", "classifier", "classify"),
+    ("bounds", "inverse", "edit", "classifier", "bayes"),
     ("data", "metrics"),
     ("config", "train"),
     ("cli",),

@@ -10,9 +10,7 @@ from labelled import CLASSES, Labelled
 from oracles import VPSDE, closed_form_sdes, times
 from torch import nn
 
-from scoresde import Exact, GaussianMixtureDenoiser, Prediction, Rng
-from scoresde.classifier import ClassifierLoss, NoisyClassifier
-from scoresde.classify import classify
+from scoresde import ClassifierLoss, Exact, GaussianMixtureDenoiser, NoisyClassifier, Prediction, Rng, classify
 from scoresde.denoiser import Around
 from scoresde.guidance import Classifier, ClassifierFree
 from scoresde.loss import LogNormalTimes, UniformTimes

@@ -129,6 +129,8 @@ def files(folder: Path) -> dict[str, list[str]]:
         (folder / f"{part}-labels-idx1-ubyte").write_bytes(bytes([0, 0, 8, 1]) + shape[:4] + bytes(range(10)) * 100)
     paths = {"arrays": folder / "x.npy", "image_folder": folder / "images", "mnist": folder}
     given = {option: [f"data.path={path}"] for option, path in paths.items()}
+    np.savez(folder / "images.npz", x=pixels.flatten()[: 400 * 768].reshape(400, 16, 16, 3))
+    given["cifar_vp"] = [f"data.path={folder / 'images.npz'}"]
     given["fitted"] = [f"grid.path={folder / 'grid.json'}"]
     return given | {"arrays": [*given["arrays"], "data.raw_low=-1", "data.raw_high=1"]}
 
@@ -199,11 +201,24 @@ def test_evaluation_has_the_keys_of_its_class(name: str) -> None:
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_every_experiment_says_how_to_run_it_and_builds(experiment: str, tmp_path: Path, on_the_command_line) -> None:
-    """Everything a run needs, by the function that runs it: data, network, denoiser, loss, samplers, likelihood."""
+    """Everything a run needs, by the function that runs it: data, network, denoiser, loss, samplers, likelihood; or
+    all that restores samples with one."""
     text = (CONF / "experiment" / f"{experiment}.yaml").read_text()
-    assert "scoresde-train" in text.splitlines()[0] and f"experiment={experiment}" in text.splitlines()[0]
-    needed = [given for option, given in files(tmp_path).items() if f"override /data: {option}" in text]
-    plan = assemble(on_the_command_line(f"experiment={experiment}", *(needed[0] if needed else [])), Alone())
+    command, named = text.splitlines()[0].split("\t")[:2]
+    assert named == f"experiment={experiment}"
+    if command == "# @run scoresde-sample":
+        cfg = composed(named, "run=somewhere", name="sample")
+        facts: dict[str, Any] = {"denoiser": tiny_denoiser(), "step": DDIM(), "observation": seen()}
+        assert build(cfg.problem, y=None, operator=Mask(torch.ones(2))).linear
+        assert isinstance(build(cfg.posterior, **wanted(cfg.posterior, facts)), (Denoiser, Step))
+        assert isinstance(build(cfg.sampler), Sampler) and cfg.input.startswith("test:")
+        assert (cfg.mask is None) == (cfg.problem.operator["_target_"] != "scoresde.Mask")
+        return
+    assert command == "# @run scoresde-train"
+    given = files(tmp_path)
+    needed = [more for option, more in given.items() if f"override /data: {option}" in text]
+    more = given.get(experiment, needed[0] if needed else [])
+    plan = assemble(on_the_command_line(named, *more), Alone())
     assert plan.samplers and all(isinstance(sampler, Sampler) for sampler in plan.samplers.values())
     assert sum(p.numel() for p in plan.training.loss.parameters()) > 0
 

@@ -273,11 +273,11 @@ def test_cost_and_frames_are_those_of_the_run(sampler: Sampler) -> None:
     """Frames go from the prior's own draws to the samples; calls are what the model itself counts per batch."""
     denoiser, seeds = Counted(toy_denoiser(VPSDE())), range(10)
     labels = torch.arange(10) % 3
-    made = draw(denoiser, sampler, (2,), seeds=seeds, labels=labels, batch_size=4, frames=5, watched=3)
+    made = draw(denoiser, sampler, (2,), seeds=seeds, cond=labels, batch_size=4, frames=5, watched=3)
     assert made.evaluations * 3 == denoiser.calls
     assert sampler.evaluations in (None, made.evaluations)
     assert {4, 2} <= {len(cond) for cond in denoiser.seen} and torch.equal(denoiser.seen[-1], labels[8:])
-    assert made.labels is labels and made.frames.shape == (len(made.times), 3, 2) and 2 <= len(made.times) <= 6
+    assert made.cond is labels and made.frames.shape == (len(made.times), 3, 2) and 2 <= len(made.times) <= 6
     assert made.times[0] == denoiser.sde.t_max and made.times[-1] == sampler.grid(denoiser.sde, sampler.steps)[-1]
     assert made.times == sorted(made.times, reverse=True)
     torch.testing.assert_close(made.frames[-1], made.x[:3])

@@ -15,13 +15,15 @@ from commands import PLAIN, TINY, command
 from torch import Tensor
 
 from scoresde import DDIM, Auto, ClassifierFree, Mask, Observation, PiGDM, Replacement, Rng, Sampler
+from scoresde.cli.conditions import choose_cond
 from scoresde.cli.model import LoadedRun, load_run
-from scoresde.cli.sample import build_guidance, check_guidance, choose_labels
+from scoresde.cli.sample import build_guidance, check_guidance
 from scoresde.config import ConfigError
 from scoresde.inverse import Untold
 
 DRAW = ("run=run", "sampler=ddim", "sampler.steps=4", "pictures=false", "threads=1")
 SAMPLER = Sampler(DDIM(), steps=4)
+NOTHING = dict.fromkeys(("label", "vector", "image", "tokens"))
 
 
 @pytest.fixture(scope="module")
@@ -127,13 +129,13 @@ def test_the_prior_beside_a_step_is_told_all_but_y(run: LoadedRun) -> None:
 
 
 WRONG = {
-    "cond.label=10": "cond.label is a class 0 … 9 of digits, or a list; got 10",
-    "cond.label=-1": "cond.label is a class 0 … 9 of digits, or a list; got -1",
+    "cond.label=10": "cond.label is a class 0 … 9, or a list; got 10",
+    "cond.label=-1": "cond.label is a class 0 … 9, or a list; got -1",
     "cond.label=[1,x]": "or a list; got [1, 'x']",
     "cond.label=[]": "or a list; got []",
     "cond.label=true": "or a list; got True",
     "cond.label=seven": "or a list; got 'seven'",
-    "cond=7": "cond is a mapping with the key label, as in cond.label=7; got 7",
+    "cond=7": "cond is a mapping with the keys label, vector, image, tokens, as in cond.label=7, or test:0-7 .*; got 7",
     "cond.lable=7": "Did you mean 'cond.label'?",
     "guidance=cgf": "There is no guidance=cgf. Did you mean 'cfg'?",
     "guidance=cfg guidance.scale=strong": "guidance.scale is a number or .*; got 'strong'",
@@ -170,10 +172,10 @@ def test_a_model_that_cannot_be_guided_is_refused(run: LoadedRun) -> None:
     for model in (unconditional, always):
         check_guidance({"_target_": "scoresde.Blend"}, model)
     with pytest.raises(ConfigError, match=r"cond\.label=3: .* was trained without labels"):
-        choose_labels({"label": 3}, 4, unconditional, needed=True)
+        choose_cond(NOTHING | {"label": 3}, 4, unconditional, needed=True)
     with pytest.raises(ConfigError, match="was never trained without a label; say which"):
-        choose_labels({"label": None}, 4, always, needed=False)
-    assert choose_labels({"label": None}, 4, unconditional, needed=False) is None
+        choose_cond(NOTHING, 4, always, needed=False)
+    assert choose_cond(NOTHING, 4, unconditional, needed=False) == (None, "")
 
 
 def test_a_weaker_run_can_guide(folder: Path, run: LoadedRun) -> None:

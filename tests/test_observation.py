@@ -166,7 +166,7 @@ def test_a_matrix_that_is_not_symmetric_cannot_lead_far() -> None:
 
 
 def test_systems_are_solved_written_out_or_by_products() -> None:
-    """u and log det of diag(std²) + P beside `linalg`; by products log det is exact for a multiple of the identity."""
+    """u and log det of diag(std²) + P beside `linalg`; by products log det is that of std² alone."""
     p, b, variance = spd(5, 4), draw(2, 5), 0.1 + draw(2, 5, seed=2) ** 2
     s = p + torch.diag_embed(variance)
     u, log_det = solve(lambda v: torch.einsum("bij,bj->bi", p, v), variance, b, iterations=5, tolerance=1e-9)
@@ -175,7 +175,16 @@ def test_systems_are_solved_written_out_or_by_products() -> None:
     many = draw(2, 40)
     u, log_det = solve(lambda v: 2 * v, torch.full_like(many, 0.25), many, iterations=3, tolerance=1e-9)
     torch.testing.assert_close(u, many / 2.25)
-    torch.testing.assert_close(log_det, torch.full((2,), 40 * math.log(2.25), dtype=torch.float64))
+    torch.testing.assert_close(log_det, torch.full((2,), 40 * math.log(0.25), dtype=torch.float64))
+
+
+def test_a_sample_that_is_not_finite_leaves_the_others_alone() -> None:
+    p, b = spd(3, 4).expand(2, 3, 3).clone(), draw(2, 3)
+    p[0, 1, 1] = math.nan
+    u, _ = solve(lambda v: torch.einsum("bij,bj->bi", p, v), torch.full_like(b, 0.1), b, iterations=3, tolerance=1e-9)
+    assert bool(u[0].isnan().all())
+    want = torch.linalg.solve(p[1] + 0.1 * torch.eye(3, dtype=torch.float64), b[1])
+    torch.testing.assert_close(u[1], want, rtol=1e-8, atol=1e-10)
 
 
 def test_what_a_network_made_negative_counts_by_its_size() -> None:
@@ -205,6 +214,10 @@ def test_y_is_shared_or_per_sample_or_comes_with_the_condition(n) -> None:
     std = torch.linspace(0.1, 0.3, n)
     variance = brought.near(x, brought.split({"y": y, "std": std})[0]).variance
     torch.testing.assert_close(variance, (std.double()[:, None, None] ** 2).expand(n, 2, 2), rtol=1e-6, atol=0)
+    # of as many samples as y has entries it is still one for each sample: solvers drop samples until that is so
+    flat = Observation(None, lambda x: x, 0.1)
+    square = flat.near(draw(n, n), flat.split({"y": draw(n, n), "std": std})[0]).variance
+    torch.testing.assert_close(square, (std.double()[:, None] ** 2).expand(n, n), rtol=1e-6, atol=0)
 
 
 ERRORS = {
@@ -222,6 +235,11 @@ ERRORS = {
     "blur": (lambda: Blur(0.0), "> 0"),
     "colours": (lambda: ColourMix(torch.ones(3)), r"\(K, C\)"),
     "rows": (lambda: RandomProjection(0, (3,)), "at least 1"),
+    "list": (lambda: Observation([1.0], flip), "y holds finite.*got list"),
+    "half a factor": (lambda: DownSample(2.5), "whole number"),
+    "kernel": (lambda: Blur(torch.tensor([1.0, math.nan, 1.0])), "finite"),
+    "mask of others": (lambda: Mask(torch.ones(4))(torch.ones(2, 5)), r"mask of shape \(4,\)"),
+    "matrix of others": (lambda: RandomProjection(2, (6,))(torch.ones(2, 5)), "for 6 entries"),
     "nothing": (lambda: Compose(), "needs an operator"),
 }
 
@@ -238,6 +256,7 @@ FIRST_USE = {
     "lie": (Observation(torch.ones(4), lambda x: x**2, linear=True), "said to be linear"),
     "affine": (Observation(torch.ones(4), lambda x: x + 1, linear=True), "take c from y"),
     "mixed": (Observation(torch.ones(4), lambda x: x.sum(0), linear=True), "keeps samples apart"),
+    "one number": (Observation(torch.ones(2), lambda x: x.sum(1)), r"one number a sample \(B, 1\)"),
     "no y": (Observation(None, flip), r"has no y; give it as cond=\{\"y\": y\}"),
     "per-entry std": (Observation(torch.ones(4), flip, torch.ones(3)), r"std is a number, \(2,\) or of the shape of y"),
 }
@@ -248,6 +267,20 @@ def test_what_does_not_fit_is_said_at_first_use(seen, words) -> None:
     x = draw(2, 4)
     with pytest.raises(ValueError, match=words):
         seen.near(x, seen.split(None)[0])
+
+
+def test_what_comes_with_the_condition_is_looked_at_too() -> None:
+    y, x = torch.ones(2, 4), draw(2, 4)
+    for cond, words in (
+        ({"y": y * math.nan}, "y holds finite"),
+        ({"y": y.long()}, "y holds finite"),
+        ({"y": y, "std": -torch.ones(2)}, "std is a noise level"),
+    ):
+        seen = Observation(None, flip, 0.1)
+        with pytest.raises(ValueError, match=words):
+            seen.near(x, seen.split(cond)[0])
+    with pytest.raises(TypeError, match="An operator is a function"):
+        Observation(y, None)
 
 
 def test_only_a_linear_operator_has_a_pseudo_inverse() -> None:

@@ -104,7 +104,7 @@ def test_restored_pictures_are_of_the_posterior(name: str, tmp_path: Path, known
     picture(tmp_path / "y.png", pixels)
     picture(tmp_path / "mask.png", 255 * HALF.numpy().astype(np.uint8))
     made = sampled(
-        tmp_path, f"problem={name}", "input=y.png", "problem.std=0.1", "posterior.tolerance=1e-6",
+        tmp_path, f"problem={name}", "posterior=mmps", "input=y.png", "problem.std=0.1", "posterior.tolerance=1e-6",
         "posterior.iterations=64", *more, "sampler.steps=14", "n=300", "out=o",
     )  # fmt: skip
     y = 2 * (torch.from_numpy(pixels).double() + 0.5) / 256 - 1
@@ -236,7 +236,7 @@ COMMANDS = {
     "problem=superres input=test:0 posterior=mmsp": "There is no posterior=mmsp. Did you mean 'mmps'?",
     "problem=superres input=test:0 posterior.iterations=0": "posterior: iterations >= 1",
     "problem=superres input=test:0 posterior=smc batch_size=4": "The n=16 particles of an input move together",
-    "problem=superres input=test:0 guidance=cfg": "guidance=cfg steers towards labels, and run was trained without",
+    "problem=superres input=test:0 guidance=cfg": "guidance=cfg steers towards a condition, and run was",
     "problem=superres input=test:0 cond.label=3": "cond.label=3: run was trained without labels",
     "problem=superres input=test:0 n=0": "n is at least 1",
 }
@@ -285,7 +285,10 @@ WRONG = {
     INPAINT + "input=[test:0,grey.png]": "Inputs are all test:… (or simulate=true), or all measured",
     INPAINT + "input=grey.png std=-1": "problem: std is a noise level, ≥ 0",
     "name=inpaint input=grey.png mask=lost.png": "There is no file",
-    "name=inpaint input=grey.png mask=3": "mask is the name of a file; got 3",
+    "name=inpaint input=grey.png mask=3": "mask is the name of a file, or hole:ROWSxCOLUMNS; got 3",
+    "name=inpaint input=grey.png mask=hole:0-4x1-2": "mask=hole:0-4x1-2: expected rows .* shape (1, 4, 4)",
+    "name=inpaint input=grey.png mask=hole:1": "expected rows and columns",
+    "name=inpaint input=grey.png mask=hole:0-3x0-3": "expected some pixels that are seen",
     "name=inpaint input=grey.png mask=empty.png": "expected a mask that is not 0 where the input is seen, found",
     "name=inpaint input=grey.png mask=shades.png": "expected a mask of two values, 0 (not seen) and another, found",
     "name=inpaint input=grey.png mask=two.npy": "found 3: 0, 1, 2. JPEG blurs masks; use PNG",
@@ -327,6 +330,9 @@ def test_masks_are_read_as_they_are_drawn(tmp_path: Path) -> None:
     assert torch.equal(read_mask(str(tmp_path / "f.npy"), (3,)), own)
     with pytest.raises(ValueError, match=r"expected a mask of shape \(3,\), as \.npy"):
         read_mask(str(tmp_path / "a.png"), (3,))
+    assert torch.equal(read_mask("hole:0-3x2-3", (3, 4, 4)), HALF.expand(3, 4, 4))
+    spot = read_mask("hole:1-1x0-2", (2, 3, 4))
+    assert [index.tolist() for index in torch.where(~spot)] == [[0, 0, 0, 1, 1, 1], [1] * 6, [0, 1, 2, 0, 1, 2]]
 
 
 def test_it_goes_on_where_it_stopped_and_another_input_is_another_job(tmp_path: Path, known, monkeypatch) -> None:
@@ -439,6 +445,8 @@ def test_the_guide_runs() -> None:
     names: dict[str, object] = {}
     for text in re.findall(r"^```python\n(.*?)^```", page, flags=re.DOTALL | re.MULTILINE):
         exec(text, names)
+    # one of two Gaussians that end √10 standard deviations from the border, by a trained classifier
+    assert (names["chosen"][:, 0] > 0).double().mean() > 0.97 and names["found"].label.all()
     # x + its neighbour is 0.9 and 0.1 to within the noise, by the prior's 0.1
     residual = names["seen"](names["x"]) - names["seen"].y
     assert 0.05 < float(residual.square().mean().sqrt()) < 0.2

@@ -39,7 +39,7 @@ def evaluate(cfg: DictConfig) -> float:
         conditional=run.conditional,
     )  # fmt: skip
     if not shards.rank:
-        announce(evaluation, run.dataset, samplers)
+        announce(evaluation, run.dataset, samplers, conditional=run.conditional)
     shards.work(bits)
     for job in draws.values():
         shards.work(job)

@@ -6,7 +6,6 @@ import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,9 +15,10 @@ from torch import Tensor
 from ..config import ConfigError, build, parameters
 from ..data import Dataset, Scaling
 from ..data.folder import read_image
-from ..data.source import existing, refuse_lfs_pointer
+from ..data.source import existing, read_array
 from ..inverse import Observation
 from ..rng import Rng
+from .kinds import held_out
 
 _NOISE = 2**62  # seeds of the noise in measurements are above those of samples
 
@@ -51,10 +51,9 @@ class Problem:
             found.update(self.mask.numpy().tobytes())
         return found.hexdigest()
 
-    def cond(self, n: int, labels: Tensor | None) -> dict[str, Tensor]:
-        """What a posterior denoiser is told for n samples of each input."""
-        told = {"y": self.y.repeat_interleave(n, 0)}
-        return told if labels is None else told | {"cond": labels}
+    def told(self, n: int) -> dict[str, Tensor]:
+        """What a posterior denoiser hears of n samples of each input."""
+        return {"y": self.y.repeat_interleave(n, 0)}
 
     def residual(self, x: Tensor) -> float:
         """Root mean square of y − A(x) over what is seen, for x (k, n, *event): std if all is well."""
@@ -109,14 +108,17 @@ def _operator(node: Any, path: Any, event: tuple[int, ...], allow: Sequence[str]
             raise ConfigError(f"mask={path}: {target} takes no mask; problem=inpaint does.")
         mask = None
     elif path is None:
-        raise ConfigError("Give the mask, not 0 where the input is seen: mask=mask.png or mask=mask.npy.")
+        raise ConfigError(
+            "Give the mask, not 0 where the input is seen, mask=mask.png or mask=mask.npy; or the rectangle that is not, "
+            "rows and columns: mask=hole:0-13x7-20."
+        )
     else:
         mask = read_mask(path, event)
     facts = {name: value for name, value in (("mask", mask), ("event_shape", event)) if name in asks}
     return build(node, allow, key="problem.operator", **facts), mask
 
 
-def _names(given: Any, held_out: int) -> list[str]:
+def _names(given: Any, count: int) -> list[str]:
     """Inputs one by one: test:3-5 is test:3, test:4 and test:5.
 
     Raises:
@@ -129,11 +131,7 @@ def _names(given: Any, held_out: int) -> list[str]:
         if not name.startswith("test:"):
             names.append(name)
             continue
-        match = re.fullmatch(r"test:(\d+)(?:-(\d+))?", name)
-        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
-        if not first <= last < held_out:
-            raise ConfigError(f"input={name}: held-out samples are test:0 … test:{held_out - 1}, or a range test:0-7.")
-        names += [f"test:{i}" for i in range(first, last + 1)]
+        names += [f"test:{i}" for i in held_out(f"input={name}", name, count).tolist()]
     if not names:
         raise ConfigError("input is an empty list.")
     return names
@@ -211,7 +209,7 @@ def _values(name: str, shape: tuple[int, ...], what: str) -> tuple[Tensor, bool]
     """Values of a file, float32 of `shape`, and whether they are those of a picture."""
     file = existing(name)
     if file.suffix == ".npy":
-        values = _array(file)
+        values = read_array(file)
         if values.shape == (1, *shape) or (shape[0] == 1 and values.shape == shape[1:]):
             values = values.reshape(shape)
         if values.shape != shape:
@@ -228,18 +226,20 @@ def _values(name: str, shape: tuple[int, ...], what: str) -> tuple[Tensor, bool]
 
 
 def read_mask(path: Any, event: tuple[int, ...]) -> Tensor:
-    """(*event) bool from mask.png (one for all channels) or mask.npy.
+    """(*event) bool from mask.png (one for all channels), mask.npy or a rectangle, hole:ROWSxCOLUMNS.
 
     Raises:
-        ConfigError: the path is no text.
+        ConfigError: the path is no text, or the rectangle is none of a sample.
         FileNotFoundError: there is no such file.
         ValueError: not of the size of a sample, more than two values, or nothing seen.
     """
     if not isinstance(path, str):
-        raise ConfigError(f"mask is the name of a file; got {path!r}.")
+        raise ConfigError(f"mask is the name of a file, or hole:ROWSxCOLUMNS; got {path!r}.")
+    if path.startswith("hole:"):
+        return _without(path, event)
     file = existing(path)
     if file.suffix == ".npy":
-        values = torch.from_numpy(_array(file).astype(np.float32))
+        values = torch.from_numpy(read_array(file).astype(np.float32))
         shapes = {tuple(event), tuple(event[1:]), (1, *event[1:])} - {()}
     else:
         values = read_image(file, 1).float()
@@ -259,15 +259,19 @@ def read_mask(path: Any, event: tuple[int, ...]) -> Tensor:
     return (values != 0).expand(event).clone()
 
 
-def _array(file: Path) -> np.ndarray:
-    refuse_lfs_pointer(file)
-    try:
-        values = np.load(file, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise ValueError(f"{file}: expected an array of numbers, found a damaged or other file ({error}).") from error
-    if values.dtype.kind not in "biuf":
-        raise ValueError(f"{file}: expected an array of numbers, found dtype {values.dtype}.")
-    return values
+def _without(hole: str, event: tuple[int, ...]) -> Tensor:
+    """All of a sample but a rectangle: hole:0-13x7-20 has rows 0 to 13 and columns 7 to 20."""
+    match = re.fullmatch(r"hole:(\d+)-(\d+)x(\d+)-(\d+)", hole)
+    top, bottom, left, right = map(int, match.groups()) if match else (1, 0, 1, 0)
+    if len(event) != 3 or not (top <= bottom < event[1] and left <= right < event[2]):
+        raise ConfigError(
+            f"mask={hole}: expected rows and columns of samples of shape {event}, counted from 0, as in hole:0-13x7-20."
+        )
+    seen = torch.ones(event, dtype=torch.bool)
+    seen[:, top : bottom + 1, left : right + 1] = False
+    if not bool(seen.any()):
+        raise ConfigError(f"mask={hole}: expected some pixels that are seen, found none.")
+    return seen
 
 
 def _affine(scaling: Scaling, picture: bool = False) -> tuple[float, float]:

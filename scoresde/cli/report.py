@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from ..data import Dataset
@@ -20,6 +19,7 @@ from ..rng import Rng
 from ..sampling import Sampler
 from ..train import BitsPerDim, Job, Logger, OdeLikelihood, Samples, drawing, figures
 from ..train.evaluation import spread
+from .conditions import alike, by_name, in_turn, told_in_turn
 from .folder import finish
 
 
@@ -59,11 +59,6 @@ class Evaluation:
             raise ValueError(f"evaluation.objective is bits_per_dim or loss; got {self.objective!r}.")
 
 
-def labels_for(dataset: Dataset, n: int, conditional: bool) -> Tensor | None:
-    """Class k mod classes for sample k; None for an unconditional model."""
-    return torch.arange(n) % dataset.classes if conditional and dataset.classes else None
-
-
 def check_samplers(samplers: Mapping[str, Sampler], denoiser: Denoiser) -> None:
     """Refuses, before training, a sampler whose grid does not fit the SDE."""
     for name, sampler in samplers.items():
@@ -75,14 +70,14 @@ def check_samplers(samplers: Mapping[str, Sampler], denoiser: Denoiser) -> None:
 
 def sampling_jobs(
     samplers: Mapping[str, Sampler], denoiser: Denoiser, event_shape: Sequence[int], *,
-    seeds: Sequence[int], labels: Tensor | None, batch_size: int, cond: Cond = None,
+    seeds: Sequence[int], cond: Cond, batch_size: int,
 ) -> dict[str, Job[Samples]]:  # fmt: skip
     """Samples by every sampler from the same seeds: what is to be done."""
     watched = 8 if len(event_shape) > 1 else 500
     return {
         name: drawing(
-            denoiser, sampler, event_shape, seeds=seeds, labels=labels, cond=cond, batch_size=batch_size,
-            watched=watched, name=f"samples-{name}",
+            denoiser, sampler, event_shape, seeds=seeds, cond=cond, batch_size=batch_size, watched=watched,
+            name=f"samples-{name}",
         )
         for name, sampler in samplers.items()
     }  # fmt: skip
@@ -91,23 +86,28 @@ def sampling_jobs(
 def write_samples(
     made: Mapping[str, Samples], dataset: Dataset, folder: Path, *, seeds: Sequence[int], pictures: bool = True
 ) -> None:
-    """Arrays and pictures. `samples.npz` holds `<sampler>` (n, *event) in the coordinates of the raw data; the first
-    sampler's pictures are `samples.png` and `trajectory.png`, the others carry its name.
+    """Arrays and pictures. `samples.npz` holds `<sampler>` (n, *event) in the coordinates of the raw data, and what the
+    samples were told, `labels`, `cond_vector`, `cond_image`, `cond_tokens`; the first sampler's pictures are
+    `samples.png` and `trajectory.png`, the others carry its name.
     """
-    labels = next(iter(made.values())).labels
-    real = dataset.test.raw
-    if labels is not None and dataset.test.labels is not None:  # of the classes that were asked for
-        alike = torch.isin(dataset.test.labels, labels)
-        real = real[alike] if bool(alike.any()) else real
-    real = dataset.encode(real[spread(len(real), min(len(seeds), len(real)))])
+    cond = next(iter(made.values())).cond
+    real = real_beside(cond, dataset, len(seeds)) if pictures else None
     for index, (name, samples) in enumerate(made.items()):
-        if pictures:
+        if real is not None:
             suffix = f"-{name}" if index else ""
             figures.sample_grid(samples.x, real, folder / f"samples{suffix}.png")
             figures.trajectory(samples.frames, samples.times, folder / f"trajectory{suffix}.png")
     arrays: dict[str, Any] = {name: np.asarray(dataset.decode(samples.x)) for name, samples in made.items()}
-    extra: dict[str, Any] = {} if labels is None else {"labels": labels.numpy()}
+    extra: dict[str, Any] = {
+        "labels" if name == "label" else f"cond_{name}": value.numpy() for name, value in by_name(cond).items()
+    }
     np.savez_compressed(folder / "samples.npz", seeds=np.asarray(list(seeds)), **extra, **arrays)
+
+
+def real_beside(cond: Cond, dataset: Dataset, n: int) -> Tensor:
+    """At most n held-out samples, model data, that are told what samples were told, if there are such."""
+    real = dataset.test.raw[alike(cond, dataset)]
+    return dataset.encode(real[spread(len(real), min(n, len(real)))])
 
 
 def table(
@@ -150,18 +150,18 @@ def measuring_jobs(
     """What a report needs: held-out bits/dim, and samples by each sampler."""
     seeds = range(seed * evaluation.samples, (seed + 1) * evaluation.samples)
     draws = sampling_jobs(
-        samplers, denoiser, dataset.event_shape, seeds=seeds, labels=labels_for(dataset, len(seeds), conditional),
+        samplers, denoiser, dataset.event_shape, seeds=seeds, cond=in_turn(dataset, len(seeds), conditional),
         batch_size=evaluation.batch_size,
     )  # fmt: skip
     return likelihood.job(denoiser, dataset, points=evaluation.points, seed=seed, conditional=conditional), draws
 
 
-def announce(evaluation: Evaluation, dataset: Dataset, samplers: Mapping[str, Sampler]) -> None:
+def announce(evaluation: Evaluation, dataset: Dataset, samplers: Mapping[str, Sampler], *, conditional: bool) -> None:
     """Prints what is about to be measured."""
-    points = evaluation.points or len(dataset.test)
+    points, said = evaluation.points or len(dataset.test), told_in_turn(dataset, conditional)
     print(
         f"Measuring bits/dim on {points:,} held-out points, drawing {evaluation.samples:,} samples by each of "
-        f"{', '.join(samplers)} …",
+        f"{', '.join(samplers)}{said and ','}{said} …",
         flush=True,
     )
 

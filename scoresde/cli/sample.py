@@ -6,18 +6,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from omegaconf import DictConfig
-from torch import Tensor
 
 from ..config import ConfigError, build, parameters, plain
 from ..denoiser import Denoiser
 from ..train import figures
+from ..train.evaluation import digest_of
 from . import folder as folders
 from ._hydra import allowed, build_samplers, choice, launch, output_folder, refusing
+from .conditions import beside, by_name, choose_cond
+from .kinds import always_told, kinds_of
 from .model import LoadedRun, chosen_run, load_run, set_threads
 from .problem import read_problem
-from .report import check_samplers, labels_for, layout, list_files, sampling_jobs, write_samples
+from .report import check_samplers, layout, list_files, sampling_jobs, write_samples
 from .restored import Method, choose_method, measured, write_restored
 
 
@@ -41,38 +42,6 @@ def choose_seeds(seeds: Any, seed: Any, n: Any) -> list[int]:
     return list(range(seed * n, (seed + 1) * n))
 
 
-def choose_labels(cond: Any, n: int, run: LoadedRun, *, needed: bool) -> Tensor | None:
-    """Labels (n,) as `cond.label` says, a list being gone through again and again; None for no labels.
-
-    Args:
-        cond: the mapping of that key.
-        n: number of samples.
-        run: the model.
-        needed: without a label, take each class in turn; else none.
-
-    Raises:
-        ConfigError: a class that is not there, or any for a model without classes.
-    """
-    if not isinstance(cond, Mapping) or set(cond) != {"label"}:
-        raise ConfigError(f"cond is a mapping with the key label, as in cond.label=7; got {cond!r}.")
-    label, classes = cond["label"], run.dataset.classes
-    if label is None:
-        if needed or not run.conditional:
-            return labels_for(run.dataset, n, run.conditional)
-        if _untold(run):
-            raise ConfigError(f"{run.folder} was never trained without a label; say which: cond.label=…")
-        return None
-    if not run.conditional:
-        raise ConfigError(
-            f"cond.label={label}: {run.folder} was trained without labels; a model that is told them is trained with "
-            "conditional=true."
-        )
-    given = label if isinstance(label, list) else [label]
-    if not given or not all(_whole(value, 0) and value < classes for value in given):
-        raise ConfigError(f"cond.label is a class 0 … {classes - 1} of {run.dataset.name}, or a list; got {label!r}.")
-    return torch.tensor(given)[torch.arange(n) % len(given)]
-
-
 def check_guidance(node: Any, run: LoadedRun) -> None:
     """Refuses classifier-free guidance of a model that has no condition, or never was without.
 
@@ -83,10 +52,10 @@ def check_guidance(node: Any, run: LoadedRun) -> None:
         return
     advice = "Train with conditional=true network.cond_dropout=0.1."
     if not run.conditional:
-        raise ConfigError(f"guidance=cfg steers towards labels, and {run.folder} was trained without. {advice}")
-    if _untold(run):
+        raise ConfigError(f"guidance=cfg steers towards a condition, and {run.folder} was trained without. {advice}")
+    if always_told(run):
         raise ConfigError(
-            f"guidance=cfg also asks the model without its label, and {run.folder} never was trained so "
+            f"guidance=cfg also asks the model without its condition, and {run.folder} never was trained so "
             f"(network.cond_dropout=0). {advice}"
         )
 
@@ -113,6 +82,7 @@ def build_guidance(options: Mapping[str, Any], run: LoadedRun, allow: Sequence[s
     for what, own, other in (
         ("samples of shape", run.dataset.event_shape, guide.dataset.event_shape),
         ("conditional", run.conditional, guide.conditional),
+        ("the conditions", *({name: kind.shape for name, kind in kinds_of(of).items()} for of in (run, guide))),
     ):
         if own != other:
             raise ConfigError(f"guide={folder} has {what} {other}, and {run.folder} {own}; they have to agree.")
@@ -135,19 +105,22 @@ def sample(cfg: DictConfig) -> None:
         check_samplers(samplers, run.denoiser)
         denoiser, guide = build_guidance(options, run, allow)
         problem = read_problem(options, run.dataset, allow)
-        own, repeats = len(seeds), 1 if problem is None else len(problem.inputs)
-        labels = choose_labels(options["cond"], own, run, needed=problem is None)
-        labels = labels if labels is None else labels.repeat(repeats)
+        own, inputs = len(seeds), 1 if problem is None else len(problem.inputs)
+        cond, said = choose_cond(options["cond"], own, run, needed=problem is None)
         method = Method(denoiser, samplers, options["batch_size"])
         if problem is not None:
             method = choose_method(
                 problem, options["posterior"], denoiser, samplers, allow, n=own, batch_size=options["batch_size"]
             )
-        given = {"given": problem and problem.digest, "guide_checkpoint": guide}
+        given = {
+            "given": problem and problem.digest, "guide_checkpoint": guide, "told": cond is not None and digest_of(cond)
+        }  # fmt: skip
         shards = folders.share(folder, options | {name: value for name, value in given.items() if value}, run)
+    if said and not shards.rank:
+        print(said, flush=True)
     jobs = sampling_jobs(
-        method.samplers, method.denoiser, run.dataset.event_shape, seeds=seeds * repeats, labels=labels,
-        cond=None if problem is None else problem.cond(own, labels), batch_size=method.batch_size,
+        method.samplers, method.denoiser, run.dataset.event_shape, seeds=seeds * inputs,
+        cond=cond if problem is None else beside(problem.told(own), cond, inputs), batch_size=method.batch_size,
     )  # fmt: skip
     for job in jobs.values():
         shards.work(job)
@@ -156,9 +129,10 @@ def sample(cfg: DictConfig) -> None:
     made = {name: shards.result(job) for name, job in jobs.items()}
     columns = ["sampler", "NFE", "seconds", "samples"]
     rows = [[name, f"{s.evaluations:.0f}", f"{s.seconds:.1f}", str(len(s.x))] for name, s in made.items()]
+    labels = by_name(cond).get("label")
     record = {
         "run": str(run.folder), "step": run.step, "weights": options["weights"], "seeds": seeds,
-        "guidance": options["guidance"], "labels": None if labels is None else labels[:own].tolist(),
+        "guidance": options["guidance"], "cond": options["cond"], "labels": None if labels is None else labels.tolist(),
         "samplers": {name: plain(cfg.sampler if name == choice("sampler") else cfg.samplers[name]) for name in made},
         "cost": {name: {"nfe": s.evaluations, "seconds": s.seconds} for name, s in made.items()},
     }  # fmt: skip
@@ -190,11 +164,6 @@ _FILES = {
 
 def _whole(value: Any, least: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
-
-
-def _untold(run: LoadedRun) -> bool:
-    """Whether the network is known to have had its label always."""
-    return run.conditional and run.config["network"].get("cond_dropout") == 0
 
 
 if __name__ == "__main__":

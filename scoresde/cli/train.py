@@ -46,9 +46,10 @@ from ..train.parallel import spread_over
 from ..train.signals import Interrupted
 from . import folder as folders
 from ._hydra import allowed, build_samplers, in_sweep, launch, output_folder, refusing
+from .conditions import in_turn
 from .job import one_job
 from .model import build_dataset, build_denoiser, check_fit, choose_device, choose_kernels, set_threads
-from .report import Evaluation, announce, check_samplers, labels_for, list_files, measuring_jobs, report
+from .report import Evaluation, announce, check_samplers, list_files, measuring_jobs, real_beside, report
 
 _UNSAVED = ("out", "resume", "overwrite", "allow_targets")
 _RESULTS = {
@@ -222,11 +223,12 @@ def measure(plan: Plan, run: Training) -> Mapping[str, float]:
 def picture(plan: Plan, run: Training, folder: Path) -> Mapping[str, Path]:
     """Samples of the average beside real ones, during training."""
     dataset, n = run.dataset, min(plan.evaluation.samples, len(run.dataset.test))
+    cond = in_turn(dataset, n, plan.config["conditional"])
     made = draw(
-        run.average.denoiser, next(iter(plan.samplers.values())), dataset.event_shape, seeds=range(n),
-        labels=labels_for(dataset, n, plan.config["conditional"]), batch_size=plan.evaluation.batch_size,
+        run.average.denoiser, next(iter(plan.samplers.values())), dataset.event_shape, seeds=range(n), cond=cond,
+        batch_size=plan.evaluation.batch_size,
     )  # fmt: skip
-    real = dataset.encode(dataset.test.raw[spread(len(dataset.test), n)])
+    real = real_beside(cond, dataset, n)
     return {"eval/samples": figures.sample_grid(made.x, real, folder / "progress" / f"step-{run.step:08d}.png")}
 
 
@@ -275,7 +277,7 @@ def finish(plan: Plan, folder: Path, logger: Logger, seconds: float) -> dict[str
         for job in draws.values():
             shards.work(job)
         return {"objective": loss, "loss": loss}
-    announce(plan.evaluation, training.dataset, plan.samplers)
+    announce(plan.evaluation, training.dataset, plan.samplers, conditional=config["conditional"])
     facts = {"folder": str(folder), **at, "train_seconds": seconds, "loss": loss}
     summary = report(
         shards.result(measured), {name: shards.result(job) for name, job in draws.items()}, training.dataset,

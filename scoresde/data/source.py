@@ -1,8 +1,10 @@
-"""Files that are not what their name says."""
+"""Files as users name them, and those that are not what their name says."""
 
 from __future__ import annotations
 
 from pathlib import Path
+
+import numpy as np
 
 _LFS = b"version https://git-lfs"
 
@@ -37,3 +39,20 @@ def refuse_lfs_pointer(path: Path, start: bytes | None = None) -> None:
         raise ValueError(f"{path} is a Git-LFS pointer, not the data: run 'git lfs pull' in its repository.")
     if not start:
         raise ValueError(f"{path} is empty (0 bytes).")
+
+
+def read_array(file: Path) -> np.ndarray:
+    """The numbers of a .npy file; nothing is unpickled.
+
+    Raises:
+        ValueError: a damaged or other file, or an array of anything else.
+    """
+    refuse_lfs_pointer(file)
+    try:
+        values = np.load(file, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise ValueError(f"{file}: expected an array of numbers, found a damaged or other file ({error}).") from error
+    if not isinstance(values, np.ndarray) or values.dtype.kind not in "biuf":
+        found = f"dtype {values.dtype}" if isinstance(values, np.ndarray) else "several arrays (.npz)"
+        raise ValueError(f"{file}: expected an array of numbers, found {found}.")
+    return values

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..denoiser import Around, Cond, Denoiser
 from ..prediction import Prediction
-from ..shapes import as_time, beside, expand_as_batch
+from ..shapes import as_time, expand_as_batch, per_sample
 from .scale import Scale, checked, strength
 
 
@@ -47,13 +47,26 @@ class Energy(Around):
         if of not in ("xt", "x0"):
             raise ValueError(f"An energy is of 'xt' or of 'x0'; got {of!r}.")
         self.energy, self.scale, self.of, self.conditional = energy, checked(scale), of, bool(conditional)
+        self.prior_evaluations += of == "x0"
 
     def null(self, cond: Cond) -> Cond:
         return None  # an energy knows no null: free guidance around it asks twice, once with no condition
 
     def forward(self, x: Tensor, t: Tensor, cond: Cond = None) -> Prediction:
-        t, told = as_time(t, x), cond if self.conditional else None
-        times = _times(t, x)
+        p, pull = self._pull(x, as_time(t, x), cond)
+        return p.shift(pull)
+
+    def prior_log_prob(self, z: Tensor, cond: Cond = None) -> Tensor:
+        inner = self.denoiser.prior_log_prob(z, cond if self.conditional else None)
+        if self.of == "xt":
+            return inner - _tilt(self, self.energy, z, cond)
+        _, pull = self._pull(z, torch.tensor(self.sde.t_max, dtype=torch.float64), cond)
+        return inner + (pull * (z - self.prior_centre(z))).flatten(1).sum(1)
+
+    def _pull(self, x: Tensor, t: Tensor, cond: Cond) -> tuple[Prediction, Tensor]:
+        """The prediction inside, and δ."""
+        told = cond if self.conditional else None
+        times = per_sample(t, x)
         if self.of == "xt":
             slope, p = _slope(lambda z: self.energy(z, times, cond), x), self.denoiser(x, t, told)
         else:
@@ -64,11 +77,7 @@ class Energy(Around):
 
             slope, (x0, eps) = torch.func.grad(total, has_aux=True)(x)
             p = Prediction(x0, eps, self.sde.at(t, x))
-        return p.shift(-expand_as_batch(strength(self.scale, self.sde.log_snr(t)), x).to(x.dtype) * slope)
-
-    def prior_log_ratio(self, z: Tensor, cond: Cond) -> Tensor:
-        inner = self.denoiser.prior_log_ratio(z, cond if self.conditional else None)
-        return inner - _tilt(self, self.energy, z, cond) if self.of == "xt" else inner
+        return p, -expand_as_batch(strength(self.scale, self.sde.log_snr(t)), x).to(x.dtype) * slope
 
 
 class Classifier(Around):
@@ -106,26 +115,21 @@ class Classifier(Around):
         p = self.denoiser(x, t, cond if self.conditional else None)
         if cond is None:
             return p
-        times = _times(t, x)
+        times = per_sample(t, x)
         slope = _slope(lambda z: self.log_prob(z, times, cond), x)
         return p.shift(expand_as_batch(strength(self.scale, self.sde.log_snr(t)), x).to(x.dtype) * slope)
 
-    def prior_log_ratio(self, z: Tensor, cond: Cond) -> Tensor:
-        inner = self.denoiser.prior_log_ratio(z, cond if self.conditional else None)
+    def prior_log_prob(self, z: Tensor, cond: Cond = None) -> Tensor:
+        inner = self.denoiser.prior_log_prob(z, cond if self.conditional else None)
         return inner if cond is None else inner + _tilt(self, self.log_prob, z, cond)
-
-
-def _times(t: Tensor, x: Tensor) -> Tensor:
-    """t per sample, in single precision or that of x."""
-    return beside(t.to(torch.promote_types(x.dtype, torch.float32)), x).expand(len(x))
 
 
 def _tilt(guided: Energy | Classifier, fn: Callable[[Tensor, Tensor, Cond], Tensor], z: Tensor, cond: Cond) -> Tensor:
     """s (fn(z) − fn(E z)) at t_max: the log of e^{s fn} over its mean, where e^{s fn} is as good as linear in z."""
     t = torch.tensor(guided.sde.t_max, dtype=torch.float64)
-    times, (alpha, _) = _times(t, z), guided.sde.marginal(t)
-    centre = torch.zeros_like(z) + (alpha * torch.as_tensor(guided.data_mean)).to(z)
-    return strength(guided.scale, guided.sde.log_snr(t)).to(z) * (fn(z, times, cond) - fn(centre, times, cond))
+    times = per_sample(t, z)
+    change = fn(z, times, cond) - fn(guided.prior_centre(z), times, cond)
+    return strength(guided.scale, guided.sde.log_snr(t)).to(z) * change
 
 
 def _slope(fn: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from ..denoiser import Around, Cond, Denoiser
 from ..prediction import Prediction
+from ..sde import SDE
 from ..shapes import as_time, expand_as_batch
 from .conditioned import join, one_entry, spread
 from .scale import Scale, checked, number, strength
@@ -54,6 +56,7 @@ class ClassifierFree(Around):
         self.scale = checked(scale)
         self.interval = None if (low, high) == (0, math.inf) or self.scale == 1 else (float(low), float(high))
         self.rescale, self.nothing = float(rescale), null if callable(null) else one_entry(null)
+        self.prior_evaluations *= 2
 
     def null(self, cond: Cond) -> Cond:
         return self.denoiser.null(cond) if self.nothing is None else self._nothing(cond)
@@ -81,21 +84,28 @@ class ClassifierFree(Around):
         inside = (ratio >= self.interval[0]) & (ratio <= self.interval[1])
         return torch.where(inside, weight, torch.ones_like(weight))
 
-    def prior_log_ratio(self, z: Tensor, cond: Cond) -> Tensor:
-        t = torch.tensor(self.sde.t_max, dtype=torch.float64)
-        return self.weight(self.sde.log_snr(t)) * self.denoiser.prior_log_ratio(z, cond)
+    def prior_log_prob(self, z: Tensor, cond: Cond = None) -> Tensor:
+        null = self._nothing(None) if cond is None else self._null(cond)
+        plain = self.denoiser.prior_log_prob(z, spread(null, z))
+        if cond is None:
+            return plain
+        told = self.denoiser.prior_log_prob(z, spread(cond, z))
+        return plain + self.weight(_last(self.sde)).to(z.device) * (told - plain)
 
     def _nothing(self, cond: Cond) -> Cond:
         """The null that was given, if one was."""
         return self.nothing(cond) if callable(self.nothing) else self.nothing
 
+    def _null(self, cond: Cond) -> Cond:
+        """What the unconditional branch beside `cond` is told, one entry; None where it is asked by itself."""
+        null, own = self._nothing(cond), self.denoiser.null(cond)
+        if isinstance(null, Mapping) and isinstance(own, Mapping):
+            return {**own, **null}
+        return own if null is None else null
+
     def _both(self, x: Tensor, t: Tensor, cond: Cond) -> tuple[Prediction, Prediction]:
         """(unconditional, conditional)."""
-        null = self._nothing(cond)
-        own = self.denoiser.null(cond)
-        if isinstance(null, Mapping) and isinstance(own, Mapping):
-            null = {**own, **null}
-        null = own if null is None else null
+        null = self._null(cond)
         if null is None:
             return self.denoiser(x, t, None), self.denoiser(x, t, cond)
         n, times = len(x), t if t.ndim == 0 else torch.cat([t, t])
@@ -122,7 +132,7 @@ class Blend(Around):
     variance 0.12 in place of 0.18.
 
     Args:
-        denoiser: P; priors and moments are its own.
+        denoiser: P; x_T is drawn as its own.
         others: pairs (P_i, w_i), w_i a number or a function of λ.
 
     Raises:
@@ -135,6 +145,7 @@ class Blend(Around):
             _check_same(denoiser, other)
         self.others = torch.nn.ModuleList(other for other, _ in others)
         self.scales = [checked(scale) for _, scale in others]
+        self.prior_evaluations += sum(other.prior_evaluations for other, _ in others)
 
     def forward(self, x: Tensor, t: Tensor, cond: Cond = None) -> Prediction:
         snr = self.sde.log_snr(as_time(t, x))
@@ -144,6 +155,12 @@ class Blend(Around):
             weight, q = expand_as_batch(strength(scale, snr), x).to(x0.dtype), other(x, t, cond)
             x0, eps = x0 + weight * (q.x0 - p.x0), eps + weight * (q.eps - p.eps)
         return Prediction(x0, eps, p.scales)
+
+    def prior_log_prob(self, z: Tensor, cond: Cond = None) -> Tensor:
+        log_prob = own = self.denoiser.prior_log_prob(z, cond)
+        for other, scale in zip(cast(Iterable[Denoiser], self.others), self.scales, strict=True):
+            log_prob = log_prob + strength(scale, _last(self.sde)).to(z.device) * (other.prior_log_prob(z, cond) - own)
+        return log_prob
 
 
 class Auto(Around):
@@ -164,12 +181,22 @@ class Auto(Around):
         super().__init__(denoiser)
         _check_same(denoiser, guide)
         self.guide, self.scale = guide, checked(scale)
+        self.prior_evaluations += guide.prior_evaluations
 
     def forward(self, x: Tensor, t: Tensor, cond: Cond = None) -> Prediction:
         p = self.denoiser(x, t, cond)
         if self.scale == 1:
             return p
         return self.guide(x, t, cond).blend(p, strength(self.scale, self.sde.log_snr(as_time(t, x))))
+
+    def prior_log_prob(self, z: Tensor, cond: Cond = None) -> Tensor:
+        own, weak = (denoiser.prior_log_prob(z, cond) for denoiser in (self.denoiser, self.guide))
+        return weak + strength(self.scale, _last(self.sde)).to(z.device) * (own - weak)
+
+
+def _last(sde: SDE) -> Tensor:
+    """λ at t_max."""
+    return sde.log_snr(torch.tensor(sde.t_max, dtype=torch.float64))
 
 
 def _check_same(denoiser: Denoiser, other: Denoiser) -> None:

@@ -20,7 +20,8 @@ def conjugate_gradients(
 
     In exact arithmetic done after as many iterations as S has distinct eigenvalues. A sample rests when its residual
     is below `tolerance` ‖b‖, or where vᵀS v ≤ 0. A network's Jacobian need be neither symmetric nor positive; then
-    iterates lead anywhere, so that of the least residual is returned.
+    iterates lead anywhere, so that of the least residual is returned. Under `torch.compile` the loop is unrolled, with
+    all its iterations; a strict solve breaks the graph instead, as it has to look at its numbers.
 
     Args:
         product: S v.
@@ -42,8 +43,8 @@ def conjugate_gradients(
     best, least = u, size
     for _ in range(iterations):
         moving = moving & (size > goal)
-        # a compiled graph has no way out of a loop; there all iterations are made
-        if not torch.compiler.is_compiling() and not bool(moving.any()):
+        # a compiled graph has no way out of a loop; there all iterations are made, but for a strict solve
+        if (strict or not torch.compiler.is_compiling()) and not bool(moving.any()):
             break
         image = product(direction).double()
         curvature = _dot(direction, image)
@@ -56,7 +57,7 @@ def conjugate_gradients(
         size = after
         better = size < least
         best, least = torch.where(expand_as_batch(better, b), u, best), torch.minimum(size, least)
-    if strict and not torch.compiler.is_compiling():
+    if strict:
         bad = (least > goal).nonzero().flatten().tolist()
         if bad:
             raise RuntimeError(
@@ -66,11 +67,19 @@ def conjugate_gradients(
     return best
 
 
+def checked(iterations: int, tolerance: float) -> tuple[int, float]:
+    """The arguments of a solve, or a ValueError."""
+    if iterations < 1 or iterations != int(iterations) or not 0 < tolerance < 1:
+        raise ValueError(f"iterations >= 1, whole, and 0 < tolerance < 1; got {iterations} and {tolerance}.")
+    return int(iterations), float(tolerance)
+
+
 def solve(product: Product, variance: Tensor, b: Tensor, *, iterations: int, tolerance: float) -> tuple[Tensor, Tensor]:
     r"""u = (diag(variance) + P)⁻¹ b and log det of that matrix.
 
     Where y has at most `iterations` entries, P is written out by as many products, its symmetric part is taken, and
-    both are exact. Else u is by conjugate gradients, and log det that of s² I with the s² = bᵀb/bᵀu which b sees.
+    both are exact. Else u is by conjugate gradients, and log det that of diag(variance), its limit as P → 0. What it
+    leaves out is the same for all samples of a Gaussian prior; a guess from b or a probe would be noise between them.
 
     Args:
         product: P v, P ⪰ 0.
@@ -85,17 +94,19 @@ def solve(product: Product, variance: Tensor, b: Tensor, *, iterations: int, tol
     variance, b = variance.double().expand(b.shape), b.double()
     if size > iterations:
         u = conjugate_gradients(lambda v: variance * v + product(v), b, iterations=iterations, tolerance=tolerance)
-        ratio = _dot(b, b) / _dot(b, u).clamp(min=torch.finfo(torch.float64).tiny)
-        return u, size * torch.where(ratio > 0, ratio, 1.0).log()
+        return u, variance.clamp(min=torch.finfo(torch.float64).tiny).log().flatten(1).sum(1)
     basis = torch.eye(size, dtype=torch.float64, device=b.device).reshape(size, 1, *b.shape[1:])
     matrix = torch.stack([product(row.expand(b.shape)).double().flatten(1) for row in basis], 1)
     matrix = 0.5 * (matrix + matrix.mT)
+    # a sample that is not finite has NaN for its answer: it shall not take the others with it
+    sound = torch.isfinite(matrix).all((1, 2), keepdim=True)
+    matrix = torch.where(sound, matrix, 0.0)
     # the Jacobian of a network has eigenvalues below 0 where it errs; their size says how much, and stands for them
     values, vectors = torch.linalg.eigh(matrix.detach())
-    lift = 2 * (-values).clamp(min=0) + 1e-10 * values.abs().mean(1, keepdim=True)
+    lift = 2 * (-values).clamp(min=0) + 1e-10 * values.abs().mean(1, keepdim=True) + 1e-16
     matrix = matrix + vectors @ (lift[..., None] * vectors.mT) + torch.diag_embed(variance.flatten(1))
     factor = torch.linalg.cholesky(matrix)
-    u = torch.cholesky_solve(b.flatten(1)[..., None], factor)[..., 0]
+    u = torch.cholesky_solve(torch.where(sound, b.flatten(1)[..., None], torch.nan), factor)[..., 0]
     return u.reshape(b.shape), 2 * factor.diagonal(dim1=1, dim2=2).log().sum(1)
 
 

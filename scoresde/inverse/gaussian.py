@@ -6,7 +6,8 @@ r"""Posterior denoisers by one formula: x_0 given x_t taken as N(x̂_0, V), and 
 The exact covariance of x_0 given x_t is Cov[x_0|x_t] = (σ²/α) J under every SDE (x̂_0 = (x_t + σ² score)/α,
 differentiated once more), so J is symmetric, and Jᵀu, a backward pass, is J u. The methods differ in the V that they
 put for it. One network call each; where A is not linear, its derivative at x̂_0 takes its place. V or S is held fixed as
-x_t is differentiated, which costs nothing for a Gaussian prior and is one more bias for others.
+x_t is differentiated, which costs nothing for a Gaussian prior and is one more bias for others. Where V is so small
+that δ would lead further from y than x̂_0 is, by the exact covariance, it is shortened (`_held`).
 """
 
 from __future__ import annotations
@@ -21,12 +22,13 @@ from torch import Tensor
 from ..denoiser import Around, Cond, Denoiser
 from ..prediction import Prediction
 from ..shapes import expand_as_batch
-from .conjugate import solve
+from .conjugate import checked, solve
 from .observation import Linear, Map, Observation
 
 
 class Look(NamedTuple):
-    """A prediction, the same told of y, and log p(y|x_t) (B,) in nats, as far as the method knows it."""
+    """A prediction, the same told of y, and log p(y|x_t) (B,) in nats, as far as the method knows it: of a y of more
+    entries than its iterations without what log det S has beyond std², see `conjugate.solve`."""
 
     plain: Prediction
     told: Prediction
@@ -44,6 +46,7 @@ class Posterior(Around, abc.ABC):
     def __init__(self, denoiser: Denoiser, observation: Observation):
         super().__init__(denoiser)
         self.observation = observation
+        self.prior_evaluations += 1
 
     @abc.abstractmethod
     def look(self, x: Tensor, t: Tensor, cond: Cond = None) -> Look:
@@ -51,6 +54,12 @@ class Posterior(Around, abc.ABC):
 
     def forward(self, x: Tensor, t: Tensor, cond: Cond = None) -> Prediction:
         return self.look(x, t, cond).told
+
+    def prior_log_prob(self, z: Tensor, cond: Cond = None) -> Tensor:
+        """With log p_T(z|y)/p_T(z) = δ · (z − E z), by the one δ at z: one network call more."""
+        look = self.look(z, torch.tensor(self.sde.t_max, dtype=torch.float64), cond)
+        gain = (look.told.score - look.plain.score) * (z - self.prior_centre(z))
+        return self.denoiser.prior_log_prob(z, self.observation.split(cond)[1]) + gain.flatten(1).sum(1)
 
 
 def with_jacobian(denoiser: Denoiser, x: Tensor, t: Tensor, cond: Cond) -> tuple[Prediction, Map]:
@@ -76,9 +85,7 @@ class Matched(Posterior, abc.ABC):
 
     def __init__(self, denoiser: Denoiser, observation: Observation, *, iterations: int, tolerance: float):
         super().__init__(denoiser, observation)
-        if iterations < 1 or not 0 < tolerance < 1:
-            raise ValueError(f"iterations >= 1 and 0 < tolerance < 1; got {iterations} and {tolerance}.")
-        self.iterations, self.tolerance = int(iterations), float(tolerance)
+        self.iterations, self.tolerance = checked(iterations, tolerance)
 
     @abc.abstractmethod
     def spread(self, p: Prediction, pull: Map) -> Map:
@@ -95,7 +102,10 @@ class Matched(Posterior, abc.ABC):
             iterations=self.iterations,
             tolerance=self.tolerance,
         )
-        return Look(p, p.shift(pull(near.adjoint(u))), _log_normal(near, u, log_det))
+        back = near.adjoint(u)
+        slope = pull(back)
+        held = expand_as_batch(_held(near, u, _covariance_factor(p) * back * slope), x).to(x.dtype)
+        return Look(p, p.shift(held * slope), _log_normal(near, u, log_det))
 
 
 class PiGDM(Matched):
@@ -240,7 +250,8 @@ class DiffPIR(Posterior):
         super().__init__(denoiser, observation)
         if not 0 < weight < math.inf:
             raise ValueError(f"weight is that of the prior, > 0; got {weight}.")
-        self.weight, self.iterations, self.tolerance = float(weight), int(iterations), float(tolerance)
+        self.weight = float(weight)
+        self.iterations, self.tolerance = checked(iterations, tolerance)
 
     def look(self, x: Tensor, t: Tensor, cond: Cond = None) -> Look:
         measured, rest = self.observation.split(cond)
@@ -262,6 +273,17 @@ class DiffPIR(Posterior):
 def _covariance_factor(p: Prediction) -> Tensor:
     """σ²/α: Cov[x_0|x_t] over J."""
     return p.scales.sigma**2 / p.scales.alpha
+
+
+def _held(near: Linear, u: Tensor, along: Tensor) -> Tensor:
+    """κ = min(1, 2 uᵀr / uᵀSu) (B,), with the S of the exact covariance: uᵀA Cov Aᵀu is the sum of `along`.
+
+    Beyond that κ u leads further from y than it started, ½κ²uᵀSu > κ uᵀr, and without noise on the way a V that is
+    too small throws x_t out for good. 1 where V is exact.
+    """
+    goal = 2 * (near.residual * u).flatten(1).sum(1)
+    reach = along.double().flatten(1).sum(1) + (near.variance * u**2).flatten(1).sum(1)
+    return torch.where(reach > goal, goal / reach.clamp(min=torch.finfo(torch.float64).tiny), 1.0)
 
 
 def _log_normal(near: Linear, u: Tensor, log_det: Tensor) -> Tensor:

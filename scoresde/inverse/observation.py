@@ -48,13 +48,14 @@ class Observation(nn.Module):
             condition, `cond={"y": y}`, and with it, if they differ, noise levels "std" (B,) or of the shape of y. What
             else is in that mapping goes on to the denoiser; under the single name "cond", without the mapping. It has
             to be so for solvers with a step of its own for every sample, which drop samples as they go.
-        operator: A, (B, *event) -> (B, *y), each sample by itself, differentiable.
-        std: noise level, ≥ 0, a number, (B,) or of the shape of y. Methods that divide by it say so.
+        operator: A, (B, *event) -> (B, *y), each sample by itself, differentiable; one number is (B, 1).
+        std: noise level, ≥ 0, a number, (B,) or of the shape of y; one of as many numbers as both B and y have is of
+            the entries of y here, and of the samples in the condition. Methods that divide by it say so.
         linear: whether A is linear; None asks `operator.linear`, and without that it is not. It is tried at first use.
 
     Raises:
-        ValueError: y that is not finite, a negative std; when first used, shapes of y and A(x) that do not fit, a
-            wrong claim that A is linear.
+        TypeError: an operator that is no function. ValueError: y that is no tensor or not finite, a negative std; when
+            first used, shapes of y and A(x) that do not fit, a wrong claim that A is linear.
     """
 
     y: Tensor | None
@@ -63,10 +64,9 @@ class Observation(nn.Module):
     def __init__(self, y: Tensor | None, operator: Map, std: Tensor | float = 0.0, *, linear: bool | None = None):
         super().__init__()
         std = torch.as_tensor(std, dtype=torch.float64)
-        if y is not None and not (y.is_floating_point() and bool(torch.isfinite(y).all())):
-            raise ValueError(f"y holds finite floating-point numbers; got {y.dtype}, or NaN or infinite ones among it.")
-        if not bool((std >= 0).all() & torch.isfinite(std).all()):
-            raise ValueError(f"std is a noise level, ≥ 0 and finite; got {std.tolist()}.")
+        if not callable(operator):
+            raise TypeError(f"An operator is a function of x, (B, *event) -> (B, *y); got {type(operator).__name__}.")
+        _check(y, std)
         self.register_buffer("y", y, persistent=False)
         self.register_buffer("std", std, persistent=False)
         self.operator = operator
@@ -84,13 +84,17 @@ class Observation(nn.Module):
         if not isinstance(cond, Mapping) or "y" not in cond:
             raise ValueError('This Observation has no y; give it as cond={"y": y}, or to Observation(y, …).')
         rest = {name: value for name, value in cond.items() if name not in ("y", "std")}
-        measured = Measured(cond["y"], cond.get("std", self.std))
+        y, std = cond["y"], torch.as_tensor(cond.get("std", self.std))
+        if std.ndim == 1 and "std" in cond:
+            std = std.reshape(-1, *[1] * (y.ndim - 1))
+        measured = Measured(y, std)
         return measured, (rest["cond"] if set(rest) == {"cond"} else rest or None)
 
     def near(self, x0: Tensor, measured: Measured) -> Linear:
         """The observation linearised at x̂_0 (B, *event)."""
         if not self._tried and not torch.compiler.is_compiling():
             self._try(x0)
+            _check(*measured)
         if self.linear:
             seen, back = self.operator(x0), torch.func.vjp(self.operator, torch.zeros_like(x0))[1]
         else:
@@ -109,6 +113,8 @@ class Observation(nn.Module):
     def fitted(self, measured: Measured, seen: Tensor) -> Measured:
         """y and std so that they broadcast against A(x) = `seen`, on its device."""
         y, std, shape = measured.y.to(seen), measured.std.to(seen.device), tuple(seen.shape)
+        if len(shape) < 2:
+            raise ValueError(f"A(x) is (B, *y), and one number a sample (B, 1); got shape {shape}.")
         y = y[None] if y.shape == shape[1:] else y
         if y.ndim == len(shape) and y.shape[1:] == shape[1:] and len(y) not in (1, shape[0]):
             raise ValueError(
@@ -169,6 +175,14 @@ class Observation(nn.Module):
                 )
 
 
+def _check(y: Tensor | None, std: Tensor) -> None:
+    if y is not None and not (isinstance(y, Tensor) and y.is_floating_point() and bool(torch.isfinite(y).all())):
+        kind = y.dtype if isinstance(y, Tensor) else type(y).__name__
+        raise ValueError(f"y holds finite floating-point numbers; got {kind}, or NaN or infinite ones among it.")
+    if not bool((std >= 0).all() & torch.isfinite(std).all()):
+        raise ValueError(f"std is a noise level, ≥ 0 and finite; got {std.tolist()}.")
+
+
 class Untold(Around):
     """A denoiser that does not hear of y where it comes with the condition: steps that put y in themselves keep it from
     the network, but the last denoising of a `Sampler` does not.
@@ -183,5 +197,11 @@ class Untold(Around):
         self.observation = observation
 
     def forward(self, x: Tensor, t: Tensor, cond: Cond = None) -> Prediction:
+        return self.denoiser(x, t, self._rest(cond))
+
+    def prior_log_prob(self, z: Tensor, cond: Cond = None) -> Tensor:
+        return self.denoiser.prior_log_prob(z, self._rest(cond))
+
+    def _rest(self, cond: Cond) -> Cond:
         told = isinstance(cond, Mapping) and "y" in cond
-        return self.denoiser(x, t, self.observation.split(cond)[1] if told else cond)
+        return self.observation.split(cond)[1] if told else cond

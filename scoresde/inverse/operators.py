@@ -50,6 +50,9 @@ class Mask(Operator):
     mask: Tensor
 
     def forward(self, x: Tensor) -> Tensor:
+        mask, event = tuple(self.mask.shape), tuple(x.shape)
+        if len(mask) > len(event) or any(n not in (1, m) for n, m in zip(mask[::-1], event[::-1], strict=False)):
+            raise ValueError(f"A mask of shape {mask} is not one of {len(x)} samples of shape {event[1:]}.")
         return torch.where(self.mask.to(x.device), x, torch.zeros((), dtype=x.dtype, device=x.device))
 
 
@@ -62,8 +65,8 @@ class DownSample(Operator):
 
     def __init__(self, factor: int):
         super().__init__()
-        if factor < 1:
-            raise ValueError(f"factor is at least 1; got {factor}.")
+        if factor < 1 or factor != int(factor):
+            raise ValueError(f"factor is a whole number of at least 1; got {factor}.")
         self.factor = int(factor)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -94,8 +97,8 @@ class Blur(Operator):
             reach = math.ceil(4 * std)
             kernel = torch.exp(-0.5 * (torch.arange(-reach, reach + 1, dtype=torch.float64) / std) ** 2)
             kernel = kernel / kernel.sum()
-        if kernel.ndim != 1 or len(kernel) % 2 == 0:
-            raise ValueError(f"A kernel is (k,) with k odd; got shape {tuple(kernel.shape)}.")
+        if kernel.ndim != 1 or len(kernel) % 2 == 0 or not bool(torch.isfinite(kernel).all()):
+            raise ValueError(f"A kernel is (k,) with k odd, and finite; got shape {tuple(kernel.shape)}.")
         self.register_buffer("kernel", kernel, persistent=False)
         self.edges = edges
 
@@ -122,8 +125,8 @@ class ColourMix(Operator):
     def __init__(self, matrix: Tensor):
         super().__init__()
         matrix = torch.as_tensor(matrix)
-        if matrix.ndim != 2:
-            raise ValueError(f"A colour matrix is (K, C); got shape {tuple(matrix.shape)}.")
+        if matrix.ndim != 2 or not bool(torch.isfinite(matrix).all()):
+            raise ValueError(f"A colour matrix is (K, C), and finite; got shape {tuple(matrix.shape)}.")
         self.register_buffer("matrix", matrix, persistent=False)
 
     matrix: Tensor
@@ -161,6 +164,8 @@ class RandomProjection(Operator):
     matrix: Tensor
 
     def forward(self, x: Tensor) -> Tensor:
+        if x[0].numel() != self.matrix.shape[1]:
+            raise ValueError(f"This matrix is for {self.matrix.shape[1]} entries; got samples of {tuple(x.shape[1:])}.")
         return x.flatten(1) @ self.matrix.to(x).mT
 
 

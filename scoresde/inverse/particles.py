@@ -80,13 +80,14 @@ class TwistedSMC(Step):
         threshold: float = 0.5,
         report: Callable[[Tensor], object] | None = None,
     ):
-        if particles is not None and particles < 1:
-            raise ValueError(f"particles is at least 1, or None for the whole batch; got {particles}.")
+        if particles is not None and (particles < 1 or particles != int(particles)):
+            raise ValueError(f"particles is a whole number, at least 1, or None for the whole batch; got {particles}.")
         if not 0 <= threshold <= 1:
             raise ValueError(f"threshold is a share of the particles, in [0, 1]; got {threshold}.")
         if not bool((observation.std > 0).all()):
             raise ValueError("Particles are weighted by a density of y, which needs an Observation with std > 0.")
-        self.observation, self.particles, self.method = observation, particles, method
+        self.observation, self.method = observation, method
+        self.particles = None if particles is None else int(particles)
         self.threshold, self.report = float(threshold), report
 
     def init(self, x: Tensor) -> State:
@@ -94,12 +95,16 @@ class TwistedSMC(Step):
         if len(x) % size:
             raise ValueError(f"A batch of {len(x)} has no groups of {size} particles.")
         y = self.observation.y
-        if y is not None and len(y) == len(x) and y.shape[1:]:
-            groups = y.reshape(-1, size, *y.shape[1:])
-            shared = self.observation(x[:1]).shape[1:] == y.shape
-            if not shared and not bool((groups == groups[:, :1]).all()):
-                raise ValueError(f"y differs within a group of {size} particles; repeat each {size} times.")
+        if y is not None and len(y) == len(x) and y.shape[1:] and self.observation(x).shape[1:] != y.shape:
+            self._check(y)
         return None
+
+    def _check(self, y: Tensor) -> None:
+        """y (B, *y) is one for all of a group."""
+        size = self.particles or len(y)
+        groups = y.reshape(-1, size, *y.shape[1:])
+        if not bool((groups == groups[:, :1]).all()):
+            raise ValueError(f"y differs within a group of {size} particles; repeat each {size} times.")
 
     def count(self, steps: int) -> int:
         return steps + 1
@@ -109,6 +114,16 @@ class TwistedSMC(Step):
     ) -> tuple[Tensor, State]:
         twist = self.method(denoiser, self.observation)
         if state is None or state.given is not x:
+            if (
+                state is None
+                and self.observation.y is None
+                and not (x.is_cuda and torch.cuda.is_current_stream_capturing())
+            ):
+                y, std = self.observation.split(cond)[0]
+                if not bool((std > 0).all()):
+                    raise ValueError("Particles are weighted by a density of y, which needs std > 0.")
+                if len(y) == len(x):
+                    self._check(y)
             look = twist.look(x, t, cond)
             # x_T comes from the prior; later x, if others moved them, are draws of p_t(x) p̃(y|x) already
             log_weights = look.log_prob.double() if state is None else torch.zeros_like(look.log_prob.double())

@@ -13,6 +13,7 @@ from ..rng import Rng
 from ..sampling import Step
 from ..sampling.sampler import State
 from ..shapes import expand_as_batch
+from .conjugate import checked
 from .observation import Observation
 
 
@@ -24,7 +25,8 @@ class Replacement(Step):
     y, and of the other it knows late. Bias: samples fit y, and are less coherent with it than the posterior; the
     prior of the part that is seen is left out, which counts where std is not small. No derivative of the network.
 
-    It needs moves that are short: steps that go from noise to data in one call, as adaptive ones, are refused.
+    It needs moves that are short: steps that go from noise to data in one call, as adaptive ones, are refused. Under
+    `torch.compile` A⁺ breaks the graph, as it goes on until it is reached.
 
     Args:
         step: the move, of any kind but those.
@@ -44,7 +46,7 @@ class Replacement(Step):
         if not observation.linear:
             raise ValueError("Replacement needs a linear operator; say linear=True, or take PiGDM, MMPS or DPS.")
         self.step, self.observation = step, observation
-        self.iterations, self.tolerance = int(iterations), float(tolerance)
+        self.iterations, self.tolerance = checked(iterations, tolerance)
         self.order, self.evaluations, self.default_steps = step.order, step.evaluations, step.default_steps
 
     def init(self, x: Tensor) -> State:
@@ -102,8 +104,8 @@ class RePaint(Step):
         iterations: int = 500,
         tolerance: float = 1e-4,
     ):
-        if jump < 1 or repeats < 1:
-            raise ValueError(f"jump and repeats are at least 1; got {jump} and {repeats}.")
+        if jump < 1 or repeats < 1 or jump != int(jump) or repeats != int(repeats):
+            raise ValueError(f"jump and repeats are whole numbers of at least 1; got {jump} and {repeats}.")
         self.step = Replacement(step, observation, iterations=iterations, tolerance=tolerance)
         self.jump, self.repeats = int(jump), int(repeats)
         self.order, self.evaluations, self.default_steps = step.order, step.evaluations, step.default_steps

@@ -199,7 +199,7 @@ class Samples:
 
     Attributes:
         x: (n, *event), model coordinates, on the CPU.
-        labels: (n,) or None.
+        cond: what each was told, (n, …) or a mapping of such; None for nothing.
         frames: (f, k, *event): states of the first k samples along the way, noise first.
         times: (f,) their times.
         evaluations: network calls per batch, on average.
@@ -207,7 +207,7 @@ class Samples:
     """
 
     x: Tensor
-    labels: Tensor | None
+    cond: Cond
     frames: Tensor
     times: list[float]
     evaluations: float
@@ -220,7 +220,6 @@ def draw(
     event_shape: Sequence[int],
     *,
     seeds: Sequence[int],
-    labels: Tensor | None = None,
     cond: Cond = None,
     batch_size: int = 128,
     frames: int = 8,
@@ -232,15 +231,13 @@ def draw(
         denoiser, sampler: the model and the way back.
         event_shape: of one sample.
         seeds: one per sample.
-        labels: (n,) class labels, None for none.
-        cond: what the denoiser is told of each sample, (n, …) or a mapping of such; None: the labels.
+        cond: what the denoiser is told of each sample, (n, …) or a mapping of such; None for nothing.
         batch_size: samples at a time.
         frames, watched: how many states of how many samples of the first batch to keep for a trajectory.
     """
     return drawing(
-        denoiser, sampler, event_shape, seeds=seeds, labels=labels, cond=cond, batch_size=batch_size, frames=frames,
-        watched=watched,
-    ).run()  # fmt: skip
+        denoiser, sampler, event_shape, seeds=seeds, cond=cond, batch_size=batch_size, frames=frames, watched=watched
+    ).run()
 
 
 def drawing(
@@ -249,7 +246,6 @@ def drawing(
     event_shape: Sequence[int],
     *,
     seeds: Sequence[int],
-    labels: Tensor | None = None,
     cond: Cond = None,
     batch_size: int = 128,
     frames: int = 8,
@@ -259,13 +255,12 @@ def drawing(
     """The same as `draw`, in batches, for `Shards`, under a name that tells one sampler from another."""
     device, seeds = model_device(denoiser), list(seeds)
     watch = _frame_indices(denoiser, sampler, frames)
-    told = labels if cond is None else cond
 
     def batch(index: int) -> Iterator[Tensors]:
         start, part = time.monotonic(), slice(index * batch_size, (index + 1) * batch_size)
         kept, times = [], []
         shape = (len(seeds[part]), *event_shape)
-        for trace in sampler.iterate(denoiser, shape, cond=_part(told, part, device), rng=Rng(seeds=seeds[part])):
+        for trace in sampler.iterate(denoiser, shape, cond=_part(cond, part, device), rng=Rng(seeds=seeds[part])):
             if index == 0 and trace.index in watch:
                 kept.append(trace.x[:watched].cpu())
                 times.append(trace.t)
@@ -277,12 +272,11 @@ def drawing(
 
     def merge(batches: list[Tensors]) -> Samples:
         x, first = torch.cat([batch["x"] for batch in batches]), batches[0]
-        return Samples(x, labels, first["frames"], first["times"].tolist(), *_costs(batches))
+        return Samples(x, cond, first["frames"], first["times"].tolist(), *_costs(batches))
 
     settings = {
-        "seeds": seeds, "labels": None if labels is None else labels.tolist(), "event_shape": list(event_shape),
+        "seeds": seeds, "cond": None if cond is None else digest_of(cond), "event_shape": list(event_shape),
         "batch_size": batch_size, "steps": sampler.steps, "frames": frames, "watched": watched,
-        **({} if cond is None else {"cond": digest_of(cond)}),
     }  # fmt: skip
     count = math.ceil(len(seeds) / batch_size)
     return Job(name, count, sampler.steps + 2 + int(sampler.denoise), batch, merge, settings)
