@@ -145,7 +145,7 @@ def test_where_nothing_is_said_held_out_samples_are_gone_through(folder: Path, e
 
 
 def test_a_measurement_and_a_vector_together(folder: Path, vec: LoadedRun) -> None:
-    words = ("problem=inpaint", "mask=mask.npy", "input=[test:1,test:6]", "problem.std=0.1", "posterior=pigdm", "n=3")
+    words = ("problem=inpaint", "mask=mask.npy", "input=[test:1,test:6]", "problem.std=0.1", "grid=uniform", "n=3")
     arrays, _ = drawn(
         folder, "vec", "both", *words, "cond.vector=[[0.3,-1],[1,1]]", "guidance=cfg", "guidance.scale=1.5"
     )  # fmt: skip
