@@ -109,8 +109,8 @@ def _operator(node: Any, path: Any, event: tuple[int, ...], allow: Sequence[str]
         mask = None
     elif path is None:
         raise ConfigError(
-            "Give the mask, not 0 where the input is seen, mask=mask.png or mask=mask.npy; or the rectangle that is not, "
-            "rows and columns: mask=hole:0-13x7-20."
+            "Give the mask, not 0 where the input is seen: mask=mask.png or mask=mask.npy; or the rectangle "
+            "that is not seen, rows and columns: mask=hole:0-13x7-20."
         )
     else:
         mask = read_mask(path, event)

@@ -54,8 +54,8 @@ class TwistedSMC(Step):
     y by the same method, it goes on from those with equal weights.
 
     Its denoiser is the prior's: `Sampler(TwistedSMC(seen), LogisticGrid(denoiser.sigma_data))(denoiser, shape)`. That
-    grid halves the discretisation of `LogSNRGrid`. The more steps, the less weights vary, as each proposal is nearer:
-    where y has many entries of little noise, 400 are worth more than many particles.
+    grid halves the discretisation of `LogSNRGrid`. The more steps, the nearer is each proposal and the less weights
+    vary: the table of `benchmarks/posterior.py` is made with 400.
 
     Args:
         observation: y, A and std > 0; if y is one per sample, all of a group have the same.
