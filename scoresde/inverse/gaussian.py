@@ -146,8 +146,8 @@ class TMPD(Matched):
     r"""TMPD (Boys et al. 2023, eq. 9 and sec. 3.2): V = (σ²/α) diag(J 1), the row sums of the exact covariance.
 
     Exact for a Gaussian prior of diagonal covariance. Bias: what is correlated is added up along a row, too wide where
-    entries vary together and too narrow where against each other (sums below 0 are taken as 0); otherwise as `MMPS`.
-    Cost: two backward passes.
+    entries vary together and too narrow where against each other (sums below 0 are taken as 0, and the pull shortened):
+    far off where much is correlated; otherwise as `MMPS`. Cost: two backward passes.
 
     Args:
         denoiser, observation: as in `Posterior`.
@@ -167,8 +167,10 @@ class MMPS(Matched):
 
     Exact for any Gaussian prior. Bias: p(x_0|x_t) is taken as Gaussian, so where x_t could still become one of several
     modes, y decides between them too early or too late. Within a mode nothing is lost, but mode weights are wrong: by
-    0.02 to 0.13 in 2 and 16 dimensions of `benchmarks/posterior.py`, by up to 0.7 in 64, where y rules out modes that
-    the guess cannot tell apart; `TwistedSMC` corrects that. Cost: one backward pass per iteration and one more.
+    0.02 to 0.13 in 2 and 16 dimensions of `benchmarks/posterior.py` (0.3 has been seen in 5), by up to 0.6 in 64, where
+    y rules out modes that the guess cannot tell apart; `TwistedSMC` corrects that. The Jacobian of a network is neither
+    symmetric nor positive, so that with few iterations samples of it can miss y. Cost: one backward pass per iteration
+    and one more.
 
     Args:
         denoiser, observation: as in `Posterior`.
