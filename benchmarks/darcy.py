@@ -8,7 +8,7 @@ pairs, and is then told of u at a few points, with noise, by a posterior method:
 The square's eight symmetries turn a solution into a solution and are training data too. The fields are every
 so-many-th point of a finer grid: their first row and column lie on the boundary (where the data hold a few values that
 no solution has, below 0), their last do not. So it is the 15×15 inside that are symmetric; they are modelled, in a
-16×16 field whose first row and column are 0. On one core training takes 4 minutes, and the samples take 4.
+16×16 field whose first row and column are 0. On one core training takes 4 minutes, and the samples take 10.
 """
 
 from __future__ import annotations
