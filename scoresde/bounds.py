@@ -319,7 +319,7 @@ class _Setting:
         sigma = scales.sigma.double()
         eps = (z - scales.alpha * self.x).double() / sigma
         log_q = -0.5 * (eps**2 + math.log(2 * math.pi)).flatten(1).sum(1) - self.x[0].numel() * sigma.log()
-        return log_q - self.counted.prior_log_prob(z, self.cond).double()
+        return log_q - self.counted.prior_log_prob_given(z, self.cond).double()
 
     def reconstruct(self, z: Tensor) -> Tensor:
         """−log p(x|z) at t_min (B,)."""

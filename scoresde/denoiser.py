@@ -27,7 +27,7 @@ class Denoiser(nn.Module, abc.ABC):
     Attributes:
         data_mean, data_var: moments of the data (numbers, or tensors of the event shape) that the prior at t_max
             takes into account: p_T ≈ N(α_T mean, (α_T² var + σ_T²) I). 0 gives the usual N(0, σ_T² I).
-        prior_evaluations: network calls of `prior_log_prob`.
+        prior_evaluations: network calls of `prior_log_prob_given`.
         sigma_data: about the standard deviation of the data, > 0: the noise level at which solvers and grids expect
             noise to become data.
     """
@@ -54,12 +54,16 @@ class Denoiser(nn.Module, abc.ABC):
         """x_T of shape (B, *event) from the prior of the SDE for data of these moments."""
         return self.sde.prior_sample(shape, rng=rng, mean=self.data_mean, var=self.data_var, dtype=dtype, device=device)
 
-    def prior_log_prob(self, z: Tensor, cond: Cond = None) -> Tensor:
+    def prior_log_prob(self, z: Tensor) -> Tensor:
+        """Log-density of that prior in nats, shape (B,)."""
+        return self.sde.prior_log_prob(z, mean=self.data_mean, var=self.data_var)
+
+    def prior_log_prob_given(self, z: Tensor, cond: Cond) -> Tensor:
         """log p_T(z | cond) in nats, (B,): that of the prior, and what conditions make of it, as far as it is known.
 
         As σ_T leaves little of the data, that is as good as linear in z; it is normalised up to second order.
         """
-        return self.sde.prior_log_prob(z, mean=self.data_mean, var=self.data_var)
+        return self.prior_log_prob(z)
 
     def prior_centre(self, z: Tensor) -> Tensor:
         """α_T mean, as a batch like z: where what is as good as linear in z has the value of its mean."""
@@ -210,8 +214,13 @@ class Around(Denoiser):
     def prior_sample(self, shape: tuple[int, ...], *, rng, dtype: torch.dtype | None = None, device=None) -> Tensor:
         return self.denoiser.prior_sample(shape, rng=rng, dtype=dtype, device=device)
 
-    def prior_log_prob(self, z: Tensor, cond: Cond = None) -> Tensor:
-        return self.denoiser.prior_log_prob(z, cond)
+    def prior_log_prob(self, z: Tensor) -> Tensor:
+        return self.denoiser.prior_log_prob(z)
+
+    def prior_log_prob_given(self, z: Tensor, cond: Cond) -> Tensor:
+        # a prior of its own stays, with what the condition makes of the one inside
+        gain = self.denoiser.prior_log_prob_given(z, cond) - self.denoiser.prior_log_prob(z)
+        return self.prior_log_prob(z) + gain
 
 
 class CountingDenoiser(Around):
@@ -229,6 +238,6 @@ class CountingDenoiser(Around):
         self.evaluations += 1
         return self.denoiser(x, t, cond)
 
-    def prior_log_prob(self, z: Tensor, cond: Cond = None) -> Tensor:
+    def prior_log_prob_given(self, z: Tensor, cond: Cond) -> Tensor:
         self.evaluations += self.prior_evaluations
-        return self.denoiser.prior_log_prob(z, cond)
+        return self.denoiser.prior_log_prob_given(z, cond)

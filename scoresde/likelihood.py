@@ -112,7 +112,7 @@ def log_likelihood(
         flow = _Flow(denoiser, x, solver, divergence or Hutchinson(), cond, rng, differentiable)
         latent, change, errors = flow.run(x, up=True)
         latent = latent.to(x.dtype)
-        log_prob = flow.counted.prior_log_prob(latent, cond) + flow.log_scale + change + log_volume
+        log_prob = flow.counted.prior_log_prob_given(latent, cond) + flow.log_scale + change + log_volume
     return LogLikelihood(log_prob, _total(*errors), latent, flow.counted.evaluations, *errors)
 
 
@@ -160,7 +160,7 @@ def sample_with_log_prob(
     with torch.set_grad_enabled(differentiable):
         flow = _Flow(denoiser, latent, solver, divergence or Hutchinson(), cond, rng, differentiable)
         x, change, errors = flow.run(latent, up=False)
-        log_prob = flow.counted.prior_log_prob(latent, cond) + flow.log_scale + change
+        log_prob = flow.counted.prior_log_prob_given(latent, cond) + flow.log_scale + change
     return x.to(latent.dtype), LogLikelihood(log_prob, _total(*errors), latent, flow.counted.evaluations, *errors)
 
 

@@ -110,7 +110,7 @@ class GaussianMixtureDenoiser(Denoiser):
         z = self.sde.perturb(x0, as_time(self.sde.t_max, x0), rng.normal_like(x0))
         return z.to(device or z.device, dtype or torch.get_default_dtype())
 
-    def prior_log_prob(self, z: Tensor, cond: Cond = None) -> Tensor:
+    def prior_log_prob(self, z: Tensor) -> Tensor:
         """Exact log-density of the marginal at t_max in nats, shape (B,)."""
         return self.log_prob(z, self.sde.t_max)
 

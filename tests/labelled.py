@@ -75,9 +75,12 @@ class Labelled(Denoiser):
     def prior_sample(self, shape, *, rng, dtype=None, device=None):
         return self.whole.prior_sample(shape, rng=rng, dtype=dtype, device=device)
 
-    def prior_log_prob(self, z: Tensor, cond: Cond = None) -> Tensor:
+    def prior_log_prob(self, z: Tensor) -> Tensor:
+        return self.whole.prior_log_prob(z)
+
+    def prior_log_prob_given(self, z: Tensor, cond: Cond) -> Tensor:
         assert cond is None or isinstance(cond, Tensor)
-        return self.whole.prior_log_prob(z) if cond is None else self.log_prob(z, self.sde.t_max, cond)
+        return self.prior_log_prob(z) if cond is None else self.log_prob(z, self.sde.t_max, cond)
 
     def _components(self, x: Tensor, t: Tensor | float) -> tuple[Tensor, ...]:
         """x − αμ_k (B, 6, D), α²c_k + σ² (B, 6, 1), α, σ (B or 1, 1, 1), and log N(x; αμ_k, …) (B, 6)."""

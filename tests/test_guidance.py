@@ -16,6 +16,7 @@ from scoresde import (
     EDM,
     VESDE,
     VPSDE,
+    Denoiser,
     DPMSolverPP,
     Exact,
     GaussianMixtureDenoiser,
@@ -262,8 +263,9 @@ def test_samples_have_their_conditional_density_and_bounds_bound_it(sde):
         torch.testing.assert_close(bound(guided, y).log_prob, want, rtol=0, atol=5e-4)
     z = guided.prior_sample((500, 2), rng=Rng(0), dtype=torch.float64)
     y = torch.zeros(500, dtype=torch.long)
-    gain = denoiser.prior_log_prob(z, y) - denoiser.prior_log_prob(z)
-    assert (guided.prior_log_prob(z, y) - gain - denoiser.prior_log_prob(z)).abs().mean() < 0.03 * gain.abs().mean()
+    plain = denoiser.prior_log_prob(z)
+    gain = denoiser.prior_log_prob_given(z, y) - plain
+    assert (guided.prior_log_prob_given(z, y) - gain - plain).abs().mean() < 0.03 * gain.abs().mean()
 
 
 def test_a_bound_of_a_conditional_is_below_it_and_near():
@@ -291,6 +293,30 @@ class TwoGaussians(Around):
         alpha, sigma = p.scales.alpha, p.scales.sigma
         mean = (2.0 * cond - 1)[:, None] * 0.7
         return p.shift(alpha * mean / (alpha**2 * 0.3 + sigma**2))
+
+
+@pytest.mark.parametrize("wrapper", [Around, Denoiser], ids=["around", "denoiser"])
+def test_a_prior_of_ones_own_need_not_know_of_conditions(wrapper):
+    """log p with it is log p with the usual one and the difference of the two at the latent: here 1."""
+
+    class Mine(wrapper):
+        def __init__(self, inside):
+            super().__init__(inside) if wrapper is Around else super().__init__(inside.sde, inside.sigma_data)
+            self.inside = inside
+
+        def forward(self, x, t, cond=None):
+            return self.inside(x, t, cond)
+
+        def prior_log_prob(self, z):
+            return self.inside.prior_log_prob(z) + 1
+
+    denoiser, y = Labelled(VPSDE()), torch.tensor([0, 1, 2])
+    x = torch.tensor([[0.5, -1.0], [1.0, 0.3], [-0.2, 0.4]])
+    for cond in (None, y):
+        plain, mine = (log_likelihood(d, x, cond=cond, budget=12) for d in (denoiser, Mine(denoiser)))
+        known = denoiser.prior_log_prob_given(plain.latent, cond) - denoiser.prior_log_prob(plain.latent)
+        kept = known if wrapper is Around else 0 * known  # a stranger says nothing of conditions
+        torch.testing.assert_close(mine.log_prob, plain.log_prob - known + kept + 1, rtol=0, atol=1e-5)
 
 
 def test_the_likelihood_of_stronger_guidance_is_that_of_its_flow():

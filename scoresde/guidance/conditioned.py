@@ -38,8 +38,8 @@ class Conditioned(Around):
             raise ValueError("This denoiser has its condition already; leave cond out.")
         return self.denoiser(x, t, spread(self.cond, x))
 
-    def prior_log_prob(self, z: Tensor, cond: Cond = None) -> Tensor:
-        return self.denoiser.prior_log_prob(z, self.cond(cond) if callable(self.cond) else spread(self.cond, z))
+    def prior_log_prob_given(self, z: Tensor, cond: Cond) -> Tensor:
+        return self.denoiser.prior_log_prob_given(z, self.cond(cond) if callable(self.cond) else spread(self.cond, z))
 
 
 def spread(cond: Cond, like: Tensor) -> Cond:

@@ -56,8 +56,8 @@ class Energy(Around):
         p, pull = self._pull(x, as_time(t, x), cond)
         return p.shift(pull)
 
-    def prior_log_prob(self, z: Tensor, cond: Cond = None) -> Tensor:
-        inner = self.denoiser.prior_log_prob(z, cond if self.conditional else None)
+    def prior_log_prob_given(self, z: Tensor, cond: Cond) -> Tensor:
+        inner = self.denoiser.prior_log_prob_given(z, cond if self.conditional else None)
         if self.of == "xt":
             return inner - _tilt(self, self.energy, z, cond)
         _, pull = self._pull(z, torch.tensor(self.sde.t_max, dtype=torch.float64), cond)
@@ -119,8 +119,8 @@ class Classifier(Around):
         slope = _slope(lambda z: self.log_prob(z, times, cond), x)
         return p.shift(expand_as_batch(strength(self.scale, self.sde.log_snr(t)), x).to(x.dtype) * slope)
 
-    def prior_log_prob(self, z: Tensor, cond: Cond = None) -> Tensor:
-        inner = self.denoiser.prior_log_prob(z, cond if self.conditional else None)
+    def prior_log_prob_given(self, z: Tensor, cond: Cond) -> Tensor:
+        inner = self.denoiser.prior_log_prob_given(z, cond if self.conditional else None)
         return inner if cond is None else inner + _tilt(self, self.log_prob, z, cond)
 
 

@@ -84,12 +84,12 @@ class ClassifierFree(Around):
         inside = (ratio >= self.interval[0]) & (ratio <= self.interval[1])
         return torch.where(inside, weight, torch.ones_like(weight))
 
-    def prior_log_prob(self, z: Tensor, cond: Cond = None) -> Tensor:
+    def prior_log_prob_given(self, z: Tensor, cond: Cond) -> Tensor:
         null = self._nothing(None) if cond is None else self._null(cond)
-        plain = self.denoiser.prior_log_prob(z, spread(null, z))
+        plain = self.denoiser.prior_log_prob_given(z, spread(null, z))
         if cond is None:
             return plain
-        told = self.denoiser.prior_log_prob(z, spread(cond, z))
+        told = self.denoiser.prior_log_prob_given(z, spread(cond, z))
         return plain + self.weight(_last(self.sde)).to(z.device) * (told - plain)
 
     def _nothing(self, cond: Cond) -> Cond:
@@ -156,10 +156,11 @@ class Blend(Around):
             x0, eps = x0 + weight * (q.x0 - p.x0), eps + weight * (q.eps - p.eps)
         return Prediction(x0, eps, p.scales)
 
-    def prior_log_prob(self, z: Tensor, cond: Cond = None) -> Tensor:
-        log_prob = own = self.denoiser.prior_log_prob(z, cond)
+    def prior_log_prob_given(self, z: Tensor, cond: Cond) -> Tensor:
+        log_prob = own = self.denoiser.prior_log_prob_given(z, cond)
         for other, scale in zip(cast(Iterable[Denoiser], self.others), self.scales, strict=True):
-            log_prob = log_prob + strength(scale, _last(self.sde)).to(z.device) * (other.prior_log_prob(z, cond) - own)
+            weight = strength(scale, _last(self.sde)).to(z.device)
+            log_prob = log_prob + weight * (other.prior_log_prob_given(z, cond) - own)
         return log_prob
 
 
@@ -189,8 +190,8 @@ class Auto(Around):
             return p
         return self.guide(x, t, cond).blend(p, strength(self.scale, self.sde.log_snr(as_time(t, x))))
 
-    def prior_log_prob(self, z: Tensor, cond: Cond = None) -> Tensor:
-        own, weak = (denoiser.prior_log_prob(z, cond) for denoiser in (self.denoiser, self.guide))
+    def prior_log_prob_given(self, z: Tensor, cond: Cond) -> Tensor:
+        own, weak = (denoiser.prior_log_prob_given(z, cond) for denoiser in (self.denoiser, self.guide))
         return weak + strength(self.scale, _last(self.sde)).to(z.device) * (own - weak)
 
 

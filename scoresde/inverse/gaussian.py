@@ -55,11 +55,11 @@ class Posterior(Around, abc.ABC):
     def forward(self, x: Tensor, t: Tensor, cond: Cond = None) -> Prediction:
         return self.look(x, t, cond).told
 
-    def prior_log_prob(self, z: Tensor, cond: Cond = None) -> Tensor:
+    def prior_log_prob_given(self, z: Tensor, cond: Cond) -> Tensor:
         """With log p_T(z|y)/p_T(z) = δ · (z − E z), by the one δ at z: one network call more."""
         look = self.look(z, torch.tensor(self.sde.t_max, dtype=torch.float64), cond)
         gain = (look.told.score - look.plain.score) * (z - self.prior_centre(z))
-        return self.denoiser.prior_log_prob(z, self.observation.split(cond)[1]) + gain.flatten(1).sum(1)
+        return self.denoiser.prior_log_prob_given(z, self.observation.split(cond)[1]) + gain.flatten(1).sum(1)
 
 
 def with_jacobian(denoiser: Denoiser, x: Tensor, t: Tensor, cond: Cond) -> tuple[Prediction, Map]:

@@ -199,8 +199,8 @@ class Untold(Around):
     def forward(self, x: Tensor, t: Tensor, cond: Cond = None) -> Prediction:
         return self.denoiser(x, t, self._rest(cond))
 
-    def prior_log_prob(self, z: Tensor, cond: Cond = None) -> Tensor:
-        return self.denoiser.prior_log_prob(z, self._rest(cond))
+    def prior_log_prob_given(self, z: Tensor, cond: Cond) -> Tensor:
+        return self.denoiser.prior_log_prob_given(z, self._rest(cond))
 
     def _rest(self, cond: Cond) -> Cond:
         told = isinstance(cond, Mapping) and "y" in cond
