@@ -73,7 +73,10 @@ def _items(items: Any) -> dict[str, Any]:
 
 
 def _records(data: bytes) -> Iterator[bytes]:
-    """LevelDB log format in blocks of 32 KiB: CRC (4), length (2), type (1): 1 whole, 2 first, 3 middle, 4 last."""
+    """LevelDB log format in blocks of 32 KiB: CRC (4), length (2), type (1): 1 whole, 2 first, 3 middle, 4 last.
+
+    A log that is being written may end within a record: what is not whole yet is left out.
+    """
     position, parts = 7, b""  # after W&B's own header
     while position + 7 <= len(data):
         if 32768 - position % 32768 < 7:  # too little is left of a block for a header
@@ -82,6 +85,8 @@ def _records(data: bytes) -> Iterator[bytes]:
         _, length, kind = struct.unpack_from("<IHB", data, position)
         part = data[position + 7 : position + 7 + length]
         position += 7 + length
+        if position > len(data):
+            return
         if kind in (1, 2):
             parts = b""
         parts += part

@@ -191,6 +191,24 @@ def test_a_row_that_was_cut_ends_the_view(tmp_path: Path) -> None:
     assert ([row["step"] for row in run.history], run.exit_code) == ([1], 1)
 
 
+def test_a_log_may_be_read_while_it_is_written(tmp_path: Path) -> None:
+    """Cut at any byte, as a reader finds it whom the writer is a page ahead of, it holds the rows before the cut."""
+    start = {"run": {"id": "a", "dir": str(tmp_path), "config": {}}, "mode": "offline", "pid": 1, "patience": 4}
+    lines = [["start", start], *(["log", {"step": step}] for step in range(1, 6))]
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    subprocess.run([sys.executable, "-P", wandb_view.__file__], input=text, text=True, check=True, timeout=60)
+    (whole,) = offline_runs(tmp_path)
+    (log,) = whole.folder.glob("*.wandb")
+    data, seen = log.read_bytes(), []
+    for size in range(len(data) + 1):
+        log.write_bytes(data[:size])
+        (run,) = offline_runs(tmp_path)
+        assert run.history == whole.history[: len(run.history)]
+        seen.append(len(run.history))
+    assert seen == sorted(seen) and set(seen) == {0, 1, 2, 3, 4, 5}
+    assert [row["step"] for row in whole.history] == [1, 2, 3, 4, 5]
+
+
 TRAINING = """
 import os, pathlib, signal, sys
 from scoresde.train import JsonlLogger, RunFacts, Tee, WandbLogger
