@@ -16,8 +16,8 @@ from torch import Tensor
 
 from scoresde import DDIM, Auto, ClassifierFree, Mask, Observation, PiGDM, Replacement, Rng, Sampler
 from scoresde.cli.conditions import choose_cond
+from scoresde.cli.guided import build_guidance, check_guidance
 from scoresde.cli.model import LoadedRun, load_run
-from scoresde.cli.sample import build_guidance, check_guidance
 from scoresde.config import ConfigError
 from scoresde.inverse import Untold
 
