@@ -69,15 +69,15 @@ class ClassifierLoss(nn.Module):
         super().__init__()
         if not 0 <= smoothing < 1:
             raise ValueError(f"smoothing is a share in [0, 1); got {smoothing}.")
-        self.classifier = classifier
+        self.denoiser = classifier  # by the name that training and checkpoints know
         self.times = LogSNRTimes() if times is None else times
         self.smoothing = float(smoothing)
         self.times.start(classifier.sde)
 
     @property
-    def denoiser(self) -> NoisyClassifier:
-        """What is trained, by the name that `train` knows."""
-        return self.classifier
+    def classifier(self) -> NoisyClassifier:
+        """What is trained."""
+        return self.denoiser
 
     def forward(self, x0: Tensor, y: Cond, *, rng: Rng | None = None) -> Tensor:
         """`terms(…).objective`, to be minimised."""

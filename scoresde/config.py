@@ -85,10 +85,7 @@ def build(node: Any, allow: Sequence[str] = (), *, key: str | None = None, **run
     from hydra.errors import InstantiationException
 
     name = _full_key(node) if key is None else key
-    tree = plain(node)
-    if not isinstance(tree, dict) or "_target_" not in tree:
-        raise ConfigError(f"{name or 'This node'} has no _target_, so there is nothing to build; got {tree!r}.")
-    _check(tree, frozenset(allow), name)
+    tree = _checked(node, allow, name)
     _check_keys(tree, name, runtime)
     try:
         if not runtime:
@@ -106,6 +103,11 @@ def build_network(node: Any, allow: Sequence[str] = (), *, key: str | None = Non
     tree = plain(node)
     partial = isinstance(tree, dict) and bool(tree.get("_partial_"))
     return build(node, allow, key=key, **facts) if partial else build(node, allow, key=key)
+
+
+def taken(node: Any, allow: Sequence[str] = (), *, key: str) -> tuple[list[str], bool]:
+    """`parameters` of the target of a node, which is refused as by `build` before anything is imported for it."""
+    return parameters(_checked(node, allow, key)["_target_"])
 
 
 def plain(node: Any) -> Any:
@@ -142,6 +144,14 @@ def _full_key(node: Any) -> str:
     from omegaconf import OmegaConf
 
     return node._get_full_key("") if OmegaConf.is_config(node) else ""
+
+
+def _checked(node: Any, allow: Sequence[str], key: str) -> dict[str, Any]:
+    tree = plain(node)
+    if not isinstance(tree, dict) or "_target_" not in tree:
+        raise ConfigError(f"{key or 'This node'} has no _target_, so there is nothing to build; got {tree!r}.")
+    _check(tree, frozenset(allow), key)
+    return tree
 
 
 def _check(tree: Any, allow: frozenset[str], key: str) -> None:

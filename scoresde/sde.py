@@ -64,6 +64,11 @@ class SDE(abc.ABC):
     def time(self, log_snr: Tensor) -> Tensor:
         """The t at which log α²/σ² equals `log_snr`: the inverse of `log_snr`, of the same shape."""
 
+    @property
+    def terminal(self) -> Tensor:
+        """t_max as solvers hold times: float64, (), on the CPU."""
+        return torch.tensor(self.t_max, dtype=torch.float64)
+
     def log_snr(self, t: Tensor) -> Tensor:
         """λ_t = log α_t²/σ_t², of the shape of `t`."""
         alpha, sigma = self.marginal(t)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,37 +18,62 @@ from .model import LoadedRun
 _CPU = torch.device("cpu")
 
 
-def choose_cond(given: Any, n: int, run: LoadedRun, *, needed: bool) -> tuple[Cond, str]:
-    """What n samples are told, as `cond` of a command says, rows being gone through again and again; and a sentence
+def choose_cond(given: Any, n: int, run: LoadedRun, *, inputs: Sequence[str] | None = None) -> tuple[Cond, str]:
+    """What samples are told, as `cond` of a command says, rows being gone through again and again; and a sentence
     about it where more is to be known, else an empty one.
 
     Args:
-        given: the mapping of that key; or test:0-7, all that these held-out samples are told.
-        n: number of samples.
+        given: the mapping of that key; or in place of it or of a value, test:0-7, what these held-out samples are told,
+            or input, what each input of a problem is told itself.
+        n: number of samples, of each input if there are such.
         run: the model.
-        needed: where nothing is given, what `in_turn` says; else nothing.
+        inputs: names of a problem's inputs, whose samples follow one another, and which are told nothing where nothing
+            is given. None: there is no problem, and `in_turn` says what they are told then.
 
     Raises:
         ConfigError, ValueError, OSError: a kind that the model was not trained with, one that is missing, or values
             that are not of the kind; says what was given and what is expected.
     """
     kinds = kinds_of(run)
-    if isinstance(given, str) and given.startswith("test:"):
+    if given == "input" or (isinstance(given, str) and given.startswith("test:")):
         given = dict.fromkeys(kinds or NAMES[:1], given)
     if not isinstance(given, Mapping) or not set(given) <= set(NAMES):
         raise ConfigError(
             f"cond is a mapping with the keys {', '.join(NAMES)}, as in cond.label=7, or test:0-7 for all that "
-            f"held-out samples are told; got {given!r}."
+            f"held-out samples are told, or input for all that those of a problem are; got {given!r}."
         )
     given = {name: value for name, value in given.items() if value is not None}
     if not given:
-        if needed or not kinds:
-            said = told_in_turn(run.dataset, run.conditional)
-            return in_turn(run.dataset, n, run.conditional), said and f"Samples are{said}."
-        if always_told(run):
-            name = next(iter(kinds))
-            raise ConfigError(f"{run.folder} was never trained without a {name}; say which: cond.{name}=…")
-        return None, ""
+        return _unsaid(n, run, kinds, inputs is None)
+    _check_kinds(given, kinds, run)
+    told, notes, k = {}, [], 1 if inputs is None else len(inputs)
+    for name, kind in kinds.items():
+        if given[name] == "input":
+            told[name] = kind.rows(_held_out_inputs(name, inputs)).repeat_interleave(n, 0)
+            continue
+        rows = kind.rows(given[name])
+        told[name] = rows[torch.arange(n).repeat(k) % len(rows)]
+        if len(rows) > n:
+            notes.append(f"cond.{name} has {len(rows):,} rows, of which {n:,} samples are told the first {n:,}.")
+    return (told["label"] if set(told) == {"label"} else told), "\n".join(notes)
+
+
+def _unsaid(n: int, run: LoadedRun, kinds: Mapping[str, Kind], in_turns: bool) -> tuple[Cond, str]:
+    """What samples are told where nothing is given, and the sentence."""
+    if in_turns or not kinds:
+        said = told_in_turn(run.dataset, run.conditional)
+        return in_turn(run.dataset, n, run.conditional), said and f"Samples are{said}."
+    if always_told(run):
+        name = next(iter(kinds))
+        raise ConfigError(
+            f"{run.folder} was never trained without a {name}; say which: cond.{name}=…, or cond=input for that of "
+            "the inputs themselves."
+        )
+    return None, ""
+
+
+def _check_kinds(given: Mapping[str, Any], kinds: Mapping[str, Kind], run: LoadedRun) -> None:
+    """Refuses a kind that the model was not trained with, and others without one that it was."""
     for name, value in given.items():
         if not kinds:
             raise ConfigError(
@@ -61,14 +87,20 @@ def choose_cond(given: Any, n: int, run: LoadedRun, *, needed: bool) -> tuple[Co
             f"{run.folder} was trained with {_listed(kinds)} together: give cond.{absent[0]}=… too, or cond=test:0-7 "
             "for all that held-out samples are told."
         )
-    rows = {name: kind.rows(given[name]) for name, kind in kinds.items()}
-    told = {name: values[torch.arange(n) % len(values)] for name, values in rows.items()}
-    notes = [
-        f"cond.{name} has {len(values):,} rows, of which {n:,} samples are told the first {n:,}."
-        for name, values in rows.items()
-        if len(values) > n
-    ]
-    return (told["label"] if set(told) == {"label"} else told), "\n".join(notes)
+
+
+def _held_out_inputs(kind: str, inputs: Sequence[str] | None) -> list[str]:
+    """The inputs, of which is known what they are told themselves."""
+    if inputs is None:
+        raise ConfigError(
+            f"cond.{kind}=input is the {kind} of what a problem is given; say which: problem=inpaint input=test:0-7, …."
+        )
+    if files := [name for name in inputs if not name.startswith("test:")]:
+        raise ConfigError(
+            f"cond.{kind}=input: no {kind} is known of {files[0]}, which is a file and no held-out sample; give it: "
+            f"cond.{kind}=…."
+        )
+    return list(inputs)
 
 
 def in_turn(dataset: Dataset, n: int, conditional: bool) -> Cond:
@@ -106,10 +138,14 @@ def by_name(cond: Cond) -> dict[str, Tensor]:
     return {"label": cond} if isinstance(cond, Tensor) else dict(cond or {})
 
 
-def beside(measured: Mapping[str, Tensor], cond: Cond, inputs: int) -> dict[str, Tensor]:
-    """A measurement, and for each of its inputs anew what else samples are told, as one condition."""
-    told = {"cond": cond} if isinstance(cond, Tensor) else cond or {}
-    return {**measured, **{name: value.repeat(inputs, *[1] * (value.ndim - 1)) for name, value in told.items()}}
+def beside(measured: Mapping[str, Tensor], cond: Cond) -> dict[str, Tensor]:
+    """A measurement of each sample, and what else it is told, as one condition."""
+    return {**measured, **({"cond": cond} if isinstance(cond, Tensor) else cond or {})}
+
+
+def told_arrays(cond: Cond) -> dict[str, np.ndarray]:
+    """What samples were told, by its names in `samples.npz`: `labels`, `cond_vector`, `cond_image`, `cond_tokens`."""
+    return {"labels" if name == "label" else f"cond_{name}": value.numpy() for name, value in by_name(cond).items()}
 
 
 def _listed(kinds: Mapping[str, Kind]) -> str:

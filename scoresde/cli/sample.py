@@ -56,7 +56,7 @@ def sample(cfg: DictConfig) -> None:
         denoiser, guide = build_guidance(options, run, allow)
         problem = read_problem(options, run.dataset, allow)
         own, inputs = len(seeds), 1 if problem is None else len(problem.inputs)
-        cond, said = choose_cond(options["cond"], own, run, needed=problem is None)
+        cond, said = choose_cond(options["cond"], own, run, inputs=problem and problem.inputs)
         method = Method(denoiser, samplers, options["batch_size"])
         if problem is not None:
             method = choose_method(
@@ -70,7 +70,7 @@ def sample(cfg: DictConfig) -> None:
         print(said, flush=True)
     jobs = sampling_jobs(
         method.samplers, method.denoiser, run.dataset.event_shape, seeds=seeds * inputs,
-        cond=cond if problem is None else beside(problem.told(own), cond, inputs), batch_size=method.batch_size,
+        cond=cond if problem is None else beside(problem.told(own), cond), batch_size=method.batch_size,
     )  # fmt: skip
     for job in jobs.values():
         shards.work(job)

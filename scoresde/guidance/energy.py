@@ -60,7 +60,7 @@ class Energy(Around):
         inner = self.denoiser.prior_log_prob_given(z, cond if self.conditional else None)
         if self.of == "xt":
             return inner - _tilt(self, self.energy, z, cond)
-        _, pull = self._pull(z, torch.tensor(self.sde.t_max, dtype=torch.float64), cond)
+        _, pull = self._pull(z, self.sde.terminal, cond)
         return inner + (pull * (z - self.prior_centre(z))).flatten(1).sum(1)
 
     def _pull(self, x: Tensor, t: Tensor, cond: Cond) -> tuple[Prediction, Tensor]:
@@ -126,7 +126,7 @@ class Classifier(Around):
 
 def _tilt(guided: Energy | Classifier, fn: Callable[[Tensor, Tensor, Cond], Tensor], z: Tensor, cond: Cond) -> Tensor:
     """s (fn(z) − fn(E z)) at t_max: the log of e^{s fn} over its mean, where e^{s fn} is as good as linear in z."""
-    t = torch.tensor(guided.sde.t_max, dtype=torch.float64)
+    t = guided.sde.terminal
     times = per_sample(t, z)
     change = fn(z, times, cond) - fn(guided.prior_centre(z), times, cond)
     return strength(guided.scale, guided.sde.log_snr(t)).to(z) * change

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from ..denoiser import Around, Cond, Denoiser
 from ..prediction import Prediction
-from ..sde import SDE
 from ..shapes import as_time, expand_as_batch
 from .conditioned import join, one_entry, spread
 from .scale import Scale, checked, number, strength
@@ -90,7 +89,7 @@ class ClassifierFree(Around):
         if cond is None:
             return plain
         told = self.denoiser.prior_log_prob_given(z, spread(cond, z))
-        return plain + self.weight(_last(self.sde)).to(z.device) * (told - plain)
+        return plain + self.weight(self.sde.log_snr(self.sde.terminal)).to(z.device) * (told - plain)
 
     def _nothing(self, cond: Cond) -> Cond:
         """The null that was given, if one was."""
@@ -159,7 +158,7 @@ class Blend(Around):
     def prior_log_prob_given(self, z: Tensor, cond: Cond) -> Tensor:
         log_prob = own = self.denoiser.prior_log_prob_given(z, cond)
         for other, scale in zip(cast(Iterable[Denoiser], self.others), self.scales, strict=True):
-            weight = strength(scale, _last(self.sde)).to(z.device)
+            weight = strength(scale, self.sde.log_snr(self.sde.terminal)).to(z.device)
             log_prob = log_prob + weight * (other.prior_log_prob_given(z, cond) - own)
         return log_prob
 
@@ -192,12 +191,7 @@ class Auto(Around):
 
     def prior_log_prob_given(self, z: Tensor, cond: Cond) -> Tensor:
         own, weak = (denoiser.prior_log_prob_given(z, cond) for denoiser in (self.denoiser, self.guide))
-        return weak + strength(self.scale, _last(self.sde)).to(z.device) * (own - weak)
-
-
-def _last(sde: SDE) -> Tensor:
-    """λ at t_max."""
-    return sde.log_snr(torch.tensor(sde.t_max, dtype=torch.float64))
+        return weak + strength(self.scale, self.sde.log_snr(self.sde.terminal)).to(z.device) * (own - weak)
 
 
 def _check_same(denoiser: Denoiser, other: Denoiser) -> None:

@@ -57,7 +57,7 @@ class Posterior(Around, abc.ABC):
 
     def prior_log_prob_given(self, z: Tensor, cond: Cond) -> Tensor:
         """With log p_T(z|y)/p_T(z) = δ · (z − E z), by the one δ at z: one network call more."""
-        look = self.look(z, torch.tensor(self.sde.t_max, dtype=torch.float64), cond)
+        look = self.look(z, self.sde.terminal, cond)
         gain = (look.told.score - look.plain.score) * (z - self.prior_centre(z))
         return self.denoiser.prior_log_prob_given(z, self.observation.split(cond)[1]) + gain.flatten(1).sum(1)
 
@@ -104,7 +104,7 @@ class Matched(Posterior, abc.ABC):
         )
         back = near.adjoint(u)
         slope = pull(back)
-        held = expand_as_batch(_held(near, u, _covariance_factor(p) * back * slope), x).to(x.dtype)
+        held = expand_as_batch(_held(near, u, _uncertainty(p, back, slope)), x).to(x.dtype)
         return Look(p, p.shift(held * slope), _log_normal(near, u, log_det))
 
 
@@ -217,7 +217,7 @@ class DPS(Posterior):
         back = near.adjoint(residual)
         slope = pull(back)
         square = (residual**2).flatten(1).sum(1).clamp(min=torch.finfo(torch.float64).tiny)
-        along = (_covariance_factor(p) * back * slope).double().flatten(1).sum(1).clamp(min=0) / square
+        along = _uncertainty(p, back, slope).clamp(min=0) / square
         noise = (near.variance * residual**2).flatten(1).sum(1) / square
         variance = ((noise + along) / self.scale).clamp(min=1e-12)
         told = p.shift(slope / expand_as_batch(variance, x).to(x.dtype))
@@ -277,14 +277,19 @@ def _covariance_factor(p: Prediction) -> Tensor:
     return p.scales.sigma**2 / p.scales.alpha
 
 
+def _uncertainty(p: Prediction, back: Tensor, slope: Tensor) -> Tensor:
+    """uᵀA Cov[x_0|x_t] Aᵀu (B,), float64, of Aᵀu = `back` and JᵀAᵀu = `slope`."""
+    return (_covariance_factor(p) * back * slope).double().flatten(1).sum(1)
+
+
 def _held(near: Linear, u: Tensor, along: Tensor) -> Tensor:
-    """κ = min(1, 2 uᵀr / uᵀSu) (B,), with the S of the exact covariance: uᵀA Cov Aᵀu is the sum of `along`.
+    """κ = min(1, 2 uᵀr / uᵀSu) (B,), S with the exact covariance, uᵀA Cov Aᵀu = `along`.
 
     Beyond that κ u leads further from y than it started, ½κ²uᵀSu > κ uᵀr, and without noise on the way a V that is
     too small throws x_t out for good. 1 where V is exact.
     """
     goal = 2 * (near.residual * u).flatten(1).sum(1)
-    reach = along.double().flatten(1).sum(1) + (near.variance * u**2).flatten(1).sum(1)
+    reach = along + (near.variance * u**2).flatten(1).sum(1)
     return torch.where(reach > goal, goal / reach.clamp(min=torch.finfo(torch.float64).tiny), 1.0)
 
 

@@ -73,7 +73,7 @@ class Restart(Step):
     ) -> tuple[Tensor, State]:
         sde = denoiser.sde
         low, high = (-2 * torch.tensor(ratio, dtype=torch.float64).log() for ratio in (self.low, self.high))
-        if float(high) < float(sde.log_snr(torch.tensor(sde.t_max, dtype=torch.float64))):
+        if float(high) < float(sde.log_snr(sde.terminal)):
             raise ValueError(f"Restart goes up to σ/α = {self.high}, beyond t_max of {type(sde).__name__}; lower it.")
         x, state = self.step(denoiser, x, t, s, state, cond=cond, rng=rng)
         snr = sde.log_snr(s)
