@@ -15,7 +15,7 @@ def start(act: Callable[[], object]) -> int:
         return pid
     code = 1
     try:
-        signal.alarm(20)
+        signal.alarm(300)
         act()
         code = 0
     except BaseException as error:

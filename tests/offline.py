@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,6 +43,15 @@ class OfflineRun:
 def offline_runs(folder: Path, pattern: str = "offline-run-*") -> list[OfflineRun]:
     """The offline runs below `folder/wandb`, oldest first; `*run-*` takes the logs of online ones, too."""
     return [_read(path) for path in sorted(folder.glob(f"wandb/{pattern}/*.wandb"))]
+
+
+def closed_runs(folder: Path, count: int, seconds: float = 600.0) -> list[OfflineRun]:
+    """`offline_runs`, once there are `count` and each is closed: a view outlives a training that was killed."""
+    deadline = time.monotonic() + seconds
+    while len(runs := offline_runs(folder)) < count or any(run.exit_code is None for run in runs):
+        assert time.monotonic() < deadline, f"after {seconds} s: {[(run.folder.name, run.exit_code) for run in runs]}"
+        time.sleep(0.1)
+    return runs
 
 
 def _read(path: Path) -> OfflineRun:

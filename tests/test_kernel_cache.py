@@ -375,7 +375,7 @@ def test_many_processes_at_once(processes: int, tmp_path: Path) -> None:
             own = bytes([number]) * 300_000
             for turn in range(10):
                 name = key(str(turn), {}, (), "sm_90", "13.0")
-                barrier.wait(10)
+                barrier.wait(100)
                 found = Cache(tmp_path / "cache").get(name, lambda: own)
                 again = Cache(tmp_path / "cache").get(name, lambda: b"compiled again")
                 for got in (found, again):

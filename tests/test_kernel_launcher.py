@@ -239,7 +239,7 @@ def test_a_forked_child_is_told(stub: ctypes.CDLL, driver: Driver, tmp_path: Pat
     def hold() -> None:
         with held:
             holding.set()
-            release.wait(10)
+            release.wait(100)
 
     thread = threading.Thread(target=hold)
     thread.start()

@@ -116,7 +116,7 @@ def test_a_child_is_not_held_up_by_a_thread_that_compiles(gpu: pytest.MonkeyPatc
 
     def look(*_: object) -> str:
         looking.set()
-        done.wait(20)
+        done.wait(100)
         return "none"
 
     gpu.setattr(switch, "_look", look)

@@ -97,7 +97,7 @@ def largest(mine: Groups, theirs: Groups) -> dict[str, float]:
 
 def compare(cases: list[dict[str, Any]]) -> list[tuple[dict[str, Any], float, float, dict[str, float]]]:
     """Each case by both processes and, on rank 0, by one: differences of losses, gradient norms and everything."""
-    world, found = join(CPU, 60), []
+    world, found = join(CPU, 600), []
     for case in cases:
         kind = {key: value for key, value in case.items() if key not in ("how", "accumulate")}
         many = training(world, case["how"], **kind)
@@ -131,7 +131,7 @@ def test_two_processes_learn_what_one_learns() -> None:
 
 def go_on(folder: Path) -> list[tuple[str, dict[str, float]]]:
     """Three steps by one kind of world, a checkpoint, three more by each other kind: against one process all along."""
-    world, found = join(CPU, 60), []
+    world, found = join(CPU, 600), []
     kinds: dict[str, tuple[World, str]] = {"ddp": (world, "ddp"), "fsdp": (world, "fsdp"), "one": (Alone(), "ddp")}
 
     def idle(name: str) -> bool:  # one process is rank 0
@@ -187,7 +187,7 @@ class Watched(EpochOrder):
 
 def changing(folder: Path) -> tuple[list[float], list[float], list[list[int]], dict[str, float]]:
     """150 steps: by one, from 50 on by two, from 100 on by one again, each from a checkpoint; and by one all along."""
-    world, losses = join(CPU, 60), list[float]()
+    world, losses = join(CPU, 600), list[float]()
     seen: list[list[int]] = []
     batch = 40  # 5 steps an epoch
     plain = training(Alone(), "ddp", small=True, batch=batch)
@@ -223,7 +223,7 @@ def test_one_two_one(tmp_path: Path) -> None:
 
 def spanning(folder: Path) -> list[tuple[float, ...]]:
     """Averages over 6 steps with a checkpoint after 3: by one all along, and by 1 to 2, 2 to 2 and 2 to 1 processes."""
-    world, found = join(CPU, 60), []
+    world, found = join(CPU, 600), []
     for number, kinds in enumerate([[Alone()] * 2, [Alone(), world], [world, world], [world, Alone()]]):
         run = training(kinds[0], "ddp", small=True, batch=40)
         for _ in range(3):
@@ -254,7 +254,7 @@ def exchanges() -> list[int]:
     """Buckets exchanged in 4 steps, of one pass and of three."""
     from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 
-    exchange, world, found, count = default_hooks.allreduce_hook, join(CPU, 60), [], 0
+    exchange, world, found, count = default_hooks.allreduce_hook, join(CPU, 600), [], 0
 
     def counted(state: Any, bucket: Any) -> Any:
         nonlocal count
@@ -276,7 +276,7 @@ def test_gradients_are_exchanged_once_a_step() -> None:
 
 def with_dropout(folder: Path, how: str) -> tuple[bool, bool, bool, bool]:
     """Whether masks differ between ranks; a stop changes a bit; anything but the right generator would have shown."""
-    world = join(CPU, 60)
+    world = join(CPU, 600)
     run = training(world, how, small=True, dropout=0.5)
     masks = world.gather(torch.nn.functional.dropout(torch.ones(100)))
     steps(run, 3)
@@ -305,7 +305,7 @@ def test_dropout_goes_on_where_it_was(tmp_path: Path, how: str) -> None:
 
 
 def snapshots(folder: Path) -> None:
-    world = join(CPU, 60)
+    world = join(CPU, 600)
     for how in ("ddp", "fsdp"):
         run = training(world, how, power=True, learned=True)
         steps(run, 3)
@@ -334,7 +334,7 @@ def test_snapshots_and_measurements_are_of_whole_averages(tmp_path: Path) -> Non
 
 
 def refusals() -> list[str]:
-    world, found = join(CPU, 60), []
+    world, found = join(CPU, 600), []
     for batch, drop_last in ((63, True), (1, True), (64, False)):
         try:
             training(world, "ddp", small=True, batch=batch, drop_last=drop_last)

@@ -243,5 +243,5 @@ def test_the_command_needs_neither_torch_nor_hydra(tmp_path: Path) -> None:
 
 def test_a_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:
     running = process("runs", "nowhere", cwd=tmp_path)
-    out, err = running.communicate(timeout=60)
+    out, err = running.communicate(timeout=600)
     assert running.returncode == 2 and "nowhere is no folder" in err and not out

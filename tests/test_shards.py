@@ -213,7 +213,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_commands_work_under_torchrun(trained: Path, tmp_path: Path) -> None:
     """Two processes, no `out`: one folder, one table, the samples of one process; and the command knows it is done."""
     arguments = (f"run={trained}", "sampler=ddim", "sampler.steps=4", "n=7", "batch_size=2", "pictures=false",
-                 "threads=1", "timeout=30")  # fmt: skip
+                 "threads=1", "timeout=300")  # fmt: skip
     alone = command("sample", *arguments, "out=alone", cwd=tmp_path)
     assert alone.code == 0, alone.err
     launch = ("torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "scoresde.cli.sample")

@@ -42,6 +42,7 @@ def sweep(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Done, list[An
     Probe.returned = []
     done = command(
         "train", "-m", "sde=vp,subvp,ve", "sampler=pc,ode", "seed=0,1", *TINY, "sampler.steps=3", "out=sweeps/all",
+        "logger.finish_timeout=600",
         f"+hydra.callbacks.probe._target_={__name__}.Probe", cwd=cwd,
     )  # fmt: skip
     return cwd / "sweeps" / "all", done, list(Probe.returned)

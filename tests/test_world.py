@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from together import start, together
+from torch.distributed import TCPStore
 
 from scoresde.train import CheckpointError
 from scoresde.train.signals import Interrupted
@@ -46,7 +47,7 @@ def heard(world: World, error: BaseException) -> tuple[str, str]:
 
 def talk() -> dict[str, Any]:
     """Everything a world can do, once."""
-    world = join(CPU, 30)
+    world = join(CPU, 300)
     rank, found = world.rank, dict[str, Any]()
     found["who"] = (rank, world.size)
     tensor = torch.tensor([1.0 + rank, 10.0 * rank], dtype=torch.float64)
@@ -106,20 +107,31 @@ def patience(seconds: Any) -> None:
 
 @pytest.mark.parametrize("seconds", [0, -1.0, True, "60"])
 def test_a_timeout_is_a_positive_number(seconds: Any) -> None:
-    ends = start(patience, seconds, world=2).wait(20)
+    ends = start(patience, seconds, world=2).wait()
     assert all(end.code == 1 and f"timeout is a number of seconds > 0; got {seconds!r}" in end.output for end in ends)
 
 
+HOUR = 3600.0
+
+
+def meet() -> None:
+    """Until both are here: a short timeout is then not spent on waiting for one that was started later."""
+    store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+    store.set(os.environ["RANK"], "here")
+    store.wait(["0", "1"])
+
+
 def lose(how: str, what: str) -> str:
-    """Rank 1 is gone; rank 0 meets that in one of the calls. Returns what it was told, and how long it took."""
-    world = join(CPU, 3)
+    """Rank 1 is gone; rank 0 meets that in one of the calls. Returns what it was told."""
+    meet()
+    world = join(CPU, 5 if how == "silent" else HOUR)
     world.sum(torch.ones(1))
     world.agree(0)
     if world.rank == 1:
         if how == "killed":
             os.kill(os.getpid(), signal.SIGKILL)
         if how == "silent":
-            time.sleep(20)
+            time.sleep(HOUR)
         raise ValueError("it was me")
     try:
         if what == "sum":
@@ -144,15 +156,15 @@ def lose(how: str, what: str) -> str:
      ("silent", "sum")],
 )  # fmt: skip
 def test_a_lost_process_is_missed(how: str, what: str) -> None:
-    """At once if it is dead, within the timeout of 3 s if it is silent, in words that say what to do."""
+    """By its connection, long before the timeout, if it is dead; by the timeout if it is silent: nothing else ends the
+    call within the ten minutes that `wait` gives. In words that say what to do."""
     group = start(lose, how, what, world=2)
     if how == "silent":
-        group.processes[0].join(20)
+        group.processes[0].join(600)
         group.processes[1].kill()
-    first, second = group.wait(20)
+    first, second = group.wait()
     assert first.code == 0, first.output
     assert first.value.startswith("Rank 0 of 2 on ") and "resume=auto" in first.value
-    assert first.seconds < (15 if how == "silent" else 10)
     assert second.code == {"killed": -9, "raised": 1, "silent": -9}[how]
 
 
@@ -165,7 +177,8 @@ def test_it_can_be_told_to_others() -> None:
 
 def slow_leader(seconds: float) -> float:
     """Rank 0 measures for longer than a sum may take."""
-    world = join(CPU, 1)
+    meet()
+    world = join(CPU, 3)
     begin = time.monotonic()
     world.leader(lambda: time.sleep(seconds))
     world.sum(torch.ones(1))
@@ -174,12 +187,12 @@ def slow_leader(seconds: float) -> float:
 
 
 def test_the_leader_may_take_longer_than_the_timeout() -> None:
-    assert min(together(slow_leader, 2.5)) >= 2.5
+    assert min(together(slow_leader, 4.5)) >= 4.5
 
 
 def leave(folder: Path) -> None:
     """A process that still has to be told something when the others leave."""
-    world = join(CPU, 30)
+    world = join(CPU, 300)
     for _ in range(3):
         world.agree(0)
     if world.rank == 1:

@@ -10,7 +10,6 @@ import contextlib
 import multiprocessing
 import os
 import pickle
-import socket
 import sys
 import tempfile
 import time
@@ -20,6 +19,8 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
+
+from torch.distributed import TCPStore
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 # the last three come with the first optimizer step, the first pairs of a coupling, and the first checkpoint
@@ -36,7 +37,7 @@ class Ended:
         code: exit status, −n after signal n, None if it had to be killed because it hung.
         value: what the work returned, None if it did not return.
         output: standard output and error.
-        seconds: from the start of all to the end of this one.
+        seconds: from `Group.begin` to the end of this one.
         orphans: processes of its session that were left.
     """
 
@@ -51,14 +52,15 @@ class Group:
     """Processes that have been started.
 
     Attributes:
-        begin: when, by `time.monotonic`.
+        begin: when the last was started, by `time.monotonic`; the first ever waits for all that is imported.
         processes: in the order of their ranks.
     """
 
     def __init__(self, work: Callable[..., Any], arguments: tuple[Any, ...], world: int, cwd: Path | None):
         self._folder = tempfile.TemporaryDirectory(prefix="scoresde-together-")
-        self.begin = time.monotonic()
-        port = free_port()
+        # as with torchrun the store is the parent's: a port that is free now may be taken when rank 0 comes to want it
+        self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) if world > 1 else None
+        port = 0 if self._store is None else self._store.port
         self.processes, self._results = [], []
         for rank in range(world):
             receiver, sender = _CONTEXT.Pipe(duplex=False)
@@ -68,14 +70,16 @@ class Group:
             sender.close()
             self.processes.append(process)
             self._results.append(receiver)
+        self.begin = time.monotonic()
 
-    def wait(self, limit: float = 60.0) -> list[Ended]:
-        """Until all have ended; what has not after `limit` seconds is killed."""
+    def wait(self, limit: float = 600.0) -> list[Ended]:
+        """Until all have ended; what has not after `limit` seconds from now is killed. It is there for what hangs."""
+        deadline = time.monotonic() + limit
         ends: dict[int, float] = {}
         # a result is read as it comes: a process waits for its pipe to be emptied
         values: dict[int, Any] = {}
         open_ends = dict(enumerate(self._results))
-        while len(ends) < len(self.processes) and (left := limit - (time.monotonic() - self.begin)) > 0:
+        while len(ends) < len(self.processes) and (left := deadline - time.monotonic()) > 0:
             running = {p.sentinel: rank for rank, p in enumerate(self.processes) if rank not in ends}
             for ready in wait([*running, *open_ends.values()], left):
                 if ready in running:
@@ -106,7 +110,7 @@ def start(work: Callable[..., Any], *arguments: Any, world: int = 1, cwd: Path |
     return Group(work, arguments, world, cwd)
 
 
-def together(work: Callable[..., Any], *arguments: Any, world: int = 2, limit: float = 60.0) -> list[Any]:
+def together(work: Callable[..., Any], *arguments: Any, world: int = 2, limit: float = 600.0) -> list[Any]:
     """What `work(*arguments)` returns in each of `world` processes.
 
     Raises:
@@ -119,12 +123,6 @@ def together(work: Callable[..., Any], *arguments: Any, world: int = 2, limit: f
         if end.code is None:
             raise RuntimeError(f"rank {rank} hung for {limit} s:\n{end.output}")
     return [end.value for end in ended]
-
-
-def free_port() -> int:
-    with contextlib.closing(socket.socket()) as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
 
 
 def of_session(leader: int | None) -> list[int]:
@@ -156,6 +154,7 @@ def _child(
     if world > 1:
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
     torch.set_num_threads(1)
     try:
         # plain pickle: Connection.send leaves tensors in memory that ends with the process

@@ -173,7 +173,7 @@ class Nursery:
         )  # fmt: skip
 
     def run(
-        self, job: Job, *, watch: Callable[[], Any] | None = None, kill_after: float | None = None, limit: float = 120
+        self, job: Job, *, watch: Callable[[], Any] | None = None, kill_after: float | None = None, limit: float = 600
     ) -> Ended:
         """Runs `job` to its end.
 

@@ -32,15 +32,17 @@ class Observer:
         self.folder, self.looks, self.missed, self.begun = folder, 0, 0, False
 
     def __call__(self) -> None:
-        # one that is deleted between listing and reading is no miss: the next listing has its successor
-        found = any(self._whole() for _ in range(3))
+        listed, before, found = self._listed(), None, False
+        # one that was deleted between listing and reading is no miss: the next listing has its successor
+        while not found and listed != before:
+            found = any(map(whole, listed))
+            listed, before = self._listed(), listed
         self.begun |= found
         self.looks += self.begun
         self.missed += self.begun and not found
 
-    def _whole(self) -> bool:
-        names = self.folder.glob("step-*") if self.folder.is_dir() else ()
-        return any(whole(path) for path in sorted(names, reverse=True))
+    def _listed(self) -> list[Path]:
+        return sorted(self.folder.glob("step-*"), reverse=True)
 
 
 def whole(path: Path) -> bool:

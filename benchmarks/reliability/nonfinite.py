@@ -164,7 +164,7 @@ def meet(case: Case, world: World, folder: Path) -> Seen:
 
 def meet_all(cases: list[Case], scratch: Path) -> list[Seen]:
     """In this process: all cases, one after the other."""
-    world = Alone() if cases[0].rank is None else join(CPU, 30)
+    world = Alone() if cases[0].rank is None else join(CPU, 600)
     found = [meet(case, world, scratch / f"{world.size}-{i}") for i, case in enumerate(cases)]
     world.close()
     return found

@@ -57,7 +57,7 @@ def visit(case: Case, world: World, part: int, folder: Path) -> list[tuple[int, 
 def visit_all(cases: list[Case], part: int, scratch: Path) -> list[list[tuple[int, list[int]]]]:
     """The cases whose `part` is this number of processes' business."""
     paired = cases[0][3 + part] == 2
-    world = join(CPU, 30) if paired else Alone()
+    world = join(CPU, 600) if paired else Alone()
     found = []
     for case in cases:
         found.append(visit(case, world, part, scratch / "-".join(map(str, case))))
@@ -98,7 +98,7 @@ def campaign(full: bool, scratch: Path) -> list[Result]:
     for part in (0, 1):
         for world in (1, 2):
             group = [case for case in chosen if case[3 + part] == world]
-            ranks = together(visit_all, group, part, scratch, world=world, limit=300)
+            ranks = together(visit_all, group, part, scratch, world=world, limit=600)
             for i, case in enumerate(group):
                 for passes in zip(*(rank[i] for rank in ranks), strict=True):
                     seen[case].append((passes[0][0], [index for _, indices in passes for index in indices]))

@@ -142,10 +142,10 @@ def broken(fault: Fault, scratch: Path, whole: State, tally: Tally) -> None:
     cwd, wrong = room(scratch, fault.told), list[str]()
     asked = fault.action in CODES
     if fault.place == "a load":
-        start(command, ARGUMENTS, Fault("a step", 0, "SIGTERM"), world=2, cwd=cwd).wait(120)
+        start(command, ARGUMENTS, Fault("a step", 0, "SIGTERM"), world=2, cwd=cwd).wait()
         (cwd / "struck").unlink()
     group = start(command, ARGUMENTS, fault, world=2, cwd=cwd)
-    wrong += judge(cwd, fault, group.wait(4 * TIMEOUT), group.begin, tally)
+    wrong += judge(cwd, fault, group.wait(), group.begin, tally)
     if asked:
         saved = latest(cwd / "run" / "checkpoints")
         made = (cwd / "batches").stat().st_size
@@ -153,7 +153,7 @@ def broken(fault: Fault, scratch: Path, whole: State, tally: Tally) -> None:
             wrong.append(f"{made} steps made, {None if saved is None else saved.step} saved")
     elif tally.seconds and max(tally.seconds[-2:]) > TIMEOUT + 10:
         wrong.append(f"{max(tally.seconds[-2:]):.0f} s to notice")
-    ends = start(command, ARGUMENTS, world=2, cwd=cwd).wait(4 * TIMEOUT)
+    ends = start(command, ARGUMENTS, world=2, cwd=cwd).wait()
     if any(end.code != 0 for end in ends):
         wrong.append(f"resume ended with {[end.code for end in ends]}: {ends[0].output[-300:]}")
         tally.add(fault.told, wrong)
@@ -205,7 +205,7 @@ def torchrun(fault: Fault, scratch: Path, whole: State, tally: Tally, restarts: 
 
 def campaign(full: bool, scratch: Path) -> list[Result]:
     cwd = room(scratch, "whole")
-    ends = start(command, ARGUMENTS, world=2, cwd=cwd).wait(120)
+    ends = start(command, ARGUMENTS, world=2, cwd=cwd).wait()
     if any(end.code for end in ends):
         raise RuntimeError(f"the run that is left alone ended with {ends[0].code}:\n{ends[0].output}")
     whole, deaths, stopping = state(cwd), Tally(), Tally()

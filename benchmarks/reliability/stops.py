@@ -28,6 +28,9 @@ from scoresde.train.logger import read_rows
 
 HERE = Path(__file__).resolve().parent
 
+# Schedulers kill 30 s after they have asked (Kubernetes' terminationGracePeriodSeconds, Slurm's KillWait). What a
+# signal should break off takes HELD: whoever waits for it to end is found out, on a slow machine, too.
+GRACE, HELD = 30.0, 60.0
 CODES = {"SIGTERM": 143, "SIGINT": 130, "SIGUSR1": 143}
 STEPS = 10
 ARGUMENTS = (
@@ -48,7 +51,7 @@ class Strike:
         place: see `PLACES`.
         name: of the signal.
         group: to the whole process group, as a terminal's Ctrl-C; else to the process.
-        again: seconds after which a second one comes, while the place holds on for 20 s; 0 for none.
+        again: seconds after which a second one comes, while the place holds on for `HELD`; 0 for none.
     """
 
     place: str
@@ -66,12 +69,12 @@ class Strike:
 # place -> (object, attribute, number of the call, seconds the call takes where it may be broken off)
 PLACES: dict[str, tuple[str, str, int, float]] = {
     "a step": ("scoresde.train.state:Training", "batch", 5, 0.0),
-    "an evaluation": ("scoresde.cli.train", "measure", 1, 10.0),
+    "an evaluation": ("scoresde.cli.train", "measure", 1, HELD),
     "a save": ("safetensors.torch", "save_file", 2, 0.3),
     "the last save": ("safetensors.torch", "save_file", 11, 0.3),
     "the last measurement": ("scoresde.cli.train", "finish", 1, 0.0),
-    "sampling": ("scoresde.train.shards:Shards", "_save", 3, 10.0),
-    "the first step": ("scoresde.train.state:Training", "batch", 1, 10.0),
+    "sampling": ("scoresde.train.shards:Shards", "_save", 3, HELD),
+    "the first step": ("scoresde.train.state:Training", "batch", 1, HELD),
 }
 
 
@@ -103,10 +106,10 @@ def arm(how: Strike) -> None:
         nonlocal calls
         calls += 1
         if calls == wanted:
-            if how.again:
-                threading.Timer(how.again, strike, (how,)).start()
             strike(how)
-            time.sleep(20.0 if how.again else seconds)
+            if how.again:  # counted from when the first was heard
+                threading.Timer(how.again, strike, (how,)).start()
+            time.sleep(HELD if how.again else seconds)
         return call(*args, **options)
 
     setattr(owner, attribute, struck)
@@ -183,7 +186,7 @@ def stopped(how: Strike, scratch: Path, whole: State, tally: Tally) -> None:
     """Strikes, looks at what is left, and lets the same command go on."""
     cwd, wrong = room(scratch, how.told), list[str]()
     group = start(command, ARGUMENTS, how, cwd=cwd)
-    (end,) = group.wait(60)
+    (end,) = group.wait()
     code = CODES[how.name]
     if end.code != code:
         wrong.append(f"exit status {end.code}, not {code}: {end.output[-300:]}")
@@ -194,12 +197,12 @@ def stopped(how: Strike, scratch: Path, whole: State, tally: Tally) -> None:
         wrong.append(f"struck {len(times)} times")
     else:
         tally.seconds.append(group.begin + end.seconds - times[-1])
-        if tally.seconds[-1] > 5:
+        if tally.seconds[-1] > GRACE:
             wrong.append(f"{tally.seconds[-1]:.0f} s to exit")
     saved, used = latest(cwd / "run" / "checkpoints"), (cwd / "batches").stat().st_size
     if not how.again and (0 if saved is None else saved.step) != used:
         wrong.append(f"{used} steps made, {0 if saved is None else saved.step} saved")
-    (end,) = start(command, ARGUMENTS, cwd=cwd).wait(60)
+    (end,) = start(command, ARGUMENTS, cwd=cwd).wait()
     if end.code:
         wrong.append(f"resume ended with {end.code}: {end.output[-300:]}")
         tally.add(how.told, wrong)
@@ -216,12 +219,12 @@ def sweep(name: str, scratch: Path, whole: State, tally: Tally) -> None:
     how = Strike("a step", name)
     cwd, wrong = room(scratch, f"sweep {name}"), list[str]()
     arguments = ("-m", *ARGUMENTS[:-1], "seed=0,1", "out=s")
-    (end,) = start(command, arguments, how, cwd=cwd).wait(60)
+    (end,) = start(command, arguments, how, cwd=cwd).wait()
     if end.code != CODES[name]:
         wrong.append(f"exit status {end.code}: {end.output[-300:]}")
     if (cwd / "s" / "1" / "checkpoints").exists():
         wrong.append("the second job was started")
-    (end,) = start(command, arguments, cwd=cwd).wait(60)
+    (end,) = start(command, arguments, cwd=cwd).wait()
     if end.code:
         wrong.append(f"going on ended with {end.code}: {end.output[-300:]}")
     elif state(cwd, "s/0").digest != whole.digest or not (cwd / "s" / "1" / "summary.json").exists():
@@ -267,20 +270,20 @@ def one_folder(scratch: Path, whole: State, tries: int) -> Result:
     """While one run is at work others want its folder; then it is killed, and the next has it at once."""
     tally, cwd = Tally(), room(scratch, "one folder")
     holding = start(command, ARGUMENTS, None, "go", cwd=cwd)
-    pid, deadline = holding.processes[0].pid, time.monotonic() + 60
+    pid, deadline = holding.processes[0].pid, time.monotonic() + 300
     while (lock.holder(cwd / "run") or {}).get("pid") != pid and time.monotonic() < deadline:
         time.sleep(0.02)
     others = room(scratch, "others")
     arguments = (*ARGUMENTS, f"out={cwd / 'run'}")
     for attempt in range(tries):
         # two at a time, which also meet each other
-        for end in start(refused, arguments, world=2, cwd=others).wait(60):
+        for end in start(refused, arguments, world=2, cwd=others).wait():
             named = f"Process {pid} on {socket.gethostname()}" in end.output
             wrong = [] if end.code == 1 and named else [f"exit status {end.code}: {end.output[-300:]}"]
             tally.seconds.append(end.seconds)
             tally.add(f"attempt {attempt + 1}", wrong, silent=end.code == 0)
     (cwd / "go").touch()
-    (end,) = holding.wait(60)
+    (end,) = holding.wait()
     found = state(cwd) if end.code == 0 else None
     tally.add("the one that was first", [] if found == whole else [f"ended with {end.code}, or otherwise"])
 
@@ -291,7 +294,7 @@ def one_folder(scratch: Path, whole: State, tries: int) -> Result:
     holding.processes[0].kill()
     holding.wait()
     left = (cwd / "run" / ".lock").exists()
-    (end,) = start(command, ARGUMENTS, cwd=cwd).wait(60)
+    (end,) = start(command, ARGUMENTS, cwd=cwd).wait()
     good = left and end.code == 0 and state(cwd).digest == whole.digest
     tally.add("after kill -9", [] if good else [f"lock left: {left}, exit status {end.code}: {end.output[-300:]}"])
     return tally.result("R32 two processes, one folder", f"collisions {tally.silent}")
@@ -306,7 +309,7 @@ def refused(arguments: tuple[str, ...]) -> None:
 
 def campaign(full: bool, scratch: Path) -> list[Result]:
     cwd = room(scratch, "whole")
-    (end,) = start(command, ARGUMENTS, cwd=cwd).wait(120)
+    (end,) = start(command, ARGUMENTS, cwd=cwd).wait()
     if end.code:
         raise RuntimeError(f"the run that is left alone ended with {end.code}:\n{end.output}")
     whole, tally = state(cwd), Tally()

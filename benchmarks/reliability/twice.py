@@ -35,8 +35,8 @@ def same(name: str, threads: int, scratch: Path) -> tuple[str, dict[str, str]]:
     for seed, folder in zip(("0", "12345"), folders, strict=True):
         runs.append(trained(SUBJECTS[name], threads, seed, folder))
         if threads > 1:  # two at a time would fight for the cores
-            texts.append(runs[-1].communicate(timeout=300)[0])
-    texts = texts or [run.communicate(timeout=300)[0] for run in runs]
+            texts.append(runs[-1].communicate(timeout=900)[0])
+    texts = texts or [run.communicate(timeout=900)[0] for run in runs]
     if any(run.returncode for run in runs):
         return f"{name}, {threads} threads: {texts[0][-300:]}", {}
     sums = [last(folder) for folder in folders]
@@ -65,7 +65,7 @@ def campaign(full: bool, scratch: Path) -> list[Result]:
         silent += wrong.endswith("differ")
     told = ""
     if full:
-        trained((*SUBJECTS["MLP"], "seed=1"), 1, "0", scratch / "control").communicate(timeout=300)
+        trained((*SUBJECTS["MLP"], "seed=1"), 1, "0", scratch / "control").communicate(timeout=900)
         weights = {case: sums.get("weights.safetensors") for case, sums in first.items()}
         if last(scratch / "control")["weights.safetensors"] == weights["MLP", 1]:
             problems.append("another seed gives the same weights")

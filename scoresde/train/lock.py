@@ -32,14 +32,12 @@ def hold(folder: Path) -> Iterator[None]:
         Locked: another process holds it; names its host, number and start.
         OSError: the folder cannot be made, or the lock not be asked for.
     """
-    import fcntl
-
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / _NAME
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _take(descriptor)
         except OSError as error:
             found = _read(path)
             if not (error.errno in _NO_LOCKS and (found is None or _gone(found))):
@@ -60,6 +58,19 @@ def hold(folder: Path) -> Iterator[None]:
     finally:
         path.unlink(missing_ok=True)
         os.close(descriptor)
+
+
+def _take(descriptor: int) -> None:
+    """The lock for one alone. `holder` shares it while it looks, which is waited for and refuses nobody."""
+    import fcntl
+
+    for _ in range(500):  # 5 s, where a look takes microseconds
+        with contextlib.suppress(BlockingIOError):
+            return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)  # raises where another has it alone
+        fcntl.flock(descriptor, fcntl.LOCK_UN)
+        time.sleep(0.01)
+    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def holder(folder: Path) -> dict[str, Any] | None:

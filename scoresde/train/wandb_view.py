@@ -20,6 +20,10 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+# Seconds for W&B's own service on this machine, which needs no network: a machine under load takes some of them. How
+# long the end of training waits is `WandbLogger`'s to say.
+LOCAL = 90.0
+
 Tell = Callable[[str, str], None]
 Messages = Iterator[list[Any]]
 
@@ -89,12 +93,13 @@ def begin(options: Mapping[str, Any], tell: Tell) -> Any:
         # no argv, code, host, packages or git remote in what may be uploaded: secrets end up there
         "console": "off", "silent": True, "save_code": False, "x_disable_meta": True,
         "disable_git": True, "x_save_requirements": False, "host": "", "x_stats_pid": options["pid"],
-        "init_timeout": options["patience"], "finish_timeout": options["patience"], "finish_timeout_raises": True,
-        "x_transaction_log_flush_interval": 1.0,
+        "finish_timeout_raises": True, "x_transaction_log_flush_interval": 1.0,
     }  # fmt: skip
-    known = {name: value for name, value in wanted.items() if name in wandb.Settings.model_fields}
 
     def start(mode: Any) -> Any:
+        patience = options["patience"] if mode == "online" else max(LOCAL, options["patience"])
+        given = {**wanted, "init_timeout": patience, "finish_timeout": patience}
+        known = {name: value for name, value in given.items() if name in wandb.Settings.model_fields}
         with a_name_to_itself(Path(options["run"]["dir"], "wandb"), options["run"]["id"]):
             run = wandb.init(
                 **options["run"], mode=mode, resume="allow" if mode == "online" else None, job_type="train",
