@@ -61,13 +61,9 @@ class Denoiser(nn.Module, abc.ABC):
     def prior_log_prob_given(self, z: Tensor, cond: Cond) -> Tensor:
         """log p_T(z | cond) in nats, (B,): that of the prior, and what conditions make of it, as far as it is known.
 
-        As σ_T leaves little of the data, that is as good as linear in z; it is normalised up to second order.
+        Guidance and posterior methods know it up to second order in what σ_T leaves of the data (`guidance/tilt.py`).
         """
         return self.prior_log_prob(z)
-
-    def prior_centre(self, z: Tensor) -> Tensor:
-        """α_T mean, as a batch like z: where what is as good as linear in z has the value of its mean."""
-        return torch.zeros_like(z) + self.sde.prior_moments(z, self.data_mean)[0].to(z.dtype)
 
 
 def default_noise_input(sde: SDE, t: Tensor) -> Tensor:

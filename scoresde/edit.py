@@ -15,6 +15,7 @@ from .grids import Grid
 from .rng import Rng
 from .sampling import Sampler
 from .sde import SDE
+from .shapes import expand_as_batch
 
 
 class From:
@@ -93,12 +94,12 @@ def interpolate(first: Tensor, second: Tensor, share: Tensor | float) -> Tensor:
         share: w, a number or (B,): 0 is `first`, 1 `second`.
 
     Raises:
-        ValueError: shapes that differ.
+        ValueError: shapes that differ, or a share that is neither a number nor (B,).
     """
     if first.shape != second.shape:
         raise ValueError(f"Latents are paired, (B, *event); got {tuple(first.shape)} and {tuple(second.shape)}.")
     a, b = first.flatten(1).double(), second.flatten(1).double()
-    share = torch.as_tensor(share, dtype=torch.float64, device=a.device).reshape(-1, 1)
+    share = expand_as_batch(torch.as_tensor(share, dtype=torch.float64, device=a.device), a)
     cosine = (a * b).sum(1, keepdim=True) / (a.norm(dim=1, keepdim=True) * b.norm(dim=1, keepdim=True))
     angle = cosine.clamp(-1, 1).arccos().clamp(1e-6, torch.pi - 1e-6)  # parallel latents: a straight line
     mixed = (torch.sin((1 - share) * angle) * a + torch.sin(share * angle) * b) / torch.sin(angle)
@@ -113,8 +114,12 @@ def attribute(having: Tensor, lacking: Tensor) -> Tensor:
         having, lacking: latents (N, *event) and (M, *event), N and M ≥ 1.
 
     Raises:
-        ValueError: no sample of one kind.
+        ValueError: no sample of one kind, or latents of other shapes.
     """
+    if having.shape[1:] != lacking.shape[1:]:
+        raise ValueError(
+            f"An attribute is between latents of one shape; got {tuple(having.shape)} and {tuple(lacking.shape)}."
+        )
     if min(len(having), len(lacking)) == 0:
         raise ValueError(f"An attribute needs samples with and without it; got {len(having)} and {len(lacking)}.")
     return having.mean(0, keepdim=True) - lacking.mean(0, keepdim=True)

@@ -39,9 +39,9 @@ class Prediction:
         """(1 − w) self + w other, w a number or () or (B,): affine, so the invariant holds for w > 1 too (guidance)."""
         if isinstance(weight, Tensor):
             weight = coefficient(weight, self.x0)
-        return Prediction(
-            self.x0 + weight * (other.x0 - self.x0), self.eps + weight * (other.eps - self.eps), self.scales
-        )
+        # in this form w = 0 and w = 1 are the one and the other, bit for bit
+        x0, eps = ((1 - weight) * a + weight * b for a, b in ((self.x0, other.x0), (self.eps, other.eps)))
+        return Prediction(x0, eps, self.scales)
 
     def shift(self, score: Tensor) -> Prediction:
         """Add δ = ∇ log p(y|x_t) to the score: x̂_0 += σ²δ/α, ε̂ −= σδ (Bayes' rule; the invariant holds)."""

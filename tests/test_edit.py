@@ -102,3 +102,11 @@ def test_an_attribute_moves_samples_from_one_mode_to_the_other() -> None:
     moved = latents[0] + attribute(latents[1], latents[0])
     back = Sampler(ode, denoise=False)(exact, moved)
     assert torch.allclose(back, left + (right.mean(0) - left.mean(0)), atol=1e-4)
+
+
+def test_edits_of_shapes_that_do_not_fit_are_refused() -> None:
+    a = torch.ones(2, 3)
+    with pytest.raises(ValueError, match=r"one shape; got \(7, 2, 3\) and \(4, 3\)"):
+        attribute(torch.ones(7, 2, 3), torch.ones(4, 3))
+    with pytest.raises(ValueError, match="one value per sample"):
+        interpolate(a, 2 * a, torch.linspace(0, 1, 5))

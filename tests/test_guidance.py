@@ -78,12 +78,27 @@ def test_scale_one_is_the_conditional_model_and_zero_the_unconditional_bit_for_b
     for scale, cond in ((1.0, LABELS), (0.0, None)):
         got, want = ClassifierFree(denoiser, scale)(x, t, LABELS), denoiser(x, t, cond)
         assert torch.equal(got.x0, want.x0) and torch.equal(got.eps, want.eps)
-        got = ClassifierFree(denoiser, scale, rescale=0.7)(x, t, LABELS)
-        assert torch.equal(got.x0, want.x0)
         sampler = Sampler(Heun(), LogSNRGrid(), steps=4)
         drawn = sampler(ClassifierFree(denoiser, scale), x, cond=LABELS)
         assert torch.equal(drawn, sampler(denoiser, x, cond=cond))
+        by_sample = ClassifierFree(denoiser, lambda snr, scale=scale: 0 * snr + scale)
+        got, want = by_sample(x, t.expand(5), LABELS), denoiser(x, t.expand(5), cond)
+        torch.testing.assert_close(got.x0, want.x0, rtol=1e-12, atol=1e-12)  # in a batch of 2B
+    assert torch.equal(ClassifierFree(denoiser, 1.0, rescale=0.7)(x, t, LABELS).x0, denoiser(x, t, LABELS).x0)
     assert torch.equal(ClassifierFree(denoiser, 3.0)(x, t).x0, denoiser(x, t).x0)
+
+
+def test_rescaling_is_the_same_for_one_time_and_for_many_and_goes_on_to_scale_zero():
+    denoiser = network()
+    x, t = points(denoiser.sde)
+    for scale in (0.0, 1.0, 2.0):
+        one = ClassifierFree(denoiser, scale, rescale=0.7)(x, t[2], LABELS)
+        many = ClassifierFree(denoiser, lambda snr, scale=scale: 0 * snr + scale, rescale=0.7)(
+            x, t[2].expand(5), LABELS
+        )
+        near = ClassifierFree(denoiser, scale + 1e-9, rescale=0.7)(x, t[2], LABELS)
+        torch.testing.assert_close(many.x0, one.x0, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(near.x0, one.x0, rtol=0, atol=1e-7)
 
 
 @each_sde

@@ -104,6 +104,40 @@ def test_a_gaussian_prior_is_solved_exactly(method, covariance, sde) -> None:
             torch.testing.assert_close(got.log_prob, log_evidence(prior, a, y, 0.1, x, t), rtol=1e-6, atol=1e-5)
 
 
+@pytest.mark.parametrize("method", [PiGDM, TMPD, MMPS, DPS, DiffPIR])
+def test_what_is_painted_into_a_hole_is_of_no_account(method) -> None:
+    """More entries than are solved exactly, no noise, and two pictures that differ where nothing was seen."""
+    sde, mask = VPSDE(), torch.arange(100) % 3 == 0
+    prior = GaussianMixtureDenoiser(torch.zeros(1, 100), 0.5, torch.ones(1), sde)
+    y = prior.sample(1, rng=Rng(1), dtype=torch.float64)[0]
+    plain, painted = (method(prior, Observation(z, Mask(mask))) for z in (y * mask, y * mask + 3 * ~mask))
+    for t in times(sde, 3):
+        x = start(prior, t, 2)
+        got, want = painted.look(x, t), plain.look(x, t)
+        torch.testing.assert_close(got.told.x0, want.told.x0, rtol=0, atol=0)
+        torch.testing.assert_close(got.log_prob, want.log_prob, rtol=0, atol=0)
+    x = Sampler(scoresde.DDIM(eta=1.0), LogisticGrid(), 20)(painted, (4, 100), rng=Rng(2))
+    assert (x - y)[:, mask].abs().max() < 1e-4  # t_min
+
+
+def test_free_guidance_goes_around_what_is_told_of_y() -> None:
+    """y goes to both branches, and the label to one: as if y were the Observation's own."""
+    torch.manual_seed(0)
+    network = scoresde.nn.MLP((3,), width=8, depth=1, classes=2, cond_dropout=0.1).double().eval()
+    torch.nn.init.normal_(network.outlet.weight)
+    model = scoresde.Preconditioned(network, VPSDE(), scoresde.EDM())
+    y, label = torch.tensor([[0.3], [-0.2]], dtype=torch.float64), torch.tensor([0, 1])
+    operator, t = RandomProjection(1, (3,)), torch.tensor(0.4, dtype=torch.float64)
+    x = torch.randn(2, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    plain, told = (PiGDM(model, Observation(y, operator, 0.1))(x, t, cond) for cond in (None, label))
+    free = PiGDM(model, Observation(None, operator, 0.1))
+    for scale in (0.0, 0.5, 2.0):
+        want = plain.blend(told, scale)
+        for cond in ({"y": y, "cond": label}, {"y": y, "label": label}):
+            got = scoresde.ClassifierFree(free, scale)(x, t, cond)
+            torch.testing.assert_close(got.x0, want.x0)
+
+
 @each_sde
 def test_the_oracle_is_bayes_rule(sde) -> None:
     """Two derivations of one mixture: the prior shifted by ∇ log p(y|x_t), and the posterior's own denoiser."""

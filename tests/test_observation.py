@@ -235,6 +235,10 @@ ERRORS = {
     "blur": (lambda: Blur(0.0), "> 0"),
     "colours": (lambda: ColourMix(torch.ones(3)), r"\(K, C\)"),
     "rows": (lambda: RandomProjection(0, (3,)), "at least 1"),
+    "half a row": (lambda: RandomProjection(2.5, (3,)), "rows is a whole number of at least 1; got 2.5"),
+    "a number for a shape": (lambda: RandomProjection(2, 5), r"event_shape .* as in \(2,\) or \(1, 28, 28\); got 5"),
+    "a shape of none": (lambda: RandomProjection(2, (3, 0)), r"got \(3, 0\)"),
+    "a shape without axes": (lambda: RandomProjection(2, ()), r"got \(\)"),
     "list": (lambda: Observation([1.0], flip), "y holds finite.*got list"),
     "half a factor": (lambda: DownSample(2.5), "whole number"),
     "kernel": (lambda: Blur(torch.tensor([1.0, math.nan, 1.0])), "finite"),
@@ -281,6 +285,37 @@ def test_what_comes_with_the_condition_is_looked_at_too() -> None:
             seen.near(x, seen.split(cond)[0])
     with pytest.raises(TypeError, match="An operator is a function"):
         Observation(y, None)
+    inner = {"y": y, "label": torch.ones(2)}
+    assert Observation(2 * y, flip, 0.1).split(inner)[1] is inner  # that y is of an observation further inside
+    assert Observation(2 * y, flip, 0.1).split({"label": y})[1] == {"label": y}  # others go on to the network
+
+
+def test_a_false_claim_is_refused_at_every_call() -> None:
+    x, y = draw(2, 4), torch.ones(4)
+    for operator, linear, words in (
+        (lambda x: x + 1, True, "said to be linear"),
+        (lambda x: x**2, True, "said to be linear"),
+        (lambda x: x - x.mean(0), True, "keeps samples apart"),
+        (lambda x: x - x.mean(0), False, "keeps samples apart"),
+        (torch.fft.fft, True, "real and imaginary parts"),
+    ):
+        seen = Observation(y, operator, 0.1, linear=linear)
+        for _ in range(2):
+            with pytest.raises(ValueError, match=words):
+                seen.near(x, seen.split(None)[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_rows_that_depend_on_x_are_known_from_those_of_zeros(dtype) -> None:
+    """A stencil of integers has no row of zeros, whatever its differences cancel; a mask has one for each hole."""
+    laplace = torch.tensor([[0.0, 1, 0], [1, -4, 1], [0, 1, 0]], dtype=dtype)[None, None]
+    x, mask = draw(2, 1, 28, 28).to(dtype), torch.rand(1, 28, 28, generator=torch.Generator().manual_seed(0)) > 0.5
+    stencil = Observation(draw(1, 1, 26, 26).to(dtype), lambda x: F.conv2d(x, laplace), linear=True)
+    assert stencil.near(x, stencil.split(None)[0]).reached.all()
+    y = draw(1, 1, 28, 28).to(dtype) + 3 * ~mask
+    near = (seen := Observation(y, Mask(mask), 0.1)).near(x, seen.split(None)[0])
+    assert torch.equal(near.reached, mask.expand(2, 1, 28, 28))
+    assert not near.residual[~near.reached].any() and torch.equal(near.residual[near.reached], (y - x)[near.reached])
 
 
 def test_only_a_linear_operator_has_a_pseudo_inverse() -> None:

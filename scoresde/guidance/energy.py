@@ -10,7 +10,9 @@ from torch import Tensor
 from ..denoiser import Around, Cond, Denoiser
 from ..prediction import Prediction
 from ..shapes import as_time, expand_as_batch, per_sample
+from .mixing import check_same
 from .scale import Scale, checked, strength
+from .tilt import by_slope, by_value
 
 
 class Energy(Around):
@@ -47,7 +49,7 @@ class Energy(Around):
         if of not in ("xt", "x0"):
             raise ValueError(f"An energy is of 'xt' or of 'x0'; got {of!r}.")
         self.energy, self.scale, self.of, self.conditional = energy, checked(scale), of, bool(conditional)
-        self.prior_evaluations += of == "x0"
+        self.prior_evaluations += 2 * (of == "x0")
 
     def null(self, cond: Cond) -> Cond:
         return None  # an energy knows no null: free guidance around it asks twice, once with no condition
@@ -59,9 +61,8 @@ class Energy(Around):
     def prior_log_prob_given(self, z: Tensor, cond: Cond) -> Tensor:
         inner = self.denoiser.prior_log_prob_given(z, cond if self.conditional else None)
         if self.of == "xt":
-            return inner - _tilt(self, self.energy, z, cond)
-        _, pull = self._pull(z, self.sde.terminal, cond)
-        return inner + (pull * (z - self.prior_centre(z))).flatten(1).sum(1)
+            return inner + by_value(self, lambda x: -_at_last(self, self.energy, x, cond), z)
+        return inner + by_slope(self, lambda x: self._pull(x, self.sde.terminal, cond)[1], z)
 
     def _pull(self, x: Tensor, t: Tensor, cond: Cond) -> tuple[Prediction, Tensor]:
         """The prediction inside, and δ."""
@@ -93,7 +94,8 @@ class Classifier(Around):
         conditional: whether the denoiser is told y too.
 
     Raises:
-        ValueError: when called, a log-probability that is not (B,).
+        ValueError: a classifier that says it is of another SDE, by an attribute `sde`; when called, a log-probability
+            that is not (B,).
     """
 
     def __init__(
@@ -105,6 +107,7 @@ class Classifier(Around):
         conditional: bool = False,
     ):
         super().__init__(denoiser)
+        check_same(denoiser.sde, getattr(log_prob, "sde", denoiser.sde))  # a function has none
         self.log_prob, self.scale, self.conditional = log_prob, checked(scale), bool(conditional)
 
     def null(self, cond: Cond) -> Cond:
@@ -121,15 +124,15 @@ class Classifier(Around):
 
     def prior_log_prob_given(self, z: Tensor, cond: Cond) -> Tensor:
         inner = self.denoiser.prior_log_prob_given(z, cond if self.conditional else None)
-        return inner if cond is None else inner + _tilt(self, self.log_prob, z, cond)
+        return inner if cond is None else inner + by_value(self, lambda x: _at_last(self, self.log_prob, x, cond), z)
 
 
-def _tilt(guided: Energy | Classifier, fn: Callable[[Tensor, Tensor, Cond], Tensor], z: Tensor, cond: Cond) -> Tensor:
-    """s (fn(z) − fn(E z)) at t_max: the log of e^{s fn} over its mean, where e^{s fn} is as good as linear in z."""
-    t = guided.sde.terminal
-    times = per_sample(t, z)
-    change = fn(z, times, cond) - fn(guided.prior_centre(z), times, cond)
-    return strength(guided.scale, guided.sde.log_snr(t)).to(z) * change
+def _at_last(
+    guided: Energy | Classifier, fn: Callable[[Tensor, Tensor, Cond], Tensor], x: Tensor, cond: Cond
+) -> Tensor:
+    """s fn at t_max, (B,)."""
+    value = fn(x, per_sample(guided.sde.terminal, x), cond)
+    return strength(guided.scale, guided.sde.log_snr(guided.sde.terminal)).to(value) * value
 
 
 def _slope(fn: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

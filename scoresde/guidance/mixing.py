@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..denoiser import Around, Cond, Denoiser
 from ..prediction import Prediction
+from ..sde import SDE
 from ..shapes import as_time, expand_as_batch
 from .conditioned import join, one_entry, spread
 from .scale import Scale, checked, number, strength
@@ -19,10 +20,10 @@ from .scale import Scale, checked, number, strength
 class ClassifierFree(Around):
     r"""(1 − w) P(x, t, ∅) + w P(x, t, cond) (Ho & Salimans 2022, eq. 6, with w for their 1 + w).
 
-    w = 1 is the conditional model itself and w = 0 the unconditional one, bit for bit and at the cost of one, also
-    where a function or the interval makes it so. Elsewhere both are asked in one batch of 2B if the network has a null.
-    For w > 1 the guided score is not that of any noised density: samples are sharper and less various than p(x|cond),
-    and their likelihood is the one of the guided flow.
+    w = 1 is the conditional model itself and, without rescaling, w = 0 the unconditional one, bit for bit and at the
+    cost of one, also where a function or the interval makes it so. Elsewhere both are asked in one batch of 2B if the
+    network has a null. For w > 1 the guided score is not that of any noised density: samples are sharper and less
+    various than p(x|cond), and their likelihood is the one of the guided flow.
 
     Args:
         denoiser: trained with its condition dropped at times.
@@ -68,8 +69,8 @@ class ClassifierFree(Around):
         known = self.scale if self.interval is None and not callable(self.scale) else number(weight)
         if known == 1:
             return self.denoiser(x, t, cond)
-        if known == 0:
-            return self.denoiser(x, t, spread(self._nothing(cond), x))
+        if known == 0 and self.rescale == 0:
+            return self.denoiser(x, t, spread(self._null(cond), x))
         plain, asked = self._both(x, t, cond)
         guided = plain.blend(asked, weight)
         return guided if self.rescale == 0 else self._rescaled(guided, asked)
@@ -141,7 +142,7 @@ class Blend(Around):
     def __init__(self, denoiser: Denoiser, others: Sequence[tuple[Denoiser, Scale]]):
         super().__init__(denoiser)
         for other, _ in others:
-            _check_same(denoiser, other)
+            check_same(denoiser.sde, other.sde)
         self.others = torch.nn.ModuleList(other for other, _ in others)
         self.scales = [checked(scale) for _, scale in others]
         self.prior_evaluations += sum(other.prior_evaluations for other, _ in others)
@@ -179,7 +180,7 @@ class Auto(Around):
 
     def __init__(self, denoiser: Denoiser, guide: Denoiser, scale: Scale = 1.0):
         super().__init__(denoiser)
-        _check_same(denoiser, guide)
+        check_same(denoiser.sde, guide.sde)
         self.guide, self.scale = guide, checked(scale)
         self.prior_evaluations += guide.prior_evaluations
 
@@ -194,12 +195,12 @@ class Auto(Around):
         return weak + strength(self.scale, self.sde.log_snr(self.sde.terminal)).to(z.device) * (own - weak)
 
 
-def _check_same(denoiser: Denoiser, other: Denoiser) -> None:
-    """Refuses a denoiser of another process: the same x_t and t would mean another noise."""
-    a, b = denoiser.sde, other.sde
+def check_same(a: SDE, b: SDE) -> None:
+    """Refuses another process: the same x_t and t would mean another noise."""
     t = torch.linspace(a.t_min, a.t_max, 5, dtype=torch.float64)
     if b.t_min > a.t_min or b.t_max < a.t_max or not all(map(torch.allclose, a.marginal(t), b.marginal(t))):
         raise ValueError(
-            f"Predictions are mixed at one x_t and t, so both denoisers need the same SDE; got {type(a).__name__} on "
-            f"[{a.t_min}, {a.t_max}] and {type(b).__name__} on [{b.t_min}, {b.t_max}], or other constants."
+            "A denoiser and its guides are asked at one x_t and t, so they need the same SDE; got "
+            f"{type(a).__name__} on [{a.t_min}, {a.t_max}] and {type(b).__name__} on [{b.t_min}, {b.t_max}], or other "
+            "constants."
         )

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ..denoiser import Around, Cond, Denoiser
+from ..guidance.tilt import by_slope
 from ..prediction import Prediction
 from ..shapes import expand_as_batch
 from .conjugate import checked, solve
@@ -46,7 +47,10 @@ class Posterior(Around, abc.ABC):
     def __init__(self, denoiser: Denoiser, observation: Observation):
         super().__init__(denoiser)
         self.observation = observation
-        self.prior_evaluations += 1
+        self.prior_evaluations += 2
+
+    def null(self, cond: Cond) -> Cond:
+        return self.observation.null(cond, self.denoiser)
 
     @abc.abstractmethod
     def look(self, x: Tensor, t: Tensor, cond: Cond = None) -> Look:
@@ -56,10 +60,14 @@ class Posterior(Around, abc.ABC):
         return self.look(x, t, cond).told
 
     def prior_log_prob_given(self, z: Tensor, cond: Cond) -> Tensor:
-        """With log p_T(z|y)/p_T(z) = δ · (z − E z), by the one δ at z: one network call more."""
-        look = self.look(z, self.sde.terminal, cond)
-        gain = (look.told.score - look.plain.score) * (z - self.prior_centre(z))
-        return self.denoiser.prior_log_prob_given(z, self.observation.split(cond)[1]) + gain.flatten(1).sum(1)
+        """With log p_T(z|y)/p_T(z) from δ, its gradient: two network calls more."""
+
+        def slope(x: Tensor) -> Tensor:
+            look = self.look(x, self.sde.terminal, cond)
+            return look.told.score - look.plain.score
+
+        rest = self.observation.split(cond)[1]
+        return self.denoiser.prior_log_prob_given(z, rest) + by_slope(self, slope, z)
 
 
 def with_jacobian(denoiser: Denoiser, x: Tensor, t: Tensor, cond: Cond) -> tuple[Prediction, Map]:
@@ -211,9 +219,7 @@ class DPS(Posterior):
         measured, rest = self.observation.split(cond)
         p, pull = with_jacobian(self.denoiser, x, t, rest)
         near = self.observation.near(p.x0, measured)
-        # entries of y that no x reaches, as outside of a mask, say nothing
-        reached = (near.forward(torch.ones_like(p.x0)) != 0) | (near.forward(_zigzag(p.x0)) != 0)
-        residual = torch.where(reached, near.residual.double(), 0.0)
+        residual = near.residual.double()
         back = near.adjoint(residual)
         slope = pull(back)
         square = (residual**2).flatten(1).sum(1).clamp(min=torch.finfo(torch.float64).tiny)
@@ -221,7 +227,7 @@ class DPS(Posterior):
         noise = (near.variance * residual**2).flatten(1).sum(1) / square
         variance = ((noise + along) / self.scale).clamp(min=1e-12)
         told = p.shift(slope / expand_as_batch(variance, x).to(x.dtype))
-        count = reached.flatten(1).sum(1)
+        count = near.reached.flatten(1).sum(1)
         return Look(p, told, -0.5 * (square / variance + count * (2 * math.pi * variance).log()))
 
 
@@ -295,11 +301,5 @@ def _held(near: Linear, u: Tensor, along: Tensor) -> Tensor:
 
 def _log_normal(near: Linear, u: Tensor, log_det: Tensor) -> Tensor:
     """log N(y; A x̂_0, S) (B,) from u = S⁻¹(y − A x̂_0)."""
-    size = u[0].numel()
+    size = near.reached.flatten(1).sum(1)
     return -0.5 * ((near.residual * u).flatten(1).sum(1) + log_det + size * math.log(2 * math.pi))
-
-
-def _zigzag(like: Tensor) -> Tensor:
-    """Numbers without pattern, so that no row of an operator is orthogonal to them."""
-    number = torch.arange(like[0].numel(), dtype=torch.float64, device=like.device)
-    return ((number * 0.6180339887) % 1 - 0.5).to(like.dtype).reshape(1, *like.shape[1:]).expand(like.shape)

@@ -26,14 +26,16 @@ class Linear(NamedTuple):
     """An observation near x̂_0: y − A(x) ≈ residual − forward(x − x̂_0).
 
     Attributes:
-        residual: y − A(x̂_0), (B, *y).
-        variance: std², float64, of the same shape.
+        residual: y − A(x̂_0), (B, *y); 0 where not reached.
+        variance: std², float64, of the same shape; 1 where not reached.
+        reached: bool, of the same shape: entries that depend on x at all, not those in the hole of a mask.
         forward: v (B, *event) -> A′v (B, *y), the derivative at x̂_0; A itself if it is linear.
         adjoint: u (B, *y) -> A′ᵀu (B, *event), in the dtype of x̂_0.
     """
 
     residual: Tensor
     variance: Tensor
+    reached: Tensor
     forward: Map
     adjoint: Map
 
@@ -47,7 +49,8 @@ class Observation(nn.Module):
         y: what was seen, (B, *y), one per sample of a batch; or (1, *y) or (*y), one for all. None: it comes with the
             condition, `cond={"y": y}`, and with it, if they differ, noise levels "std" (B,) or of the shape of y. What
             else is in that mapping goes on to the denoiser; under the single name "cond", without the mapping. It has
-            to be so for solvers with a step of its own for every sample, which drop samples as they go.
+            to be so for solvers with a step of its own for every sample, which drop samples as they go. Beside a y that
+            is given here, one in the condition is that of an observation further inside.
         operator: A, (B, *event) -> (B, *y), each sample by itself, differentiable; one number is (B, 1).
         std: noise level, ≥ 0, a number, (B,) or of the shape of y; one of as many numbers as both B and y have is of
             the entries of y here, and of the samples in the condition. Methods that divide by it say so.
@@ -55,7 +58,8 @@ class Observation(nn.Module):
 
     Raises:
         TypeError: an operator that is no function. ValueError: y that is no tensor or not finite, a negative std; when
-            first used, shapes of y and A(x) that do not fit, a wrong claim that A is linear.
+            first used, shapes of y and A(x) that do not fit, complex A(x), a wrong claim that A is linear, an operator
+            in which samples of a batch meet.
     """
 
     y: Tensor | None
@@ -90,6 +94,14 @@ class Observation(nn.Module):
         measured = Measured(y, std)
         return measured, (rest["cond"] if set(rest) == {"cond"} else rest or None)
 
+    def null(self, cond: Cond, denoiser: Denoiser) -> Cond:
+        """A condition with the same measurement, and nothing of what else `denoiser` is told inside."""
+        if self.y is not None or not isinstance(cond, Mapping) or "y" not in cond:
+            return denoiser.null(cond)
+        own = denoiser.null(self.split(cond)[1])
+        measured = {name: cond[name] for name in ("y", "std") if name in cond}
+        return measured | ({} if own is None else dict(own) if isinstance(own, Mapping) else {"cond": own})
+
     def near(self, x0: Tensor, measured: Measured) -> Linear:
         """The observation linearised at x̂_0 (B, *event)."""
         if not self._tried and not torch.compiler.is_compiling():
@@ -108,7 +120,12 @@ class Observation(nn.Module):
         def adjoint(u: Tensor) -> Tensor:
             return back(u.to(seen.dtype))[0]
 
-        return Linear(y - seen, (std.double() ** 2).expand(seen.shape), forward, adjoint)
+        # what y has where A is a row of zeros says nothing, and would weigh in every norm that solvers go by
+        reached = forward(_numbers(x0)) != 0
+        variance = (std.double() ** 2).expand(seen.shape)
+        return Linear(
+            torch.where(reached, y - seen, 0.0), torch.where(reached, variance, 1.0), reached, forward, adjoint
+        )
 
     def fitted(self, measured: Measured, seen: Tensor) -> Measured:
         """y and std so that they broadcast against A(x) = `seen`, on its device."""
@@ -156,23 +173,40 @@ class Observation(nn.Module):
         return x + change.to(x.dtype)
 
     def _try(self, x0: Tensor) -> None:
-        """A(a + 2b) = A(a) + 2 A(b) for two vectors without pattern: the claim that A is linear, and its shape."""
-        self._tried = True
+        """The shape of A(x), the claim that A is linear, A(a + 2b) = A(a) + 2 A(b), and that samples do not meet."""
         with torch.no_grad():
-            number = torch.arange(x0.numel(), dtype=torch.float64, device=x0.device).reshape(x0.shape)
-            a, b = (((number * step) % 1 - 0.5).to(x0.dtype) for step in (0.6180339887, 0.7548776662))
+            a, b = _numbers(x0, 0.6180339887), _numbers(x0, 0.7548776662)
             both, one, two = self.operator(a + 2 * b), self.operator(a), self.operator(b)
             if both.ndim == 0 or len(both) != len(x0):
                 raise ValueError(
                     f"An operator keeps samples apart: (B, *event) -> (B, *y). For {tuple(x0.shape)} it returned "
                     f"{tuple(both.shape)}."
                 )
+            if both.is_complex():
+                raise ValueError(
+                    f"A(x) is {both.dtype}; y has real and imaginary parts as entries of their own: "
+                    "torch.view_as_real(A(x))."
+                )
             gap, size = (both - one - 2 * two).abs().amax(), one.abs().amax() + two.abs().amax()
-            if self.linear and not bool(gap <= 10 * torch.finfo(x0.dtype).eps ** 0.5 * size):
+            rough = 10 * torch.finfo(x0.dtype).eps ** 0.5 * size
+            if self.linear and not bool(gap <= rough):
                 raise ValueError(
                     f"The operator is said to be linear, but A(a + 2b) − A(a) − 2A(b) is up to {float(gap):.2g}. Say "
                     "linear=False; of an affine one, A(x) = M x + c, take c from y."
                 )
+            other = self.operator(torch.cat([b[:1], a[1:]]))
+            if not bool(((other - one)[1:].abs() <= rough).all()):
+                raise ValueError(
+                    "An operator keeps samples apart, and in this one the first changes what is of others."
+                )
+        self._tried = True
+
+
+def _numbers(like: Tensor, step: float = 0.6180339887) -> Tensor:
+    """Normal quantiles in an order without pattern, so that no row of an operator but one of zeros is orthogonal to
+    them: of the fractions themselves many differences cancel."""
+    count = torch.arange(1, like.numel() + 1, dtype=torch.float64, device=like.device)
+    return torch.special.ndtri((count * step) % 1).to(like.dtype).reshape(like.shape)
 
 
 def _check(y: Tensor | None, std: Tensor) -> None:
@@ -198,6 +232,9 @@ class Untold(Around):
 
     def forward(self, x: Tensor, t: Tensor, cond: Cond = None) -> Prediction:
         return self.denoiser(x, t, self._rest(cond))
+
+    def null(self, cond: Cond) -> Cond:
+        return self.observation.null(cond, self.denoiser)
 
     def prior_log_prob_given(self, z: Tensor, cond: Cond) -> Tensor:
         return self.denoiser.prior_log_prob_given(z, self._rest(cond))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import abc
 import math
 from collections.abc import Callable, Sequence
+from numbers import Integral
 
 import torch
 import torch.nn.functional as F
@@ -149,14 +150,19 @@ class RandomProjection(Operator):
 
     Args:
         rows: ≥ 1.
-        event_shape: of x.
+        event_shape: of x, (D,) or (C, *space).
         rng: draws the matrix; default `Rng(0)`.
+
+    Raises:
+        ValueError: rows or a shape that are no whole numbers of at least 1.
     """
 
     def __init__(self, rows: int, event_shape: Sequence[int], rng: Rng | None = None):
         super().__init__()
-        if rows < 1:
-            raise ValueError(f"rows is at least 1; got {rows}.")
+        if not _counts([rows]):
+            raise ValueError(f"rows is a whole number of at least 1; got {rows!r}.")
+        if not _counts(event_shape):
+            raise ValueError(f"event_shape is that of one sample, as in (2,) or (1, 28, 28); got {event_shape!r}.")
         size = math.prod(event_shape)
         matrix = (Rng(0) if rng is None else rng).normal((1, rows * size), dtype=torch.float64)
         self.register_buffer("matrix", matrix.reshape(rows, size) / math.sqrt(size), persistent=False)
@@ -205,6 +211,11 @@ class Compose(Operator):
         for operator in self.operators:
             x = operator(x)
         return x
+
+
+def _counts(sizes: object) -> bool:
+    """Whether they are whole numbers of at least 1, and one at least."""
+    return isinstance(sizes, Sequence) and len(sizes) > 0 and all(isinstance(n, Integral) and int(n) > 0 for n in sizes)
 
 
 def _space(x: Tensor) -> range:
