@@ -19,7 +19,9 @@ from scoresde import DDIM, ClassifierFree, Mask, Observation, PiGDM, Rng, Sample
 from scoresde.cli.conditions import choose_cond
 from scoresde.cli.kinds import kinds_of
 from scoresde.cli.model import LoadedRun, load_run
+from scoresde.cli.problem import Problem
 from scoresde.cli.report import real_beside
+from scoresde.config import ConfigError
 
 DRAW = ("sampler=ddim", "sampler.steps=4", "pictures=false", "threads=1")
 SAMPLER = Sampler(DDIM(), steps=4)
@@ -55,6 +57,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     np.save(folder / "large.npy", 255 * np.ones((4, 4)))
     np.save(folder / "gap.npy", np.array([[1.0, np.nan]]))
     np.save(folder / "mask.npy", np.array([1, 0]))
+    np.save(folder / "half.npy", np.arange(4) < np.full((4, 1), 2))
     yield folder
 
 
@@ -158,6 +161,80 @@ def test_a_measurement_and_a_vector_together(folder: Path, vec: LoadedRun) -> No
         np.testing.assert_allclose(samples, vec.dataset.decode(x).numpy(), rtol=0, atol=1e-4)
 
 
+def test_every_input_is_told_what_belongs_to_itself(folder: Path, everything: LoadedRun) -> None:
+    """All kinds at once, for two samples of each of three inputs, in batches of other sizes; or one of the kinds. What
+    was told is beside the samples."""
+    words = ("problem=inpaint", "mask=half.npy", "problem.std=0.1", "grid=uniform", "guidance=cfg", "n=2")
+    arrays, _ = drawn(folder, "all", "own", *words, "input=[test:3,test:9-10]", "cond=input", "batch_size=4")
+    test, seen, index = everything.dataset.test, torch.arange(4).expand(1, 4, 4) < 2, (3, 9, 10)
+    for i, given, samples in zip(index, torch.from_numpy(arrays["given"]).nan_to_num(), arrays["samples"], strict=True):
+        method = PiGDM(ClassifierFree(everything.denoiser, 2.0), Observation(given / 3, Mask(seen), 0.1))
+        cond = test.cond(torch.tensor([i, i]), True, torch.device("cpu"))
+        x = SAMPLER(method, (2, 1, 4, 4), cond=cond, rng=Rng(seeds=range(2)))
+        # y has been to raw units and back, in other batches
+        np.testing.assert_allclose(samples, everything.dataset.decode(x).numpy(), rtol=0, atol=1e-4)
+    told = {"labels": test.labels, "cond_image": test.told["image"], "cond_tokens": test.told["tokens"]}
+    for name, values in told.items():
+        assert np.array_equal(arrays[name], values[list(index)].unsqueeze(1).repeat_interleave(2, 1).numpy(), True)
+    labels = [[int(test.labels[i])] * 2 for i in index]
+    assert json.loads((folder / "own" / "summary.json").read_text())["labels"] == labels
+    # a label of each sample, beside the input's own
+    own = ("cond.image=input", "cond.tokens=input", "cond.label=[2,0]")
+    other, _ = drawn(folder, "all", "one", *words, "input=test:9-10", *own)
+    assert other["labels"].tolist() == [[2, 0]] * 2 and np.array_equal(other["cond_image"], arrays["cond_image"][1:])
+    assert json.loads((folder / "one" / "summary.json").read_text())["labels"] == [[2, 0]] * 2
+    # nothing told is nothing said
+    free, _ = drawn(folder, "all", "free", *words, "input=test:9")
+    assert not {"labels", "cond_image", "cond_tokens"} & set(free)
+
+
+def test_particles_of_each_input_are_told_its_own(folder: Path) -> None:
+    """They move in a batch for each input, as those of an input alone do that is told the same by name."""
+    words = ("problem=inpaint", "mask=mask.npy", "problem.std=0.1", "posterior=smc", "guidance=cfg", "n=4")
+    both, _ = drawn(folder, "vec", "smc", *words, "input=test:5-6", "cond.vector=input")
+    alone, _ = drawn(folder, "vec", "smc6", *words, "input=test:6", "cond.vector=test:6")
+    assert np.array_equal(both["samples"][1], alone["samples"][0])
+    assert np.array_equal(both["cond_vector"][1], alone["cond_vector"][0])
+    wrong, _ = drawn(folder, "vec", "smc5", *words, "input=test:6", "cond.vector=test:5")
+    assert np.abs(wrong["samples"] - alone["samples"]).max() > 1e-2  # it is heard
+    mixed = command("sample", *DRAW, "run=vec", *words, "input=test:6", "cond.vector=test:5-6", "out=no", cwd=folder)
+    assert mixed.code == 1 and "move together and are told the same: cond.vector has one row" in mixed.err, mixed.err
+
+
+def test_inputs_with_their_own_conditions_go_on_where_they_stopped(folder: Path) -> None:
+    words = (*DRAW, "run=vec", "problem=inpaint", "mask=mask.npy", "input=test:2-3", "n=2", "out=half")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scoresde.cli.sample, "write_restored", stop)
+        assert command("sample", *words, "cond=input", cwd=folder).code == 130
+    batches = {path: path.read_bytes() for path in folder.glob("half/batches/*/*")}
+    other = command("sample", *words, "cond=test:2-3", cwd=folder)
+    assert other.code == 1 and "half/batches holds batches made with" in other.err, other.err
+    assert batches and {path: path.read_bytes() for path in folder.glob("half/batches/*/*")} == batches
+    assert command("sample", *words, "cond=input", cwd=folder).code == 0
+
+
+def test_what_no_input_is_known_to_be_told_is_refused(vec: LoadedRun) -> None:
+    """A file among the inputs, a model that was trained with other samples held out, and no problem at all."""
+    test, seen = vec.dataset.test, torch.ones(2, dtype=torch.bool)
+    truth = vec.dataset.encode(test.raw[[1, 4]])
+
+    def problem(truth: Tensor, *inputs: str) -> Problem:
+        return Problem(Observation(None, Mask(seen)), truth, seen, None, truth, list(inputs))
+
+    cond, _ = choose_cond("input", 2, vec, problem=problem(truth, "test:1", "test:4"))
+    assert isinstance(cond, dict) and torch.equal(cond["vector"], test.told["vector"][[1, 1, 4, 4]])
+    others = "vec, which knows each vector, holds out other samples"
+    for given, words in (
+        (problem(truth, "test:1", "x.png"), "cond.vector=input: no vector is known of x.png, which is a file"),
+        (problem(truth.flip(0), "test:1", "test:4"), others),
+        (problem(truth, "test:1", "test:20"), others),
+        (None, "cond.vector=input is the vector of what a problem is given; say which: problem=inpaint input=test:0-7"),
+    ):
+        with pytest.raises(ConfigError) as error:
+            choose_cond({"vector": "input"}, 2, vec, problem=given)
+        assert words in str(error.value)
+
+
 def test_held_out_samples_keep_their_own_conditions(folder: Path, vec: LoadedRun) -> None:
     settings = ("likelihood.rtol=1e-3", "likelihood.atol=1e-3", "n=5", "out=nats", "threads=1")
     done = command("likelihood", "run=vec", *settings, cwd=folder)
@@ -176,12 +253,13 @@ def test_held_out_samples_keep_their_own_conditions(folder: Path, vec: LoadedRun
     assert np.abs(found["bits_per_dim"] - bits(test.told["vector"][index + 1])).max() > 1e-3
 
 
-def test_another_file_under_the_same_name_is_another_command(folder: Path, monkeypatch) -> None:
+def stop(*_, **__) -> None:
+    raise KeyboardInterrupt
+
+
+def test_another_file_under_the_same_name_is_another_command(folder: Path) -> None:
     np.save(folder / "mine.npy", np.array([1.0, 0.5]))
     words = (*DRAW, "run=vec", "cond.vector=mine.npy", "n=4", "out=stopped")
-
-    def stop(*_, **__):
-        raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(scoresde.cli.sample, "write_samples", stop)
@@ -209,9 +287,11 @@ WRONG = {
     "vec cond.vector=x.png": "expected a vector of shape (2,), which no picture holds; give it as .npy",
     "vec cond.vector=test:20": "cond.vector=test:20: held-out samples are test:0 … test:19",
     "vec cond=test:x": "=test:x: held-out samples are",
+    "vec cond=input": "cond.vector=input is the vector of what a problem is given",
     "vec cond=7": "cond is a mapping with the keys label, vector, image, tokens | got 7",
     "vec cond.colour=7": "cond is a mapping with the keys label",
     "vec cond.label=1": "cond.label=1: | vec was trained with a vector of shape (2,), and no label",
+    "all cond.image=input cond.tokens=test:0 cond.label=0": "cond.image=input is the image of what a problem is",
     "all cond.label=1 cond.image=x.png": "together: give cond.tokens=… too, or cond=test:0-7",
     "all cond.image=test:0 cond.tokens=test:0 cond.label=3": "cond.label is a class 0 … 2, or a list; got 3",
     "all cond.label=0 cond.tokens=test:0 cond.image=small.png": "small.png: expected an image | shape (1, 3, 4)",
@@ -226,7 +306,7 @@ def test_what_is_wrong_is_told(words: str, vec: LoadedRun, everything: LoadedRun
     name, *typed = words.split()
     cond = OmegaConf.to_container(OmegaConf.from_dotlist(typed))["cond"]
     with pytest.raises((ValueError, OSError)) as error:
-        choose_cond(cond, 4, {"vec": vec, "all": everything}[name], needed=True)
+        choose_cond(cond, 4, {"vec": vec, "all": everything}[name])
     assert all(part in str(error.value) for part in WRONG[words].split(" | "))
 
 

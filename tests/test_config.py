@@ -22,6 +22,7 @@ from scoresde import (
     DDIM,
     SDE,
     VPSDE,
+    ClassifierLoss,
     Denoiser,
     DenoisingLoss,
     Eps,
@@ -29,6 +30,7 @@ from scoresde import (
     KarrasGrid,
     LogSNRGrid,
     Mask,
+    NoisyClassifier,
     Observation,
     Preconditioned,
     Sampler,
@@ -39,7 +41,7 @@ from scoresde.cli.report import Evaluation
 from scoresde.cli.train import assemble
 from scoresde.config import ConfigError, build, build_network, config_dir, parameters, targets
 from scoresde.data import Dataset
-from scoresde.nn import MLP
+from scoresde.nn import MLP, Classifier
 from scoresde.parameterization import Parameterization
 from scoresde.train import Average, Logger, OdeLikelihood, Trainer
 from scoresde.train.world import Alone
@@ -76,6 +78,10 @@ def tiny_denoiser() -> Preconditioned:
     return Preconditioned(MLP((2,), width=8, depth=1), VPSDE(), Eps())
 
 
+def tiny_classifier() -> NoisyClassifier:
+    return NoisyClassifier(Classifier((2,), classes=3, width=8, depth=1), VPSDE())
+
+
 def seen() -> Observation:
     return Observation(torch.zeros(2), Mask(torch.tensor([1, 0])), 0.1)
 
@@ -85,7 +91,14 @@ GROUPS: dict[str, tuple[Any, Callable[[], dict[str, Any]]]] = {
     "sde": (SDE, dict),
     "parameterization": (Parameterization, dict),
     "network": (nn.Module, lambda: {"event_shape": (1, 8, 8), "classes": 3}),
-    "loss": (DenoisingLoss, lambda: {"denoiser": tiny_denoiser()}),
+    "denoiser": (
+        (Denoiser, NoisyClassifier),
+        lambda: {"network": tiny_denoiser().network, "sde": VPSDE(), "parameterization": Eps()},
+    ),
+    "loss": (
+        (DenoisingLoss, ClassifierLoss),
+        lambda: {"denoiser": tiny_denoiser(), "classifier": tiny_classifier()},
+    ),
     "sampler": (Sampler, dict),
     "data": (Dataset, dict),
     "optim": (torch.optim.Optimizer, lambda: {"params": [nn.Parameter(torch.zeros(2))]}),
@@ -94,7 +107,10 @@ GROUPS: dict[str, tuple[Any, Callable[[], dict[str, Any]]]] = {
     "trainer": (Trainer, dict),
     "likelihood": (OdeLikelihood, dict),
     "grid": (object, dict),
-    "guidance": (Denoiser, lambda: {"denoiser": tiny_denoiser(), "guide": tiny_denoiser()}),
+    "guidance": (
+        Denoiser,
+        lambda: {"denoiser": tiny_denoiser(), "guide": tiny_denoiser(), "log_prob": tiny_classifier()},
+    ),
     "posterior": ((Denoiser, Step), lambda: {"denoiser": tiny_denoiser(), "step": DDIM(), "observation": seen()}),
     "problem": (Observation, lambda: {"y": None}),
 }
@@ -102,8 +118,8 @@ OF_SAMPLES = ("guidance", "posterior", "problem")  # groups that scoresde-train 
 
 
 def wanted(node: Any, facts: dict[str, Any]) -> dict[str, Any]:
-    """Guides, and methods around a denoiser or around a step, are told what they ask for; others get all."""
-    if not {"observation", "guide"} & set(facts):
+    """Denoisers, losses, guides, and methods around a denoiser or around a step, are told what they ask for."""
+    if not {"observation", "guide", "classifier", "parameterization"} & set(facts):
         return facts
     return {name: value for name, value in facts.items() if name in parameters(node["_target_"])[0]}
 
@@ -132,15 +148,16 @@ def files(folder: Path) -> dict[str, list[str]]:
     np.savez(folder / "images.npz", x=pixels.flatten()[: 400 * 768].reshape(400, 16, 16, 3))
     given["cifar_vp"] = [f"data.path={folder / 'images.npz'}"]
     given["fitted"] = [f"grid.path={folder / 'grid.json'}"]
+    given["energy"] = ["guidance.energy={_target_: scoresde.UniformGrid}"]  # something that can be called
     return given | {"arrays": [*given["arrays"], "data.raw_low=-1", "data.raw_high=1"]}
 
 
 @pytest.mark.parametrize(("group", "option"), OPTIONS, ids=str)
 def test_every_option_builds(group: str, option: str, tmp_path: Path) -> None:
     kind, runtime = GROUPS[group]
-    more = files(tmp_path).get(option, []) if group in ("data", "grid") else []
+    more = files(tmp_path).get(option, []) if group in ("data", "grid", "guidance") else []
     if group in OF_SAMPLES:
-        cfg = composed(f"{group}={option}", "run=somewhere", name="sample")
+        cfg = composed(f"{group}={option}", "run=somewhere", *more, name="sample")
     else:
         cfg = composed(f"{group}={option}", *more)
     built = build(cfg[group], **wanted(cfg[group], runtime()))
@@ -150,7 +167,10 @@ def test_every_option_builds(group: str, option: str, tmp_path: Path) -> None:
         assert times.shape == (6,) and bool((times.diff() < 0).all())
     if group == "network":
         x = torch.randn(2, 1, 8, 8)
-        assert built(x, torch.zeros(2), torch.tensor([0, 2])).shape == x.shape
+        if option == "classifier":  # of two samples, logits of three classes
+            assert built(x, torch.zeros(2)).shape == (2, 3)
+        else:
+            assert built(x, torch.zeros(2), torch.tensor([0, 2])).shape == x.shape
 
 
 def nodes(tree: Any, at: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -188,7 +208,7 @@ def test_the_other_mains_build_every_option_of_their_groups(name: str, tmp_path:
     for group, option in OPTIONS:
         if group in groups:
             kind, runtime = GROUPS[group]
-            more = given.get(option, []) if group == "grid" else []
+            more = given.get(option, []) if group in ("grid", "guidance") else []
             node = composed(f"{group}={option}", "run=somewhere", *more, name=name)[group]
             assert isinstance(build(node, **wanted(node, runtime())), kind)
 
@@ -269,7 +289,8 @@ def test_runtime_objects_are_passed_not_copied() -> None:
 )
 def test_mistakes_are_named_with_their_key_and_cure(override: str, node: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message.replace("?", r"\?")):
-        build(composed(override)[node], **GROUPS[node][1]())
+        cfg = composed(override)[node]
+        build(cfg, **wanted(cfg, GROUPS[node][1]()))
 
 
 def test_a_wrong_key_in_a_list_is_found() -> None:

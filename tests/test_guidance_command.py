@@ -18,6 +18,7 @@ from scoresde import DDIM, Auto, ClassifierFree, Mask, Observation, PiGDM, Repla
 from scoresde.cli.conditions import choose_cond
 from scoresde.cli.guided import build_guidance, check_guidance
 from scoresde.cli.model import LoadedRun, load_run
+from scoresde.cli.problem import Problem
 from scoresde.config import ConfigError
 from scoresde.inverse import Untold
 
@@ -145,7 +146,7 @@ WRONG = {
     "guidance=cfg +guidance.scael=2": "guidance.scael: .* Did you mean 'scale'?",
     "guidance=auto": "guidance=auto needs a weaker model, the folder of a run: guide=runs/weak; got None",
     "guidance=auto guide=lost": "lost holds no whole checkpoint",
-    "guide=run": "guide=run is the weaker model of guidance=auto",
+    "guide=run": "guide=run is a weaker model of guidance=auto or a classifier of guidance=classifier",
     "guidance.scale=2": "There is no key 'guidance.scale'",
 }
 
@@ -164,6 +165,8 @@ def test_a_model_that_cannot_be_guided_is_refused(run: LoadedRun) -> None:
     cfg = {"_target_": "scoresde.ClassifierFree", "scale": 2.0}
     check_guidance(cfg, run)
     unconditional = replace(run, conditional=False)
+    hole, event = torch.ones(1, 8, 8, dtype=torch.bool), (1, 1, 8, 8)
+    problem = Problem(Observation(None, Mask(hole)), torch.zeros(event), hole, hole, torch.zeros(event), ["test:0"])
     always = replace(run, config=run.config | {"network": run.config["network"] | {"cond_dropout": 0.0}})
     with pytest.raises(ConfigError, match=r"was trained without\. Train with conditional=true"):
         check_guidance(cfg, unconditional)
@@ -172,10 +175,10 @@ def test_a_model_that_cannot_be_guided_is_refused(run: LoadedRun) -> None:
     for model in (unconditional, always):
         check_guidance({"_target_": "scoresde.Blend"}, model)
     with pytest.raises(ConfigError, match=r"cond\.label=3: .* was trained without labels"):
-        choose_cond(NOTHING | {"label": 3}, 4, unconditional, needed=True)
+        choose_cond(NOTHING | {"label": 3}, 4, unconditional)
     with pytest.raises(ConfigError, match="was never trained without a label; say which"):
-        choose_cond(NOTHING, 4, always, needed=False)
-    assert choose_cond(NOTHING, 4, unconditional, needed=False) == (None, "")
+        choose_cond(NOTHING, 4, always, problem=problem)
+    assert choose_cond(NOTHING, 4, unconditional, problem=problem) == (None, "")
 
 
 def test_a_weaker_run_can_guide(folder: Path, run: LoadedRun) -> None:

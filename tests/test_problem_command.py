@@ -347,9 +347,9 @@ def test_it_goes_on_where_it_stopped_and_another_input_is_another_job(tmp_path: 
     calls = [0]
     forward = GaussianMixtureDenoiser.forward
 
-    def counted(self, *arguments):
-        calls[0] += 1
-        return forward(self, *arguments)
+    def counted(self, x, *arguments):
+        calls[0] += len(x) == 4  # of batches, not of what is tried before on less
+        return forward(self, x, *arguments)
 
     def stop(*_, **__):
         raise KeyboardInterrupt

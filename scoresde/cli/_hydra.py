@@ -40,7 +40,7 @@ def launch(task: Callable[[DictConfig], Any], config_name: str) -> None:
 
     OmegaConf.register_new_resolver("command", name_of_command, replace=True)
     guard()  # Hydra logs and prints the overrides of every job
-    if problem := problem_in_options(sys.argv[1:]):
+    if problem := problem_in_options(sys.argv[1:]) or _of_another_command(f"scoresde-{config_name}"):
         sys.exit(f"error: {problem}")
     full = os.environ.get("HYDRA_FULL_ERROR", "0") not in ("", "0")
     os.environ["HYDRA_FULL_ERROR"] = "1"  # so that Hydra raises instead of printing
@@ -53,7 +53,7 @@ def launch(task: Callable[[DictConfig], Any], config_name: str) -> None:
         OutputFolder.remove_created()
         if full:
             raise
-        print(f"error: {explain(error)}", file=sys.stderr)
+        print(f"error: {explain(error, f'scoresde-{config_name}')}", file=sys.stderr)
         sys.exit(1)
     except Exception as error:
         OutputFolder.remove_created()
@@ -145,13 +145,16 @@ def in_sweep() -> bool:
     return HydraConfig.get().mode == RunMode.MULTIRUN
 
 
-def explain(error: BaseException) -> str:
-    """What went wrong and the nearest thing that would have been right."""
+def explain(error: BaseException, command: str = "") -> str:
+    """What went wrong in `command`, and the nearest thing that would have been right."""
     if not isinstance(error, (HydraException, OmegaConfBaseException)):
         return str(error)
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, option = str(error.missing_cfg_file).rpartition("/")
         options = list(error.options or [])
+        if group == "experiment":
+            owners = _owners()
+            options = [name for name in options if owners.get(name, command).split()[0] == command]
         known = f" Options of {group}: {', '.join(options)}." if options else ""
         return f"There is no {group}={option}.{nearest(option, options)}{known}"
     if isinstance(error, OverrideParseException):
@@ -166,6 +169,27 @@ def explain(error: BaseException) -> str:
             return f"{cause.full_key}: {str(cause).splitlines()[0]}"
         cause = cause.__cause__
     return str(error)
+
+
+def _owners() -> dict[str, str]:
+    """The command that each experiment of ours is for, whole, as the first line of its file has it."""
+    found = {}
+    for path in Path(config_dir(), "experiment").glob("*.yaml"):
+        mark, _, line = path.read_text(encoding="utf-8").partition("\n")[0].partition(" @run ")
+        if mark == "#":
+            found[path.stem] = " ".join(line.partition("#")[0].split())
+    return found
+
+
+def _of_another_command(command: str) -> str:
+    """What to say where an experiment is named that is another command's; else empty."""
+    for word in sys.argv[1:]:
+        key, _, names = word.lstrip("+").partition("=")
+        for name in names.split(",") if key == "experiment" else ():
+            line = _owners().get(name, command)
+            if (owner := line.split()[0]) != command:
+                return f"experiment={name} is for {owner}, not {command}: {line}"
+    return ""
 
 
 def _no_configuration(error: Exception) -> str:

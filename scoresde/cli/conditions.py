@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,21 +13,21 @@ from ..data import Dataset
 from ..denoiser import Cond
 from .kinds import NAMES, Kind, always_told, kinds_of
 from .model import LoadedRun
+from .problem import Problem
 
 _CPU = torch.device("cpu")
 
 
-def choose_cond(given: Any, n: int, run: LoadedRun, *, inputs: Sequence[str] | None = None) -> tuple[Cond, str]:
+def choose_cond(given: Any, n: int, run: LoadedRun, *, problem: Problem | None = None) -> tuple[Cond, str]:
     """What samples are told, as `cond` of a command says, rows being gone through again and again; and a sentence
     about it where more is to be known, else an empty one.
 
     Args:
         given: the mapping of that key; or in place of it or of a value, test:0-7, what these held-out samples are told,
             or input, what each input of a problem is told itself.
-        n: number of samples, of each input if there are such.
-        run: the model.
-        inputs: names of a problem's inputs, whose samples follow one another, and which are told nothing where nothing
-            is given. None: there is no problem, and `in_turn` says what they are told then.
+        n: number of samples; of a problem, for each of its inputs, which follow one another.
+        run: the model, or whatever is told.
+        problem: is told nothing where nothing is given; without one it is what `in_turn` says.
 
     Raises:
         ConfigError, ValueError, OSError: a kind that the model was not trained with, one that is missing, or values
@@ -44,12 +43,12 @@ def choose_cond(given: Any, n: int, run: LoadedRun, *, inputs: Sequence[str] | N
         )
     given = {name: value for name, value in given.items() if value is not None}
     if not given:
-        return _unsaid(n, run, kinds, inputs is None)
+        return _unsaid(n, run, kinds, problem is None)
     _check_kinds(given, kinds, run)
-    told, notes, k = {}, [], 1 if inputs is None else len(inputs)
+    told, notes, k = {}, [], 1 if problem is None else len(problem.inputs)
     for name, kind in kinds.items():
         if given[name] == "input":
-            told[name] = kind.rows(_held_out_inputs(name, inputs)).repeat_interleave(n, 0)
+            told[name] = kind.rows(_held_out_inputs(name, problem, run)).repeat_interleave(n, 0)
             continue
         rows = kind.rows(given[name])
         told[name] = rows[torch.arange(n).repeat(k) % len(rows)]
@@ -89,18 +88,25 @@ def _check_kinds(given: Mapping[str, Any], kinds: Mapping[str, Kind], run: Loade
         )
 
 
-def _held_out_inputs(kind: str, inputs: Sequence[str] | None) -> list[str]:
-    """The inputs, of which is known what they are told themselves."""
-    if inputs is None:
+def _held_out_inputs(kind: str, problem: Problem | None, run: LoadedRun) -> list[str]:
+    """The inputs of a problem, if it is known of them what they are told themselves."""
+    if problem is None:
         raise ConfigError(
             f"cond.{kind}=input is the {kind} of what a problem is given; say which: problem=inpaint input=test:0-7, …."
         )
-    if files := [name for name in inputs if not name.startswith("test:")]:
+    if files := [name for name in problem.inputs if not name.startswith("test:")]:
         raise ConfigError(
             f"cond.{kind}=input: no {kind} is known of {files[0]}, which is a file and no held-out sample; give it: "
             f"cond.{kind}=…."
         )
-    return list(inputs)
+    held, index = run.dataset.test.raw, [int(name.removeprefix("test:")) for name in problem.inputs]
+    truth = problem.truth
+    if truth is None or max(index) >= len(held) or not torch.equal(run.dataset.encode(held[index]), truth):
+        raise ConfigError(
+            f"cond.{kind}=input: {run.folder}, which knows each {kind}, holds out other samples than the inputs are; "
+            f"give it: cond.{kind}=…."
+        )
+    return problem.inputs
 
 
 def in_turn(dataset: Dataset, n: int, conditional: bool) -> Cond:
@@ -143,9 +149,14 @@ def beside(measured: Mapping[str, Tensor], cond: Cond) -> dict[str, Tensor]:
     return {**measured, **({"cond": cond} if isinstance(cond, Tensor) else cond or {})}
 
 
-def told_arrays(cond: Cond) -> dict[str, np.ndarray]:
-    """What samples were told, by its names in `samples.npz`: `labels`, `cond_vector`, `cond_image`, `cond_tokens`."""
-    return {"labels" if name == "label" else f"cond_{name}": value.numpy() for name, value in by_name(cond).items()}
+def told_arrays(cond: Cond, inputs: int | None = None) -> dict[str, Any]:
+    """What samples were told, by its names in `samples.npz`: `labels`, `cond_vector`, `cond_image`, `cond_tokens`, each
+    (n, …); of the k inputs of a problem (k, n, …).
+    """
+    rows = {"labels" if name == "label" else f"cond_{name}": value for name, value in by_name(cond).items()}
+    return {
+        name: (value if inputs is None else value.unflatten(0, (inputs, -1))).numpy() for name, value in rows.items()
+    }
 
 
 def _listed(kinds: Mapping[str, Kind]) -> str:

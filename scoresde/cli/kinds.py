@@ -144,7 +144,9 @@ def kinds_of(run: LoadedRun) -> dict[str, Kind]:
 
 
 def always_told(run: LoadedRun) -> bool:
-    """Whether the network is known never to have been without its condition."""
+    """Whether the network is known never to have been without its condition; a classifier never is."""
+    if not run.draws:
+        return run.conditional
     gaps = any(bool(values.isnan().flatten(1).all(1).any()) for values in run.dataset.train.told.values())
     return run.conditional and run.config["network"].get("cond_dropout") == 0 and not gaps
 

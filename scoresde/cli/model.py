@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 
-from ..config import build, build_network
+from ..config import ConfigError, build, build_network, taken
 from ..data import Dataset
 from ..denoiser import Denoiser
 from ..kernels import switch
+from ..loss import DenoisingLoss
 from ..train import reconstruct
 from ..train.checkpoint import CheckpointError, best, latest
 from ..train.evaluation import model_device
@@ -31,7 +32,7 @@ class LoadedRun:
         config: its resolved configuration.
         step: optimizer step of the checkpoint.
         digest: SHA-256 of its manifest, so of its weights.
-        dataset, denoiser: in eval mode, on the device.
+        dataset, denoiser: in eval mode, on the device; a classifier's run has that in place of a denoiser.
         conditional: the network takes labels.
     """
 
@@ -42,6 +43,11 @@ class LoadedRun:
     dataset: Dataset
     denoiser: Denoiser
     conditional: bool
+
+    @property
+    def draws(self) -> bool:
+        """See `draws`."""
+        return draws(self.denoiser)
 
 
 def choose_device(name: str) -> torch.device:
@@ -87,13 +93,52 @@ def build_dataset(config: Mapping[str, Any], allow: Sequence[str]) -> Dataset:
 
 
 def build_denoiser(config: Mapping[str, Any], dataset: Dataset, allow: Sequence[str]) -> Denoiser:
-    """The denoiser of a resolved configuration, freshly initialised."""
-    classes = dataset.classes if config["conditional"] else 0
+    """The denoiser of a resolved configuration, or the classifier, freshly initialised."""
+    classes, node = dataset.classes if config["conditional"] else 0, config["denoiser"]
     network = build_network(config["network"], allow, key="network", event_shape=dataset.event_shape, classes=classes)
-    return build(
-        config["denoiser"], allow, key="denoiser", network=network, sde=build(config["sde"], allow, key="sde"),
-        parameterization=build(config["parameterization"], allow, key="parameterization"),
-    )  # fmt: skip
+    facts = {"network": network, "sde": build(config["sde"], allow, key="sde")}
+    asks, others = taken(node, allow, key="denoiser")
+    if others or "parameterization" in asks:
+        facts["parameterization"] = build(config["parameterization"], allow, key="parameterization")
+    return build(node, allow, key="denoiser", **facts)
+
+
+def draws(denoiser: Denoiser) -> bool:
+    """Whether samples can be drawn from it: a classifier has no noise to start from."""
+    return hasattr(denoiser, "prior_sample")
+
+
+def check_classifier(config: Mapping[str, Any], allow: Sequence[str]) -> None:
+    """Refuses a classifier's loss where labels are not told, or where samples or bits/dim are asked for.
+
+    Raises:
+        ConfigError: it is one of these.
+    """
+    if "classifier" not in taken(config["loss"], allow, key="loss")[0]:
+        return
+    if not config["conditional"]:
+        raise ConfigError("A classifier learns labels, which conditional=true tells it.")
+    if config["evaluate_at_end"] or config["trainer"].get("sample_every"):
+        raise ConfigError(
+            "A classifier has no samples and no bits/dim; it is measured by its held-out loss: evaluate_at_end=false "
+            "trainer.sample_every=0."
+        )
+
+
+def build_loss(config: Mapping[str, Any], denoiser: Denoiser, allow: Sequence[str]) -> DenoisingLoss:
+    """The loss of a resolved configuration, by whose parameter one sees what it trains.
+
+    Raises:
+        ConfigError: it cannot be built; or it is a classifier's, and that is none, or the reverse.
+    """
+    node = config["loss"]
+    name = "classifier" if "classifier" in taken(node, allow, key="loss")[0] else "denoiser"
+    if (name == "denoiser") != draws(denoiser):
+        raise ConfigError(
+            f"{node['_target_']} does not train a {config['denoiser']['_target_']}. A classifier takes "
+            "network=classifier, denoiser=classifier and loss=classifier together, as in experiment=digits_classifier."
+        )
+    return build(node, allow, key="loss", **{name: denoiser})
 
 
 @torch.no_grad()
@@ -109,12 +154,22 @@ def check_fit(denoiser: Denoiser, dataset: Dataset, *, conditional: bool) -> Non
 
 
 def chosen_run(options: Mapping[str, Any], allow: Sequence[str]) -> LoadedRun:
-    """`load_run` as the keys run, device, kernels, weights and checkpoint of a command say."""
+    """`load_run` as the keys run, device, kernels, weights and checkpoint of a command say.
+
+    Raises:
+        ConfigError: it is a classifier's.
+    """
     choose_kernels(options["kernels"], choose_device(options["device"]))
-    return load_run(
+    run = load_run(
         Path(options["run"]), allow=allow, device=options["device"], weights=options["weights"],
         checkpoint=options["checkpoint"],
     )  # fmt: skip
+    if not run.draws:
+        raise ConfigError(
+            f"run={run.folder} is a classifier, of which there are no samples and no likelihood. It guides those of "
+            f"another run: scoresde-sample run=… guidance=classifier guide={run.folder} cond.label=…."
+        )
+    return run
 
 
 def load_run(
@@ -154,7 +209,8 @@ def load_run(
             f"{', '.join(sorted(missing)) or 'denoiser to be a mapping and conditional to be true or false'}."
         )
     # a checkpoint is measured in full precision, however it was trained
-    config = {**config, "denoiser": {**config["denoiser"], "autocast": None}}
+    full = {"autocast": None} if "autocast" in config["denoiser"] else {}
+    config = {**config, "denoiser": {**config["denoiser"], **full}}
     dataset = build_dataset(config, allow)
     denoiser = build_denoiser(config, dataset, allow)
     try:

@@ -19,7 +19,7 @@ from ..rng import Rng
 from ..sampling import Sampler
 from ..train import BitsPerDim, Job, Logger, OdeLikelihood, Samples, drawing, figures
 from ..train.evaluation import spread
-from .conditions import alike, by_name, in_turn, told_in_turn
+from .conditions import alike, in_turn, told_arrays, told_in_turn
 from .folder import finish
 
 
@@ -98,10 +98,7 @@ def write_samples(
             figures.sample_grid(samples.x, real, folder / f"samples{suffix}.png")
             figures.trajectory(samples.frames, samples.times, folder / f"trajectory{suffix}.png")
     arrays: dict[str, Any] = {name: np.asarray(dataset.decode(samples.x)) for name, samples in made.items()}
-    extra: dict[str, Any] = {
-        "labels" if name == "label" else f"cond_{name}": value.numpy() for name, value in by_name(cond).items()
-    }
-    np.savez_compressed(folder / "samples.npz", seeds=np.asarray(list(seeds)), **extra, **arrays)
+    np.savez_compressed(folder / "samples.npz", seeds=np.asarray(list(seeds)), **told_arrays(cond), **arrays)
 
 
 def real_beside(cond: Cond, dataset: Dataset, n: int) -> Tensor:

@@ -15,11 +15,12 @@ from torch import Tensor
 
 from ..config import ConfigError, build, parameters
 from ..data import Dataset
-from ..denoiser import Denoiser
+from ..denoiser import Cond, Denoiser
 from ..inverse import Untold
 from ..sampling import Sampler
 from ..train import Samples, figures
 from ..train.evaluation import model_device
+from .conditions import by_name, told_arrays
 from .problem import Problem, raw_measurement, raw_values
 
 
@@ -33,15 +34,18 @@ class Method:
 
 
 def choose_method(
-    problem: Problem, node: Any, denoiser: Denoiser, samplers: Mapping[str, Sampler], allow: Sequence[str], *,
-    n: int, batch_size: int,
+    problem: Problem | None, node: Any, denoiser: Denoiser, samplers: Mapping[str, Sampler], allow: Sequence[str], *,
+    cond: Cond, n: int, batch_size: int,
 ) -> Method:  # fmt: skip
     """The posterior method that `node` describes: a denoiser around `denoiser`, or steps around or instead of those of
-    the samplers. Particles of one input move together, in a batch of their own.
+    the samplers. Particles of one input move together, in a batch of their own. Without a problem all stays as it is.
 
     Raises:
-        ConfigError, ValueError: it cannot be built, or does not fit; or n particles are more than a batch.
+        ConfigError, ValueError: it cannot be built, or does not fit; or n particles are more than a batch, or are told
+            different things by `cond`.
     """
+    if problem is None:
+        return Method(denoiser, dict(samplers), batch_size)
     observation = copy.deepcopy(problem.observation).to(model_device(denoiser))
     if not isinstance(node, Mapping) or not isinstance(node.get("_target_"), str):
         raise ConfigError(f"posterior is a mapping with _target_; got {node!r}.")
@@ -53,6 +57,13 @@ def choose_method(
     if "particles" in asks:
         if n > batch_size:
             raise ConfigError(f"The n={n} particles of an input move together: batch_size is at least {n}.")
+        for name, rows in by_name(cond).items():
+            each = rows.unflatten(0, (-1, n)).nan_to_num()
+            if not torch.equal(each, each[:, :1].expand_as(each)):
+                raise ConfigError(
+                    f"The n={n} particles of an input move together and are told the same: cond.{name} has one row, or "
+                    "is input."
+                )
         batch_size, facts = n, {} if node.get("particles") else {"particles": n}
 
     def around(sampler: Sampler) -> Sampler:
@@ -84,16 +95,17 @@ def measured(problem: Problem, made: Mapping[str, Samples], dataset: Dataset) ->
 
 def write_restored(
     problem: Problem, made: Mapping[str, Samples], dataset: Dataset, folder: Path, *,
-    seeds: Sequence[int], pictures: bool,
+    cond: Cond, seeds: Sequence[int], pictures: bool,
 ) -> None:  # fmt: skip
     """`samples.npz` and pictures, of the first sampler without its name, of others with it.
 
     Arrays, in the coordinates of the raw data: given (k, *y), NaN where nothing is seen; mask (*event); truth
-    (k, *event), where there is one; samples (k, n, *event); mean and std (k, *event), not rounded.
+    (k, *event), where there is one; samples (k, n, *event); mean and std (k, *event), not rounded; and what
+    samples were told, `labels` (k, n), `cond_vector`, `cond_image`, `cond_tokens` (k, n, …).
     """
     arrays: dict[str, Any] = {
         "given": raw_measurement(problem, dataset).numpy(), "inputs": np.asarray(problem.inputs),
-        "seeds": np.asarray(list(seeds)),
+        "seeds": np.asarray(list(seeds)), **told_arrays(cond, len(problem.inputs)),
     }  # fmt: skip
     if problem.mask is not None:
         arrays["mask"] = problem.mask.numpy()

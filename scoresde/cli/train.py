@@ -35,7 +35,7 @@ from ..train import (
     World,
     draw,
     figures,
-    held_out_loss,
+    held_out,
     join,
     lock,
 )
@@ -48,7 +48,17 @@ from . import folder as folders
 from ._hydra import allowed, build_samplers, in_sweep, launch, output_folder, refusing
 from .conditions import in_turn
 from .job import one_job
-from .model import build_dataset, build_denoiser, check_fit, choose_device, choose_kernels, set_threads
+from .model import (
+    build_dataset,
+    build_denoiser,
+    build_loss,
+    check_classifier,
+    check_fit,
+    choose_device,
+    choose_kernels,
+    draws,
+    set_threads,
+)
 from .report import Evaluation, announce, check_samplers, list_files, measuring_jobs, real_beside, report
 
 _UNSAVED = ("out", "resume", "overwrite", "allow_targets")
@@ -168,12 +178,13 @@ def assemble(cfg: DictConfig, world: World) -> Plan:
     trainer = build(cfg.trainer, allow)
     samplers = build_samplers(cfg, allow)
     torch.manual_seed(seed)  # initial weights and dropout; everything else takes an Rng
+    check_classifier(config, allow)
     dataset = build_dataset(config, allow)
     denoiser = build_denoiser(config, dataset, allow).to(device)
+    loss: Any = build_loss(config, denoiser, allow).to(device)
     check_fit(denoiser, dataset, conditional=config["conditional"])
     check_samplers(samplers, denoiser)
     spread(len(dataset.test), evaluation.points)  # refused now rather than after training
-    loss = build(cfg.loss, allow, denoiser=denoiser).to(device)
     if config["channels_last"]:
         loss = loss.to(memory_format=torch.channels_last)
     ema = build(cfg.ema, allow, module=loss)
@@ -210,14 +221,18 @@ def start_logger(plan: Plan, folder: Path, checkpoint: Checkpoint | None) -> Log
 
 
 def measure(plan: Plan, run: Training) -> Mapping[str, float]:
-    """Held-out numbers of the average, during training."""
+    """Held-out numbers of the average, during training; of a classifier there are no bits/dim."""
     conditional, points = plan.config["conditional"], min(plan.evaluation.points_during, len(run.dataset.test))
-    loss = held_out_loss(run.average, run.dataset, conditional=conditional)
+    found = {
+        f"eval/{name}": value for name, value in held_out(run.average, run.dataset, conditional=conditional).items()
+    }
+    if not draws(run.average.denoiser):
+        return found
     bits = plan.likelihood(
         run.average.denoiser, run.dataset, points=points, seed=plan.config["seed"], conditional=conditional
     )  # fmt: skip
     name = f"eval/{bits.estimator}"
-    return {"eval/loss": loss, name: bits.mean, "eval/bpd_stderr": bits.stderr, "eval/nfe": bits.evaluations}
+    return {**found, name: bits.mean, "eval/bpd_stderr": bits.stderr, "eval/nfe": bits.evaluations}
 
 
 def picture(plan: Plan, run: Training, folder: Path) -> Mapping[str, Path]:
@@ -262,10 +277,12 @@ def finish(plan: Plan, folder: Path, logger: Logger, seconds: float) -> dict[str
     """What is measured and drawn at the end, in batches that a stop does not lose, shared by all processes."""
     training, config, pictures = plan.training, plan.config, plan.evaluation.pictures
     at = {"step": training.step, "images": training.images}
-    loss = held_out_loss(training.average, training.dataset, conditional=config["conditional"])
+    found = held_out(training.average, training.dataset, conditional=config["conditional"])
+    loss = found["loss"]
     if not config["evaluate_at_end"]:
-        logger.log({"eval/loss": loss, "final": 1}, **at)
-        say(training.world, f"Held-out loss {loss:.5g} after {training.images:,} images. Run in {folder}")
+        logger.log({f"eval/{name}": value for name, value in found.items()} | {"final": 1}, **at)
+        said = ", ".join(f"{name} {value:.5g}" for name, value in found.items())
+        say(training.world, f"Held-out {said} after {training.images:,} images. Run in {folder}")
         return {"objective": loss, "loss": loss}
     measured, draws = measuring_jobs(
         training.average.denoiser, training.dataset, plan.samplers, plan.likelihood, evaluation=plan.evaluation,

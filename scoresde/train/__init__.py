@@ -2,7 +2,7 @@
 
 from .checkpoint import Checkpoint, CheckpointError
 from .ema import EMA, Average, PowerEMA
-from .evaluation import BitsPerDim, OdeLikelihood, Samples, draw, drawing, held_out_loss
+from .evaluation import BitsPerDim, OdeLikelihood, Samples, draw, drawing, held_out, held_out_loss
 from .lock import Locked
 from .logger import JsonlLogger, Logger, NullLogger, RunFacts, Tee
 from .posthoc import reconstruct, write_snapshot
@@ -43,6 +43,7 @@ __all__ = [
     "World",
     "draw",
     "drawing",
+    "held_out",
     "held_out_loss",
     "join",
     "ranks",

@@ -28,15 +28,24 @@ def model_device(denoiser: Denoiser) -> torch.device:
     return next((parameter.device for parameter in denoiser.parameters()), torch.device("cpu"))
 
 
-@torch.no_grad()
 def held_out_loss(loss: DenoisingLoss, dataset: Dataset, *, conditional: bool = False, batch_size: int = 256) -> float:
     """Mean of the training loss over the test split, with noise and times that are the same at every call."""
-    rng, total, split = Rng(0), 0.0, dataset.test
-    device = model_device(loss.denoiser)
+    return held_out(loss, dataset, conditional=conditional, batch_size=batch_size)["loss"]
+
+
+@torch.no_grad()
+def held_out(
+    loss: DenoisingLoss, dataset: Dataset, *, conditional: bool = False, batch_size: int = 256
+) -> dict[str, float]:
+    """The same by the name "loss"; of a loss that says how it is `measured`, the means of all that is in there."""
+    rng, split, device = Rng(0), dataset.test, model_device(loss.denoiser)
+    totals: dict[str, float] = {}
+    measured = getattr(loss, "measured", lambda *args, **kwargs: {"loss": loss.terms(*args, **kwargs).loss})
     for index in torch.arange(len(split)).split(batch_size):
         x0 = dataset.encode(split.raw[index], rng).to(device)
-        total += float(loss.terms(x0, split.cond(index, conditional, device), rng=rng).loss.sum())
-    return total / len(split)
+        for name, values in measured(x0, split.cond(index, conditional, device), rng=rng).items():
+            totals[name] = totals.get(name, 0.0) + float(values.sum())
+    return {name: total / len(split) for name, total in totals.items()}
 
 
 @dataclass(frozen=True)
