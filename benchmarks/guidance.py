@@ -1,8 +1,12 @@
-"""Classifier-free guidance on real digits: who is drawn, how various, and what labels are worth in bits/dim.
+"""Guidance on real digits: who is drawn, how various, and what labels are worth in bits/dim.
 
     scoresde-train experiment=digits_classes out=runs/digits_classes
     scoresde-train experiment=digits_classes conditional=false network.cond_dropout=0 out=runs/digits_alone
     python benchmarks/guidance.py run=runs/digits_classes alone=runs/digits_alone results=benchmarks/results/digits
+
+    scoresde-train experiment=digits_classifier out=runs/digits_classifier
+    python benchmarks/guidance.py run=runs/digits_alone classifier=runs/digits_classifier 'scales=[0,1,2,4]' \
+        results=benchmarks/results/digits/classifier
 
     scoresde-train experiment=mnist_classes data.path=/path/to/idx/files out=runs/classes
     python benchmarks/guidance.py run=runs/classes lenet=/path/to/lenet_mnist.npz
@@ -14,14 +18,16 @@ images that the model was trained on. The Fréchet distance to held-out images i
 pixels; neither is an FID. The row "real" is what to hold it all against: how often the judge is right on held-out
 images, and the distance and deviation of training images. Bits/dim are of held-out images, given their labels and not,
 by one solver with the same noise and probes: the difference is paired, so its standard error is far below that of
-either. It is also taken to a model that was never told labels (`alone`), since the unconditional half of a model that
-mostly was is the weaker for it.
+either. It is also taken to a model that was never told labels (`alone`): the unconditional half of a model that mostly
+was is the weaker for it, but two trainings differ by more than a label is worth, too (`labels.py` says at which noise).
+With a `classifier` in place of labels, a model that was never told any is guided.
 """
 
 from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import report
@@ -80,9 +86,9 @@ class Vectors(nn.Module):
 
 
 @torch.no_grad()
-def draw(run: LoadedRun, scale: float, cfg: DictConfig) -> tuple[Tensor, Tensor]:
+def draw(run: LoadedRun, guided: S.Denoiser, cfg: DictConfig) -> tuple[Tensor, Tensor]:
     """(pixels (n, *event), labels (n,))."""
-    guided, labels = S.ClassifierFree(run.denoiser, scale), torch.arange(cfg.samples) % run.dataset.classes
+    labels = torch.arange(cfg.samples) % run.dataset.classes
     made = [
         S.sample(guided, (len(part), *run.dataset.event_shape), budget=cfg.budget, cond=labels[part],
                  rng=S.Rng(seeds=part.tolist()))
@@ -127,7 +133,8 @@ def in_turn(split: Split, rows: int) -> Tensor:
 
 
 def curve(run: LoadedRun, judge: LeNet | Vectors, cfg: DictConfig, out: report.Report) -> str:
-    """The table over guidance scales, and the picture with a row for each."""
+    """The table over guidance scales, and the samples with a row for each."""
+    classifier: Any = load_run(Path(cfg.classifier)).denoiser if cfg.classifier else None
     train, test = run.dataset.train, run.dataset.test
     real, known = test.raw.float(), train.take(spaced(cfg.samples, train))
     assert test.labels is not None and known.labels is not None
@@ -144,13 +151,33 @@ def curve(run: LoadedRun, judge: LeNet | Vectors, cfg: DictConfig, out: report.R
 
     pictures, columns = [], 2 * run.dataset.classes
     for scale in cfg.scales:
-        pixels, labels = draw(run, scale, cfg)
+        guided = S.Classifier(run.denoiser, classifier, scale) if classifier else S.ClassifierFree(run.denoiser, scale)
+        pixels, labels = draw(run, guided, cfg)
         row(f"{scale:g}", agreement(judge, pixels, labels), pixels, labels)
         pictures.append(pixels[:columns])
     row("real", agreement(judge, real, test.labels), known.raw.float(), known.labels)
     beside = in_turn(test, 2 * len(cfg.scales)).float()
-    figures.sample_grid(torch.cat(pictures), beside, out.folder / "guidance.png", columns=columns)
+    figures.sample_grid(torch.cat(pictures), beside, out.folder / "guidance_samples.png", columns=columns)
     return report.table(rows)
+
+
+def figure(judge: LeNet | Vectors, out: report.Report) -> Any:
+    """Agreement and distance over guidance scale, beside those of real images."""
+    from matplotlib.figure import Figure
+
+    made = Figure(figsize=(9, 3.4), layout="constrained")
+    titles = {"agreement": f"of its class, says a {judge.name}", "frechet": judge.distance}
+    for axes, (measure, title) in zip(made.subplots(1, 2), titles.items(), strict=True):
+        found = {row["of"]: row for row in out.rows if row["measure"] == measure}
+        real, scales = found.pop("real"), [float(name) for name in found]
+        values = [row["value"] for row in found.values()]
+        axes.errorbar(scales, values, [row.get("stderr", 0.0) for row in found.values()], fmt="o-", capsize=2)
+        axes.axhline(real["value"], color="0.5", linestyle="--", label="real images")
+        axes.set(title=title, xlabel="guidance scale")
+        axes.grid(alpha=0.3)
+        axes.legend()
+    made.axes[1].set_yscale("log")
+    return made
 
 
 def worth(run: LoadedRun, cfg: DictConfig, out: report.Report) -> str:
@@ -179,9 +206,10 @@ def main(cfg: DictConfig) -> None:
     text = (
         f"{cfg.samples} samples a scale, {cfg.budget} network calls each. The judge is a {judge.name}; what it says of "
         f"real images is of the {len(run.dataset.test)} held-out ones, to which the distances are, too.\n\n"
-        f"{curve(run, judge, cfg, out)}\n\n{worth(run, cfg, out)}"
+        f"{curve(run, judge, cfg, out)}"
     )
-    out.close(text)
+    text += "" if cfg.classifier else f"\n\n{worth(run, cfg, out)}"
+    out.close(text, figure(judge, out))
     print(text)
 
 
