@@ -62,7 +62,7 @@ def main(cfg: DictConfig) -> None:
             mean, error = float(more.mean()), float(more.std()) / math.sqrt(len(more))
             out.add("more", mean, of=name, stderr=error, high=high, low=low)
             row.append(f"{mean:.2f} ± {error:.2f}")
-        print(*(row[-1] for row in rows), sep="\t", flush=True)
+        print(f"{high:.3g} … {low:.3g}", *(row[-1] for row in rows[1:]), sep="\t", flush=True)
     label = math.log(run.dataset.classes)
     text = (
         f"Nats an image, {cfg.points} held-out images, {cfg.levels} noise levels a column; a label holds {label:.2f}."

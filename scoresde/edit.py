@@ -52,7 +52,7 @@ class From:
         most = steps
         while len(below(most)) < steps:
             most *= 2
-            if most > 2**20 * steps:
+            if most > 2**14 * steps:
                 raise ValueError(f"The grid has no {steps} times below the noise level {self.level}.")
         whole = bisect.bisect_left(range(most + 1), steps, lo=max(steps, 1), key=lambda n: len(below(n)))
         return torch.cat([start[None], below(whole)[-steps:].double()])

@@ -535,7 +535,7 @@ def test_particles_that_were_moved_by_others_begin_anew() -> None:
 
 def test_particles_say_what_they_need() -> None:
     prior, operator, y = problem(VPSDE(), 6)
-    seen, brought = Observation(y, operator, 0.1), Observation(None, operator, 0.1)
+    seen, brought, one = (Observation(given, operator, 0.1) for given in (y, None, y[:1]))
     for words, make in {
         "at least 1": lambda: TwistedSMC(seen, 0),
         "a share": lambda: TwistedSMC(seen, 4, threshold=1.5),
@@ -543,6 +543,12 @@ def test_particles_say_what_they_need() -> None:
         "no groups of 4": lambda: Sampler(TwistedSMC(seen, 4), None, 2)(prior, (6, 3)),
         "y differs within a group of 2": lambda: Sampler(TwistedSMC(seen, 2), None, 2)(prior, (6, 3)),
         "y differs within a group of 3": lambda: Sampler(TwistedSMC(brought, 3), None, 2)(prior, (6, 3), cond={"y": y}),
+        "cond differs within a group of 2": lambda: Sampler(TwistedSMC(one, 2), None, 2)(
+            prior, (4, 3), cond=torch.tensor([3, 3, 8, 3])
+        ),
+        "label differs within a group of 2": lambda: Sampler(TwistedSMC(one, 2), None, 2)(
+            prior, (2, 3), cond={"label": torch.tensor([1, 2])}
+        ),
         "needs std > 0": lambda: Sampler(TwistedSMC(brought, 3), None, 2)(
             prior, (6, 3), cond={"y": y, "std": torch.zeros(6)}
         ),

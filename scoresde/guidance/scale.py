@@ -15,7 +15,7 @@ Scale = float | Callable[[Tensor], Tensor]
 def checked(scale: Scale) -> Scale:
     if callable(scale):
         return scale
-    if not math.isfinite(scale):
+    if (isinstance(scale, Tensor) and scale.ndim) or not math.isfinite(scale):
         raise ValueError(f"A guidance scale is a finite number or a function of log-SNR; got {scale}.")
     return float(scale)
 

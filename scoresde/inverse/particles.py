@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -65,7 +65,8 @@ class TwistedSMC(Step):
         report: is called after each step with the effective number of particles of every group, (B/K,): `list.append`.
 
     Raises:
-        ValueError: an argument outside these; a batch that is not of groups of K, or y that differs within one.
+        ValueError: an argument outside these; a batch that is not of groups of K, or y or another condition that
+            differs within one.
     """
 
     order, evaluations = 1.0, 1
@@ -96,15 +97,26 @@ class TwistedSMC(Step):
             raise ValueError(f"A batch of {len(x)} has no groups of {size} particles.")
         y = self.observation.y
         if y is not None and len(y) == len(x) and y.shape[1:] and self.observation(x).shape[1:] != y.shape:
-            self._check(y)
+            self._check("y", y)
         return None
 
-    def _check(self, y: Tensor) -> None:
-        """y (B, *y) is one for all of a group."""
-        size = self.particles or len(y)
-        groups = y.reshape(-1, size, *y.shape[1:])
-        if not bool((groups == groups[:, :1]).all()):
-            raise ValueError(f"y differs within a group of {size} particles; repeat each {size} times.")
+    def _check_told(self, cond: Cond, n: int) -> None:
+        """What comes with the condition of n samples is the same in a group, and its noise is positive."""
+        measured, rest = self.observation.split(cond)
+        if not bool((measured.std > 0).all()):
+            raise ValueError("Particles are weighted by a density of y, which needs std > 0.")
+        told = {} if rest is None else dict(rest) if isinstance(rest, Mapping) else {"cond": rest}
+        for name, value in {**told, **({"y": measured.y} if self.observation.y is None else {})}.items():
+            if value.ndim and len(value) == n:
+                self._check(name, value)
+
+    def _check(self, name: str, value: Tensor) -> None:
+        """`value` (B, *) is one for all of a group."""
+        size = self.particles or len(value)
+        groups = value.reshape(-1, size, *value.shape[1:])
+        first = groups[:, :1]
+        if not bool(((groups == first) | ((groups != groups) & (first != first))).all()):  # NaN is none of a kind
+            raise ValueError(f"{name} differs within a group of {size} particles; repeat each {size} times.")
 
     def count(self, steps: int) -> int:
         return steps + 1
@@ -114,16 +126,8 @@ class TwistedSMC(Step):
     ) -> tuple[Tensor, State]:
         twist = self.method(denoiser, self.observation)
         if state is None or state.given is not x:
-            if (
-                state is None
-                and self.observation.y is None
-                and not (x.is_cuda and torch.cuda.is_current_stream_capturing())
-            ):
-                y, std = self.observation.split(cond)[0]
-                if not bool((std > 0).all()):
-                    raise ValueError("Particles are weighted by a density of y, which needs std > 0.")
-                if len(y) == len(x):
-                    self._check(y)
+            if state is None and not (x.is_cuda and torch.cuda.is_current_stream_capturing()):
+                self._check_told(cond, len(x))
             look = twist.look(x, t, cond)
             # x_T comes from the prior; later x, if others moved them, are draws of p_t(x) p̃(y|x) already
             log_weights = look.log_prob.double() if state is None else torch.zeros_like(look.log_prob.double())
