@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..config import ConfigError, build, parameters
+from ..config import ConfigError, build, taken
 from ..data import Dataset, Scaling
 from ..data.folder import read_image
 from ..data.source import existing, read_array
@@ -98,14 +98,12 @@ def read_problem(options: Mapping[str, Any], dataset: Dataset, allow: Sequence[s
 
 def _operator(node: Any, path: Any, event: tuple[int, ...], allow: Sequence[str]) -> tuple[Any, Tensor | None]:
     """The operator, told what it asks for and the configuration does not say; and the mask, if that was part of it."""
-    target = node.get("_target_") if isinstance(node, Mapping) else None
-    if not isinstance(target, str):
-        raise ConfigError(f"problem.operator is a mapping with _target_; got {node!r}.")
+    known, _ = taken(node, allow, key="problem.operator")
     partial = bool(node.get("_partial_"))
-    asks = set(parameters(target)[0]) - set(node) if partial else set()
+    asks = set(known) - set(node) if partial else set()
     if "mask" not in asks:
         if path is not None:
-            raise ConfigError(f"mask={path}: {target} takes no mask; problem=inpaint does.")
+            raise ConfigError(f"mask={path}: {node['_target_']} takes no mask; problem=inpaint does.")
         mask = None
     elif path is None:
         raise ConfigError(

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..config import ConfigError, build, parameters
+from ..config import ConfigError, build, taken
 from ..data import Dataset
 from ..denoiser import Cond, Denoiser
 from ..inverse import Untold
@@ -47,9 +47,7 @@ def choose_method(
     if problem is None:
         return Method(denoiser, dict(samplers), batch_size)
     observation = copy.deepcopy(problem.observation).to(model_device(denoiser))
-    if not isinstance(node, Mapping) or not isinstance(node.get("_target_"), str):
-        raise ConfigError(f"posterior is a mapping with _target_; got {node!r}.")
-    asks = parameters(node["_target_"])[0]
+    asks = taken(node, allow, key="posterior")[0]
     if "denoiser" in asks:
         told = build(node, allow, key="posterior", denoiser=denoiser, observation=observation)
         return Method(told, dict(samplers), batch_size)
