@@ -126,7 +126,7 @@ class TwistedSMC(Step):
     ) -> tuple[Tensor, State]:
         twist = self.method(denoiser, self.observation)
         if state is None or state.given is not x:
-            if state is None and not (x.is_cuda and torch.cuda.is_current_stream_capturing()):
+            if state is None and not _recorded(x):
                 self._check_told(cond, len(x))
             look = twist.look(x, t, cond)
             # x_T comes from the prior; later x, if others moved them, are draws of p_t(x) p̃(y|x) already
@@ -164,6 +164,11 @@ def _propose(sde: SDE, look: Look, t: Tensor, s: Tensor, z: Tensor) -> tuple[Ten
     )
     step = lincomb(((alpha, by_x0), (kept, by_eps))) / coefficient(std, by_x0).clamp(min=1e-300)
     return moved, -(0.5 * step**2 + step * z.double()).flatten(1).sum(1)
+
+
+def _recorded(x: Tensor) -> bool:
+    """Whether a graph is being made, where no number can be looked at."""
+    return torch.compiler.is_compiling() or (x.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def _ends(p: Prediction) -> tuple[Tensor, Tensor]:
