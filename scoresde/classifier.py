@@ -85,23 +85,23 @@ class ClassifierLoss(nn.Module):
 
     def terms(self, x0: Tensor, y: Cond, *, rng: Rng | None = None) -> Terms:
         """Of samples `x0` (B, *event) with labels y (B,), 0 … K − 1; without `rng` by torch's global generator."""
-        logits, label, t = self._asked(x0, y, rng)
-        loss = F.cross_entropy(logits, label, reduction="none", label_smoothing=self.smoothing)
+        loss, t, _, _ = self._asked(x0, y, rng)
         return Terms(loss, loss, t)
 
     def measured(self, x0: Tensor, y: Cond, *, rng: Rng | None = None) -> dict[str, Tensor]:
         """What is reported of held-out samples, (B,) each: "loss", and "accuracy", 1 where the label is likeliest."""
-        logits, label, _ = self._asked(x0, y, rng)
-        loss = F.cross_entropy(logits, label, reduction="none", label_smoothing=self.smoothing)
+        loss, _, logits, label = self._asked(x0, y, rng)
         return {"loss": loss, "accuracy": (logits.argmax(1) == label).to(loss.dtype)}
 
-    def _asked(self, x0: Tensor, y: Cond, rng: Rng | None) -> tuple[Tensor, Tensor, Tensor]:
-        """(logits at drawn times, labels, times)."""
+    def _asked(self, x0: Tensor, y: Cond, rng: Rng | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(cross-entropy, drawn times, logits, labels)."""
         rng = Rng(int(torch.randint(2**31, ()))) if rng is None else rng
         sde = self.classifier.sde
         t, _ = self.times.sample(sde, len(x0), rng, x0.device)
         x = sde.perturb(x0, t, rng.normal_like(x0))
-        return self.classifier.logits(x, t), labels(y, len(x0)), t
+        logits, label = self.classifier.logits(x, t), labels(y, len(x0))
+        loss = F.cross_entropy(logits, label, reduction="none", label_smoothing=self.smoothing)
+        return loss, t, logits, label
 
 
 def labels(cond: Cond, n: int) -> Tensor:

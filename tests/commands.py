@@ -9,10 +9,12 @@ import io
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -52,6 +54,13 @@ def command(name: str, *arguments: str, cwd: Path) -> Done:
             if isinstance(end.code, str):
                 err.write(end.code)
     return Done(code, out.getvalue(), err.getvalue())
+
+
+def sampled(options: Sequence[str], folder: Path, out: str, *arguments: str) -> dict[str, np.ndarray]:
+    """The arrays of `scoresde-sample options… arguments… out=<out>` typed in `folder`, which has to succeed."""
+    done = command("sample", *options, *arguments, f"out={out}", cwd=folder)
+    assert done.code == 0, done.err
+    return dict(np.load(folder / out / "samples.npz"))
 
 
 def process(name: str, *arguments: str, cwd: Path, **options: Any) -> subprocess.Popen[str]:

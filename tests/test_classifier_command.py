@@ -6,12 +6,13 @@ import json
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from commands import PLAIN, TINY, command
+from commands import PLAIN, TINY, command, sampled
 from torch import Tensor
 
 import scoresde.cli.guided
@@ -36,6 +37,7 @@ from scoresde.data import Dataset
 from scoresde.train.logger import read_rows
 
 DRAW = ("sampler=ddim", "sampler.steps=4", "pictures=false", "threads=1")
+drawn = partial(sampled, DRAW)
 SAMPLER = Sampler(DDIM(), steps=4)
 TRAIN = tuple(option for option in TINY if not option.startswith(("data", "network=", "trainer.images")))
 POINTS = (
@@ -107,12 +109,6 @@ def told(folder: Path) -> LoadedRun:
 @pytest.fixture(scope="module")
 def judge(folder: Path) -> LoadedRun:
     return load_run(folder / "judge")
-
-
-def drawn(folder: Path, out: str, *arguments: str) -> dict[str, np.ndarray]:
-    done = command("sample", *DRAW, *arguments, f"out={out}", cwd=folder)
-    assert done.code == 0, done.err
-    return dict(np.load(folder / out / "samples.npz"))
 
 
 def made(denoiser: Denoiser, dataset: Dataset, n: int, cond: Tensor | None) -> np.ndarray:

@@ -6,12 +6,13 @@ import json
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from commands import PLAIN, TINY, command
+from commands import PLAIN, TINY, command, sampled
 from torch import Tensor
 
 from scoresde import DDIM, Auto, ClassifierFree, Mask, Observation, PiGDM, Replacement, Rng, Sampler
@@ -23,6 +24,7 @@ from scoresde.config import ConfigError
 from scoresde.inverse import Untold
 
 DRAW = ("run=run", "sampler=ddim", "sampler.steps=4", "pictures=false", "threads=1")
+drawn = partial(sampled, DRAW)
 SAMPLER = Sampler(DDIM(), steps=4)
 NOTHING = dict.fromkeys(("label", "vector", "image", "tokens"))
 
@@ -43,12 +45,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.fixture(scope="module")
 def run(folder: Path) -> LoadedRun:
     return load_run(folder / "run")
-
-
-def drawn(folder: Path, out: str, *arguments: str) -> dict[str, np.ndarray]:
-    done = command("sample", *DRAW, *arguments, f"out={out}", cwd=folder)
-    assert done.code == 0, done.err
-    return dict(np.load(folder / out / "samples.npz"))
 
 
 def raw(run: LoadedRun, x: Tensor) -> np.ndarray:
