@@ -28,8 +28,8 @@ from torch import Tensor
 import scoresde as S
 from scoresde.config import build, build_network
 from scoresde.inverse import Observation, Operator
-from scoresde.loss import EDMWeighting
-from scoresde.train import EMA
+from scoresde.losses.denoising import EDMWeighting
+from scoresde.train.ema import EMA
 
 SIDE = 15
 

@@ -18,8 +18,8 @@ import torch
 
 import scoresde as S
 from scoresde.metrics import sliced_w2
+from scoresde.runs.logger import provenance
 from scoresde.sampling import Step
-from scoresde.train.logger import provenance
 
 POINTS = 4096
 

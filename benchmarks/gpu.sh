@@ -45,7 +45,7 @@ check() {
   if ((gpu)); then SCORESDE_KERNELS=require "$python" -m scoresde.kernels; else "$python" -m scoresde.kernels; fi
 }
 
-tests() { "$python" -m pytest -m gpu -rs -p no:cacheprovider tests/test_kernels_gpu.py; }
+tests() { "$python" -m pytest -m gpu -rs -p no:cacheprovider tests/kernels/test_kernels_gpu.py; }
 
 # the self-test runs every op in every type, its samples a multiple of nothing
 sanitize() {

@@ -38,10 +38,10 @@ from sklearn.svm import SVC
 from torch import Tensor, nn
 
 import scoresde as S
-from scoresde.cli.model import LoadedRun, load_run
 from scoresde.data import Dataset, Split
+from scoresde.evaluate import figures
 from scoresde.metrics import Frechet
-from scoresde.train import figures
+from scoresde.runs.load import LoadedRun, load_run
 
 
 class LeNet(nn.Module):

@@ -24,7 +24,7 @@ from kernels_samplers import samplers
 from torch import Tensor
 
 import scoresde as S
-from scoresde import kernels
+from scoresde import ops as kernels
 
 try:
     import report

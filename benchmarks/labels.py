@@ -22,8 +22,8 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 import scoresde as S
-from scoresde.cli.model import load_run
 from scoresde.data import Dataset
+from scoresde.runs.load import load_run
 
 
 @torch.no_grad()

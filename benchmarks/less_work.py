@@ -29,7 +29,9 @@ from torch import Tensor, nn
 import scoresde as S
 from scoresde.config import build, build_network
 from scoresde.data import Dataset, EpochOrder, Split
-from scoresde.train import EMA, OdeLikelihood, PowerEMA, reconstruct, write_snapshot
+from scoresde.evaluate.evaluation import OdeLikelihood
+from scoresde.runs.posthoc import reconstruct, write_snapshot
+from scoresde.train.ema import EMA, PowerEMA
 
 
 class Run:

@@ -24,7 +24,7 @@ from quality import CASES, SDES
 from torch import Tensor
 
 import scoresde as S
-from scoresde.denoiser import CountingDenoiser
+from scoresde.diffusion.denoiser import CountingDenoiser
 
 
 class Way(NamedTuple):

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import yaml
 
-from scoresde.train.logger import provenance
+from scoresde.runs.logger import provenance
 
 HERE = Path(__file__).parent
 HYDRAS = ("defaults", "hydra", "logger")

@@ -24,7 +24,7 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 import scoresde as S
-from scoresde.denoiser import CountingDenoiser
+from scoresde.diffusion.denoiser import CountingDenoiser
 from scoresde.metrics import sliced_w2
 
 SDES: dict[str, S.SDE] = {"vp": S.VPSDE(), "ve": S.VESDE(), "edm": S.EDMSDE()}

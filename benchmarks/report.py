@@ -15,7 +15,7 @@ from hydra.main import main as hydra_main
 from omegaconf import DictConfig, OmegaConf
 
 from scoresde.config import build
-from scoresde.train.logger import RunFacts, provenance, run_id
+from scoresde.runs.logger import RunFacts, provenance, run_id
 
 HERE = Path(__file__).parent
 

@@ -28,7 +28,7 @@ from torch import Tensor
 
 import scoresde as S
 from scoresde import inverse as I
-from scoresde.cli.model import LoadedRun, load_run
+from scoresde.runs.load import LoadedRun, load_run
 
 LUMA = torch.tensor([[0.299, 0.587, 0.114]])
 

@@ -27,9 +27,12 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 
 import scoresde as S
-from scoresde.data import Dataset, EpochOrder, Scaling, Split
-from scoresde.loss import StratifiedTimes
-from scoresde.train import EMA, Trainer, Training
+from scoresde.codecs import Scaling
+from scoresde.data import Dataset, EpochOrder, Split
+from scoresde.losses.denoising import StratifiedTimes
+from scoresde.train.ema import EMA
+from scoresde.train.state import Training
+from scoresde.train.trainer import Trainer
 
 Step = Callable[[], Any]
 
@@ -298,8 +301,8 @@ def average_cost(cfg: DictConfig, results: report.Report, dataset: Dataset) -> s
 
 def rate(rank: int, world: int, port: int, size: int, rounds: int, out: Any) -> None:
     """Images per second of `world` processes with one thread each."""
-    from scoresde.train import join
     from scoresde.train.parallel import spread_over
+    from scoresde.train.world import join
 
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)

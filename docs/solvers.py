@@ -19,7 +19,16 @@ from torch import Tensor
 
 import scoresde
 import scoresde.sampling
-from scoresde import SDE, Denoiser, GaussianMixtureDenoiser, Parameterization, Preconditioned, Rng, SolverError, Step
+from scoresde import (
+    SDE,
+    Denoiser,
+    GaussianMixtureDenoiser,
+    Parameterization,
+    Preconditioned,
+    Rng,
+    SolverError,
+    Step,
+)
 
 ARGUMENTS = {
     "AdaptiveODE": ("1e-3, 1e-3", "1e-3, 1e-3, 'torchdiffeq'", "1e-3, 1e-3, 'scipy'"),

@@ -17,17 +17,21 @@ from pathlib import Path
 from types import FunctionType, NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-# Modules whose __all__ is public, and names of modules that publish more than a configuration may build.
-_PUBLISHING = ("scoresde", "scoresde.nn", "scoresde.data", "scoresde.metrics")
-_NAMED = {
-    "scoresde.loss": (
-        "UniformTimes", "StratifiedTimes", "LogNormalTimes", "LogSNRTimes", "Simple", "Likelihood", "EDMWeighting",
-        "MinSNR", "LogVariance", "Independent",
-    ),
-    "scoresde.coupling": ("Independent", "OptimalTransport"),
-    "scoresde.train": ("EMA", "PowerEMA", "OdeLikelihood", "Trainer", "WandbLogger", "NullLogger"),
-    "torch.optim": ("Adam", "AdamW"),
-}  # fmt: skip
+# Modules whose `__all__` a configuration may build from, and what it may build of a package that is not ours.
+_PUBLISHING = (
+    "scoresde", "scoresde.nn", "scoresde.data", "scoresde.metrics", "scoresde.losses", "scoresde.train",
+    "scoresde.evaluate", "scoresde.runs",
+)  # fmt: skip
+_FOREIGN = ("torch.optim.Adam", "torch.optim.AdamW")
+# Names in run folders of before, and where their objects are now.
+_MOVED = {
+    "scoresde.loss.": "scoresde.losses.",
+    "scoresde.coupling.": "scoresde.losses.",
+    "scoresde.train.OdeLikelihood": "scoresde.evaluate.OdeLikelihood",
+    "scoresde.train.WandbLogger": "scoresde.runs.WandbLogger",
+    "scoresde.train.NullLogger": "scoresde.runs.NullLogger",
+    "scoresde.data.Scaling": "scoresde.codecs.Scaling",
+}
 _OWN_KEYS = {"_target_", "_partial_", "_args_", "_recursive_", "_convert_"}
 _CONVERT = ("none", "partial", "object", "all")
 _SCALARS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", NoneType: "null"}
@@ -56,13 +60,14 @@ def config_dir() -> str:
 @functools.cache
 def targets() -> tuple[str, ...]:
     """Every `_target_` that a configuration may name without `allow_targets`: classes and functions."""
-    published = {name: tuple(importlib.import_module(name).__all__) for name in _PUBLISHING}
-    return tuple(
-        f"{module}.{name}"
-        for module, names in (published | _NAMED).items()
-        for name in names
-        if isinstance(getattr(importlib.import_module(module), name), (type, FunctionType))
-    )
+    modules = {name: importlib.import_module(name) for name in _PUBLISHING}
+    ours = [
+        f"{path}.{name}"
+        for path, module in modules.items()
+        for name in module.__all__
+        if isinstance(getattr(module, name), (type, FunctionType))
+    ]
+    return (*ours, *_FOREIGN)
 
 
 def build(node: Any, allow: Sequence[str] = (), *, key: str | None = None, **runtime: Any) -> Any:
@@ -103,6 +108,18 @@ def build_network(node: Any, allow: Sequence[str] = (), *, key: str | None = Non
     tree = plain(node)
     partial = isinstance(tree, dict) and bool(tree.get("_partial_"))
     return build(node, allow, key=key, **facts) if partial else build(node, allow, key=key)
+
+
+def renamed(tree: Any) -> Any:
+    """A configuration with every `_target_` of before under its name of today."""
+    if isinstance(tree, dict):
+        return {name: _today(value) if name == "_target_" else renamed(value) for name, value in tree.items()}
+    return [renamed(value) for value in tree] if isinstance(tree, list) else tree
+
+
+def _today(target: Any) -> Any:
+    before = next((name for name in _MOVED if isinstance(target, str) and target.startswith(name)), "")
+    return _MOVED[before] + target.removeprefix(before) if before else target
 
 
 def taken(node: Any, allow: Sequence[str] = (), *, key: str) -> tuple[list[str], bool]:
@@ -147,7 +164,7 @@ def _full_key(node: Any) -> str:
 
 
 def _checked(node: Any, allow: Sequence[str], key: str) -> dict[str, Any]:
-    tree = plain(node)
+    tree = renamed(plain(node))
     if not isinstance(tree, dict) or "_target_" not in tree:
         raise ConfigError(f"{key or 'This node'} has no _target_, so there is nothing to build; got {tree!r}.")
     _check(tree, frozenset(allow), key)

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .denoiser import Cond, Denoiser
-from .sde import SDE
-from .shapes import select
+from .broadcast import select
+from .diffusion.denoiser import Cond, Denoiser
+from .diffusion.sde import SDE
 
 Rhs = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(u (n,), y (n, N), rows (n,)) -> dy/du (n, N): `rows` names the samples of the batch that are asked for."""

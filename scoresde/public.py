@@ -1,15 +1,9 @@
 """Every public name, from the module that it lives in: `scoresde` looks here when one is asked for."""
 
 from . import nn
-from .bayes import Classification, classify
-from .bounds import Bound, ImportanceBound, elbo, importance_weighted, vlb
-from .budget import LikelihoodGrid
-from .classifier import ClassifierLoss, NoisyClassifier
 from .data import suggest_sigma_max
-from .denoiser import Cond, Denoiser, DenoiserFunction, Preconditioned, ScoreFunction
-from .divergence import Exact, Hutchinson, HutchPlusPlus
-from .edit import attribute, interpolate, sdedit
-from .grids import (
+from .diffusion.denoiser import Cond, Denoiser, DenoiserFunction, Preconditioned, ScoreFunction
+from .diffusion.grids import (
     CosineGrid,
     FittedGrid,
     Grid,
@@ -20,6 +14,28 @@ from .grids import (
     SavedGrid,
     UniformGrid,
 )
+from .diffusion.mixture import GaussianMixtureDenoiser
+from .diffusion.parameterization import (
+    EDM,
+    X0,
+    Eps,
+    Parameterization,
+    Score,
+    V,
+    Velocity,
+)
+from .diffusion.prediction import Prediction
+from .diffusion.sde import (
+    EDMSDE,
+    SDE,
+    VESDE,
+    VPSDE,
+    CosineSDE,
+    RectifiedFlow,
+    Scales,
+    SubVPSDE,
+)
+from .diffusion.table import TableSDE
 from .guidance import Auto, Blend, Classifier, ClassifierFree, Conditioned, Energy
 from .inverse import (
     DPS,
@@ -39,13 +55,15 @@ from .inverse import (
     Replacement,
     TwistedSMC,
 )
-from .likelihood import LogLikelihood, bits_per_dim, log_likelihood, sample_with_log_prob
-from .loss import DenoisingLoss
-from .mixture import GaussianMixtureDenoiser
+from .likelihood.bounds import Bound, ImportanceBound, elbo, importance_weighted, vlb
+from .likelihood.budget import LikelihoodGrid
+from .likelihood.classify import Classification, classify
+from .likelihood.divergence import Exact, Hutchinson, HutchPlusPlus
+from .likelihood.ode import LogLikelihood, bits_per_dim, log_likelihood, sample_with_log_prob
+from .losses.classifier import ClassifierLoss, NoisyClassifier
+from .losses.denoising import DenoisingLoss
+from .noise.rng import Rng
 from .ode import SolverError
-from .parameterization import EDM, X0, Eps, Parameterization, Score, V, Velocity
-from .prediction import Prediction
-from .rng import Rng
 from .sampling import (
     DDIM,
     DEIS,
@@ -77,8 +95,7 @@ from .sampling import (
     fit_grid,
     sample,
 )
-from .sde import EDMSDE, SDE, VESDE, VPSDE, CosineSDE, RectifiedFlow, Scales, SubVPSDE
-from .table import TableSDE
+from .sampling.edit import attribute, interpolate, sdedit
 
 __all__ = [
     "DDIM",

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 import scoresde
-from scoresde.train.checkpoint import latest
-from scoresde.train.logger import read_rows
+from scoresde.runs.checkpoint import latest
+from scoresde.runs.logger import read_rows
 
 TINY = (
     "data=8gaussians", "data.train=256", "data.test=32", "network=mlp", "network.width=8", "network.depth=1",

@@ -24,7 +24,7 @@ from scoresde import (
     ScoreFunction,
     Step,
 )
-from scoresde.denoiser import CountingDenoiser, DenoiserFunction
+from scoresde.diffusion.denoiser import CountingDenoiser, DenoiserFunction
 from scoresde.sampling.adaptive_sde import AdaptiveSDE
 from scoresde.sampling.churn import Churn
 from scoresde.sampling.restart import Restart
@@ -38,7 +38,7 @@ each_sde = pytest.mark.parametrize("sde", ALL.values(), ids=ALL.keys())
 def steps() -> dict[str, Step]:
     """Every step of the library with its defaults; correctors behind a predictor.
 
-    Those of `scoresde.inverse` need an observation: tests/test_inverse.py has them.
+    Those of `scoresde.inverse` need an observation: tests/inverse/test_inverse.py has them.
     """
     public = (getattr(scoresde, name) for name in scoresde.__all__)
     kinds = {kind for kind in public if isinstance(kind, type) and issubclass(kind, Step)} - {Step}

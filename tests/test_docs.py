@@ -10,7 +10,15 @@ import pytest
 import torch
 
 import scoresde.sampling
-from scoresde import DDIM, VPSDE, X0, Eps, EulerMaruyama, Heun, Step
+from scoresde import (
+    DDIM,
+    VPSDE,
+    X0,
+    Eps,
+    EulerMaruyama,
+    Heun,
+    Step,
+)
 
 DOCS = Path(__file__).parents[1] / "docs"
 sys.path.insert(0, str(DOCS))

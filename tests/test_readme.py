@@ -20,7 +20,7 @@ BLOCKS = {
     path.name: re.findall(r"^```(\w*)\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE) for path, text in PAGES.items()
 }
 PYTHON = [text for language, text in BLOCKS["README.md"] if language == "python"]
-# scoresde-runs takes no configuration: tests/test_runs.py
+# scoresde-runs takes no configuration: tests/runs/test_runs.py
 COMMANDS = sorted(
     {
         line

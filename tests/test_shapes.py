@@ -6,7 +6,7 @@ import pytest
 import torch
 from oracles import EVENT_SHAPES
 
-from scoresde.shapes import as_time, coefficient, expand_as_batch, select
+from scoresde.broadcast import as_time, coefficient, expand_as_batch, select
 
 
 @pytest.mark.parametrize("event", [(), *EVENT_SHAPES])

@@ -42,7 +42,7 @@ def run(name: str, full: bool) -> list[Result]:
 
 def keep(name: str, results: list[Result], seconds: float) -> None:
     """Leaves the results of one campaign for the page."""
-    from scoresde.train.logger import provenance
+    from scoresde.runs.logger import provenance
 
     KEPT.mkdir(parents=True, exist_ok=True)
     record = {"seconds": round(seconds), "results": [result._asdict() for result in results], "facts": provenance()}

@@ -30,11 +30,20 @@ import torch  # noqa: E402
 from faults import Faults  # noqa: E402
 
 from scoresde import VESDE, VPSDE, DenoisingLoss, Eps, Preconditioned, Rng  # noqa: E402
-from scoresde.data import Dataset, EpochOrder, Scaling, Split  # noqa: E402
+from scoresde.codecs import Scaling  # noqa: E402
+from scoresde.data import Dataset, EpochOrder, Split  # noqa: E402
 from scoresde.nn import MLP, UNet  # noqa: E402
-from scoresde.train import EMA, JsonlLogger, PowerEMA, RunFacts, Signals, Trainer, Training, lock  # noqa: E402
-from scoresde.train.checkpoint import CheckpointError, latest, load  # noqa: E402
-from scoresde.train.logger import read_rows  # noqa: E402
+from scoresde.runs import lock  # noqa: E402
+from scoresde.runs.checkpoint import CheckpointError, latest, load  # noqa: E402
+from scoresde.runs.logger import (  # noqa: E402
+    JsonlLogger,
+    RunFacts,
+    read_rows,
+)
+from scoresde.train.ema import EMA, PowerEMA  # noqa: E402
+from scoresde.train.signals import Signals  # noqa: E402
+from scoresde.train.state import Training  # noqa: E402
+from scoresde.train.trainer import Trainer  # noqa: E402
 
 SAMPLES, BATCH = 200, 16  # 12 batches and 8 samples left over in an epoch
 

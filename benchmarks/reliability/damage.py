@@ -15,7 +15,7 @@ import torch
 from child import Job, final, nursery
 from result import Result
 
-from scoresde.train.checkpoint import Checkpoint, latest, load
+from scoresde.runs.checkpoint import Checkpoint, latest, load
 
 STEPS, EVERY = 24, 4
 PREVIOUS = STEPS - EVERY

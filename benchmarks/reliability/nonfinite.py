@@ -13,9 +13,12 @@ from result import Result
 from small import CPU, digest, training
 from torch import Tensor
 
-from scoresde.loss import Terms
-from scoresde.train import Alone, NullLogger, Trainer, Training, TrainingDiverged, World, join
-from scoresde.train.checkpoint import latest
+from scoresde.losses.denoising import Terms
+from scoresde.runs.checkpoint import latest
+from scoresde.runs.logger import NullLogger
+from scoresde.train.state import Training
+from scoresde.train.trainer import Trainer, TrainingDiverged
+from scoresde.train.world import Alone, World, join
 
 FIRST, STEPS, LIMIT = 6, 18, 10
 NAN, INF = float("nan"), float("inf")

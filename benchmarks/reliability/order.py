@@ -11,8 +11,9 @@ from small import CPU, training
 from torch import Tensor
 
 from scoresde.data import EpochOrder
-from scoresde.train import Alone, Trainer, World, join
-from scoresde.train.checkpoint import latest
+from scoresde.runs.checkpoint import latest
+from scoresde.train.trainer import Trainer
+from scoresde.train.world import Alone, World, join
 
 SAMPLES, BATCH, EPOCHS = 23, 4, 3
 

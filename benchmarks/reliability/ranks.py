@@ -23,7 +23,7 @@ from result import Result  # noqa: E402
 from stops import CODES, State, Tally, owner_of, room, state  # noqa: E402
 from together import Ended, of_session, start  # noqa: E402
 
-from scoresde.train.checkpoint import latest  # noqa: E402
+from scoresde.runs.checkpoint import latest  # noqa: E402
 
 TIMEOUT = 30
 ARGUMENTS = (*stops.ARGUMENTS, f"timeout={TIMEOUT}")

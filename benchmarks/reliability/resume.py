@@ -20,7 +20,15 @@ from result import Result
 from torch import Tensor
 
 from scoresde import Rng
-from scoresde.train.checkpoint import FORMAT, CheckpointError, _digest, _fingerprint, latest, load, save
+from scoresde.runs.checkpoint import (
+    FORMAT,
+    CheckpointError,
+    _digest,
+    _fingerprint,
+    latest,
+    load,
+    save,
+)
 
 ROOT = HERE.parents[1]
 STEPS, EVALUATE = 30, 10
@@ -122,7 +130,7 @@ def earlier_format() -> Result:
     The tolerance is 1e-5 of a loss: float32 sums of 8 samples in an order that another build of torch may choose, 6e-8
     each, grown by ten optimizer steps. A wrong moment, time or noise changes a loss by more than 1e-2.
     """
-    sys.path[:0] = [path for path in (str(ROOT / "tests"),) if path not in sys.path]
+    sys.path[:0] = [path for path in (str(ROOT / "tests"), str(ROOT / "tests" / "train")) if path not in sys.path]
     from test_trainer import Rows, Trainer, training
 
     expected = json.loads((ROOT / "tests" / "data" / "format-0.json").read_text(encoding="utf-8"))

@@ -13,9 +13,9 @@ import torch
 from child import EVERY_FILE, Job, build, final, newest, nursery, points
 from result import Result
 
-from scoresde.train import Training
-from scoresde.train.checkpoint import Checkpoint, CheckpointError, latest, load
+from scoresde.runs.checkpoint import Checkpoint, CheckpointError, latest, load
 from scoresde.train.saver import Saver
+from scoresde.train.state import Training
 
 RECORDS: dict[str, Any] = {"config": {}}
 

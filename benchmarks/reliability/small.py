@@ -10,10 +10,13 @@ import torch
 from torch import Tensor
 
 from scoresde import VPSDE, DenoisingLoss, Eps, Preconditioned, Rng
-from scoresde.data import Dataset, EpochOrder, Scaling, Split
+from scoresde.codecs import Scaling
+from scoresde.data import Dataset, EpochOrder, Split
 from scoresde.nn import MLP
-from scoresde.train import EMA, Training, World
+from scoresde.train.ema import EMA
 from scoresde.train.parallel import spread_over
+from scoresde.train.state import Training
+from scoresde.train.world import World
 
 # `together` starts processes for tests and campaigns alike
 sys.path.append(str(Path(__file__).resolve().parents[2] / "tests"))

@@ -42,7 +42,11 @@ def inside(job: Job, every: int) -> dict[str, Any]:
     """Runs `job`, looking at the process every so many steps and at the length of each save."""
     from child import build
 
-    from scoresde.train import JsonlLogger, RunFacts, Signals, held_out_loss, lock, saver
+    from scoresde.evaluate.evaluation import held_out_loss
+    from scoresde.runs import lock
+    from scoresde.runs.logger import JsonlLogger, RunFacts
+    from scoresde.train import saver
+    from scoresde.train.signals import Signals
 
     looks, saves, write = list[dict[str, float]](), list[float](), saver.save
 
@@ -76,7 +80,7 @@ def large(folder: Path) -> dict[str, float]:
     """500 MB saved and loaded once."""
     import torch
 
-    from scoresde.train.checkpoint import load, save
+    from scoresde.runs.checkpoint import load, save
 
     tensors = {"weights": {f"{k}": torch.full((1 << 20,), float(k)) for k in range(125)}}
     start = time.monotonic()

@@ -22,9 +22,9 @@ import small
 from result import Result
 from together import of_session, start
 
-from scoresde.train import lock
-from scoresde.train.checkpoint import latest
-from scoresde.train.logger import read_rows
+from scoresde.runs import lock
+from scoresde.runs.checkpoint import latest
+from scoresde.runs.logger import read_rows
 
 HERE = Path(__file__).resolve().parent
 
@@ -73,7 +73,7 @@ PLACES: dict[str, tuple[str, str, int, float]] = {
     "a save": ("safetensors.torch", "save_file", 2, 0.3),
     "the last save": ("safetensors.torch", "save_file", 11, 0.3),
     "the last measurement": ("scoresde.cli.train", "finish", 1, 0.0),
-    "sampling": ("scoresde.train.shards:Shards", "_save", 3, HELD),
+    "sampling": ("scoresde.evaluate.shards:Shards", "_save", 3, HELD),
     "the first step": ("scoresde.train.state:Training", "batch", 1, HELD),
 }
 

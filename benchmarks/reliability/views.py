@@ -22,20 +22,21 @@ from result import Result  # noqa: E402
 from wandb_server import FAULTS, Server  # noqa: E402
 
 from scoresde import VPSDE, DenoisingLoss, Eps, Preconditioned, Rng  # noqa: E402
-from scoresde.data import Dataset, EpochOrder, Scaling, Split  # noqa: E402
+from scoresde.codecs import Scaling  # noqa: E402
+from scoresde.data import Dataset, EpochOrder, Split  # noqa: E402
 from scoresde.nn import MLP  # noqa: E402
-from scoresde.train import (  # noqa: E402
-    EMA,
+from scoresde.runs.logger import (  # noqa: E402
     JsonlLogger,
     Logger,
     NullLogger,
     RunFacts,
     Tee,
-    Trainer,
-    Training,
-    WandbLogger,
+    read_rows,
 )
-from scoresde.train.logger import read_rows  # noqa: E402
+from scoresde.runs.wandb_logger import WandbLogger  # noqa: E402
+from scoresde.train.ema import EMA  # noqa: E402
+from scoresde.train.state import Training  # noqa: E402
+from scoresde.train.trainer import Trainer  # noqa: E402
 
 STEPS, BATCH, TIMEOUT = 300, 8, 10.0
 LIMIT = TIMEOUT + 1 + 9  # to kill a view that has not ended may take 1 s; the rest is for a machine under load
@@ -89,7 +90,7 @@ def hearing() -> Iterator[list[str]]:
         def emit(self, record: logging.LogRecord) -> None:
             said.append(record.getMessage())
 
-    log, ear = logging.getLogger("scoresde.train.wandb_logger"), Ear()
+    log, ear = logging.getLogger("scoresde.runs.wandb_logger"), Ear()
     log.addHandler(ear)
     log.propagate = False
     try:

@@ -20,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ..config import ConfigError, build, closest, config_dir, nearest
-from ..redact import guard, redacted_text
+from ..runs.redact import guard, redacted_text
 from ..sampling import Sampler
 from .own_options import problem_in_options
 
@@ -34,9 +34,12 @@ def launch(task: Callable[[DictConfig], Any], config_name: str) -> None:
 
     What the user can mend is told in a few lines. HYDRA_FULL_ERROR=1 shows the whole trace.
     """
+    from ..evaluate.shards import ShardError
     from ..ode import SolverError
-    from ..train import CheckpointError, ProcessLost, ShardError, TrainingDiverged
-    from .sweep import launching
+    from ..runs.checkpoint import CheckpointError
+    from ..sweep.sweep import launching
+    from ..train.trainer import TrainingDiverged
+    from ..train.world import ProcessLost
 
     OmegaConf.register_new_resolver("command", name_of_command, replace=True)
     guard()  # Hydra logs and prints the overrides of every job

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from ..config import ConfigError
 from ..data import Dataset
-from ..denoiser import Cond
+from ..diffusion.denoiser import Cond
+from ..runs.load import LoadedRun
 from .kinds import NAMES, Kind, always_told, kinds_of
-from .model import LoadedRun
 from .problem import Problem
 
 _CPU = torch.device("cpu")

@@ -5,11 +5,13 @@ from __future__ import annotations
 from omegaconf import DictConfig
 
 from ..config import build, plain
-from ..train import NullLogger, figures, held_out_loss
-from . import folder as folders
+from ..evaluate import figures
+from ..evaluate.evaluation import held_out_loss
+from ..evaluate.report import Evaluation, announce, check_samplers, list_files, measuring_jobs, report
+from ..runs import folder as folders
+from ..runs.load import chosen_run, set_threads
+from ..runs.logger import NullLogger
 from ._hydra import allowed, build_samplers, launch, output_folder, refusing
-from .model import chosen_run, set_threads
-from .report import Evaluation, announce, check_samplers, list_files, measuring_jobs, report
 
 
 def main() -> None:

@@ -9,10 +9,9 @@ from typing import Any, NamedTuple
 import torch
 
 from ..config import ConfigError, build, taken
-from ..denoiser import Denoiser
-from ..train.evaluation import model_device
+from ..diffusion.denoiser import Denoiser, model_device
+from ..runs.load import LoadedRun, load_run
 from .kinds import always_told, kinds_of
-from .model import LoadedRun, load_run
 
 # what `guide` is, by the parameter that takes it
 _GUIDES = {

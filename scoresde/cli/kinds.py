@@ -16,7 +16,7 @@ from torch import Tensor
 from ..config import ConfigError
 from ..data.folder import read_image
 from ..data.source import existing, read_array
-from .model import LoadedRun
+from ..runs.load import LoadedRun
 
 NAMES = ("label", "vector", "image", "tokens")
 

@@ -8,10 +8,10 @@ import numpy as np
 from omegaconf import DictConfig
 
 from ..config import build, plain
-from ..train.evaluation import choose_split, spread
-from . import folder as folders
+from ..evaluate.evaluation import choose_split, spread
+from ..runs import folder as folders
+from ..runs.load import chosen_run, set_threads
 from ._hydra import allowed, launch, output_folder, refusing
-from .model import chosen_run, set_threads
 
 
 def main() -> None:

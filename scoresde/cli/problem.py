@@ -12,12 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..codecs import Scaling
 from ..config import ConfigError, build, taken
-from ..data import Dataset, Scaling
+from ..data import Dataset
 from ..data.folder import read_image
 from ..data.source import existing, read_array
 from ..inverse import Observation
-from ..rng import Rng
+from ..noise.rng import Rng
 from .kinds import held_out
 
 _NOISE = 2**62  # seeds of the noise in measurements are above those of samples

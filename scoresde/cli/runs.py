@@ -11,8 +11,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from .listing import differing, layout, number, wrapped
-from .run_files import CONTROL, STATES, Run, find, natural, read
+from ..runs.files import CONTROL, STATES, Run, find, natural, read
+from ..runs.listing import differing, layout, number, wrapped
 
 
 def main() -> None:
@@ -38,7 +38,7 @@ def main() -> None:
     else:
         print(f"No runs below {chosen.folder}.")
     if chosen.html:
-        from .page import write_page
+        from ..sweep.page import write_page
 
         write_page(chosen.html, runs, title=str(chosen.folder))
         print(f"Page in {chosen.html}", file=sys.stderr)

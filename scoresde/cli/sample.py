@@ -10,17 +10,18 @@ from typing import Any
 from omegaconf import DictConfig
 
 from ..config import ConfigError, plain
-from ..denoiser import Cond
-from ..train import Job, Samples, figures
-from ..train.evaluation import digest_of
-from . import folder as folders
+from ..diffusion.denoiser import Cond
+from ..evaluate import figures
+from ..evaluate.evaluation import Samples, digest_of
+from ..evaluate.report import check_samplers, layout, list_files, sampling_jobs, write_samples
+from ..evaluate.restored import Method, choose_method, measured, write_restored
+from ..evaluate.shards import Job
+from ..runs import folder as folders
+from ..runs.load import LoadedRun, chosen_run, set_threads
 from ._hydra import allowed, build_samplers, choice, launch, output_folder, refusing
 from .conditions import beside, choose_cond, told_arrays
 from .guided import build_guidance
-from .model import LoadedRun, chosen_run, set_threads
 from .problem import Problem, read_problem
-from .report import check_samplers, layout, list_files, sampling_jobs, write_samples
-from .restored import Method, choose_method, measured, write_restored
 
 
 def main() -> None:

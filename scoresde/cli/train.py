@@ -16,39 +16,23 @@ from omegaconf import DictConfig
 
 from ..config import ConfigError, build, plain
 from ..data import EpochOrder
-from ..redact import redacted
-from ..rng import Rng
-from ..sampling import Sampler
-from ..train import (
-    Checkpoint,
-    JsonlLogger,
-    Logger,
-    NullLogger,
-    OdeLikelihood,
-    RunFacts,
-    Shards,
-    Signals,
-    Stopped,
-    Tee,
-    Trainer,
-    Training,
-    World,
-    draw,
-    figures,
-    held_out,
-    join,
-    lock,
+from ..evaluate import figures
+from ..evaluate.evaluation import OdeLikelihood, draw, held_out, spread
+from ..evaluate.report import (
+    Evaluation,
+    announce,
+    check_samplers,
+    list_files,
+    measuring_jobs,
+    real_beside,
+    report,
 )
-from ..train.checkpoint import load
-from ..train.evaluation import spread
-from ..train.logger import read_rows, run_id
-from ..train.parallel import spread_over
-from ..train.signals import Interrupted
-from . import folder as folders
-from ._hydra import allowed, build_samplers, in_sweep, launch, output_folder, refusing
-from .conditions import in_turn
-from .job import one_job
-from .model import (
+from ..evaluate.shards import Shards
+from ..noise.rng import Rng
+from ..runs import folder as folders
+from ..runs import lock
+from ..runs.checkpoint import Checkpoint, load
+from ..runs.load import (
     build_dataset,
     build_denoiser,
     build_loss,
@@ -59,7 +43,17 @@ from .model import (
     draws,
     set_threads,
 )
-from .report import Evaluation, announce, check_samplers, list_files, measuring_jobs, real_beside, report
+from ..runs.logger import JsonlLogger, Logger, NullLogger, RunFacts, Tee, read_rows, run_id
+from ..runs.redact import redacted
+from ..sampling import Sampler
+from ..sweep.job import one_job
+from ..train.parallel import spread_over
+from ..train.signals import Interrupted, Signals, Stopped
+from ..train.state import Training
+from ..train.trainer import Trainer
+from ..train.world import World, join
+from ._hydra import allowed, build_samplers, in_sweep, launch, output_folder, refusing
+from .conditions import in_turn
 
 _UNSAVED = ("out", "resume", "overwrite", "allow_targets")
 _RESULTS = {

@@ -6,11 +6,18 @@ from .files import Arrays
 from .folder import ImageFolder
 from .idx import Idx
 from .order import EpochOrder
-from .scaling import Scaling
 from .sigma_max import suggest_sigma_max
-from .toys import Checkerboard, EightGaussians, Moons, Pinwheel, SwissRoll, Toy, toy_dataset
+from .toys import (
+    Checkerboard,
+    EightGaussians,
+    Moons,
+    Pinwheel,
+    SwissRoll,
+    Toy,
+    toy_dataset,
+)
 
 __all__ = [
     "Arrays", "Checkerboard", "Dataset", "Digits", "EightGaussians", "EpochOrder", "Idx", "ImageFolder", "Moons",
-    "Pinwheel", "Scaling", "Split", "SwissRoll", "Toy", "suggest_sigma_max", "toy_dataset",
+    "Pinwheel", "Split", "SwissRoll", "Toy", "suggest_sigma_max", "toy_dataset",
 ]  # fmt: skip

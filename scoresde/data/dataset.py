@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..denoiser import Cond
-from ..rng import Rng
-from .scaling import Scaling
+from ..codecs.scaling import Scaling
+from ..diffusion.denoiser import Cond
+from ..noise.rng import Rng
 
 
 @dataclass(frozen=True, eq=False)

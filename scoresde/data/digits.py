@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from ..codecs.scaling import Scaling
 from .dataset import Dataset, Split
 from .hold_out import hold_out
-from .scaling import Scaling
 
 
 def Digits(test_fraction: float = 0.2, seed: int = 0) -> Dataset:

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..codecs.scaling import Scaling
 from .dataset import Dataset, Split
 from .hold_out import hold_out
-from .scaling import Scaling
 from .source import existing, refuse_lfs_pointer
 
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".gif")

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 from torch import Tensor
 
-from ..rng import Rng
+from ..noise.rng import Rng
 
 
 class EpochOrder:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..rng import Rng
+from ..noise.rng import Rng
 
 
 def suggest_sigma_max(data: Tensor, *, sample: int = 2000, rng: Rng | None = None) -> float:

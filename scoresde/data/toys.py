@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..rng import Rng
+from ..codecs.scaling import Scaling
+from ..noise.rng import Rng
 from .dataset import Dataset, Split
-from .scaling import Scaling
 
 
 class Toy(abc.ABC):

@@ -7,11 +7,11 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from ..denoiser import Around, Cond, Denoiser
-from ..prediction import Prediction
+from ..diffusion.denoiser import Cond, Denoiser, DenoiserWrapper
+from ..diffusion.prediction import Prediction
 
 
-class Conditioned(Around):
+class Conditioned(DenoiserWrapper):
     """A denoiser with its condition filled in: for samplers that have none, or another.
 
     Args:

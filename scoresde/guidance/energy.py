@@ -7,15 +7,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..denoiser import Around, Cond, Denoiser
-from ..prediction import Prediction
-from ..shapes import as_time, expand_as_batch, per_sample
+from ..broadcast import as_time, expand_as_batch, per_sample
+from ..diffusion.denoiser import Cond, Denoiser, DenoiserWrapper
+from ..diffusion.prediction import Prediction
 from .mixing import check_same
 from .scale import Scale, checked, strength
 from .tilt import by_slope, by_value
 
 
-class Energy(Around):
+class Energy(DenoiserWrapper):
     r"""Samples of p(x_0) e^{−s E}, by δ = −s ∇_x E added to the score.
 
     Exact if E(x_t, t) = −log E[e^{−E(x_0)} | x_t], as a classifier of noisy x_t is trained to be. An energy of x̂_0
@@ -81,7 +81,7 @@ class Energy(Around):
         return p, -expand_as_batch(strength(self.scale, self.sde.log_snr(t)), x).to(x.dtype) * slope
 
 
-class Classifier(Around):
+class Classifier(DenoiserWrapper):
     r"""Samples of p(x) p(y|x)^s by the gradient of a classifier of noisy x_t (Dhariwal & Nichol 2021, alg. 1 and 2).
 
     Exact at s = 1 if the classifier is. At other s the noised p p(y|·)^s is not p_t p_t(y|·)^s, and samples are only

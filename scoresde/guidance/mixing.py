@@ -9,15 +9,15 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from ..denoiser import Around, Cond, Denoiser
-from ..prediction import Prediction
-from ..sde import SDE
-from ..shapes import as_time, expand_as_batch
+from ..broadcast import as_time, expand_as_batch
+from ..diffusion.denoiser import Cond, Denoiser, DenoiserWrapper
+from ..diffusion.prediction import Prediction
+from ..diffusion.sde import SDE
 from .conditioned import join, one_entry, spread
 from .scale import Scale, checked, number, strength
 
 
-class ClassifierFree(Around):
+class ClassifierFree(DenoiserWrapper):
     r"""(1 − w) P(x, t, ∅) + w P(x, t, cond) (Ho & Salimans 2022, eq. 6, with w for their 1 + w).
 
     w = 1 is the conditional model itself and, without rescaling, w = 0 the unconditional one, bit for bit and at the
@@ -123,7 +123,7 @@ class ClassifierFree(Around):
         return Prediction(factor * guided.x0, guided.eps + change, guided.scales)
 
 
-class Blend(Around):
+class Blend(DenoiserWrapper):
     r"""P + Σ w_i (P_i − P): any affine mixture of denoisers of one SDE.
 
     With P unconditional and P_i of one condition each it is the conjunction of Liu et al. 2022, eq. 11: exact for
@@ -164,7 +164,7 @@ class Blend(Around):
         return log_prob
 
 
-class Auto(Around):
+class Auto(DenoiserWrapper):
     """(1 − w) P_guide + w P, away from what a weaker model of the same data says (Karras et al. 2024b, eq. 3).
 
     Its bias is that of classifier-free guidance at the same w: samples crowd where P is surer than the guide.

@@ -12,8 +12,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..denoiser import Denoiser
-from ..rng import Rng
+from ..diffusion.denoiser import Denoiser
+from ..noise.rng import Rng
 
 _ALL, _SOME = 64, 16  # up to so many dimensions curvature is taken in all of them, beyond in some directions
 

@@ -8,9 +8,28 @@ Which one? `MMPS` where its backward passes can be paid for, `PiGDM` where not, 
 """
 
 from .conjugate import conjugate_gradients
-from .gaussian import DPS, MMPS, TMPD, DiffPIR, Look, Matched, PiGDM, Posterior
-from .observation import Linear, Measured, Observation, Untold
-from .operators import Blur, ColourMix, Compose, DownSample, Magnitude, Mask, Operator, RandomProjection, grey
+from .gaussian import (
+    DPS,
+    MMPS,
+    TMPD,
+    DiffPIR,
+    Matched,
+    PiGDM,
+    Posterior,
+    PosteriorPrediction,
+)
+from .observation import Linear, Measured, Observation, WithoutMeasurement
+from .operators import (
+    Blur,
+    ColourMix,
+    Compose,
+    DownSample,
+    Magnitude,
+    Mask,
+    Operator,
+    RandomProjection,
+    grey,
+)
 from .particles import Particles, TwistedSMC
 from .replacement import RePaint, Replacement
 
@@ -24,7 +43,6 @@ __all__ = [
     "DiffPIR",
     "DownSample",
     "Linear",
-    "Look",
     "Magnitude",
     "Mask",
     "Matched",
@@ -34,11 +52,12 @@ __all__ = [
     "Particles",
     "PiGDM",
     "Posterior",
+    "PosteriorPrediction",
     "RandomProjection",
     "RePaint",
     "Replacement",
     "TwistedSMC",
-    "Untold",
+    "WithoutMeasurement",
     "conjugate_gradients",
     "grey",
 ]

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..shapes import expand_as_batch
+from ..broadcast import expand_as_batch
 
 Product = Callable[[Tensor], Tensor]
 """S v for v (B, *y), linear and symmetric within each sample."""

@@ -19,15 +19,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..denoiser import Around, Cond, Denoiser
+from ..broadcast import expand_as_batch
+from ..diffusion.denoiser import Cond, Denoiser, DenoiserWrapper
+from ..diffusion.prediction import Prediction
 from ..guidance.tilt import by_slope
-from ..prediction import Prediction
-from ..shapes import expand_as_batch
 from .conjugate import checked, solve
 from .observation import Linear, Map, Observation
 
 
-class Look(NamedTuple):
+class PosteriorPrediction(NamedTuple):
     """A prediction, the same told of y, and log p(y|x_t) (B,) in nats, as far as the method knows it: of a y of more
     entries than its iterations without what log det S has beyond std², see `conjugate.solve`."""
 
@@ -36,7 +36,7 @@ class Look(NamedTuple):
     log_prob: Tensor
 
 
-class Posterior(Around, abc.ABC):
+class Posterior(DenoiserWrapper, abc.ABC):
     """E[x_0 | x_t, y], about: a denoiser told of an observation.
 
     Args:
@@ -53,7 +53,7 @@ class Posterior(Around, abc.ABC):
         return self.observation.null(cond, self.denoiser)
 
     @abc.abstractmethod
-    def look(self, x: Tensor, t: Tensor, cond: Cond = None) -> Look:
+    def look(self, x: Tensor, t: Tensor, cond: Cond = None) -> PosteriorPrediction:
         """From one call of the denoiser."""
 
     def forward(self, x: Tensor, t: Tensor, cond: Cond = None) -> Prediction:
@@ -99,7 +99,7 @@ class Matched(Posterior, abc.ABC):
     def spread(self, p: Prediction, pull: Map) -> Map:
         """v (B, *event) -> V v."""
 
-    def look(self, x: Tensor, t: Tensor, cond: Cond = None) -> Look:
+    def look(self, x: Tensor, t: Tensor, cond: Cond = None) -> PosteriorPrediction:
         measured, rest = self.observation.split(cond)
         p, pull = with_jacobian(self.denoiser, x, t, rest)
         near, spread = self.observation.near(p.x0, measured), self.spread(p, pull)
@@ -113,7 +113,7 @@ class Matched(Posterior, abc.ABC):
         back = near.adjoint(u)
         slope = pull(back)
         held = expand_as_batch(_held(near, u, _uncertainty(p, back, slope)), x).to(x.dtype)
-        return Look(p, p.shift(held * slope), _log_normal(near, u, log_det))
+        return PosteriorPrediction(p, p.shift(held * slope), _log_normal(near, u, log_det))
 
 
 class PiGDM(Matched):
@@ -215,7 +215,7 @@ class DPS(Posterior):
             raise ValueError(f"scale is a strength, > 0; got {scale}.")
         self.scale = float(scale)
 
-    def look(self, x: Tensor, t: Tensor, cond: Cond = None) -> Look:
+    def look(self, x: Tensor, t: Tensor, cond: Cond = None) -> PosteriorPrediction:
         measured, rest = self.observation.split(cond)
         p, pull = with_jacobian(self.denoiser, x, t, rest)
         near = self.observation.near(p.x0, measured)
@@ -228,7 +228,7 @@ class DPS(Posterior):
         variance = ((noise + along) / self.scale).clamp(min=1e-12)
         told = p.shift(slope / expand_as_batch(variance, x).to(x.dtype))
         count = near.reached.flatten(1).sum(1)
-        return Look(p, told, -0.5 * (square / variance + count * (2 * math.pi * variance).log()))
+        return PosteriorPrediction(p, told, -0.5 * (square / variance + count * (2 * math.pi * variance).log()))
 
 
 class DiffPIR(Posterior):
@@ -261,7 +261,7 @@ class DiffPIR(Posterior):
         self.weight = float(weight)
         self.iterations, self.tolerance = checked(iterations, tolerance)
 
-    def look(self, x: Tensor, t: Tensor, cond: Cond = None) -> Look:
+    def look(self, x: Tensor, t: Tensor, cond: Cond = None) -> PosteriorPrediction:
         measured, rest = self.observation.split(cond)
         p = self.denoiser(x, t, rest)
         near, ratio = self.observation.near(p.x0, measured), p.scales.sigma / p.scales.alpha
@@ -275,7 +275,7 @@ class DiffPIR(Posterior):
         )
         change = variance * near.adjoint(u)
         told = Prediction(p.x0 + change, p.eps - change / ratio, p.scales)
-        return Look(p, told, _log_normal(near, u, log_det))
+        return PosteriorPrediction(p, told, _log_normal(near, u, log_det))
 
 
 def _covariance_factor(p: Prediction) -> Tensor:

@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..denoiser import Around, Cond, Denoiser
-from ..prediction import Prediction
+from ..diffusion.denoiser import Cond, Denoiser, DenoiserWrapper
+from ..diffusion.prediction import Prediction
 from .conjugate import conjugate_gradients
 
 Map = Callable[[Tensor], Tensor]
@@ -217,7 +217,7 @@ def _check(y: Tensor | None, std: Tensor) -> None:
         raise ValueError(f"std is a noise level, ≥ 0 and finite; got {std.tolist()}.")
 
 
-class Untold(Around):
+class WithoutMeasurement(DenoiserWrapper):
     """A denoiser that does not hear of y where it comes with the condition: steps that put y in themselves keep it from
     the network, but the last denoising of a `Sampler` does not.
 

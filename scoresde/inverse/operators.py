@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..rng import Rng
+from ..noise.rng import Rng
 
 
 class Operator(nn.Module, abc.ABC):

@@ -8,15 +8,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..denoiser import Cond, Denoiser
-from ..kernels import lincomb
-from ..prediction import Prediction
-from ..rng import Rng
+from ..broadcast import coefficient
+from ..diffusion.denoiser import Cond, Denoiser
+from ..diffusion.prediction import Prediction
+from ..diffusion.sde import SDE
+from ..noise.rng import Rng
+from ..ops import lincomb
 from ..sampling import Step
 from ..sampling.sampler import State
-from ..sde import SDE
-from ..shapes import coefficient
-from .gaussian import MMPS, Look, Posterior
+from .gaussian import MMPS, Posterior, PosteriorPrediction
 from .observation import Observation
 
 
@@ -32,7 +32,7 @@ class Particles(NamedTuple):
 
     x: Tensor
     log_weights: Tensor
-    look: Look
+    look: PosteriorPrediction
     given: Tensor
 
 
@@ -153,7 +153,7 @@ class TwistedSMC(Step):
         return given, Particles(found.x[kept], log_weights, _rows(found.look, kept), given)
 
 
-def _propose(sde: SDE, look: Look, t: Tensor, s: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+def _propose(sde: SDE, look: PosteriorPrediction, t: Tensor, s: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
     """x_s ~ r, and log p(x_s|x_t) − log r(x_s|x_t) (B,)."""
     alpha, sigma = sde.marginal(s)
     gap = -torch.expm1(sde.log_snr(t) - sde.log_snr(s))
@@ -184,6 +184,6 @@ def _systematic(weights: Tensor, u: Tensor) -> Tensor:
     return (chosen + size * torch.arange(groups, device=weights.device)[:, None]).flatten()
 
 
-def _rows(look: Look, rows: Tensor) -> Look:
+def _rows(look: PosteriorPrediction, rows: Tensor) -> PosteriorPrediction:
     plain, told = (Prediction(p.x0[rows], p.eps[rows], p.scales) for p in (look.plain, look.told))
-    return Look(plain, told, look.log_prob[rows])
+    return PosteriorPrediction(plain, told, look.log_prob[rows])

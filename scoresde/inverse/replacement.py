@@ -7,12 +7,12 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from ..denoiser import Cond, Denoiser
-from ..kernels import lincomb
-from ..rng import Rng
+from ..broadcast import expand_as_batch
+from ..diffusion.denoiser import Cond, Denoiser
+from ..noise.rng import Rng
+from ..ops import lincomb
 from ..sampling import Step
 from ..sampling.sampler import State
-from ..shapes import expand_as_batch
 from .conjugate import checked
 from .observation import Observation
 

@@ -15,11 +15,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import philox
-from . import driver, dsm_loss, langevin, lincomb, nvrtc, perturb_and_target
+from ..noise import philox
+from ..noise.address import Noise
+from ..ops import dsm_loss, langevin, lincomb, perturb_and_target
+from ..ops.switch import SCALARS, mode, using, why_not
+from . import driver, nvrtc
 from .cubin import Cache, refuse_shared
-from .noise import Noise
-from .switch import SCALARS, mode, using, why_not
 
 SHAPE = (3, 5, 7, 11)  # samples of 385 numbers, a multiple of nothing that a kernel likes
 ROUNDING = 32 * 2.0**-23  # of sums in float32, and of its logarithm and cosine on two kinds of processor

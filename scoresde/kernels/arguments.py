@@ -13,7 +13,7 @@ from ctypes import c_double, c_int64, c_uint32, c_void_p
 
 from torch import Tensor
 
-from .noise import Noise
+from ..noise.address import Noise
 
 BLOCK = 128  # threads
 # 2^19 threads fill a GPU (an H200 holds 132 · 2048 ≈ 2^18 at once). Beyond that a thread takes more quads, up to 8:

@@ -13,6 +13,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from ..noise.address import Noise
+from ..ops.switch import SCALARS
 from .arguments import (
     BLOCK,
     WARP,
@@ -27,8 +29,6 @@ from .arguments import (
     quads_of,
     quads_per_thread,
 )
-from .noise import Noise
-from .switch import SCALARS
 
 # (kernel, scalar, grid, block, arguments, device): `driver.Driver.launch`, or the emulator of the tests
 Launch = Callable[[str, str, int, int, Sequence[ctypes.Structure], torch.device], None]

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..rng import Rng
+from ..noise.rng import Rng
 from .pairs import paired
 
 

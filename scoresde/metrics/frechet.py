@@ -13,7 +13,7 @@ from .pairs import paired
 
 
 class Quantizer(Protocol):
-    """`scoresde.data.Scaling`, as far as it is needed here."""
+    """`scoresde.codecs.Scaling`, as far as it is needed here."""
 
     @property
     def levels(self) -> int | None: ...

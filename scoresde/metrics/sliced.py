@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..rng import Rng
+from ..noise.rng import Rng
 from .pairs import paired
 
 _COLUMNS = 64  # projections at a time

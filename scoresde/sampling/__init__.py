@@ -5,7 +5,15 @@ from .adaptive_sde import AdaptiveSDE
 from .churn import Churn
 from .default import default_sampler, sample
 from .fit import fit_grid
-from .multistep import DEIS, IPNDM, Adams, DPMSolverPP, Multistep, SASolver, UniPC
+from .multistep import (
+    DEIS,
+    IPNDM,
+    Adams,
+    DPMSolverPP,
+    Multistep,
+    SASolver,
+    UniPC,
+)
 from .restart import Restart
 from .runge_kutta import RK4, DPMSolver, Midpoint
 from .sampler import Sampler, Step, Trace

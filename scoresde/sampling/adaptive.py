@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..denoiser import Cond, Denoiser
+from ..broadcast import as_time
+from ..diffusion.denoiser import Cond, Denoiser
+from ..noise.rng import Rng
 from ..ode import METHODS, check_solver, integrate, log_ratio, point, probability_flow
-from ..rng import Rng
-from ..shapes import as_time
 from .sampler import State, Step
 
 

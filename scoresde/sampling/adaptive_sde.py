@@ -11,12 +11,12 @@ import math
 import torch
 from torch import Tensor
 
-from ..denoiser import Cond, Denoiser
+from ..broadcast import coefficient, expand_as_batch, select
+from ..diffusion.denoiser import Cond, Denoiser
+from ..diffusion.prediction import Prediction
+from ..diffusion.sde import SDE
+from ..noise.rng import Rng
 from ..ode import SolverError
-from ..prediction import Prediction
-from ..rng import Rng
-from ..sde import SDE
-from ..shapes import coefficient, expand_as_batch, select
 from .sampler import State, Step
 
 

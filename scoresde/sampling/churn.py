@@ -7,9 +7,9 @@ import math
 import torch
 from torch import Tensor
 
-from ..denoiser import Cond, Denoiser
-from ..kernels import lincomb
-from ..rng import Rng
+from ..diffusion.denoiser import Cond, Denoiser
+from ..noise.rng import Rng
+from ..ops import lincomb
 from .sampler import State, Step
 from .steps import Heun
 

@@ -19,9 +19,9 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from ..denoiser import Cond, Denoiser
-from ..kernels import enabled, why_not
-from ..rng import CapturedRng, Rng
+from ..diffusion.denoiser import Cond, Denoiser
+from ..noise.rng import CapturedRng, Rng
+from ..ops import enabled, why_not
 
 _WAITED = "synchronizing CUDA operation"
 

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from ..denoiser import Cond, Denoiser
-from ..grids import LogisticGrid
-from ..rng import Rng
+from ..diffusion.denoiser import Cond, Denoiser
+from ..diffusion.grids import LogisticGrid
+from ..noise.rng import Rng
 from .multistep import Adams
 from .sampler import Sampler
 

@@ -15,11 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..denoiser import Cond, Denoiser
-from ..grids import FittedGrid, Grid, KarrasGrid, LogisticGrid, LogSNRGrid
+from ..broadcast import select
+from ..diffusion.denoiser import Cond, Denoiser
+from ..diffusion.grids import FittedGrid, Grid, KarrasGrid, LogisticGrid, LogSNRGrid
+from ..noise.rng import Rng
 from ..ode import SolverError
-from ..rng import Rng
-from ..shapes import select
 from .multistep import Adams
 from .sampler import Sampler, Step
 

@@ -24,12 +24,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..denoiser import Cond, Denoiser
-from ..kernels import lincomb
+from ..diffusion.denoiser import Cond, Denoiser
+from ..diffusion.prediction import Prediction
+from ..diffusion.sde import SDE
+from ..noise.rng import Rng
 from ..ode import lagrange
-from ..prediction import Prediction
-from ..rng import Rng
-from ..sde import SDE
+from ..ops import lincomb
 from .sampler import State, Step
 
 Term = tuple[Tensor | float, Any]

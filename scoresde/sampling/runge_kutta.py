@@ -11,11 +11,11 @@ import math
 import torch
 from torch import Tensor
 
-from ..denoiser import Cond, Denoiser
-from ..kernels import lincomb
-from ..prediction import Prediction
-from ..rng import Rng
-from ..sde import SDE
+from ..diffusion.denoiser import Cond, Denoiser
+from ..diffusion.prediction import Prediction
+from ..diffusion.sde import SDE
+from ..noise.rng import Rng
+from ..ops import lincomb
 from .sampler import State, Step
 
 

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..denoiser import Cond, CountingDenoiser, Denoiser
-from ..grids import Grid, UniformGrid, check_grid
+from ..diffusion.denoiser import Cond, CountingDenoiser, Denoiser
+from ..diffusion.grids import Grid, UniformGrid, check_grid
+from ..noise.rng import Rng
 from ..ode import SolverError
-from ..rng import Rng
 from .cuda_graph import Graphs
 
 State = Any

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..denoiser import Cond, Denoiser
+from ..broadcast import coefficient
+from ..diffusion.denoiser import Cond, Denoiser
+from ..noise.rng import Rng
 from ..ode import SolverError
-from ..rng import Rng
-from ..shapes import coefficient
 from .sampler import State, Step
 
 METHODS: dict[str, tuple[float, int, str]] = {

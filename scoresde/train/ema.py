@@ -6,10 +6,10 @@ import abc
 import copy
 from collections.abc import Mapping, Sequence
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..runs.posthoc import exponent
 from .slices import local
 
 
@@ -117,7 +117,7 @@ class PowerEMA(Average):
     After t images the weights of τ images count (γ+1) τ^γ / t^{γ+1}: nothing is left of the random start, and there is
     no ramp. A step of b images that leaves θ_t changes the average to (1 − b/t)^{γ+1} of itself and 1 − (1 − b/t)^{γ+1}
     of θ_t, exactly, because θ is constant in between. With snapshots of two lengths any other can be made
-    afterwards: `scoresde.train.posthoc`.
+    afterwards: `scoresde.runs.posthoc`.
 
     A step that is skipped leaves θ as it was, and the averages too: they miss its pull, not more.
 
@@ -139,22 +139,6 @@ class PowerEMA(Average):
 
     def decays(self, images: int, batch: int) -> list[float]:
         return [max(0.0, 1 - batch / images) ** (gamma + 1) for gamma in self.gammas]
-
-
-def exponent(sigma_rel: float) -> float:
-    """γ ≥ 0 of the profile (γ+1) τ^γ on [0, 1] whose standard deviation is `sigma_rel` (EDM2, app. C).
-
-    The variance is (γ+1)/((γ+2)²(γ+3)), so γ is the largest root of (γ+2)²(γ+3) − (γ+1)/σ².
-
-    Raises:
-        ValueError: outside (0, 1/√12]: the longest is the plain mean, γ = 0.
-    """
-    if not 0 < sigma_rel <= 12**-0.5 + 1e-12:
-        raise ValueError(
-            f"sigma_rel is a share of training in (0, {12**-0.5:.4f}], the latter the plain mean; got {sigma_rel}."
-        )
-    ratio = sigma_rel**-2
-    return max(0.0, float(np.roots([1, 7, 16 - ratio, 12 - ratio]).real.max()))
 
 
 def pull(shadow: list[Tensor], weights: list[Tensor], share: float, keep: Tensor) -> None:

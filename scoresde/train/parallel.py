@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..loss import DenoisingLoss, Terms
+from ..losses.denoising import DenoisingLoss, Terms
 from .ema import Average
 from .slices import gathered, load
 from .world import World

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .checkpoint import CheckpointError, save, sweep
+from ..runs.checkpoint import CheckpointError, save, sweep
 
 _log = logging.getLogger(__name__)
 

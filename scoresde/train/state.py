@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from ..data import Dataset, EpochOrder
-from ..denoiser import Cond
-from ..loss import DenoisingLoss, Terms
-from ..rng import Rng
-from .checkpoint import Checkpoint, CheckpointError
+from ..diffusion.denoiser import Cond
+from ..losses.denoising import DenoisingLoss, Terms
+from ..noise.rng import Rng
+from ..runs.checkpoint import Checkpoint, CheckpointError
+from ..runs.posthoc import write_snapshot
 from .ema import Average
 from .parallel import Parallel, Single
-from .posthoc import write_snapshot
 from .scale import LossScale
 from .slices import gathered, load, sliced_like
 from .tally import Averages, Tally

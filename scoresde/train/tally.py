@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..loss import Terms
-from ..sde import SDE
+from ..diffusion.sde import SDE
+from ..losses.denoising import Terms
 from .world import Alone, World
 
 BINS = 4

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from .logger import Logger, NullLogger
+from ..runs.logger import Logger, NullLogger
 from .progress import Progress, Silent
 from .saver import Saver
 from .signals import Interrupted, Signals, Stopped

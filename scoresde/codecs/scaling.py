@@ -1,0 +1,168 @@
+"""How raw data become model data, and the log-volume of that map."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..noise.rng import Rng
+
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
+
+@dataclass(frozen=True)
+class Scaling:
+    r"""An affine map from raw values to model values in [low, high], dequantised if the raw values are integers.
+
+    Discrete (`levels` = L given, raw integers 0 … L − 1): x = low + (high − low)(raw + u)/L with u ~ U[0, 1), so each
+    integer owns a bin of equal width and the density of x integrates over the bins to at most the probability of the
+    integers (Theis, van den Oord & Bethge 2016, Sec. 3.1). Continuous (`levels` None): [raw_low, raw_high] is mapped
+    to [low, high].
+
+    With `log_volume` = Σ_dims log |dx/d raw|, log p(raw) = log p(x) + log_volume in nats, and
+    bits/dim = −(log p(x) + log_volume)/(D ln 2). For any [low, high], x uniform on it has
+    log p(x) = −D ln(high − low) and log_volume = D ln((high − low)/L), so 8-bit uniform noise costs exactly
+    log₂ 256 = 8 bits/dim.
+
+    Args:
+        low, high: range of model data, low < high.
+        levels: number of integer values, ≥ 2; None for continuous data.
+        raw_low, raw_high: range of continuous raw data, raw_low < raw_high; not used with `levels`.
+        bounded: refuse continuous raw values outside [raw_low, raw_high], and clamp decoded ones to it. With False
+            the range only fixes the affine map.
+
+    Raises:
+        ValueError: ranges that are empty or not finite, or fewer than two levels.
+    """
+
+    low: float = -1.0
+    high: float = 1.0
+    levels: int | None = None
+    raw_low: float = 0.0
+    raw_high: float = 1.0
+    bounded: bool = True
+
+    def __post_init__(self) -> None:
+        for low, high, name in ((self.low, self.high, ""), (self.raw_low, self.raw_high, "raw_")):
+            if not (-math.inf < low < high < math.inf):
+                raise ValueError(f"Expected finite {name}low < {name}high; got {name}low={low}, {name}high={high}.")
+        if self.levels is not None and (not isinstance(self.levels, int) or self.levels < 2):
+            raise ValueError(f"levels is an integer of at least 2, or None for continuous data; got {self.levels!r}.")
+
+    @classmethod
+    def identity(cls) -> Scaling:
+        """Raw data are model data: no range, unit volume."""
+        return cls(0.0, 1.0, None, 0.0, 1.0, bounded=False)
+
+    @property
+    def _slope(self) -> float:
+        """dx/d raw."""
+        return (self.high - self.low) / (self.levels or (self.raw_high - self.raw_low))
+
+    @property
+    def raw_dtype(self) -> torch.dtype:
+        """In which `decode` returns raw values: the smallest integers that hold `levels`, or float32."""
+        if self.levels is None:
+            return torch.float32
+        return torch.uint8 if self.levels <= 256 else torch.int32
+
+    def check(self, raw: Tensor, name: str = "raw") -> None:
+        """Refuses raw values that this scaling was not made for.
+
+        Raises:
+            TypeError: integers where floats are expected, or the reverse.
+            ValueError: NaN or infinite values, or values outside the range; the range found is named.
+        """
+        if self.levels is not None:
+            self._check_integers(raw, name)
+        else:
+            self._check_floats(raw, name)
+
+    def _check_integers(self, raw: Tensor, name: str) -> None:
+        assert self.levels is not None
+        expected = f"integers 0 … {self.levels - 1} ({self.levels} levels)"
+        if raw.dtype not in _INTEGERS:
+            raise TypeError(
+                f"{name} holds {raw.dtype}{_range_of(raw)}, expected {expected}. Pass the integers as they were "
+                "stored; if the data are continuous, use Scaling(levels=None, raw_low=…, raw_high=…)."
+            )
+        if raw.numel() == 0 or (raw.dtype == torch.uint8 and self.levels >= 256):
+            return
+        low, high = (int(value) for value in raw.aminmax())
+        if low < 0 or high >= self.levels:
+            raise ValueError(f"{name} holds integers {low} … {high}, expected {expected}. Set levels to their number.")
+
+    def _check_floats(self, raw: Tensor, name: str) -> None:
+        if not raw.is_floating_point():
+            raise TypeError(
+                f"{name} holds {raw.dtype}{_range_of(raw)}, expected floating-point values. Integers are points, "
+                "which have no density: use Scaling(levels=…), which dequantises them."
+            )
+        bad = int((~raw.isfinite()).sum())
+        if bad:
+            raise ValueError(f"{name} holds {bad} NaN or infinite values of {raw.numel()}; remove those samples first.")
+        if not self.bounded or raw.numel() == 0:
+            return
+        low, high = (float(value) for value in raw.detach().aminmax())
+        slack = 1e-6 * (self.raw_high - self.raw_low)  # the range may have been rounded to float32
+        if low < self.raw_low - slack or high > self.raw_high + slack:
+            raise ValueError(
+                f"{name} holds values {low:.6g} … {high:.6g}, outside the declared raw_low={self.raw_low:g} … "
+                f"raw_high={self.raw_high:g}. Declare the true range."
+            )
+
+    def encode(self, raw: Tensor, *, rng: Rng | None = None) -> Tensor:
+        """Model data of `raw`, of its shape.
+
+        Args:
+            raw: integers 0 … levels − 1, or floating-point values in [raw_low, raw_high].
+            rng: draws u for discrete data; None puts every value at the centre of its bin, u = ½.
+
+        Returns:
+            float32 for discrete data, else the dtype of `raw`.
+
+        Raises:
+            TypeError, ValueError: see `check`.
+        """
+        self.check(raw)
+        return self.scale(raw, rng=rng)
+
+    def scale(self, raw: Tensor, *, rng: Rng | None = None) -> Tensor:
+        """`encode` of values that were checked before, without looking at them: nothing waits for the device."""
+        if self.levels is None:
+            return self.low + (raw - self.raw_low) * self._slope
+        u = 0.5 if rng is None else rng.uniform(raw.shape, dtype=torch.float32, device=raw.device)
+        return self.low + (raw.float() + u) * self._slope
+
+    def decode(self, x: Tensor) -> Tensor:
+        """Raw values of model data: the integer whose bin holds x (the nearest one outside [low, high]), or the
+        inverse map.
+
+        Raises:
+            TypeError: x is not floating point.
+            ValueError: x holds NaN or infinite values.
+        """
+        if not x.is_floating_point():
+            raise TypeError(f"decode expects model data in floating point; got {x.dtype}.")
+        bad = int((~x.isfinite()).sum())
+        if bad:
+            raise ValueError(f"decode was given {bad} NaN or infinite values of {x.numel()}: sampling failed before.")
+        raw = (x - self.low) / self._slope
+        if self.levels is not None:
+            return raw.floor().clamp(0, self.levels - 1).to(self.raw_dtype)
+        raw = raw + self.raw_low
+        return raw.clamp(self.raw_low, self.raw_high) if self.bounded else raw
+
+    def log_volume(self, event_shape: Sequence[int]) -> float:
+        """Σ_dims log |dx/d raw| in nats for one sample of `event_shape`: add it to log p(x) for log p(raw)."""
+        return math.prod(event_shape) * math.log(self._slope)
+
+
+def _range_of(raw: Tensor) -> str:
+    if raw.numel() == 0 or raw.dtype == torch.bool or raw.is_complex():
+        return ""
+    return f" (min {raw.min().item():g}, max {raw.max().item():g})"

@@ -1,0 +1,244 @@
+"""From networks and score functions to `Prediction`: the one interface that samplers, losses and likelihoods use."""
+
+from __future__ import annotations
+
+import abc
+import inspect
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from ..broadcast import per_sample
+from .parameterization import Parameterization
+from .prediction import Prediction
+from .sde import EDMSDE, SDE
+
+Cond = Tensor | Mapping[str, Tensor] | None
+"""A condition, passed unread from the caller to the network; None is unconditional."""
+
+
+class Denoiser(nn.Module, abc.ABC):
+    """Anything that estimates (x̂_0, ε̂) from x_t. Guidance and posterior methods are denoisers around denoisers.
+
+    Args:
+        sde: the forward process the estimate is for.
+
+    Attributes:
+        data_mean, data_var: moments of the data (numbers, or tensors of the event shape) that the prior at t_max
+            takes into account: p_T ≈ N(α_T mean, (α_T² var + σ_T²) I). 0 gives the usual N(0, σ_T² I).
+        prior_evaluations: network calls of `prior_log_prob_given`.
+        sigma_data: about the standard deviation of the data, > 0: the noise level at which solvers and grids expect
+            noise to become data.
+    """
+
+    def __init__(self, sde: SDE, sigma_data: float = 1.0):
+        super().__init__()
+        if not sigma_data > 0:
+            raise ValueError(f"sigma_data is the standard deviation of the data, > 0; got {sigma_data}.")
+        self.sde = sde
+        self.sigma_data = float(sigma_data)
+        self.data_mean: Tensor | float = 0.0
+        self.data_var: Tensor | float = 0.0
+        self.prior_evaluations = 0
+
+    @abc.abstractmethod
+    def forward(self, x: Tensor, t: Tensor, cond: Cond = None) -> Prediction:
+        """The prediction at x (B, *event) and t (() or (B,)); a t of shape () may lie on the CPU (`shapes.beside`)."""
+
+    def null(self, cond: Cond) -> Cond:
+        """A condition like `cond` that says nothing, one entry for all samples; None where there is no such."""
+        return None
+
+    def prior_sample(self, shape: tuple[int, ...], *, rng, dtype: torch.dtype | None = None, device=None) -> Tensor:
+        """x_T of shape (B, *event) from the prior of the SDE for data of these moments."""
+        return self.sde.prior_sample(shape, rng=rng, mean=self.data_mean, var=self.data_var, dtype=dtype, device=device)
+
+    def prior_log_prob(self, z: Tensor) -> Tensor:
+        """Log-density of that prior in nats, shape (B,)."""
+        return self.sde.prior_log_prob(z, mean=self.data_mean, var=self.data_var)
+
+    def prior_log_prob_given(self, z: Tensor, cond: Cond) -> Tensor:
+        """log p_T(z | cond) in nats, (B,): that of the prior, and what conditions make of it, as far as it is known.
+
+        Guidance and posterior methods know it up to second order in what σ_T leaves of the data (`guidance/tilt.py`).
+        """
+        return self.prior_log_prob(z)
+
+
+def default_noise_input(sde: SDE, t: Tensor) -> Tensor:
+    """c_noise = −λ/8 = ¼ log(σ/α), the EDM convention for every SDE (Karras et al. 2022, table 1)."""
+    return -sde.log_snr(t) / 8
+
+
+class Preconditioned(Denoiser):
+    r"""A network made into a denoiser: F = network(c_in x_t, c_noise, cond), read as the parameterisation says.
+
+    `c_in = 1/√(α²σ_d² + σ²)`, so the network sees unit variance at every t. Coefficients are float32 (float64 for
+    float64 inputs); only the network itself runs under autocast.
+
+    Args:
+        network: callable (x (B, *event), c_noise (B,), cond) -> tensor like x; one that takes no third argument is
+            called without.
+        sde: the forward process.
+        parameterization: what the output means.
+        sigma_data: σ_d, standard deviation of the data, > 0; used in c_in, and by solvers.
+        noise_input: (sde, t (B,)) -> c_noise (B,), for networks trained elsewhere: `lambda sde, t: 999 * t` for
+            score_sde, `lambda sde, t: sde.marginal(t)[1]` for k-diffusion. Default −log_snr/8.
+        scale_input: False feeds x_t itself.
+        autocast: dtype of the network's autocast region ("bfloat16" or "float16"), None for none.
+    """
+
+    def __init__(
+        self,
+        network: Callable[..., Tensor],
+        sde: SDE,
+        parameterization: Parameterization,
+        *,
+        sigma_data: float = 1.0,
+        noise_input: Callable[[SDE, Tensor], Tensor] | None = None,
+        scale_input: bool = True,
+        autocast: str | None = None,
+    ):
+        super().__init__(sde, sigma_data)
+        if autocast not in (None, "bfloat16", "float16"):
+            raise ValueError(f"autocast is None, 'bfloat16' or 'float16'; got {autocast!r}.")
+        self.network = network
+        self.takes_cond = _takes_cond(network)
+        self.parameterization = parameterization
+        self.noise_input = default_noise_input if noise_input is None else noise_input
+        self.scale_input = scale_input
+        self.autocast = None if autocast is None else getattr(torch, autocast)
+
+    def forward(self, x: Tensor, t: Tensor, cond: Cond = None) -> Prediction:
+        if cond is not None and not self.takes_cond:
+            raise ValueError("A condition was given, but the network takes (x, c_noise) only.")
+        scales = self.sde.at(t, x)
+        c_noise = per_sample(self.noise_input(self.sde, scales.t), x)
+        c_in = (scales.alpha**2 * self.sigma_data**2 + scales.sigma**2).rsqrt() if self.scale_input else None
+        scaled = x if c_in is None else c_in * x
+        with torch.autocast(x.device.type, dtype=self.autocast, enabled=self.autocast is not None):
+            output = self.network(scaled, c_noise, *([cond] if self.takes_cond else []))
+        if output.shape != x.shape:
+            raise ValueError(
+                f"The network returned shape {tuple(output.shape)} for an input of shape {tuple(x.shape)}; "
+                "they must be equal (a learned-variance head has to be split off)."
+            )
+        return self.parameterization.prediction(output.to(scaled.dtype), x, scales)
+
+    def null(self, cond: Cond) -> Cond:
+        """The network's own: `network.null(cond)`."""
+        own = getattr(self.network, "null", None)
+        return None if own is None else own(cond)
+
+
+def _takes_cond(network: Callable[..., Tensor]) -> bool:
+    """Whether it can be called with a third positional argument; True where it does not say."""
+    try:
+        inspect.signature(getattr(network, "forward", network)).bind(None, None, None)
+    except TypeError:
+        return False
+    except ValueError:  # built-in functions have no signature
+        return True
+    return True
+
+
+class ScoreFunction(Denoiser):
+    """Any callable score ∇ log p_t(x): another library's network, a classifier's gradient, a closed form.
+
+    Args:
+        fn: (x (B, *event), t (B,)) -> score like x, or (x, t, cond) when a condition is given.
+        sde: the process whose marginals the score belongs to.
+        sigma_data: about the standard deviation of the data, for solvers that ask.
+    """
+
+    def __init__(self, fn: Callable[..., Tensor], sde: SDE, *, sigma_data: float = 1.0):
+        super().__init__(sde, sigma_data)
+        self.fn = fn
+
+    def forward(self, x: Tensor, t: Tensor, cond: Cond = None) -> Prediction:
+        scales = self.sde.at(t, x)
+        times = per_sample(scales.t, x)
+        score = self.fn(x, times) if cond is None else self.fn(x, times, cond)
+        if score.shape != x.shape:
+            raise ValueError(f"The score has shape {tuple(score.shape)}, expected that of x, {tuple(x.shape)}.")
+        eps = -scales.sigma * score
+        return Prediction((x - scales.sigma * eps) / scales.alpha, eps, scales)
+
+
+class DenoiserFunction(Denoiser):
+    """Any callable D(y, ς) ≈ E[x_0 | y], y = x_0 + ς ε: the convention of EDM and k-diffusion, under every SDE.
+
+    With y = x/α and ς = σ/α it is the denoiser of x_t = α x_0 + σ ε (Karras et al. 2022, eq. 2–4), so a network of one
+    process samples by any other.
+
+    Args:
+        fn: (y (B, *event), ς (B,)) -> x̂_0 like y, or (y, ς, cond) when a condition is given.
+        sde: the process to sample by, by default `EDMSDE()`, in which y is x and ς is t.
+        sigma_data: about the standard deviation of the data, for solvers that ask.
+    """
+
+    def __init__(self, fn: Callable[..., Tensor], sde: SDE | None = None, *, sigma_data: float = 1.0):
+        super().__init__(EDMSDE() if sde is None else sde, sigma_data)
+        self.fn = fn
+
+    def forward(self, x: Tensor, t: Tensor, cond: Cond = None) -> Prediction:
+        scales = self.sde.at(t, x)
+        y, ratio = x / scales.alpha, per_sample((scales.sigma / scales.alpha).flatten(), x)
+        x0 = self.fn(y, ratio) if cond is None else self.fn(y, ratio, cond)
+        if x0.shape != x.shape:
+            raise ValueError(f"The denoiser returned shape {tuple(x0.shape)}, expected that of x, {tuple(x.shape)}.")
+        return Prediction(x0, (x - scales.alpha * x0) / scales.sigma, scales)
+
+
+class DenoiserWrapper(Denoiser):
+    """A denoiser around a denoiser: of the same SDE, with the same prior; what it says is up to `forward`.
+
+    Args:
+        denoiser: what is inside.
+    """
+
+    def __init__(self, denoiser: Denoiser):
+        super().__init__(denoiser.sde, denoiser.sigma_data)
+        self.denoiser = denoiser
+        self.data_mean, self.data_var = denoiser.data_mean, denoiser.data_var
+        self.prior_evaluations = denoiser.prior_evaluations
+
+    def null(self, cond: Cond) -> Cond:
+        return self.denoiser.null(cond)
+
+    def prior_sample(self, shape: tuple[int, ...], *, rng, dtype: torch.dtype | None = None, device=None) -> Tensor:
+        return self.denoiser.prior_sample(shape, rng=rng, dtype=dtype, device=device)
+
+    def prior_log_prob(self, z: Tensor) -> Tensor:
+        return self.denoiser.prior_log_prob(z)
+
+    def prior_log_prob_given(self, z: Tensor, cond: Cond) -> Tensor:
+        # a prior of its own stays, with what the condition makes of the one inside
+        gain = self.denoiser.prior_log_prob_given(z, cond) - self.denoiser.prior_log_prob(z)
+        return self.prior_log_prob(z) + gain
+
+
+class CountingDenoiser(DenoiserWrapper):
+    """Counts network calls: what a benchmark should report, not what a solver thinks it asked for.
+
+    Attributes:
+        evaluations: forward calls so far.
+    """
+
+    def __init__(self, denoiser: Denoiser):
+        super().__init__(denoiser)
+        self.evaluations = 0
+
+    def forward(self, x: Tensor, t: Tensor, cond: Cond = None) -> Prediction:
+        self.evaluations += 1
+        return self.denoiser(x, t, cond)
+
+    def prior_log_prob_given(self, z: Tensor, cond: Cond) -> Tensor:
+        self.evaluations += self.prior_evaluations
+        return self.denoiser.prior_log_prob_given(z, cond)
+
+
+def model_device(denoiser: Denoiser) -> torch.device:
+    """Where the parameters of `denoiser` live; the CPU if it has none."""
+    return next((parameter.device for parameter in denoiser.parameters()), torch.device("cpu"))

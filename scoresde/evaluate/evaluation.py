@@ -1,0 +1,334 @@
+"""What a trained model is asked for: held-out loss, held-out bits/dim, samples with their cost."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..data import Dataset, Split
+from ..diffusion.denoiser import Cond, Denoiser, model_device
+from ..likelihood.budget import LEAST_BUDGET
+from ..likelihood.divergence import Divergence
+from ..likelihood.ode import bits_per_dim, log_likelihood
+from ..losses.denoising import DenoisingLoss
+from ..noise.rng import Rng
+from ..ode import check_solver
+from ..sampling import Sampler
+from .shards import Job, Tensors
+
+
+def held_out_loss(loss: DenoisingLoss, dataset: Dataset, *, conditional: bool = False, batch_size: int = 256) -> float:
+    """Mean of the training loss over the test split, with noise and times that are the same at every call."""
+    return held_out(loss, dataset, conditional=conditional, batch_size=batch_size)["loss"]
+
+
+@torch.no_grad()
+def held_out(
+    loss: DenoisingLoss, dataset: Dataset, *, conditional: bool = False, batch_size: int = 256
+) -> dict[str, float]:
+    """The same by the name "loss"; of a loss that says how it is `measured`, the means of all that is in there."""
+    rng, split, device = Rng(0), dataset.test, model_device(loss.denoiser)
+    totals: dict[str, float] = {}
+    measured = getattr(loss, "measured", lambda *args, **kwargs: {"loss": loss.terms(*args, **kwargs).loss})
+    for index in torch.arange(len(split)).split(batch_size):
+        x0 = dataset.encode(split.raw[index], rng).to(device)
+        for name, values in measured(x0, split.cond(index, conditional, device), rng=rng).items():
+            totals[name] = totals.get(name, 0.0) + float(values.sum())
+    return {name: total / len(split) for name, total in totals.items()}
+
+
+@dataclass(frozen=True)
+class BitsPerDim:
+    """Held-out bits/dim by the probability-flow ODE.
+
+    Attributes:
+        mean: over the points.
+        stderr: standard deviation over the points / √points: sampling of the points, of the dequantisation noise and
+            of the probes.
+        solver_error: what the solver may have added to the mean: mean over the points of its own upper estimate, NaN
+            where it has none.
+        values: (points,), in the order of the split.
+        points: number of points.
+        evaluations: network calls per batch, on average.
+        seconds: time of all batches, added up.
+        estimator: the name under which it is logged.
+    """
+
+    mean: float
+    stderr: float
+    solver_error: float
+    values: Tensor
+    points: int
+    evaluations: float
+    seconds: float
+    estimator: str = "bpd/ode"
+
+
+class OdeLikelihood:
+    """How likelihoods are measured: raw integers, uniform dequantisation, one solve per batch.
+
+    Point i of n gets its own noise, of seed·n + i, so its value depends on neither batch size nor neighbours.
+
+    Args:
+        divergence: `Hutchinson(probes, kind)`, `Exact()` …; default Hutchinson with one Rademacher probe.
+        rtol, atol: tolerances of the solver, > 0; 1e-5 where there is no budget.
+        budget: network calls per batch, ≥ 4, in place of tolerances.
+        batch_size: points per solve, ≥ 1.
+        backend, method: of the solver, see `scoresde.ode.integrate`.
+        t_min: likelihood cut-off; None for the SDE's own.
+
+    Raises:
+        ValueError: tolerances, a budget, a batch size, a backend or a method that cannot work; tolerances with a
+            budget.
+    """
+
+    def __init__(
+        self,
+        divergence: Divergence | None = None,
+        *,
+        rtol: float | None = None,
+        atol: float | None = None,
+        budget: int | None = None,
+        batch_size: int = 64,
+        backend: str = "native",
+        method: str | None = None,
+        t_min: float | None = None,
+    ):
+        self.rtol = self.atol = None
+        if budget is None:
+            self.rtol, self.atol = (1e-5 if value is None else value for value in (rtol, atol))
+            method = check_solver(backend, method, self.rtol, self.atol)
+        elif rtol is not None or atol is not None:
+            raise ValueError(f"A budget replaces rtol and atol; set them to null. Got {budget}, {rtol} and {atol}.")
+        elif isinstance(budget, bool) or not isinstance(budget, int) or budget < LEAST_BUDGET:
+            raise ValueError(f"budget is a number of network calls, at least {LEAST_BUDGET}; got {budget!r}.")
+        elif backend != "native" or method is not None:
+            raise ValueError(f"A budget has a method of its own; leave out backend={backend!r}, method={method!r}.")
+        if batch_size < 1:
+            raise ValueError(f"batch_size is at least 1; got {batch_size}.")
+        self.divergence, self.budget, self.batch_size = divergence, budget, batch_size
+        self.backend, self.method, self.t_min = backend, method, t_min
+
+    @property
+    def accuracy(self) -> dict[str, float]:
+        """The tolerances, or the budget: what a number has to be quoted with."""
+        values = {"rtol": self.rtol, "atol": self.atol, "budget": self.budget}
+        return {name: value for name, value in values.items() if value is not None}
+
+    def __call__(
+        self,
+        denoiser: Denoiser,
+        dataset: Dataset,
+        *,
+        split: str = "test",
+        points: int | None = None,
+        seed: int = 0,
+        conditional: bool = False,
+    ) -> BitsPerDim:
+        """Bits/dim of `points` points of a split (None: all; else spread evenly over it).
+
+        Raises:
+            ValueError: an unknown split, or more points than it has.
+            SolverError: a solve that failed; never a number instead.
+        """
+        return self.job(denoiser, dataset, split=split, points=points, seed=seed, conditional=conditional).run()
+
+    def job(
+        self,
+        denoiser: Denoiser,
+        dataset: Dataset,
+        *,
+        split: str = "test",
+        points: int | None = None,
+        seed: int = 0,
+        conditional: bool = False,
+    ) -> Job[BitsPerDim]:
+        """The same in batches, for `Shards`.
+
+        Raises:
+            ValueError: an unknown split, or more points than it has.
+        """
+        data = choose_split(dataset, split)
+        parts = spread(len(data), points).split(self.batch_size)
+        device = model_device(denoiser)
+
+        def batch(index: int) -> Iterator[Tensors]:
+            part, start = parts[index], time.monotonic()
+            result = log_likelihood(
+                denoiser, data.raw[part].to(device), rtol=self.rtol, atol=self.atol, budget=self.budget,
+                divergence=self.divergence, cond=data.cond(part, conditional, device),
+                rng=Rng(seeds=[seed * len(data) + i for i in part.tolist()]),
+                scaling=dataset.scaling, t_min=self.t_min, backend=self.backend, method=self.method,
+            )  # fmt: skip
+            yield {
+                "bits": bits_per_dim(result.log_prob, dataset.event_shape).double().cpu(),
+                "solver_error": bits_per_dim(-result.solver_error, dataset.event_shape).double().cpu(),
+                **_cost(result.evaluations, start),
+            }
+
+        settings = {
+            "split": split, "points": points, "of": len(data), "seed": seed, "conditional": conditional,
+            "batch_size": self.batch_size, **self.accuracy, "backend": self.backend, "method": self.method,
+            "t_min": self.t_min,
+        }  # fmt: skip
+        return Job("bits_per_dim", len(parts), 1, batch, _bits_per_dim, settings)
+
+
+def _bits_per_dim(batches: list[Tensors]) -> BitsPerDim:
+    bits, errors = (torch.cat([batch[name] for batch in batches]) for name in ("bits", "solver_error"))
+    stderr = float(bits.std() / len(bits) ** 0.5) if len(bits) > 1 else float("nan")
+    return BitsPerDim(float(bits.mean()), stderr, float(errors.mean()), bits, len(bits), *_costs(batches))
+
+
+def _cost(evaluations: int, start: float) -> Tensors:
+    seconds = time.monotonic() - start
+    return {"evaluations": torch.tensor(evaluations), "seconds": torch.tensor(seconds, dtype=torch.float64)}
+
+
+def _costs(batches: list[Tensors]) -> tuple[float, float]:
+    """(network calls per batch, on average; seconds of all)."""
+    calls, seconds = (sum(float(batch[name]) for batch in batches) for name in ("evaluations", "seconds"))
+    return calls / len(batches), seconds
+
+
+@dataclass(frozen=True)
+class Samples:
+    """What a sampler made, and at what cost.
+
+    Attributes:
+        x: (n, *event), model coordinates, on the CPU.
+        cond: what each was told, (n, …) or a mapping of such; None for nothing.
+        frames: (f, k, *event): states of the first k samples along the way, noise first.
+        times: (f,) their times.
+        evaluations: network calls per batch, on average.
+        seconds: time of all batches, added up.
+    """
+
+    x: Tensor
+    cond: Cond
+    frames: Tensor
+    times: list[float]
+    evaluations: float
+    seconds: float
+
+
+def draw(
+    denoiser: Denoiser,
+    sampler: Sampler,
+    event_shape: Sequence[int],
+    *,
+    seeds: Sequence[int],
+    cond: Cond = None,
+    batch_size: int = 128,
+    frames: int = 8,
+    watched: int = 8,
+) -> Samples:
+    """One sample per seed. Sample k depends on `seeds[k]` alone.
+
+    Args:
+        denoiser, sampler: the model and the way back.
+        event_shape: of one sample.
+        seeds: one per sample.
+        cond: what the denoiser is told of each sample, (n, …) or a mapping of such; None for nothing.
+        batch_size: samples at a time.
+        frames, watched: how many states of how many samples of the first batch to keep for a trajectory.
+    """
+    return drawing(
+        denoiser, sampler, event_shape, seeds=seeds, cond=cond, batch_size=batch_size, frames=frames, watched=watched
+    ).run()
+
+
+def drawing(
+    denoiser: Denoiser,
+    sampler: Sampler,
+    event_shape: Sequence[int],
+    *,
+    seeds: Sequence[int],
+    cond: Cond = None,
+    batch_size: int = 128,
+    frames: int = 8,
+    watched: int = 8,
+    name: str = "samples",
+) -> Job[Samples]:
+    """The same as `draw`, in batches, for `Shards`, under a name that tells one sampler from another."""
+    device, seeds = model_device(denoiser), list(seeds)
+    watch = _frame_indices(denoiser, sampler, frames)
+
+    def batch(index: int) -> Iterator[Tensors]:
+        start, part = time.monotonic(), slice(index * batch_size, (index + 1) * batch_size)
+        kept, times = [], []
+        shape = (len(seeds[part]), *event_shape)
+        for trace in sampler.iterate(denoiser, shape, cond=_part(cond, part, device), rng=Rng(seeds=seeds[part])):
+            if index == 0 and trace.index in watch:
+                kept.append(trace.x[:watched].cpu())
+                times.append(trace.t)
+            yield {}
+        made = {"x": trace.x.cpu(), **_cost(trace.evaluations, start)}
+        if index == 0:
+            made |= {"frames": torch.stack(kept), "times": torch.tensor(times, dtype=torch.float64)}
+        yield made
+
+    def merge(batches: list[Tensors]) -> Samples:
+        x, first = torch.cat([batch["x"] for batch in batches]), batches[0]
+        return Samples(x, cond, first["frames"], first["times"].tolist(), *_costs(batches))
+
+    settings = {
+        "seeds": seeds, "cond": None if cond is None else digest_of(cond), "event_shape": list(event_shape),
+        "batch_size": batch_size, "steps": sampler.steps, "frames": frames, "watched": watched,
+    }  # fmt: skip
+    count = math.ceil(len(seeds) / batch_size)
+    return Job(name, count, sampler.steps + 2 + int(sampler.denoise), batch, merge, settings)
+
+
+def _part(cond: Cond, part: slice, device: torch.device) -> Cond:
+    """The condition of some of the samples, on the device."""
+    if isinstance(cond, Mapping):
+        return {name: value[part].to(device) for name, value in cond.items()}
+    return None if cond is None else cond[part].to(device)
+
+
+def digest_of(cond: Cond) -> str:
+    """SHA-256 of the numbers in a condition, their shapes and names."""
+    found = hashlib.sha256()
+    for name, value in sorted(({"": cond} if not isinstance(cond, Mapping) else cond).items()):
+        if value is not None:
+            found.update(f"{name} {value.dtype} {tuple(value.shape)}".encode() + value.cpu().numpy().tobytes())
+    return found.hexdigest()
+
+
+def _frame_indices(denoiser: Denoiser, sampler: Sampler, frames: int) -> set[int]:
+    """Steps spread evenly in log-SNR, where things happen, and the final denoising."""
+    log_snr = denoiser.sde.log_snr(sampler.grid(denoiser.sde, sampler.steps).double())
+    wanted = torch.linspace(float(log_snr[0]), float(log_snr[-1]), frames, dtype=torch.float64)
+    nearest = (log_snr[:, None] - wanted).abs().argmin(0)
+    return {*nearest.tolist(), sampler.steps + 1}
+
+
+def choose_split(dataset: Dataset, split: str) -> Split:
+    """The split of that name.
+
+    Raises:
+        ValueError: it is neither train nor test.
+    """
+    if split not in ("train", "test"):
+        raise ValueError(f"split is 'train' or 'test'; got {split!r}.")
+    return dataset.train if split == "train" else dataset.test
+
+
+def spread(n: int, points: int | None) -> Tensor:
+    """`points` indices spread evenly over range(n); all of them for None.
+
+    Raises:
+        ValueError: points outside 1 … n.
+    """
+    if points is None:
+        return torch.arange(n)
+    if not (1 <= points <= n):
+        raise ValueError(f"n is between 1 and the {n} points of the split, or null for all; got {points}.")
+    return torch.arange(points) * n // points

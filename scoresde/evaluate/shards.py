@@ -1,0 +1,262 @@
+"""Long jobs in batches: shared out between processes, each batch a file, merged in order.
+
+Batch i is done by rank i mod world, alone: no process talks to another, so an adaptive solver that takes longer on one
+rank holds up nobody. A batch is written under a temporary name, synced and renamed, so what is there is whole; whoever
+is killed is started again by the same command and goes on. Rank 0 waits for all files and merges them in order:
+the result depends on the batch size at most by round-off, and on the number of ranks not at all.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import logging
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from torch import Tensor
+
+from ..runs.checkpoint import sync
+from ..train.progress import track
+
+Tensors = dict[str, Tensor]
+Result = TypeVar("Result")
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Job(Generic[Result]):
+    """Something to be done in independent batches.
+
+    Attributes:
+        name: for the progress bar and the folder of its batches.
+        count: number of batches.
+        ticks: how often `batch` yields.
+        batch: i -> iterator over the work on batch i. It yields empty dicts as it goes on, and last what was made.
+        merge: all batches, in order -> the result.
+        settings: what the batches depend on, as JSON: seeds, points, batch size …
+    """
+
+    name: str
+    count: int
+    ticks: int
+    batch: Callable[[int], Iterator[Tensors]]
+    merge: Callable[[list[Tensors]], Result]
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """SHA-256 of what its batches depend on."""
+        return _digest([self.name, self.count, self.settings])
+
+    def run(self) -> Result:
+        """All of it, here and now, with a bar."""
+        done: list[Tensors] = []
+
+        def steps() -> Iterator[Tensors]:
+            for index in range(self.count):
+                made: Tensors = {}
+                for made in self.batch(index):
+                    yield made
+                done.append(made)
+
+        for _ in track(steps(), self.name, self.ticks * self.count):
+            pass
+        return self.merge(done)
+
+
+class ShardError(RuntimeError):
+    """Batches that another rank owes and does not deliver."""
+
+
+class Shards:
+    """One process's share of jobs whose batches are kept in a folder.
+
+        shards = Shards(folder, {"model": "mine, step 1000"}, *ranks())
+        shards.work(job)
+        if shards.rank == 0:
+            result = shards.result(job)
+            shards.clear()
+
+    Args:
+        folder: shared by all ranks and used by nothing else; made when the first batch is there.
+        settings: what all batches in it depend on besides their job's own settings, as JSON: the model, the sampler.
+        rank, world: this process and how many there are, 0 ≤ rank < world.
+        timeout: seconds > 0 without a new batch after which `result` gives up a rank: more than a batch takes.
+
+    Raises:
+        ValueError: an argument outside these, or a folder with batches of other settings: says which.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        settings: Mapping[str, Any] | None = None,
+        rank: int = 0,
+        world: int = 1,
+        timeout: float = 1800.0,
+    ):
+        if not 0 <= rank < world:
+            raise ValueError(f"rank is one of 0 … world − 1; got rank={rank} of world={world}.")
+        if isinstance(timeout, bool) or not isinstance(timeout, (int, float)) or not timeout > 0:
+            raise ValueError(f"timeout is a number of seconds > 0; got {timeout!r}.")
+        self.folder, self.rank, self.world, self.timeout = Path(folder), rank, world, float(timeout)
+        self.settings = json.loads(json.dumps(settings or {}))
+        self._digest = _digest(self.settings)
+        self._agree()
+
+    def _agree(self) -> None:
+        try:
+            found = json.loads((self.folder / "settings.json").read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return
+        for key, there, here in _differences(found, self.settings):
+            raise ValueError(
+                f"{self.folder} holds batches made with {key}={there}, and this asks for {key}={here}; they are not "
+                "mixed. The command that made them goes on from them; for another, choose another folder or delete it."
+            )
+
+    def work(self, job: Job[Any]) -> None:
+        """Does this rank's batches that are not there yet; waits for no other rank."""
+        own = range(self.rank, job.count, self.world)
+        todo = [index for index in own if not self._whole(job, index)]
+        if self.rank == 0 and 0 < len(todo) < len(own):
+            _log.info("%s: %d of %d batches are there already, in %s", job.name, len(own) - len(todo), len(own),
+                      self.folder / job.name)  # fmt: skip
+        for _ in track(self._steps(job, todo), job.name, job.ticks * len(todo), show=self.rank == 0):
+            pass
+
+    def _steps(self, job: Job[Any], todo: Sequence[int]) -> Iterator[Tensors]:
+        for index in todo:
+            made: Tensors = {}
+            for made in job.batch(index):
+                yield made
+            self._save(job, index, made)
+
+    def result(self, job: Job[Result]) -> Result:
+        """The merged batches of all ranks: does what is left of this rank's own, and waits for the others.
+
+        Raises:
+            ShardError: a rank delivered nothing for `timeout` seconds; it is named, with what it owes.
+        """
+        self.work(job)
+        label = f"{job.name}, all ranks"
+        batches = dict(track(self._arrivals(job), label, job.count, show=self.rank == 0 and self.world > 1))
+        return job.merge([batches[index] for index in range(job.count)])
+
+    def _arrivals(self, job: Job[Any]) -> Iterator[tuple[int, Tensors]]:
+        """(index, batch) as they come."""
+        waiting, heard = set(range(job.count)), [time.monotonic()] * self.world
+        while waiting:
+            for index in sorted(waiting):
+                batch = self._load(job, index)
+                if batch is not None:
+                    waiting.remove(index)
+                    heard[index % self.world] = time.monotonic()
+                    yield index, batch
+            owing = {index % self.world for index in waiting}
+            silent = sorted(rank for rank in owing if time.monotonic() - heard[rank] > self.timeout)
+            if silent:
+                raise ShardError(self._reproach(job, silent, waiting))
+            if waiting:
+                time.sleep(min(0.5, self.timeout / 10))
+
+    def _reproach(self, job: Job[Any], silent: Sequence[int], waiting: set[int]) -> str:
+        owed = "; ".join(
+            f"rank {rank} owes batches {', '.join(str(i) for i in sorted(waiting) if i % self.world == rank)}"
+            for rank in silent
+        )
+        return (
+            f"{job.name}: of {self.world} ranks, {owed}, and wrote nothing to {self.folder} for {self.timeout:g} s. "
+            "See how that ended, and repeat the command: what is done stays done, and any number of ranks may go on "
+            "with it. Where a batch takes longer than that, give a longer timeout."
+        )
+
+    def clear(self) -> None:
+        """Removes the folder, once the results are written elsewhere."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _path(self, job: Job[Any], index: int) -> Path:
+        return self.folder / job.name / f"{index:06d}.safetensors"
+
+    def _stamp(self, job: Job[Any], index: int) -> dict[str, str]:
+        """What a file says it is."""
+        return {"settings": self._digest, "job": job.digest, "batch": str(index)}
+
+    def _save(self, job: Job[Any], index: int, batch: Tensors) -> None:
+        from safetensors.torch import save
+
+        path = self._path(job, index)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not (self.folder / "settings.json").exists():
+            self._publish(self.folder / "settings.json", json.dumps(self.settings, indent=1).encode())
+        self._agree()
+        # copies, because safetensors refuses tensors that share memory
+        tensors = {name: value.detach().cpu().clone().contiguous() for name, value in batch.items()}
+        self._publish(path, save(tensors, self._stamp(job, index)))
+
+    def _publish(self, path: Path, data: bytes) -> None:
+        """Writes the file under another name, syncs and renames it."""
+        new = path.with_name(f".{path.name}.{self.rank}-{os.getpid()}")
+        with open(new, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(new, path)
+        sync(path.parent)
+
+    def _whole(self, job: Job[Any], index: int) -> bool:
+        """Whether a batch is there; one that is damaged or of other settings is not, and says so."""
+        path = self._path(job, index)
+        if not path.exists():
+            return False
+        whole = self._load(job, index) is not None
+        if not whole:
+            _log.warning("%s is damaged or was made with other settings, and is made again", path)
+        return whole
+
+    def _load(self, job: Job[Any], index: int) -> Tensors | None:
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(self._path(job, index), "pt") as file:
+                if file.metadata() != self._stamp(job, index):
+                    return None
+                # copies: what is read is mapped from the file, which `clear` removes
+                return {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError):
+            return None
+
+
+def ranks() -> tuple[int, int]:
+    """(rank, world) of this process: RANK and WORLD_SIZE as `torchrun` sets them, (0, 1) without.
+
+    Raises:
+        ValueError: they are no whole numbers.
+    """
+    rank, world = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+    try:
+        return int(rank), int(world)
+    except ValueError as error:
+        raise ValueError(
+            f"RANK and WORLD_SIZE are whole numbers, as torchrun sets them; got {rank}, {world}."
+        ) from error
+
+
+def _digest(settings: Any) -> str:
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+
+def _differences(a: Any, b: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """(key, value in a, value in b) of the leaves where two JSON values differ."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        for name in sorted(a.keys() | b.keys()):
+            yield from _differences(a.get(name), b.get(name), f"{key}.{name}" if key else name)
+    elif a != b:
+        yield key, a, b

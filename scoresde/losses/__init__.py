@@ -1,0 +1,33 @@
+"""Training objectives: denoising score matching, the coupling of noise and data, and noise-conditional classifiers."""
+
+from .classifier import ClassifierLoss, NoisyClassifier
+from .coupling import Independent, OptimalTransport
+from .denoising import (
+    DenoisingLoss,
+    EDMWeighting,
+    Likelihood,
+    LogNormalTimes,
+    LogSNRTimes,
+    LogVariance,
+    MinSNR,
+    Simple,
+    StratifiedTimes,
+    UniformTimes,
+)
+
+__all__ = [
+    "ClassifierLoss",
+    "DenoisingLoss",
+    "EDMWeighting",
+    "Independent",
+    "Likelihood",
+    "LogNormalTimes",
+    "LogSNRTimes",
+    "LogVariance",
+    "MinSNR",
+    "NoisyClassifier",
+    "OptimalTransport",
+    "Simple",
+    "StratifiedTimes",
+    "UniformTimes",
+]

@@ -1,0 +1,117 @@
+r"""Noise-conditional classifiers: log p(y | x_t) of a network, and the loss that trains one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..broadcast import per_sample
+from ..diffusion.denoiser import Cond, default_noise_input
+from ..diffusion.sde import SDE
+from ..noise.rng import Rng
+from .denoising import LogSNRTimes, Terms, Times
+
+
+class NoisyClassifier(nn.Module):
+    r"""log p(y | x_t) of a network of logits: what `guidance.Classifier` takes.
+
+    The network is asked as a denoiser's is: with c_in x_t, c_in = 1/√(α²σ_d² + σ²), and c_noise = −λ/8.
+
+    Args:
+        network: (x (B, *event), c_noise (B,)) -> logits (B, K), such as `nn.Classifier`.
+        sde: the process of x_t.
+        sigma_data: σ_d, standard deviation of the data, > 0.
+
+    Raises:
+        ValueError: sigma_data ≤ 0.
+    """
+
+    def __init__(self, network: Callable[[Tensor, Tensor], Tensor], sde: SDE, *, sigma_data: float = 1.0):
+        super().__init__()
+        if not sigma_data > 0:
+            raise ValueError(f"sigma_data is the standard deviation of the data, > 0; got {sigma_data}.")
+        self.network, self.sde, self.sigma_data = network, sde, float(sigma_data)
+
+    def logits(self, x: Tensor, t: Tensor) -> Tensor:
+        """log p(y | x_t) up to a constant, (B, K), at x (B, *event) and t (() or (B,))."""
+        scales = self.sde.at(t, x)
+        c_in = (scales.alpha**2 * self.sigma_data**2 + scales.sigma**2).rsqrt()
+        return self.network(c_in * x, per_sample(default_noise_input(self.sde, scales.t), x))
+
+    def forward(self, x: Tensor, t: Tensor, y: Cond) -> Tensor:
+        """log p(y | x_t) (B,) in nats of labels y (B,), or of a condition with y["label"].
+
+        Raises:
+            ValueError: labels that are no integers (B,).
+        """
+        return self.logits(x, t).log_softmax(1).gather(1, labels(y, len(x))[:, None])[:, 0]
+
+
+class ClassifierLoss(nn.Module):
+    """Per-sample cross-entropy −log p(y | x_t) in nats, x_t = α x_0 + σ ε at drawn t; to be averaged by the caller.
+
+    Its least mean is the conditional entropy of y at each noise level, reached by the exact posterior only (the
+    logarithmic score is proper), whatever the times: they say where a small network does its best.
+
+    Args:
+        classifier: what is trained.
+        times: time sampler, default uniform in log-SNR, where classes come and go.
+        smoothing: share in [0, 1) of the target that is spread over all classes; 0 for the exact posterior.
+
+    Raises:
+        ValueError: smoothing out of range, or a cut-off outside the SDE's times.
+    """
+
+    def __init__(self, classifier: NoisyClassifier, times: Times | None = None, *, smoothing: float = 0.0):
+        super().__init__()
+        if not 0 <= smoothing < 1:
+            raise ValueError(f"smoothing is a share in [0, 1); got {smoothing}.")
+        self.denoiser = classifier  # by the name that training and checkpoints know
+        self.times = LogSNRTimes() if times is None else times
+        self.smoothing = float(smoothing)
+        self.times.start(classifier.sde)
+
+    @property
+    def classifier(self) -> NoisyClassifier:
+        """What is trained."""
+        return self.denoiser
+
+    def forward(self, x0: Tensor, y: Cond, *, rng: Rng | None = None) -> Tensor:
+        """`terms(…).objective`, to be minimised."""
+        return self.terms(x0, y, rng=rng).objective
+
+    def terms(self, x0: Tensor, y: Cond, *, rng: Rng | None = None) -> Terms:
+        """Of samples `x0` (B, *event) with labels y (B,), 0 … K − 1; without `rng` by torch's global generator."""
+        loss, t, _, _ = self._asked(x0, y, rng)
+        return Terms(loss, loss, t)
+
+    def measured(self, x0: Tensor, y: Cond, *, rng: Rng | None = None) -> dict[str, Tensor]:
+        """What is reported of held-out samples, (B,) each: "loss", and "accuracy", 1 where the label is likeliest."""
+        loss, _, logits, label = self._asked(x0, y, rng)
+        return {"loss": loss, "accuracy": (logits.argmax(1) == label).to(loss.dtype)}
+
+    def _asked(self, x0: Tensor, y: Cond, rng: Rng | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(cross-entropy, drawn times, logits, labels)."""
+        rng = Rng(int(torch.randint(2**31, ()))) if rng is None else rng
+        sde = self.classifier.sde
+        t, _ = self.times.sample(sde, len(x0), rng, x0.device)
+        x = sde.perturb(x0, t, rng.normal_like(x0))
+        logits, label = self.classifier.logits(x, t), labels(y, len(x0))
+        loss = F.cross_entropy(logits, label, reduction="none", label_smoothing=self.smoothing)
+        return loss, t, logits, label
+
+
+def labels(cond: Cond, n: int) -> Tensor:
+    """The labels (n,) int64 of a condition that is one or has some.
+
+    Raises:
+        ValueError: there are none, or they are no integers (n,).
+    """
+    label = cond if cond is None or isinstance(cond, Tensor) else cond.get("label")
+    if label is None or label.shape != (n,) or label.is_floating_point():
+        got = "none" if label is None else f"{label.dtype} of shape {tuple(label.shape)}"
+        raise ValueError(f"A classifier is asked about integer labels ({n},), one per sample; got {got}.")
+    return label.long()

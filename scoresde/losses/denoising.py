@@ -1,0 +1,248 @@
+r"""Denoising score matching.
+
+Every objective is `E_t[w(t) ‖ε̂ − ε‖²]`: a *time sampler* says where t falls, a *weighting* what an error there costs,
+a *coupling* which noise goes with which data. The training cut-off is the time sampler's `t_min`.
+"""
+
+from __future__ import annotations
+
+import abc
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..diffusion.denoiser import Cond, Denoiser
+from ..diffusion.sde import SDE
+from ..nn.embedding import FourierEmbedding
+from ..noise.rng import Rng
+from ..ops import dsm_loss
+from .coupling import Coupling, Independent
+
+
+class Times(abc.ABC):
+    """Draws training times on [t_min, t_max]; `t_min=None` is the SDE's own."""
+
+    def __init__(self, t_min: float | None = None):
+        self.t_min = t_min
+
+    @abc.abstractmethod
+    def sample(self, sde: SDE, n: int, rng: Rng, device: torch.device) -> tuple[Tensor, Tensor]:
+        """(t (n,), importance (n,)) in float64: importance = 1/(p(t)(t_max − t_min)) makes any t-integral unbiased."""
+
+    def start(self, sde: SDE) -> float:
+        """The training cut-off for `sde`, checked."""
+        start = sde.t_min if self.t_min is None else self.t_min
+        if not (sde.t_min <= start < sde.t_max):
+            raise ValueError(f"The training cut-off t_min={start} lies outside [{sde.t_min}, {sde.t_max}).")
+        return start
+
+
+class UniformTimes(Times):
+    """t ~ U[t_min, t_max]."""
+
+    def sample(self, sde: SDE, n: int, rng: Rng, device: torch.device) -> tuple[Tensor, Tensor]:
+        start = self.start(sde)
+        u = rng.uniform((n,), dtype=torch.float64, device=device)
+        return start + u * (sde.t_max - start), torch.ones_like(u)
+
+
+class StratifiedTimes(Times):
+    """Uniform t, one draw in each of n equal strata of [t_min, t_max] (Kingma et al. 2021, App. I.1)."""
+
+    def sample(self, sde: SDE, n: int, rng: Rng, device: torch.device) -> tuple[Tensor, Tensor]:
+        start = self.start(sde)
+        u = rng.stratified(n, device=device)
+        return start + u * (sde.t_max - start), torch.ones_like(u)
+
+
+class LogNormalTimes(Times):
+    """ln(σ/α) ~ N(mean, std²), clamped to [t_min, t_max] (Karras et al. 2022, table 1).
+
+    The distribution is part of the EDM objective, so the importance is 1: do not use it with `Likelihood`.
+
+    Args:
+        mean, std: of ln(σ/α); std > 0. −1.2 and 1.2 are the paper's for images of σ_data 0.5.
+        t_min: training cut-off.
+    """
+
+    def __init__(self, mean: float = -1.2, std: float = 1.2, t_min: float | None = None):
+        super().__init__(t_min)
+        if not std > 0:
+            raise ValueError(f"LogNormalTimes needs std > 0; got {std}.")
+        self.mean, self.std = float(mean), float(std)
+
+    def sample(self, sde: SDE, n: int, rng: Rng, device: torch.device) -> tuple[Tensor, Tensor]:
+        log_ratio = self.mean + self.std * rng.normal((n,), dtype=torch.float64, device=device)
+        t = sde.time(-2 * log_ratio).clamp(self.start(sde), sde.t_max)
+        return t, torch.ones_like(t)
+
+
+class LogSNRTimes(Times):
+    """λ uniform (stratified) on [λ(t_max), λ(t_min)]: the exact importance sampler of the likelihood weight.
+
+    g²/σ² = −dλ/dt, so p(t) = (g²/σ²)/Z with Z = λ(t_min) − λ(t_max) exactly; the likelihood-weighted loss then has
+    constant weight ½Z (Song et al. 2021, *Maximum likelihood training*, sec. 5, without their numerical inverse).
+    """
+
+    def sample(self, sde: SDE, n: int, rng: Rng, device: torch.device) -> tuple[Tensor, Tensor]:
+        start = self.start(sde)
+        ends = torch.tensor([start, sde.t_max], dtype=torch.float64, device=device)
+        high, low = sde.log_snr(ends)
+        t = sde.time(low + rng.stratified(n, device=device) * (high - low)).clamp(start, sde.t_max)
+        return t, (high - low) / (_snr_rate(sde, t) * (sde.t_max - start))
+
+
+def _snr_rate(sde: SDE, t: Tensor) -> Tensor:
+    """−dλ/dt = g²/σ² ≥ 0."""
+    alpha, sigma = sde.marginal(t)
+    d_alpha, d_sigma = sde.rates(t)
+    return 2 * (d_sigma / sigma - d_alpha / alpha)
+
+
+class Weighting(abc.ABC):
+    """w(t), the price of ‖ε̂ − ε‖² / D at time t (D: number of dimensions of one sample)."""
+
+    @abc.abstractmethod
+    def weight(self, sde: SDE, t: Tensor, dims: int, span: float) -> Tensor:
+        """w(t) of the shape of t; `dims` is D, `span` the length t_max − t_min of the training interval."""
+
+
+class Simple(Weighting):
+    """w = 1: the ε-loss (Ho et al. 2020, eq. 14).
+
+    The same as the score loss weighted by σ², σ²‖s_θ − s‖² (Song et al. 2021, eq. 7 with λ = σ²).
+    """
+
+    def weight(self, sde: SDE, t: Tensor, dims: int, span: float) -> Tensor:
+        return torch.ones_like(t)
+
+
+class Likelihood(Weighting):
+    """w = ½ (g²/σ²) D (t_max − t_min), in **nats**: E_t[w‖ε̂ − ε‖²/D] = ½ ∫ g² ‖s_θ − s‖² dt.
+
+    Plus the prior term KL(p(x_T|x_0) ‖ prior) and the entropy of p(x_{t_min}|x_0) it bounds −E log p(x_{t_min})
+    from above (Song et al. 2021, *Maximum likelihood training*, theorem 3; Kingma et al. 2021, eq. 17).
+    """
+
+    def weight(self, sde: SDE, t: Tensor, dims: int, span: float) -> Tensor:
+        return 0.5 * dims * span * _snr_rate(sde, t)
+
+
+class EDMWeighting(Weighting):
+    """w = (ς² + σ_d²)/σ_d², ς = σ/α: unit weight on the EDM network output (Karras et al. 2022, table 1).
+
+    Args:
+        sigma_data: σ_d > 0.
+    """
+
+    def __init__(self, sigma_data: float = 1.0):
+        if not sigma_data > 0:
+            raise ValueError(f"EDMWeighting needs sigma_data > 0; got {sigma_data}.")
+        self.sigma_data = float(sigma_data)
+
+    def weight(self, sde: SDE, t: Tensor, dims: int, span: float) -> Tensor:
+        return 1 + (-sde.log_snr(t)).exp() / self.sigma_data**2
+
+
+class MinSNR(Weighting):
+    """w = min(SNR, γ)/SNR on the ε-error (Hang et al. 2023, sec. 3.4).
+
+    Args:
+        gamma: γ > 0.
+    """
+
+    def __init__(self, gamma: float = 5.0):
+        if not gamma > 0:
+            raise ValueError(f"MinSNR needs gamma > 0; got {gamma}.")
+        self.gamma = float(gamma)
+
+    def weight(self, sde: SDE, t: Tensor, dims: int, span: float) -> Tensor:
+        return (self.gamma * (-sde.log_snr(t)).exp()).clamp(max=1.0)
+
+
+class LogVariance(nn.Module):
+    r"""u(λ), a learned logarithm of the mean loss at log-SNR λ, linear in Fourier features (Karras et al. 2024, EDM2).
+
+    Minimising loss·e^{−u} + u makes u = log E[loss | λ], and so counts errors relative to what is usual at their noise
+    level (EDM2, eq. 14–16; Kendall et al. 2018, eq. 7). It starts at u = 0, where the objective is the loss.
+
+    Args:
+        channels: number of features of c_noise = −λ/8, even, ≥ 2.
+    """
+
+    def __init__(self, channels: int = 128):
+        super().__init__()
+        self.features = FourierEmbedding(channels)
+        self.linear = nn.Linear(channels, 1)
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, log_snr: Tensor) -> Tensor:
+        """u (B,) of λ (B,)."""
+        return self.linear(self.features(-log_snr / 8).to(self.linear.weight.dtype)).squeeze(1)
+
+
+class Terms(NamedTuple):
+    """What a loss makes of a batch.
+
+    Attributes:
+        objective: (B,), to be minimised: the loss, or loss·e^{−u} + u where the weighting is learned.
+        loss: (B,), the weighted error, to be reported.
+        t: (B,), the times drawn.
+    """
+
+    objective: Tensor
+    loss: Tensor
+    t: Tensor
+
+
+class DenoisingLoss(nn.Module):
+    """Per-sample loss w(t) ‖ε̂(x_t, t) − ε‖²/D, to be averaged by the caller.
+
+    With `Likelihood` the mean over t and ε is in nats; with the others it is a mean square per dimension.
+
+    Args:
+        denoiser: what is trained.
+        times: time sampler.
+        weighting: weight of the error.
+        coupling: noise for data.
+        uncertainty: u(λ), for a weighting that is learned: the objective is then loss·e^{−u} + u. Where its minimum
+            is reached, `weighting` and importance cancel, and what a noise level counts is how often `times` draw it.
+            Its parameters are trained with the denoiser's. None: the weighting as it is.
+    """
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        times: Times | None = None,
+        weighting: Weighting | None = None,
+        coupling: Coupling | None = None,
+        uncertainty: LogVariance | None = None,
+    ):
+        super().__init__()
+        self.denoiser = denoiser
+        self.times = UniformTimes() if times is None else times
+        self.weighting = Simple() if weighting is None else weighting
+        self.coupling = Independent() if coupling is None else coupling
+        self.uncertainty = uncertainty
+        self.times.start(denoiser.sde)
+
+    def forward(self, x0: Tensor, cond: Cond = None, *, rng: Rng | None = None) -> Tensor:
+        """`terms(…).objective`, to be minimised."""
+        return self.terms(x0, cond, rng=rng).objective
+
+    def terms(self, x0: Tensor, cond: Cond = None, *, rng: Rng | None = None) -> Terms:
+        """Of samples `x0` (B, *event), in their dtype; without `rng` the noise follows torch's global generator."""
+        rng = Rng(int(torch.randint(2**31, ()))) if rng is None else rng  # a fixed seed would repeat the same noise
+        sde = self.denoiser.sde
+        t, importance = self.times.sample(sde, x0.shape[0], rng, x0.device)
+        x0, eps = self.coupling(x0, rng)
+        prediction = self.denoiser(sde.perturb(x0, t, eps), t, cond)
+        dims, span = x0[0].numel(), sde.t_max - self.times.start(sde)
+        weight = importance * self.weighting.weight(sde, t, dims, span)
+        loss = dsm_loss(prediction.eps, eps, weight)
+        if self.uncertainty is None:
+            return Terms(loss, loss, t)
+        u = self.uncertainty(sde.log_snr(t)).to(x0.dtype)
+        return Terms(loss * (-u).exp() + u, loss, t)

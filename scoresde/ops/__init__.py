@@ -1,0 +1,157 @@
+r"""The arithmetic of samplers and losses: a few ops that are one pass over memory on a GPU, and plain torch elsewhere.
+
+    from scoresde import kernels
+
+    x = kernels.lincomb(((1 - a, x), (b, score)), (std, rng.noise(x)))
+
+On CUDA noise is made inside the kernel and never stored. Nothing is compiled, loaded or looked up before the first
+tensor on a GPU comes; `python -m scoresde.kernels` says what there is. `SCORESDE_KERNELS` or `use` choose between
+"auto", "off" and "require".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..noise.address import Noise
+from . import gradients as gradients  # so that the ops can be differentiated
+from . import library as ops
+from . import reference
+from .reference import Coefficient
+from .switch import enabled, mode, use, why_not
+
+__all__ = [
+    "Coefficient",
+    "Noise",
+    "dsm_loss",
+    "enabled",
+    "langevin",
+    "lincomb",
+    "mode",
+    "perturb_and_target",
+    "use",
+    "why_not",
+]
+
+_MOST = 5
+"""Tensors that the kernel reads at once."""
+
+
+def lincomb(
+    terms: Sequence[tuple[Coefficient, Tensor]], noise: tuple[Coefficient, Tensor | Noise] | None = None
+) -> Tensor:
+    r"""Σ c_i x_i + std z: every update of a sampler, and the perturbation x_t = α x_0 + σ ε.
+
+    Args:
+        terms: pairs of a coefficient, a number or a tensor () or (B,), and a tensor (B, *event). Five are read at once.
+        noise: (std, z): z from `Rng.noise`, or any tensor of the shape of the sum. None: no noise.
+
+    Returns:
+        The sum, (B, *event), in the common dtype of the x_i; half types are added up in float32 and rounded once.
+    """
+    like = terms[0][1]
+    if not enabled(like.device, like.dtype):
+        return reference.lincomb(terms, noise if noise is None else (noise[0], _tensor(noise[1], like)))
+    dtype = like.dtype
+    for _, x in terms[1:]:
+        dtype = torch.promote_types(dtype, x.dtype)
+    inputs, factors = [x.to(dtype) for _, x in terms], [_factor(c, like) for c, _ in terms]
+    std, drawn = None, None
+    if noise is not None:
+        eps, drawn = _either(noise[1], like)
+        std = _factor(noise[0], like)
+        if eps is not None:
+            inputs, factors, std = [*inputs, eps.to(dtype)], [*factors, std], None
+    while len(inputs) > _MOST:
+        inputs, factors = (
+            [ops.lincomb(inputs[:_MOST], factors[:_MOST]), *inputs[_MOST:]],
+            [_factor(1.0, like), *factors[_MOST:]],
+        )
+    return ops.lincomb(inputs, factors, std, drawn)
+
+
+def langevin(
+    x: Tensor, eps: Tensor, sigma: Tensor, snr: float, noise: Tensor | Noise, *, measured: bool = False
+) -> Tensor:
+    r"""The Langevin corrector x + h score + √(2h) z with score = −ε̂/σ, and of every sample
+
+    `h = σ² min(1, 2 snr² (N + 64)/(‖ε̂‖² + 64))`, where N is D, the number of dimensions, or ‖z‖² if `measured`.
+
+    Args:
+        x, eps: x_t and ε̂, (B, *event).
+        sigma: σ_t, () or (B,).
+        snr: > 0.
+        noise: z from `Rng.noise`, or a tensor (B, *event).
+        measured: take ‖z‖² of the noise itself, as Song et al. 2021, alg. 4, do for a batch.
+    """
+    if not enabled(x.device, x.dtype) or isinstance(noise, Tensor):
+        return reference.langevin(x, eps, _tensor(noise, x), sigma, snr, measured)
+    return ops.langevin(x, eps.to(x.dtype), _factor(sigma, x), snr, measured, noise)
+
+
+def perturb_and_target(
+    x0: Tensor, noise: Tensor | Noise, alpha: Coefficient, sigma: Coefficient, p: Coefficient, q: Coefficient
+) -> tuple[Tensor, Tensor]:
+    r"""A training pair from one read of x_0: x_t = α x_0 + σ ε and what a network is asked for, p x_0 + q ε.
+
+    Args:
+        x0: (B, *event).
+        noise: ε from `Rng.noise`, or a tensor (B, *event).
+        alpha, sigma, p, q: numbers or tensors () or (B,); p and q as in `parameterization`.
+    """
+    if not enabled(x0.device, x0.dtype):
+        return reference.perturb_and_target(x0, _tensor(noise, x0), alpha, sigma, p, q)
+    eps, found = _either(noise, x0)
+    return ops.perturb_and_target(
+        x0, eps, _factor(alpha, x0), _factor(sigma, x0), _factor(p, x0), _factor(q, x0), found
+    )
+
+
+def dsm_loss(
+    prediction: Tensor,
+    noise: Tensor | Noise,
+    weight: Tensor,
+    *,
+    x0: Tensor | None = None,
+    p: Coefficient = 0.0,
+    q: Coefficient = 1.0,
+) -> Tensor:
+    r"""Denoising score matching, w ‖F − p x_0 − q ε‖²/D of every sample: by itself w ‖ε̂ − ε‖²/D.
+
+    The noise is that which made x_t: on CUDA it is made again here and in the backward pass instead of being kept.
+
+    Args:
+        prediction: F, (B, *event).
+        noise: ε from `Rng.noise`, or a tensor (B, *event).
+        weight: w, () or (B,).
+        x0, p, q: of the target p x_0 + q ε, where it is not ε.
+
+    Returns:
+        (B,), in float32 or wider.
+    """
+    if not enabled(prediction.device, prediction.dtype):
+        return reference.dsm_loss(prediction, _tensor(noise, prediction), weight, x0, p, 1.0 if x0 is None else q)
+    eps, found = _either(noise, prediction)
+    weight = _factor(weight, prediction)
+    if x0 is None:
+        return ops.dsm_loss(prediction, weight, eps=eps, noise=found)
+    return ops.dsm_loss(prediction, weight, x0, _factor(p, prediction), _factor(q, prediction), eps, found)
+
+
+def _either(noise: Tensor | Noise, like: Tensor) -> tuple[Tensor | None, Noise | None]:
+    """As numbers, or as where to find them."""
+    return (noise.to(like.dtype), None) if isinstance(noise, Tensor) else (None, noise)
+
+
+def _tensor(noise: Tensor | Noise, like: Tensor) -> Tensor:
+    return noise if isinstance(noise, Tensor) else ops.normal_like(like, noise)
+
+
+def _factor(value: Coefficient, like: Tensor) -> Tensor:
+    """On the device; or a number on the CPU, which goes along with the launch: no copy, and no kernel that fills it."""
+    if not isinstance(value, Tensor):
+        return torch.tensor(value, dtype=torch.float64)
+    return value if value.ndim == 0 and value.device.type == "cpu" else value.to(like.device)

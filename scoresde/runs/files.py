@@ -1,0 +1,208 @@
+"""One run folder as its files tell: configuration, numbers, and whether it runs, is finished, or can go on."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import socket
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from . import lock
+from .listing import flat, number
+
+STATES = ("running", "finished", "resumable", "failed", "empty")
+# Overrides that say how a job is run, not what it is.
+CONTROL = ("out", "resume", "overwrite", "device", "threads", "kernels")
+_MARK = b"# scoresde"
+# Folders that hold no runs but may hold thousands of files.
+_CLOSED = ("checkpoints", "wandb", "progress", "batches", "averages")
+
+
+@dataclass
+class Run:
+    """One run folder, as its files tell.
+
+    Attributes:
+        folder: where it is.
+        state: "running" (a process holds its lock), "finished", "resumable" (a whole checkpoint, and no end),
+            "failed", or "empty".
+        reason: a few words on the state: why it failed, who runs it, which files cannot be read.
+        step, images: how far it came, None if that is not known; goal: images that it was to see.
+        bits, stderr: held-out bits/dim and its standard error from summary.json; loss: the last held-out loss.
+        config: flat configuration, `{"sde": "VPSDE", "sde.beta_max": 20.0, …}`.
+        overrides: what the job of a sweep was told; None outside of sweeps.
+        rows: metrics.jsonl.
+    """
+
+    folder: Path
+    state: str = "empty"
+    reason: str = ""
+    step: int | None = None
+    images: int | None = None
+    goal: int | None = None
+    bits: float | None = None
+    stderr: float | None = None
+    loss: float | None = None
+    config: dict[str, Any] = field(default_factory=dict)
+    overrides: dict[str, str] | None = None
+    rows: list[dict[str, Any]] = field(default_factory=list, repr=False)
+
+
+def find(root: Path) -> Iterator[Path]:
+    """Run folders at and below `root`, in natural order (2 before 10)."""
+    for place, folders, files in os.walk(root):
+        folders[:] = sorted((f for f in folders if f not in _CLOSED and not f.startswith(".")), key=natural)
+        known = {"metrics.jsonl", "job.json", "failed.json", ".lock"} & set(files)
+        if known or ("config.yaml" in files and _marked(Path(place, "config.yaml"))):
+            yield Path(place)
+
+
+def read(folder: Path) -> Run:
+    """What the files of one run tell. Whatever is damaged is named in `reason`, and raises nothing."""
+    broken: list[str] = []
+
+    def get(name: str, parse: Callable[[str], Any], kind: type) -> Any:
+        path = folder / name
+        try:
+            found = parse(path.read_text(encoding="utf-8")) if path.is_file() else kind()
+        except (OSError, ValueError, RecursionError):
+            found = None
+        if not isinstance(found, kind):
+            broken.append(name)
+            return kind()
+        return found
+
+    config = flat(get("config.yaml", _yaml, dict))
+    summary, job, failure = (get(f"{name}.json", json.loads, dict) for name in ("summary", "job", "failed"))
+    rows, cut = _rows(folder / "metrics.jsonl")
+    if cut:
+        broken.append("metrics.jsonl")
+    bits = summary.get("bits_per_dim")
+    bits = bits if isinstance(bits, dict) else {}
+    at = {name: [n for n in map(number, [summary.get(name), *(r.get(name) for r in rows)]) if n is not None]
+          for name in ("step", "images")}  # fmt: skip
+    losses = [value for row in rows if (value := number(row.get("eval/loss"))) is not None]
+    run = Run(
+        folder, config=config, rows=rows, bits=number(bits.get("mean")), stderr=number(bits.get("stderr")),
+        step=int(max(at["step"])) if at["step"] else None, images=int(max(at["images"])) if at["images"] else None,
+        loss=losses[-1] if losses else number(summary.get("loss")),
+        overrides=values(job["overrides"]) if isinstance(job.get("overrides"), list) else None,
+    )  # fmt: skip
+    goal = number(config.get("trainer.images"))
+    run.goal = None if goal is None else int(goal)
+    run.state, run.reason = _state(run, summary, job, failure)
+    if broken:
+        run.reason = "; ".join(filter(None, [run.reason, f"damaged: {', '.join(broken)}"]))
+    return run
+
+
+def _state(run: Run, summary: dict[str, Any], job: dict[str, Any], failure: dict[str, Any]) -> tuple[str, str]:
+    saved = newest_checkpoint(run.folder)
+    status, rest = job.get("status"), "" if saved is None else f"resumable at step {saved}"
+    if (run.folder / ".lock").exists() and (holder := lock.holder(run.folder)) is not None:
+        return "running", f"process {holder.get('pid')} on {holder.get('host')}"
+    if status == "running" and alive(job):
+        return "running", f"process {job['pid']}"
+    if failure:
+        return "failed", "; ".join(filter(None, [str(failure.get("reason", "")), rest]))
+    last = run.rows[-1] if run.rows else {}
+    images = summary.get("images") if summary else last.get("images") if last.get("final") else None
+    reached = images is not None and (run.goal is None or (number(images) or 0) >= run.goal)
+    done = reached if summary else reached and saved is not None and run.config.get("evaluate_at_end") is False
+    # a run of a sweep may have been finished later, by itself
+    later = done and _written(run.folder / ("summary.json" if summary else "metrics.jsonl")) >= _written(
+        run.folder / "job.json"
+    )
+    if status == "failed" and not later:
+        return "failed", "; ".join(filter(None, [str(job.get("error", "")), rest]))
+    if status == "running" and not later:
+        return "failed", "; ".join(filter(None, ["ended without a word", rest]))
+    if done:
+        return "finished", ""
+    return ("resumable", f"at step {saved}") if saved is not None else ("empty", "")
+
+
+def newest_checkpoint(folder: Path) -> int | None:
+    """Step of the newest checkpoint whose files are all there with their sizes; None if there is none."""
+    steps = sorted((p for p in (folder / "checkpoints").glob("step-*") if p.name[5:].isdigit()), reverse=True)
+    for path in steps:
+        try:
+            files = json.loads((path / "manifest.json").read_text(encoding="utf-8"))["files"]
+            if files and all((path / name).stat().st_size == entry["bytes"] for name, entry in files.items()):
+                return int(path.name[5:])
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            continue
+    return None
+
+
+def alive(job: Mapping[str, Any]) -> bool:
+    """Whether the process of a job's record still runs, as far as this host can tell."""
+    if job.get("host") != socket.gethostname() or not isinstance(job.get("pid"), int):
+        return False
+    try:
+        os.kill(job["pid"], 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def values(overrides: Sequence[Any]) -> dict[str, str]:
+    """`["sde=vp", "+a.b=1", "resume=auto"]` as `{"sde": "vp", "a.b": "1"}`: what makes a job what it is."""
+    pairs = [str(override).lstrip("+").split("=", 1) for override in overrides if "=" in str(override)]
+    return {name: value for name, value in pairs if name not in CONTROL}
+
+
+def _rows(path: Path) -> tuple[list[dict[str, Any]], bool]:
+    """Rows of a metrics file, without headers, and whether a line that is not the last cannot be read."""
+    try:
+        lines = path.read_bytes().splitlines() if path.is_file() else []
+    except OSError:
+        return [], True
+    rows, bad = [], []
+    for i, line in enumerate(lines):
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            row = None
+        if not isinstance(row, dict):
+            bad.append(i)
+        elif "header" not in row:
+            rows.append(row)
+    return rows, any(i < len(lines) - 1 for i in bad)  # the last line may just be being written
+
+
+def _yaml(text: str) -> Any:
+    import yaml
+
+    try:
+        return yaml.safe_load(text)  # CSafeLoader would save 6 ms a file, and crashes Python on "[[[[…"
+    except yaml.YAMLError as error:
+        raise ValueError(str(error)) from error
+
+
+def _marked(path: Path) -> bool:
+    try:
+        with open(path, "rb") as file:
+            return file.read(len(_MARK)) == _MARK
+    except OSError:
+        return False
+
+
+def _written(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return -math.inf
+
+
+def natural(name: str) -> list[tuple[int, int, str]]:
+    """A key that sorts 2 before 10."""
+    parts = re.split(r"(\d+)", name)
+    return [(1, 0, part) if i % 2 == 0 else (0, int(part), "") for i, part in enumerate(parts)]

@@ -1,0 +1,176 @@
+"""The output folder of a run: what is in it, and what may happen to what was there before."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from ..config import renamed
+from .redact import redacted, redacted_text
+from .checkpoint import Checkpoint
+from ..evaluate.shards import Shards, ranks
+from ..train.state import Training
+from .checkpoint import latest
+from .load import LoadedRun
+from .publish import publish
+
+_MARK = "# scoresde"
+_FILES = (
+    "config.yaml", "metrics.jsonl", "loss.png", "samples.png", "samples.npz", "trajectory.png", "summary.json",
+    "summary.md", "failed.json",
+)  # fmt: skip
+# Keys of scoresde-sample, -likelihood and -evaluate on which no batch depends.
+_FREE = ("run", "out", "device", "threads", "kernels", "pictures", "allow_targets", "timeout")
+_PATTERNS = (
+    "samples-*.png", "trajectory-*.png", "progress/step-*.png", "checkpoints/step-*", "checkpoints/.step-*",
+    "averages/images-*", "batches/step-*",
+)  # fmt: skip
+# Keys that make a run what it is: a checkpoint made with another value is another run.
+_IDENTITY = (
+    "seed", "conditional", "sigma_data", "sde", "network", "parameterization", "denoiser", "loss", "data", "optim",
+    "ema", "trainer.batch_size", "trainer.accumulate", "trainer.warmup", "trainer.clip", "trainer.loss_scale",
+)  # fmt: skip
+
+
+def prepare(folder: Path, config: Mapping[str, Any], *, resume: str | bool, overwrite: bool) -> Checkpoint | None:
+    """The checkpoint to continue from, or None for a fresh start in a folder that holds no run.
+
+    Args:
+        folder: the output folder.
+        config: resolved configuration of this command.
+        resume: "auto" continues the run that is there, if any.
+        overwrite: true removes the files of the run that is there, and nothing else.
+
+    Raises:
+        ValueError: the folder holds a run or files of the same names, and nothing said what to do with them; the run
+            there has another configuration; or all its checkpoints are damaged.
+    """
+    if resume not in (False, "auto", "never"):
+        raise ValueError(f"resume is auto or false; got {resume!r}.")
+    if not isinstance(overwrite, bool):
+        raise ValueError(f"overwrite is true or false; got {overwrite!r}.")
+    if resume == "auto" and overwrite:
+        raise ValueError("resume=auto continues a run and overwrite=true replaces it; give one of the two.")
+    held = contents(folder)
+    if not held:
+        return None
+    names = ", ".join(sorted({path.relative_to(folder).parts[0] for path in held}))
+    if not _is_run(folder):
+        raise ValueError(f"{folder} holds {names}, which no run of scoresde made. Choose another folder: out=….")
+    if overwrite:
+        _remove(held, folder)
+        return None
+    if resume != "auto":
+        raise ValueError(
+            f"{folder} holds a run already ({names}). Continue it with resume=auto, replace it with overwrite=true, "
+            "or choose another folder: out=…."
+        )
+    checkpoint = latest(folder / "checkpoints")
+    if checkpoint is None and any((folder / "checkpoints").glob("step-*")):
+        raise ValueError(f"No checkpoint in {folder / 'checkpoints'} is whole. Start again with overwrite=true.")
+    if checkpoint is not None:
+        _check_identity(checkpoint, config)
+    return checkpoint
+
+
+def contents(folder: Path) -> list[Path]:
+    """Files and checkpoints below `folder` that carry a name a run would write."""
+    files = [folder / name for name in _FILES if (folder / name).exists()]
+    return files + [path for pattern in _PATTERNS for path in sorted(folder.glob(pattern))]
+
+
+def write_config(folder: Path, config: Mapping[str, Any], command: str) -> None:
+    """`config.yaml`, whose first line is the command and marks the folder as a run."""
+    from omegaconf import OmegaConf
+
+    folder.mkdir(parents=True, exist_ok=True)
+    text = f"{_MARK}: {redacted_text(command)}\n{OmegaConf.to_yaml(redacted(config))}"
+    (folder / "config.yaml").write_text(text, encoding="utf-8")
+
+
+@contextlib.contextmanager
+def blamed(folder: Path, training: Training) -> Iterator[None]:
+    """Leaves `failed.json`, the reason and the step, if what it surrounds raises; removes an earlier one."""
+    path = folder / "failed.json"
+    path.unlink(missing_ok=True)
+    try:
+        yield
+    except Exception as error:
+        finish(path, {"reason": f"{type(error).__name__}: {error}", "step": training.step})
+        raise
+
+
+def share(folder: Path, options: Mapping[str, Any], run: LoadedRun) -> Shards:
+    """This process's share of a command whose batches and results go to `folder`.
+
+    Raises:
+        ValueError: batches of another command are there.
+    """
+    facts = {name: value for name, value in options.items() if name not in _FREE}
+    facts |= {"step": run.step, "checkpoint": run.digest}
+    return Shards(folder / "batches", redacted(facts), *ranks(), timeout=options["timeout"])
+
+
+def fresh(folder: Path, result: str) -> bool:
+    """Whether there is anything to do: False for a rank that comes when the others have finished.
+
+    Args:
+        folder: the output folder; what is in it besides batches is not ours.
+        result: the file that is written last.
+
+    Raises:
+        ValueError: on rank 0, if the folder holds finished results, or anything but batches.
+    """
+    finished, rank = (folder / result).exists(), ranks()[0]
+    if rank:
+        return not finished
+    if finished:
+        raise ValueError(
+            f"{folder} holds the results of a command already. To repeat it, choose another folder: out=…."
+        )
+    if folder.exists() and not (folder / "batches").exists() and any(folder.iterdir()):
+        raise ValueError(f"{folder} is not empty, and nothing in it is overwritten. Choose another folder: out=….")
+    return True
+
+
+def finish(path: Path, record: Mapping[str, Any]) -> None:
+    """Writes the file that shows that a command is finished, at one stroke."""
+    publish(path, json.dumps(redacted(record), indent=2) + "\n")
+
+
+def _is_run(folder: Path) -> bool:
+    config = folder / "config.yaml"
+    return config.is_file() and config.read_text(encoding="utf-8", errors="replace").startswith(_MARK)
+
+
+def _remove(held: list[Path], folder: Path) -> None:
+    # config.yaml marks the folder as ours, so it goes last: an interrupted removal can be repeated
+    for path in sorted(held, key=lambda path: path.name == "config.yaml"):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def _check_identity(checkpoint: Checkpoint, config: Mapping[str, Any]) -> None:
+    saved, here = (_flat(renamed(tree)) for tree in (checkpoint.records.get("config", {}), config))
+    for key in sorted(saved.keys() | here.keys()):
+        same_run = any(key == name or key.startswith((f"{name}.", f"{name}[")) for name in _IDENTITY)
+        if same_run and saved.get(key) != here.get(key):
+            raise ValueError(
+                f"The run in {checkpoint.path.parent.parent} was made with {key}={saved.get(key)}, and this command "
+                f"says {key}={here.get(key)}. Resuming takes the same command; another run takes another out=…."
+            )
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(tree, Mapping) and tree:
+        pairs = [(f"{prefix}.{k}" if prefix else str(k), v) for k, v in tree.items()]
+        return {k: v for name, value in pairs for k, v in _flat(value, name).items()}
+    if isinstance(tree, (list, tuple)) and tree:
+        return {k: v for i, value in enumerate(tree) for k, v in _flat(value, f"{prefix}[{i}]").items()}
+    return {prefix: tree}

@@ -1,0 +1,223 @@
+"""From a configuration to a data set and a denoiser; and from a run folder back to both."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..config import ConfigError, build, build_network, taken
+from ..data import Dataset
+from ..diffusion.denoiser import Denoiser
+from ..ops import switch
+from ..losses.denoising import DenoisingLoss
+from .posthoc import reconstruct
+from .checkpoint import CheckpointError, best, latest
+from ..diffusion.denoiser import model_device
+
+_NEEDED = {"data", "network", "denoiser", "sde", "parameterization", "conditional"}  # what a model is rebuilt from
+
+
+@dataclass(frozen=True)
+class LoadedRun:
+    """A trained model, rebuilt.
+
+    Attributes:
+        folder: of the run.
+        config: its resolved configuration.
+        step: optimizer step of the checkpoint.
+        digest: SHA-256 of its manifest, so of its weights.
+        dataset, denoiser: in eval mode, on the device; a classifier's run has that in place of a denoiser.
+        conditional: the network takes labels.
+    """
+
+    folder: Path
+    config: dict[str, Any]
+    step: int
+    digest: str
+    dataset: Dataset
+    denoiser: Denoiser
+    conditional: bool
+
+    @property
+    def draws(self) -> bool:
+        """See `draws`."""
+        return draws(self.denoiser)
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of that name; `auto` is CUDA where there is one, and `torchrun`'s processes take one GPU each.
+
+    Raises:
+        ValueError: unknown, or not there.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and torch.cuda.is_available():
+        name = f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
+    try:
+        device = torch.device(name)
+        torch.zeros((), device=device)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        raise ValueError(f"device={name} cannot be used here: {str(error).splitlines()[0]} Try device=auto.") from error
+    return device
+
+
+def set_threads(threads: int | None) -> None:
+    """CPU threads of torch; None leaves them alone."""
+    if threads is None:
+        return
+    if isinstance(threads, bool) or not isinstance(threads, int) or threads < 1:
+        raise ValueError(f"threads is a whole number of at least 1, or null; got {threads!r}.")
+    torch.set_num_threads(threads)
+
+
+def choose_kernels(kernels: str | bool | None, device: torch.device) -> None:
+    """Where CUDA kernels run: auto, off or require; None leaves it to SCORESDE_KERNELS.
+
+    Raises:
+        ValueError: none of these, or they are required and `device` cannot have them.
+    """
+    switch.use("off" if kernels is False else kernels)  # type: ignore[arg-type]  # YAML reads off as false
+    if switch.mode() == "require" and (reason := switch.why_not(device)):
+        raise ValueError(f"kernels are required, and {device} cannot have them: {reason}. Try kernels=auto.")
+
+
+def build_dataset(config: Mapping[str, Any], allow: Sequence[str]) -> Dataset:
+    return build(config["data"], allow, key="data")
+
+
+def build_denoiser(config: Mapping[str, Any], dataset: Dataset, allow: Sequence[str]) -> Denoiser:
+    """The denoiser of a resolved configuration, or the classifier, freshly initialised."""
+    classes, node = dataset.classes if config["conditional"] else 0, config["denoiser"]
+    network = build_network(config["network"], allow, key="network", event_shape=dataset.event_shape, classes=classes)
+    facts = {"network": network, "sde": build(config["sde"], allow, key="sde")}
+    asks, others = taken(node, allow, key="denoiser")
+    if others or "parameterization" in asks:
+        facts["parameterization"] = build(config["parameterization"], allow, key="parameterization")
+    return build(node, allow, key="denoiser", **facts)
+
+
+def draws(denoiser: Denoiser) -> bool:
+    """Whether samples can be drawn from it: a classifier has no noise to start from."""
+    return hasattr(denoiser, "prior_sample")
+
+
+def check_classifier(config: Mapping[str, Any], allow: Sequence[str]) -> None:
+    """Refuses a classifier's loss where labels are not told, or where samples or bits/dim are asked for.
+
+    Raises:
+        ConfigError: it is one of these.
+    """
+    if "classifier" not in taken(config["loss"], allow, key="loss")[0]:
+        return
+    if not config["conditional"]:
+        raise ConfigError("A classifier learns labels, which conditional=true tells it.")
+    if config["evaluate_at_end"] or config["trainer"].get("sample_every"):
+        raise ConfigError(
+            "A classifier has no samples and no bits/dim; it is measured by its held-out loss: evaluate_at_end=false "
+            "trainer.sample_every=0."
+        )
+
+
+def build_loss(config: Mapping[str, Any], denoiser: Denoiser, allow: Sequence[str]) -> DenoisingLoss:
+    """The loss of a resolved configuration, by whose parameter one sees what it trains.
+
+    Raises:
+        ConfigError: it cannot be built; or it is a classifier's, and that is none, or the reverse.
+    """
+    node = config["loss"]
+    name = "classifier" if "classifier" in taken(node, allow, key="loss")[0] else "denoiser"
+    if (name == "denoiser") != draws(denoiser):
+        raise ConfigError(
+            f"{node['_target_']} does not train a {config['denoiser']['_target_']}. A classifier takes "
+            "network=classifier, denoiser=classifier and loss=classifier together, as in experiment=digits_classifier."
+        )
+    return build(node, allow, key="loss", **{name: denoiser})
+
+
+@torch.no_grad()
+def check_fit(denoiser: Denoiser, dataset: Dataset, *, conditional: bool) -> None:
+    """One forward pass on two samples: a network that does not fit the data is refused before anything is written."""
+    split, device = dataset.train, model_device(denoiser)
+    cond = split.cond(slice(2), conditional, device)
+    denoiser.eval()  # so that dropout draws nothing
+    try:
+        denoiser(dataset.encode(split.raw[:2]).to(device), torch.tensor(denoiser.sde.t_max), cond)
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        raise ValueError(f"network does not take samples of shape {dataset.event_shape}: {error}") from error
+
+
+def chosen_run(options: Mapping[str, Any], allow: Sequence[str]) -> LoadedRun:
+    """`load_run` as the keys run, device, kernels, weights and checkpoint of a command say.
+
+    Raises:
+        ConfigError: it is a classifier's.
+    """
+    choose_kernels(options["kernels"], choose_device(options["device"]))
+    run = load_run(
+        Path(options["run"]), allow=allow, device=options["device"], weights=options["weights"],
+        checkpoint=options["checkpoint"],
+    )  # fmt: skip
+    if not run.draws:
+        raise ConfigError(
+            f"run={run.folder} is a classifier, of which there are no samples and no likelihood. It guides those of "
+            f"another run: scoresde-sample run=… guidance=classifier guide={run.folder} cond.label=…."
+        )
+    return run
+
+
+def load_run(
+    folder: Path, *, allow: Sequence[str] = (), device: str = "auto", weights: str | float = "ema",
+    checkpoint: str = "latest",
+) -> LoadedRun:  # fmt: skip
+    """Rebuilds the model of a run from the configuration and weights of a checkpoint.
+
+    Args:
+        folder: the run's output folder.
+        allow: targets of the user's own, from this command line; the run's configuration cannot add any.
+        device: where to put it.
+        weights: "ema", "weights" (the last raw ones), or a number: the average of that length as a share of training
+            (EDM2's σ_rel), made of the snapshots of ema=power.
+        checkpoint: "latest", or "best": that with the lowest score.
+
+    Raises:
+        CheckpointError: no whole checkpoint there, or its weights do not fit its configuration.
+        ConfigError: its configuration names something that may not be built.
+    """
+    length = None if isinstance(weights, (str, bool)) else weights
+    if length is None and weights not in ("ema", "weights"):
+        raise ValueError(f"weights is ema, weights, or a length between 0 and 0.29; got {weights!r}.")
+    if checkpoint not in ("latest", "best"):
+        raise ValueError(f"checkpoint is latest or best; got {checkpoint!r}.")
+    found = {"latest": latest, "best": best}[checkpoint](folder / "checkpoints")
+    if found is None:
+        what = (
+            "whole checkpoint" if checkpoint == "latest" else "checkpoint with a score (trainer.keep_best makes them)"
+        )
+        raise CheckpointError(f"{folder} holds no {what}; run=… is the output folder of scoresde-train.")
+    config: Any = found.records.get("config")
+    missing = _NEEDED - set(config) if isinstance(config, dict) else _NEEDED
+    if missing or not isinstance(config["denoiser"], dict) or not isinstance(config["conditional"], bool):
+        raise CheckpointError(
+            f"The record config.json in {found.path} is no configuration of a run: it needs "
+            f"{', '.join(sorted(missing)) or 'denoiser to be a mapping and conditional to be true or false'}."
+        )
+    # a checkpoint is measured in full precision, however it was trained
+    full = {"autocast": None} if "autocast" in config["denoiser"] else {}
+    config = {**config, "denoiser": {**config["denoiser"], **full}}
+    dataset = build_dataset(config, allow)
+    denoiser = build_denoiser(config, dataset, allow)
+    try:
+        tensors = found.tensors[str(weights)] if length is None else reconstruct(folder / "averages", length)
+        denoiser.load_state_dict(tensors)
+    except (RuntimeError, KeyError) as error:
+        raise CheckpointError(f"The weights in {found.path} do not fit its configuration: {error}") from error
+    denoiser = denoiser.to(choose_device(device)).eval().requires_grad_(False)
+    digest = hashlib.sha256((found.path / "manifest.json").read_bytes()).hexdigest()
+    return LoadedRun(folder, config, found.step, digest, dataset, denoiser, bool(config["conditional"]))

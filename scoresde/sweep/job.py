@@ -1,0 +1,163 @@
+"""One job of a sweep: whatever becomes of it is in its `job.json`, and the next one can run."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+
+from ..cli._hydra import Refusal, output_folder
+from ..runs.files import values
+from ..runs.publish import publish
+from ..runs.redact import guard, redacted
+
+# In the sweep's folder. STOP holds an exit status: no further job starts. AGAIN: the launcher was started once more
+# within one command, for the jobs that wait; those that have failed are not tried twice.
+STOP, AGAIN = ".stop", ".again"
+_here = False
+_log = logging.getLogger(__name__)
+
+
+def one_job(work: Callable[[], Mapping[str, float]], *, resume: bool) -> float:
+    """Runs a job and records its end. Returns its objective: NaN if it failed or was stopped.
+
+    A job that is finished already, and was told the same, is not run again. Neither an error nor a signal that ends
+    the job is raised: launchers take both for the end of the sweep, and kill the other jobs.
+
+    Args:
+        work: trains and measures; returns "objective" and what it was made of.
+        resume: take what an earlier sweep has finished.
+    """
+    folder, overrides, start = output_folder(), list(HydraConfig.get().overrides.task), time.monotonic()
+    sweep = Path(str(HydraConfig.get().sweep.dir))
+    if not in_sweep_process():  # which has a guard
+        guard()
+
+    def ended(status: str, **measured: Any) -> None:
+        write_job(folder, overrides, status, seconds=round(time.monotonic() - start, 1), **measured)
+
+    if (resume or (sweep / AGAIN).exists()) and (objective := objective_of(folder, overrides)) is not None:
+        print(f"Job {folder.name} is finished already: objective {objective:.6g}.", flush=True)
+        return objective
+    if (sweep / AGAIN).exists() and read_job(folder).get("status") == "failed":
+        return float("nan")
+    # the record before the look: whoever stops the sweep leaves the sign first, and then asks those on record
+    write_job(folder, overrides, "running", pid=os.getpid(), host=socket.gethostname(), started=round(time.time(), 3))
+    if (sweep / STOP).exists():
+        write_job(folder, overrides, "waiting")
+        return float("nan")
+    turn = _Turn()
+    try:
+        with _working(), turn:
+            result = work()
+    except Refusal as error:
+        _log.error("job %s failed: %s", folder.name, error)
+        ended("failed", error=str(error))
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        _log.error("job %s failed: %s", folder.name, reason, exc_info=True)
+        ended("failed", error=reason)
+    except (SystemExit, KeyboardInterrupt) as error:
+        code = error.code if isinstance(error, SystemExit) else 130
+        if code not in (130, 143):
+            ended("failed", error=f"left with exit status {code}")
+            return float("nan")
+        ended("stopped")
+        turn.give_back()
+        if in_sweep_process():
+            (sweep / STOP).write_text(str(code), encoding="utf-8")
+    else:
+        ended("finished", **result)
+        return result["objective"]
+    return float("nan")
+
+
+def write_job(folder: Path, overrides: Sequence[str], status: str, **measured: Any) -> None:
+    """Leaves what is known of one job in its folder, at one stroke."""
+    folder.mkdir(parents=True, exist_ok=True)
+    record = redacted(
+        {"job": folder.name, "status": status, "overrides": list(overrides), "folder": str(folder), **measured}
+    )
+    publish(folder / "job.json", json.dumps(record, indent=2) + "\n")
+
+
+def read_job(folder: Path) -> dict[str, Any]:
+    """`job.json`; empty if it is not there or damaged."""
+    try:
+        found = json.loads((folder / "job.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) and isinstance(found.get("overrides"), list) else {}
+
+
+def objective_of(folder: Path, overrides: Sequence[str]) -> float | None:
+    """Objective of the job in `folder`, if it is finished and was told the same; None otherwise."""
+    job = read_job(folder)
+    same = job.get("status") == "finished" and values(job["overrides"]) == values(redacted(overrides))
+    return float(job["objective"]) if same and isinstance(job.get("objective"), (int, float)) else None
+
+
+def in_sweep_process() -> bool:
+    """Whether jobs run in the process of the sweep itself, one after the other."""
+    from .sweep import SweepSummary
+
+    return SweepSummary.current is not None
+
+
+def working() -> bool:
+    """Whether this process is within a job."""
+    return _here
+
+
+@contextlib.contextmanager
+def _working() -> Iterator[None]:
+    global _here
+    _here = True
+    try:
+        yield
+    finally:
+        _here = False
+
+
+class _Turn:
+    """Lets a run save before submitit gives its turn back.
+
+    submitit has a handler for SIGUSR2, which comes some time before the end of a job's time: it asks the scheduler for
+    another turn and leaves on the spot. Within this block the run gets SIGUSR1 instead, on which it saves and ends;
+    then `give_back` lets submitit have its way.
+    """
+
+    def __enter__(self) -> _Turn:
+        self.asked = False
+        self._requeue: Any = signal.getsignal(signal.SIGUSR2)
+        self._shared = callable(self._requeue) and threading.current_thread() is threading.main_thread()
+        if self._shared:
+            signal.signal(signal.SIGUSR2, self._ask)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._shared:
+            signal.signal(signal.SIGUSR2, self._requeue)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        if not callable(signal.getsignal(signal.SIGUSR1)):
+            self._requeue(number, frame)  # there is nothing to be saved yet
+        elif not self.asked:
+            self.asked = True
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+    def give_back(self) -> None:
+        """Leaves the process, if the scheduler was to be asked for another turn."""
+        if self.asked:
+            self._requeue(signal.SIGUSR2, None)

@@ -1,0 +1,173 @@
+"""The runs of a folder as one HTML file: table, learning curves and pictures, and nothing that comes from elsewhere."""
+
+from __future__ import annotations
+
+import base64
+import os
+from collections.abc import Callable, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from ..cli.runs import keys
+from ..runs.files import STATES, Run
+from ..runs.listing import number
+from ..runs.publish import publish
+from .curves import Curve, chart, hue
+
+# Pictures beyond this many characters are linked instead of embedded.
+LIMIT = 10 * 2**20
+_HERE = Path(__file__).parent
+# The browser itself refuses whatever would come from another place.
+_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
+
+
+def write_page(path: Path, runs: Sequence[Run], *, title: str, limit: int = LIMIT) -> None:
+    """Writes the page at one stroke.
+
+    Args:
+        path: the file; links to pictures are relative to it.
+        runs: in the order in which they are shown.
+        title: what they are called together.
+        limit: bytes of embedded pictures, ≥ 0; further ones are links.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    publish(path, page(runs, title=title, base=path.parent, limit=limit))
+
+
+def page(runs: Sequence[Run], *, title: str, base: Path, limit: int = LIMIT) -> str:
+    """The page as text; see `write_page`."""
+    tables, differ, same = keys(runs)
+    names = [name_of(run, table, differ) for run, table in zip(runs, tables, strict=True)]
+    counts = ", ".join(f"{n} {state}" for state in STATES if (n := sum(run.state == state for run in runs)))
+    shared = " ".join(f"<code>{escape(f'{key}={_text(value)}')}</code>" for key, value in same.items())
+    charts = "".join(_charts(runs, names))
+    parts = [
+        f"<h1>{escape(title)}</h1>",
+        f"<p>{len(runs)} run{'s' * (len(runs) != 1)}: {counts}</p>",
+        f'<p class="dim">What differs: {escape(", ".join(differ)) or "nothing"}</p>',
+        f"<details><summary>What is the same in all: {len(same)} keys</summary>{shared}</details>" if same else "",
+        _table(runs, tables, differ),
+        f'<h2>Learning curves</h2><div class="charts">{charts}</div>' if charts else "",
+        f'<h2>Samples</h2><div class="cards">{"".join(_cards(runs, names, base, limit))}</div>' if runs else "",
+    ]
+    style, script = ((_HERE / f"page.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))
+    return (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<style>\n{style}</style></head>\n<body>\n"
+        + "\n".join(filter(None, parts))
+        + f"\n<script>\n{script}</script>\n</body></html>\n"
+    )
+
+
+def name_of(run: Run, table: dict[str, Any], differ: Sequence[str]) -> str:
+    """`3 · sde=vp seed=1`: the folder, and up to four of the keys that set the run apart."""
+    told = [f"{key.rpartition('.')[2]}={_text(table[key])}" for key in differ if key in table][:4]
+    return " · ".join(filter(None, [run.folder.name, " ".join(told)]))
+
+
+def _table(runs: Sequence[Run], tables: Sequence[dict[str, Any]], differ: Sequence[str]) -> str:
+    why = any(run.reason for run in runs)
+    measured = ["bits/dim", "loss", "images"]
+    numeric = {key for key in differ if all(number(_plain(table.get(key))) is not None for table in tables)}
+    heads = ["run", *measured, "state", *differ, *(["note"] if why else [])]
+    tops = "".join(_head(head, numeric=head in numeric or head in measured) for head in heads)
+    rows = []
+    for k, (run, table) in enumerate(zip(runs, tables, strict=True)):
+        bits = "–" if run.bits is None else f"{run.bits:.4f}" + ("" if run.stderr is None else f" ± {run.stderr:.4f}")
+        loss, images = ("–" if v is None else format(v, f) for v, f in ((run.loss, ".5g"), (run.images, ",")))
+        dot = f'<span class="dot" style="--h:{hue(k)}"></span>'
+        cells = [
+            _cell(run.folder.name, f'{dot}<a href="#run-{k}">{escape(run.folder.name)}</a>', "name"),
+            *(_cell(v, text, "number") for v, text in ((run.bits, bits), (run.loss, loss), (run.images, images))),
+            _cell(run.state, run.state, run.state),
+            *(_cell(table.get(key), escape(_text(table.get(key))), "number" * (key in numeric)) for key in differ),
+            *([_cell(run.reason, escape(run.reason), "why")] if why else []),
+        ]
+        rows.append(f'<tr data-run="{k}">{"".join(cells)}</tr>')
+    body = "\n".join(rows)
+    return (
+        f'<h2>Runs</h2><div class="scroll"><table><thead><tr>{tops}</tr></thead>\n<tbody>{body}</tbody></table></div>'
+    )
+
+
+def _head(name: str, *, numeric: bool) -> str:
+    kind = "number" if numeric else "name" if name == "run" else ""
+    return f'<th class="{kind}" scope="col"><button type="button">{escape(name)}</button></th>'
+
+
+def _cell(value: Any, inner: str, kind: str) -> str:
+    """A cell that shows `inner`, which is HTML, and is sorted by `value`."""
+    return f'<td class="{kind}" data-value="{escape(_text(value))}">{inner}</td>'
+
+
+def _charts(runs: Sequence[Run], names: Sequence[str]) -> list[str]:
+    bits = {key for run in runs for row in run.rows for key in row if key.startswith("eval/bpd") and "std" not in key}
+    kinds: list[tuple[str, Callable[[dict[str, Any]], Any]]] = [
+        ("training loss", lambda row: row.get("train/loss")),
+        ("held-out loss", lambda row: row.get("eval/loss")),
+        ("held-out bits/dim", lambda row: next((row[key] for key in sorted(bits) if key in row), None)),
+    ]
+    return [
+        chart(
+            title, [Curve(name, k, _points(run, read)) for k, (run, name) in enumerate(zip(runs, names, strict=True))]
+        )
+        for title, read in kinds
+    ]
+
+
+def _points(run: Run, read: Callable[[dict[str, Any]], Any]) -> list[tuple[float, float]]:
+    pairs = [(number(row.get("images")), number(read(row)), row.get("final")) for row in run.rows]
+    known = [(x, y, final) for x, y, final in pairs if x is not None and y is not None]
+    # the final number is of other held-out points than those during training: no part of the same curve
+    return [(x, y) for x, y, final in known if not final or all(end for _, _, end in known)]
+
+
+def _cards(runs: Sequence[Run], names: Sequence[str], base: Path, limit: int) -> list[str]:
+    cards, left = [], limit
+    for k, (run, name) in enumerate(zip(runs, names, strict=True)):
+        score = (
+            f"{run.bits:.4f} bits/dim" if run.bits is not None else f"loss {run.loss:.5g}" if run.loss else run.state
+        )
+        body, used = _picture(run, name, base, left)
+        left -= used
+        cards.append(
+            f'<figure class="card" id="run-{k}" data-run="{k}" style="--h:{hue(k)}"><figcaption>'
+            f'<span class="dot"></span>{escape(name)}<small>{escape(score)}</small></figcaption>{body}</figure>'
+        )
+    return cards
+
+
+def _picture(run: Run, name: str, base: Path, left: int) -> tuple[str, int]:
+    """The samples of a run, at the end or the last before it: embedded, linked, or why there are none; bytes used."""
+    progress = sorted((run.folder / "progress").glob("step-*.png"), reverse=True)
+    path = next((p for p in (run.folder / "samples.png", *progress) if p.is_file()), None)
+    if path is None:
+        return f'<p class="none">No picture. {escape(run.reason)}</p>', 0
+    try:
+        size = path.stat().st_size * 4 // 3 + 4
+        content = path.read_bytes() if size <= left else None
+    except OSError as error:
+        return f'<p class="none">The picture cannot be read: {escape(str(error))}</p>', 0
+    if content is None:
+        link = escape(quote(os.path.relpath(path, base)))
+        return f'<p class="none"><a href="{link}">{escape(path.name)}</a>, {size * 3 / 2**22:.1f} MB</p>', 0
+    if not content.startswith(b"\x89PNG\r\n\x1a\n") or b"IEND" not in content[-16:]:
+        return f'<p class="none">{escape(path.name)} is damaged.</p>', 0
+    data = base64.b64encode(content).decode()
+    return f'<img loading="lazy" alt="samples of {escape(name)}" src="data:image/png;base64,{data}">', len(data)
+
+
+def _plain(value: Any) -> Any:
+    """The number in an override, which is text."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
+def _text(value: Any) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else "" if value is None else str(value)

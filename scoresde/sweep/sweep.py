@@ -1,0 +1,252 @@
+"""A sweep from its start to its end: what is kept of an earlier one, how it is stopped, `sweep.csv` and the report."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import logging
+import math
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any, ClassVar
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig, OmegaConf
+
+from ..runs.files import natural, read, values
+from ..runs.listing import differing, layout
+from .job import AGAIN, STOP, objective_of, read_job, working, write_job
+from .page import write_page
+
+_FIXED = ("job", "status", "objective")
+_MEASURED = ("bits_per_dim", "stderr", "loss", "seconds", "folder", "error")
+_CODES = {signal.SIGTERM: 143, signal.SIGINT: 130}
+_log = logging.getLogger(__name__)
+
+
+class SweepSummary(Callback):
+    """Hydra calls this around a multirun; each job leaves a `job.json` in its folder."""
+
+    # set in the process of the sweep only, not in those of its jobs
+    current: ClassVar[Sweep | None] = None
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        folder = Path(str(config.hydra.sweep.dir))
+        if SweepSummary.current is not None:  # started again for the jobs that wait
+            return
+        resume = OmegaConf.select(config, "resume") == "auto"
+        there = (folder / "sweep.csv").exists() or any(folder.glob("*/job.json"))
+        if there and not resume and OmegaConf.select(config, "overwrite") is not True:
+            # Hydra swallows any other exception of a callback
+            raise SystemExit(
+                f"error: {folder} holds a sweep already. Continue it with resume=auto, replace it with overwrite=true, "
+                "or choose another folder: out=…."
+            )
+        jobs = [read(path.parent) for path in folder.glob("*/job.json")]
+        if busy := [run for run in jobs if run.state == "running"]:
+            raise SystemExit(
+                f"error: job {busy[0].folder.name} of the sweep in {folder} is running ({busy[0].reason}). Wait for it "
+                "to end, or choose another folder: out=…."
+            )
+        SweepSummary.current = Sweep(folder, planned(config), keep=resume)
+        # jobs in a queue wait for their turn also when the command that sent them there is stopped
+        if config.hydra.runtime.choices.get("hydra/launcher") != "submitit_slurm":
+            SweepSummary.current.listen()
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        if SweepSummary.current is not None and (code := SweepSummary.current.close()):
+            raise SystemExit(code)
+
+
+class Sweep:
+    """The sweep that this process runs.
+
+    Args:
+        folder: with one folder per job.
+        jobs: the overrides of each job, None if that is not known beforehand (a sweeper that chooses as it goes).
+        keep: leave the records of finished jobs that were told the same as now.
+    """
+
+    def __init__(self, folder: Path, jobs: list[list[str]] | None, *, keep: bool):
+        self.folder, self.jobs = folder, jobs
+        self._unsign()
+        self._before: dict[Any, Any] = {}
+        self._removed: dict[Path, bytes] = {}
+        for path in folder.glob("*/job.json"):
+            if not (keep and self._finished(path.parent)):
+                self._removed[path] = path.read_bytes()
+                path.unlink()
+        self._kept = set(folder.glob("*/job.json"))
+
+    def _finished(self, job: Path) -> bool:
+        if self.jobs is None:
+            return read_job(job).get("status") == "finished"
+        number = int(job.name) if job.name.isdigit() else len(self.jobs)
+        return number < len(self.jobs) and objective_of(job, self.jobs[number]) is not None
+
+    def _unsign(self) -> None:
+        for name in (STOP, AGAIN):
+            (self.folder / name).unlink(missing_ok=True)
+
+    def undo(self) -> bool:
+        """Puts the records back that were taken away, if no job has started. Whether that is so."""
+        if set(self.folder.glob("*/job.json")) - self._kept:
+            return False
+        for path, content in self._removed.items():
+            path.write_bytes(content)
+        return True
+
+    def listen(self) -> None:
+        """SIGTERM and SIGINT end the jobs that run, which save, and let no other start."""
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._stop) for number in _CODES}
+
+    def deafen(self) -> None:
+        """The handlers that were there before."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
+
+    def _stop(self, number: int, frame: FrameType | None) -> None:
+        code = _CODES[signal.Signals(number)]
+        self.deafen()  # a second signal ends this process on the spot
+        (self.folder / STOP).write_text(str(code), encoding="utf-8")
+        os.write(2, f"\n{signal.Signals(number).name}: the sweep ends when the jobs that run have saved.\n".encode())
+        if working():
+            raise SystemExit(code)
+        # Ctrl-C has reached the jobs already, and the second signal would end them on the spot
+        if number == signal.SIGTERM:
+            for path in self.folder.glob("*/job.json"):
+                job = read_job(path.parent)
+                if job.get("status") == "running" and job.get("host") == socket.gethostname():
+                    with contextlib.suppress(OSError, KeyError, TypeError):
+                        os.kill(job["pid"], signal.SIGTERM)
+
+    def wait(self) -> None:
+        """Until the processes of submitit's local jobs have ended, which go on when the launcher has given up."""
+        for path in self.folder.glob(".submitit/*"):
+            if path.name.isdigit() and not list(path.glob("*_result.pkl")):
+                with contextlib.suppress(ChildProcessError):
+                    os.waitpid(int(path.name), 0)
+
+    def again(self) -> bool:
+        """After a launcher has given up: whether jobs are left that it has not come to. Those it broke off failed."""
+        self._bury()
+        left = [n for n in range(len(self.jobs or [])) if not (self.folder / str(n) / "job.json").exists()]
+        if not left or (self.folder / STOP).exists():
+            return False
+        (self.folder / AGAIN).touch()
+        return True
+
+    def _bury(self) -> None:
+        """A job that was running, and whose process is gone, has failed."""
+        for path in self.folder.glob("*/job.json"):
+            job = read_job(path.parent)
+            if job.get("status") == "running" and read(path.parent).state != "running":
+                reason = "ended without a word (killed? out of memory? or another job beside it)"
+                write_job(path.parent, job["overrides"], "failed", error=reason)
+
+    def close(self) -> int:
+        """Writes `sweep.csv` and `report.html`, prints the table. Returns the exit status: 0 if all jobs finished."""
+        for number, overrides in enumerate(self.jobs or []):
+            if not (self.folder / str(number) / "job.json").exists():
+                write_job(self.folder / str(number), overrides, "waiting")
+        self._bury()
+        rows = gather(self.folder)
+        if not rows:
+            return 0
+        write_csv(self.folder / "sweep.csv", rows)
+        order = {row["job"]: place for place, row in enumerate(rows)}
+        runs = [read(path.parent) for path in self.folder.glob("*/job.json")]
+        runs.sort(key=lambda run: order.get(run.folder.name, len(order)))
+        write_page(self.folder / "report.html", runs, title=self.folder.name)
+        swept = [name for name in rows[0] if name not in (*_FIXED, *_MEASURED)]
+        names = [*_FIXED, *swept, *(["error"] if any(row["error"] for row in rows) else [])]
+        width = os.get_terminal_size().columns if sys.stdout.isatty() else 120
+        lines, _ = layout({name: [_cell(row[name]) for row in rows] for name in names}, max(width, 80), optional=swept)
+        print("\n" + "\n".join(lines))
+        print(f"Sweep in {self.folder / 'sweep.csv'}, pictures in {self.folder / 'report.html'}", flush=True)
+        return self._verdict([row["status"] for row in rows])
+
+    def _verdict(self, states: list[str]) -> int:
+        failed, left = states.count("failed"), sum(state not in ("finished", "failed") for state in states)
+        if failed:
+            print(f"error: {failed} of {len(states)} jobs failed", file=sys.stderr)
+        if left:
+            print(f"{left} of {len(states)} jobs are not done; the same with resume=auto does them", file=sys.stderr)
+        code = int(failed + left > 0)
+        with contextlib.suppress(OSError, ValueError):
+            code = int((self.folder / STOP).read_text(encoding="utf-8"))
+        self._unsign()
+        return code
+
+
+def launching(start: Callable[[], Any]) -> None:
+    """Starts Hydra. A launcher that gives up, because a worker was killed, is started again for the jobs that wait."""
+    try:
+        while True:
+            try:
+                start()
+                return
+            except Exception as error:
+                sweep = SweepSummary.current
+                if sweep is None or sweep.undo():
+                    raise
+                _log.error("the launcher ended (%s); jobs that it has not come to follow", type(error).__name__)
+                sweep.wait()
+                if not sweep.again():
+                    raise SystemExit(sweep.close() or 1) from error
+    finally:
+        if SweepSummary.current is not None:
+            SweepSummary.current.deafen()
+            SweepSummary.current = None
+
+
+def planned(config: DictConfig) -> list[list[str]] | None:
+    """Overrides of each job, by its number; None if jobs are not simply numbered, or the sweeper chooses as it goes."""
+    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+
+    sweep = OmegaConf.to_container(config.hydra.sweep, resolve=False)
+    numbered = isinstance(sweep, dict) and sweep.get("subdir") == "${hydra.job.num}"
+    if not numbered or config.hydra.runtime.choices.get("hydra/sweeper") != "basic":
+        return None
+    words = [f"{name}={value}" for name, value in (config.hydra.sweeper.params or {}).items()]
+    try:
+        parsed = OverridesParser.create().parse_overrides([*words, *config.hydra.overrides.task])
+        return [list(job) for job in BasicSweeper.split_arguments(parsed, None)[0]]
+    except Exception:  # sde=glob(*) needs the configuration's folder, which a callback is not told
+        return None
+
+
+def gather(folder: Path) -> list[dict[str, Any]]:
+    """One row per job of the sweep in `folder`, best objective first, then those without, failed jobs last."""
+    jobs = [job for path in sorted(folder.glob("*/job.json")) if (job := read_job(path.parent))]
+    tables = [values(job["overrides"]) for job in jobs]
+    swept, _ = differing(tables)
+    rows = []
+    for job, table in zip(jobs, tables, strict=True):
+        measured = {name: job.get(name, "") for name in _MEASURED}
+        rows.append({n: job.get(n, "") for n in _FIXED} | {n: table.get(n, "") for n in swept} | measured)
+    return sorted(rows, key=lambda row: (row["status"] == "failed", _number(row["objective"]), natural(row["job"])))
+
+
+def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def _number(value: Any) -> float:
+    return value if isinstance(value, (int, float)) and math.isfinite(value) else math.inf
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.4f}" if isinstance(value, float) else str(value)

@@ -1,0 +1,411 @@
+"""The configuration tree: every option builds, every key is real, and nothing else can be called from it."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+from scoresde import (
+    DDIM,
+    SDE,
+    VPSDE,
+    ClassifierLoss,
+    Denoiser,
+    DenoisingLoss,
+    Eps,
+    FittedGrid,
+    KarrasGrid,
+    LogSNRGrid,
+    Mask,
+    NoisyClassifier,
+    Observation,
+    Preconditioned,
+    Sampler,
+    Step,
+)
+from scoresde.cli.train import assemble
+from scoresde.config import ConfigError, build, build_network, config_dir, parameters, targets
+from scoresde.data import Dataset
+from scoresde.diffusion.parameterization import Parameterization
+from scoresde.evaluate.evaluation import OdeLikelihood
+from scoresde.evaluate.report import Evaluation
+from scoresde.nn import MLP, Classifier
+from scoresde.runs.load import build_denoiser
+from scoresde.runs.logger import Logger
+from scoresde.train.ema import Average
+from scoresde.train.trainer import Trainer
+from scoresde.train.world import Alone
+
+CONF = Path(config_dir())
+OPTIONS = sorted(
+    (path.parent.name, path.stem)
+    for path in CONF.glob("*/*.yaml")
+    if path.parent.name != "experiment"
+    and path.relative_to(CONF) != Path("problem/none.yaml")  # there is nothing in it
+)
+EXPERIMENTS = sorted(path.stem for path in CONF.glob("experiment/*.yaml"))
+
+
+def composed(*overrides: str, name: str = "train") -> DictConfig:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return compose(name, list(overrides))
+
+
+@pytest.fixture
+def on_the_command_line() -> Iterator[Callable[..., DictConfig]]:
+    """Composes as the command does, with what Hydra itself was told at hand."""
+
+    def start(*overrides: str) -> DictConfig:
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            HydraConfig.instance().set_config(compose("train", list(overrides), return_hydra_config=True))
+        return composed(*overrides)
+
+    yield start
+    HydraConfig.instance().cfg = None
+
+
+def tiny_denoiser() -> Preconditioned:
+    return Preconditioned(MLP((2,), width=8, depth=1), VPSDE(), Eps())
+
+
+def tiny_classifier() -> NoisyClassifier:
+    return NoisyClassifier(Classifier((2,), classes=3, width=8, depth=1), VPSDE())
+
+
+def seen() -> Observation:
+    return Observation(torch.zeros(2), Mask(torch.tensor([1, 0])), 0.1)
+
+
+# group -> (class of what it builds, what only a run knows)
+GROUPS: dict[str, tuple[Any, Callable[[], dict[str, Any]]]] = {
+    "sde": (SDE, dict),
+    "parameterization": (Parameterization, dict),
+    "network": (nn.Module, lambda: {"event_shape": (1, 8, 8), "classes": 3}),
+    "denoiser": (
+        (Denoiser, NoisyClassifier),
+        lambda: {"network": tiny_denoiser().network, "sde": VPSDE(), "parameterization": Eps()},
+    ),
+    "loss": (
+        (DenoisingLoss, ClassifierLoss),
+        lambda: {"denoiser": tiny_denoiser(), "classifier": tiny_classifier()},
+    ),
+    "sampler": (Sampler, dict),
+    "data": (Dataset, dict),
+    "optim": (torch.optim.Optimizer, lambda: {"params": [nn.Parameter(torch.zeros(2))]}),
+    "ema": (Average, lambda: {"module": nn.Linear(2, 2)}),
+    "logger": (Logger, dict),
+    "trainer": (Trainer, dict),
+    "likelihood": (OdeLikelihood, dict),
+    "grid": (object, dict),
+    "guidance": (
+        Denoiser,
+        lambda: {"denoiser": tiny_denoiser(), "guide": tiny_denoiser(), "log_prob": tiny_classifier()},
+    ),
+    "posterior": ((Denoiser, Step), lambda: {"denoiser": tiny_denoiser(), "step": DDIM(), "observation": seen()}),
+    "problem": (Observation, lambda: {"y": None}),
+}
+OF_SAMPLES = ("guidance", "posterior", "problem")  # groups that scoresde-train has not
+
+
+def wanted(node: Any, facts: dict[str, Any]) -> dict[str, Any]:
+    """Denoisers, losses, guides, and methods around a denoiser or around a step, are told what they ask for."""
+    if not {"observation", "guide", "classifier", "parameterization"} & set(facts):
+        return facts
+    return {name: value for name, value in facts.items() if name in parameters(node["_target_"])[0]}
+
+
+def test_every_group_is_known() -> None:
+    """A new folder in conf/ needs a line above, and so is built below."""
+    assert {group for group, _ in OPTIONS} == set(GROUPS)
+
+
+def files(folder: Path) -> dict[str, list[str]]:
+    """What the options that need a file are given."""
+    from PIL import Image
+
+    FittedGrid([-8.0, 0.0, 9.0]).save(folder / "grid.json")
+    np.save(folder / "x.npy", np.linspace(-1, 1, 60, dtype=np.float32).reshape(30, 2))
+    (folder / "images").mkdir()
+    for i in range(20):
+        Image.fromarray(np.full((4, 4, 3), i, np.uint8)).save(folder / "images" / f"{i}.png")
+    pixels = np.random.default_rng(0).integers(0, 256, (1000, 28, 28), np.uint8)
+    for part in ("train", "t10k"):
+        shape = b"".join(size.to_bytes(4, "big") for size in pixels.shape)
+        (folder / f"{part}-images-idx3-ubyte").write_bytes(bytes([0, 0, 8, 3]) + shape + pixels.tobytes())
+        (folder / f"{part}-labels-idx1-ubyte").write_bytes(bytes([0, 0, 8, 1]) + shape[:4] + bytes(range(10)) * 100)
+    paths = {"arrays": folder / "x.npy", "image_folder": folder / "images", "mnist": folder}
+    given = {option: [f"data.path={path}"] for option, path in paths.items()}
+    np.savez(folder / "images.npz", x=pixels.flatten()[: 400 * 768].reshape(400, 16, 16, 3))
+    given["cifar_vp"] = [f"data.path={folder / 'images.npz'}"]
+    given["fitted"] = [f"grid.path={folder / 'grid.json'}"]
+    given["energy"] = ["guidance.energy={_target_: scoresde.UniformGrid}"]  # something that can be called
+    return given | {"arrays": [*given["arrays"], "data.raw_low=-1", "data.raw_high=1"]}
+
+
+@pytest.mark.parametrize(("group", "option"), OPTIONS, ids=str)
+def test_every_option_builds(group: str, option: str, tmp_path: Path) -> None:
+    kind, runtime = GROUPS[group]
+    more = files(tmp_path).get(option, []) if group in ("data", "grid", "guidance") else []
+    if group in OF_SAMPLES:
+        cfg = composed(f"{group}={option}", "run=somewhere", *more, name="sample")
+    else:
+        cfg = composed(f"{group}={option}", *more)
+    built = build(cfg[group], **wanted(cfg[group], runtime()))
+    assert isinstance(built, kind)
+    if group == "grid":
+        times = built(VPSDE(), 5)
+        assert times.shape == (6,) and bool((times.diff() < 0).all())
+    if group == "network":
+        x = torch.randn(2, 1, 8, 8)
+        if option == "classifier":  # of two samples, logits of three classes
+            assert built(x, torch.zeros(2)).shape == (2, 3)
+        else:
+            assert built(x, torch.zeros(2), torch.tensor([0, 2])).shape == x.shape
+
+
+def nodes(tree: Any, at: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Every mapping with a `_target_`, and where it is."""
+    if isinstance(tree, Mapping):
+        if "_target_" in tree:
+            yield at, tree
+        for name, value in tree.items():
+            yield from nodes(value, f"{at}.{name}")
+    elif isinstance(tree, list):
+        for index, value in enumerate(tree):
+            yield from nodes(value, f"{at}[{index}]")
+
+
+@pytest.mark.parametrize("path", sorted(CONF.rglob("*.yaml")), ids=lambda path: str(path.relative_to(CONF)))
+def test_every_key_is_a_parameter_of_its_target(path: Path) -> None:
+    """Read from the files and the signatures themselves, apart from `build`'s own check."""
+    tree = OmegaConf.to_container(OmegaConf.load(path))
+    assert isinstance(tree, dict)
+    tree.pop("hydra", None)  # Hydra's own callbacks
+    for at, node in nodes(tree):
+        module, _, name = node["_target_"].rpartition(".")
+        names = inspect.signature(getattr(importlib.import_module(module), name)).parameters
+        assert set(node) - {"_target_", "_partial_"} <= set(names), at
+        assert node["_target_"] in targets()
+
+
+@pytest.mark.parametrize("name", ["sample", "likelihood", "evaluate"])
+def test_the_other_mains_build_every_option_of_their_groups(name: str, tmp_path: Path) -> None:
+    """Options that refer to a key which only train.yaml has would fail here."""
+    entries = OmegaConf.load(CONF / f"{name}.yaml").defaults
+    groups = {str(key) for entry in entries if isinstance(entry, DictConfig) for key in entry} & set(GROUPS)
+    assert groups
+    given = files(tmp_path)
+    for group, option in OPTIONS:
+        if group in groups:
+            kind, runtime = GROUPS[group]
+            more = given.get(option, []) if group in ("grid", "guidance") else []
+            node = composed(f"{group}={option}", "run=somewhere", *more, name=name)[group]
+            assert isinstance(build(node, **wanted(node, runtime())), kind)
+
+
+@pytest.mark.parametrize("name", ["train", "evaluate"])
+def test_evaluation_has_the_keys_of_its_class(name: str) -> None:
+    tree = OmegaConf.load(CONF / f"{name}.yaml").evaluation
+    assert set(tree) <= set(inspect.signature(Evaluation).parameters)
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_every_experiment_says_how_to_run_it_and_builds(experiment: str, tmp_path: Path, on_the_command_line) -> None:
+    """Everything a run needs, by the function that runs it: data, network, denoiser, loss, samplers, likelihood; or
+    all that restores samples with one."""
+    text = (CONF / "experiment" / f"{experiment}.yaml").read_text()
+    command, named = text.splitlines()[0].split("\t")[:2]
+    assert named == f"experiment={experiment}"
+    if command == "# @run scoresde-sample":
+        cfg = composed(named, "run=somewhere", name="sample")
+        facts: dict[str, Any] = {"denoiser": tiny_denoiser(), "step": DDIM(), "observation": seen()}
+        assert build(cfg.problem, y=None, operator=Mask(torch.ones(2))).linear
+        assert isinstance(build(cfg.posterior, **wanted(cfg.posterior, facts)), (Denoiser, Step))
+        assert isinstance(build(cfg.sampler), Sampler) and cfg.input.startswith("test:")
+        assert (cfg.mask is None) == (cfg.problem.operator["_target_"] != "scoresde.Mask")
+        return
+    assert command == "# @run scoresde-train"
+    given = files(tmp_path)
+    needed = [more for option, more in given.items() if f"override /data: {option}" in text]
+    more = given.get(experiment, needed[0] if needed else [])
+    plan = assemble(on_the_command_line(named, *more), Alone())
+    assert plan.samplers and all(isinstance(sampler, Sampler) for sampler in plan.samplers.values())
+    assert sum(p.numel() for p in plan.training.loss.parameters()) > 0
+
+
+def test_what_is_chosen_once_reaches_every_user() -> None:
+    """`grid` is the sampler's, `sigma_data` that of the input scaling, the parameterisation and the weighting."""
+    cfg = composed("sampler=heun", "grid=karras", "grid.rho=3", "parameterization=edm", "loss=edm", "sigma_data=0.25")
+    grid = build(cfg.sampler).grid
+    assert isinstance(grid, KarrasGrid) and grid.rho == 3
+    assert isinstance(build(composed("sampler=ddim", "grid=log_snr").sampler).grid, LogSNRGrid)
+    config = OmegaConf.to_container(composed("data=8gaussians", "network=mlp", "sigma_data=0.25"), resolve=True)
+    assert isinstance(config, dict)
+    assert build_denoiser(config, build(config["data"]), []).sigma_data == 0.25
+    assert (
+        build(cfg.parameterization).sigma_data == build(cfg.loss, denoiser=tiny_denoiser()).weighting.sigma_data == 0.25
+    )
+
+
+def test_runtime_objects_are_passed_not_copied() -> None:
+    denoiser = tiny_denoiser()
+    assert build(composed("loss=simple").loss, denoiser=denoiser).denoiser is denoiser
+
+
+@pytest.mark.parametrize(
+    ("override", "node", "message"),
+    [
+        (
+            "+network.widht=3",
+            "network",
+            "network.widht: scoresde.nn.UNet has no parameter 'widht'. Did you mean 'width'?",
+        ),
+        ("+sampler.step.corrector.srn=1", "sampler", "sampler.step.corrector.srn: .* Did you mean 'snr'?"),
+        ("+loss.times.tmin=0.1", "loss", "loss.times.tmin: .* Did you mean 't_min'?"),
+        ("+trainer.image=5", "trainer", "trainer.image: .* Did you mean 'images'?"),
+        ("+optim.learn=1", "optim", "optim.learn: torch.optim.AdamW has no parameter 'learn'.* It takes .*lr"),
+        ("data=arrays", "data", "data.path has no value yet; give it on the command line: data.path="),
+        ("sde._target_=scoresde.VPSED", "sde", "sde._target_=scoresde.VPSED .* Did you mean 'scoresde.VPSDE'?"),
+        ("sde.beta_max=-1", "sde", "^sde: .*beta_m"),
+        ("sampler.step.corrector.snr=-1", "sampler", "^sampler.step.corrector: .*snr"),
+        ("network.embedding=none", "network", "^network: .*embedding.*'none'"),
+        ("trainer.images=many", "trainer", "^trainer.images is a whole number; got 'many'"),
+        ("network.width=8.5", "network", "^network.width is a whole number; got 8.5"),
+        ("optim.lr=fast", "optim", "^optim.lr is a number or .*; got 'fast'"),
+        ("sampler.step.corrector=3", "sampler", "^sampler.step.corrector is a mapping with _target_.*; got 3"),
+        ("sde.beta_max=nan", "sde", "^sde.beta_max is nan"),
+    ],
+    ids=str,
+)
+def test_mistakes_are_named_with_their_key_and_cure(override: str, node: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message.replace("?", r"\?")):
+        cfg = composed(override)[node]
+        build(cfg, **wanted(cfg, GROUPS[node][1]()))
+
+
+def test_a_wrong_key_in_a_list_is_found() -> None:
+    tree = {"_target_": "torch.optim.Adam", "params": [{"x": [{"_target_": "scoresde.nn.MLP", "widht": 1}]}]}
+    with pytest.raises(ConfigError, match=r"optim\.params\[0\]\.x\[0\]\.widht: .*Did you mean 'width'\?"):
+        build(tree, key="optim")
+
+
+@pytest.mark.parametrize("node", [{"width": 3}, None, 3, [], {}], ids=str)
+def test_what_is_no_node_is_refused(node: Any) -> None:
+    with pytest.raises(ConfigError, match="network has no _target_"):
+        build(node, key="network")
+
+
+FORBIDDEN = (
+    "os.system", "logging.os.system", "builtins.eval", "builtins.exec", "subprocess.Popen", "torch.load",
+    "hydra.utils.instantiate", "scoresde.config.importlib.import_module", "scoresde.runs.logger.subprocess.run",
+    "scoresde.runs.checkpoint.shutil.rmtree", "scoresde.runs.checkpoint.save", "torch.optim.Adam.__init__",
+    "posix.system", "scoresde", "scoresde.nn", "", "trap.spring",
+    "scoresde.nn.MLP.__class__", " os.system", "scoresde.Eps ", "torch.optim.SGD",
+)  # fmt: skip
+
+
+def hidden(bad: Any) -> dict[str, Any]:
+    """A node with a target, and the same node buried in ones that are allowed."""
+    args = {"_target_": bad, "_args_": ["touch trapped"]}
+    return {
+        "itself": args,
+        "partial": {**args, "_partial_": True},
+        "below": {"_target_": "scoresde.Sampler", "step": args},
+        "in a list": {"_target_": "torch.optim.Adam", "params": [1, [{"x": args}]]},
+        "not recursive": {"_target_": "scoresde.Sampler", "_recursive_": False, "step": args},
+        "as an argument": {"_target_": "scoresde.Sampler", "_args_": [args]},
+        "interpolated": OmegaConf.create(
+            {"name": bad, "node": {"_target_": "scoresde.Sampler", "step": {"_target_": "${name}"}}}
+        ).node,
+    }
+
+
+@pytest.mark.parametrize("bad", FORBIDDEN)
+@pytest.mark.parametrize("place", hidden(""))
+def test_other_targets_are_refused_before_anything_happens(
+    bad: str, place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is imported (`trap` would leave a file), nothing called, and the message names the target."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "trap.py").write_text("open('trapped', 'w').close()\ndef spring(*args): pass\n")
+    monkeypatch.setattr(os, "system", lambda command: Path("trapped").touch())
+    with pytest.raises(ConfigError, match="is not a name that a configuration may call") as caught:
+        build(hidden(bad)[place], key="node")
+    assert f"={bad} is not" in str(caught.value) and str(caught.value).startswith("node")
+    assert not Path("trapped").exists() and "trap" not in sys.modules
+
+
+@pytest.mark.parametrize("bad", [3, None, ["os.system"], {"_target_": "os.system"}], ids=str)
+def test_a_target_that_is_no_text_is_refused(bad: Any) -> None:
+    with pytest.raises(ConfigError, match="is the dotted name of a class, as text"):
+        build({"_target_": bad}, key="node")
+
+
+def test_what_is_allowed_is_ours() -> None:
+    """Each name leads to something that scoresde or torch.optim defines: no module, nothing merely imported there."""
+    assert len(set(targets())) == len(targets()) > 50
+    for target in targets():
+        module, _, name = target.rpartition(".")
+        found = getattr(importlib.import_module(module), name)
+        assert inspect.isclass(found) or inspect.isfunction(found), target
+        assert found.__module__.startswith(("scoresde.", "torch.optim.")), target
+
+
+NETWORK = """
+import torch
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self, event_shape, classes=0, size=4):
+        super().__init__()
+        self.event_shape, self.body = event_shape, nn.Linear(event_shape[0] + 1, event_shape[0])
+
+    def forward(self, x, c_noise, cond=None):
+        return self.body(torch.cat([x, c_noise[:, None]], 1))
+
+class Other(Net):
+    pass
+"""
+
+
+def test_a_network_of_ones_own_is_allowed_by_its_exact_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, on_the_command_line
+) -> None:
+    """Refused with the cure; with it, one training step moves its weights."""
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "own_network.py").write_text(NETWORK)
+    (tmp_path / "network").mkdir()
+    (tmp_path / "network" / "own.yaml").write_text("_target_: own_network.Net\n_partial_: true\nsize: 8\n")
+    chosen = (f"hydra.searchpath=[file://{tmp_path}]", "network=own", "data=8gaussians")
+    with pytest.raises(ConfigError, match=r"network\._target_=own_network\.Net .*'allow_targets=\[own_network\.Net\]'"):
+        assemble(on_the_command_line(*chosen), Alone())
+    with pytest.raises(ConfigError, match=r"own_network\.Net is not"):
+        assemble(on_the_command_line(*chosen, "allow_targets=[own_network.Other,own_network]"), Alone())
+    plan = assemble(on_the_command_line(*chosen, "allow_targets=[own_network.Net]"), Alone())
+    network = plan.training.loss.denoiser.network
+    assert type(network).__name__ == "Net" and network.event_shape == (2,)
+    before = network.body.weight.detach().clone()
+    plan.trainer.step(plan.training)
+    assert bool((network.body.weight != before).all())
+    with pytest.raises(ConfigError, match=r"own_network\.Lost cannot be imported"):
+        build({"_target_": "own_network.Lost"}, ["own_network.Lost"])
+
+
+def test_a_network_that_is_not_partial_is_used_as_it_is() -> None:
+    node = {"_target_": "scoresde.nn.MLP", "event_shape": [3], "width": 8}
+    assert build_network(node, event_shape=(2,), classes=0).event_shape == (3,)
+    assert build_network({**node, "_partial_": True}, event_shape=(2,), classes=0).event_shape == (2,)
