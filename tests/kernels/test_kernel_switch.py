@@ -341,7 +341,7 @@ def refuse(name, *args, **options):
     return real(name, *args, **options)
 ctypes.CDLL = refuse
 subprocess.Popen = None
-from scoresde import Rng, kernels
+from scoresde import Rng, ops as kernels
 torch.version.cuda = "13.0"
 torch.cuda.device_count = lambda: 1
 torch.cuda.get_device_capability = lambda device: (9, 0)
