@@ -1,4 +1,4 @@
-"""A run on disk: its folder, checkpoints, lock and logs. Nothing here trains, and importing it does not import torch."""
+"""A run on disk: its folder, checkpoints, lock and logs. Nothing here trains, and importing it imports no torch."""
 
 from .logger import NullLogger
 from .wandb_logger import WandbLogger

@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from ..config import renamed
-from .redact import redacted, redacted_text
-from .checkpoint import Checkpoint
 from ..evaluate.shards import Shards, ranks
 from ..train.state import Training
-from .checkpoint import latest
+from .checkpoint import Checkpoint, latest
 from .load import LoadedRun
 from .publish import publish
+from .redact import redacted, redacted_text
 
 _MARK = "# scoresde"
 _FILES = (

@@ -13,12 +13,11 @@ import torch
 
 from ..config import ConfigError, build, build_network, taken
 from ..data import Dataset
-from ..diffusion.denoiser import Denoiser
-from ..ops import switch
+from ..diffusion.denoiser import Denoiser, model_device
 from ..losses.denoising import DenoisingLoss
-from .posthoc import reconstruct
+from ..ops import switch
 from .checkpoint import CheckpointError, best, latest
-from ..diffusion.denoiser import model_device
+from .posthoc import reconstruct
 
 _NEEDED = {"data", "network", "denoiser", "sde", "parameterization", "conditional"}  # what a model is rebuilt from
 

@@ -22,10 +22,9 @@ from torch import Tensor, nn
 from scoresde import VPSDE, DenoisingLoss, Eps, Preconditioned, Rng
 from scoresde.codecs import Scaling
 from scoresde.data import Dataset, EpochOrder, Split
+from scoresde.runs.checkpoint import Checkpoint, CheckpointError, latest, load, save
 from scoresde.train.ema import EMA
-from scoresde.runs.checkpoint import CheckpointError
 from scoresde.train.state import Training
-from scoresde.runs.checkpoint import Checkpoint, latest, load, save
 
 RECORDS: dict[str, Any] = {"counters": {"step": 7, "images": 448}, "config": {"lr": 1e-3, "name": "ünï", "none": None}}
 

@@ -24,15 +24,14 @@ from scoresde import VPSDE, DenoisingLoss, Eps, Preconditioned, Rng
 from scoresde.codecs import Scaling
 from scoresde.data import Dataset, EpochOrder, Split
 from scoresde.nn import MLP
-from scoresde.train.ema import EMA
-from scoresde.runs.logger import JsonlLogger, Logger, NullLogger, RunFacts, Tee
-from scoresde.train.trainer import Trainer
-from scoresde.train.state import Training
-from scoresde.runs.wandb_logger import WandbLogger
-from scoresde.runs import wandb_view
 from scoresde.runs import logger as module
+from scoresde.runs import wandb_view
 from scoresde.runs.checkpoint import latest
-from scoresde.runs.logger import provenance, run_id
+from scoresde.runs.logger import JsonlLogger, Logger, NullLogger, RunFacts, Tee, provenance, run_id
+from scoresde.runs.wandb_logger import WandbLogger
+from scoresde.train.ema import EMA
+from scoresde.train.state import Training
+from scoresde.train.trainer import Trainer
 
 CONFIG: dict[str, Any] = {"seed": 3, "sde": {"_target_": "scoresde.VPSDE", "beta_max": 20.0}, "samplers": {}}
 

@@ -15,9 +15,8 @@ import pytest
 import torch
 from commands import PLAIN, TINY, command
 
-from scoresde.runs.checkpoint import CheckpointError
 from scoresde.evaluate.shards import Job, Shards
-from scoresde.runs.checkpoint import latest, load, save
+from scoresde.runs.checkpoint import CheckpointError, latest, load, save
 
 QUICK = (*TINY, *PLAIN, "trainer.images=128", "evaluate_at_end=false")
 NOBODY = 65534

@@ -13,10 +13,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from scoresde.train.ema import PowerEMA
-from scoresde.runs.posthoc import reconstruct, write_snapshot
-from scoresde.train.ema import exponent
-from scoresde.runs.posthoc import coefficients
+from scoresde.runs.posthoc import coefficients, reconstruct, write_snapshot
+from scoresde.train.ema import PowerEMA, exponent
 
 YES = torch.tensor(True)
 BATCH, STEPS = 5, 4096

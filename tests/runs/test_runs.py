@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 from commands import process
 
-from scoresde.runs.listing import differing, fit, layout
-from scoresde.runs.files import find, newest_checkpoint, read
 from scoresde.cli.runs import arrange, describe, main
+from scoresde.runs.files import find, newest_checkpoint, read
+from scoresde.runs.listing import differing, fit, layout
 
 CONFIG = """# scoresde: scoresde-train
 seed: {seed}

@@ -13,8 +13,8 @@ import yaml
 from commands import PLAIN, TINY, Done, command
 from omegaconf import OmegaConf
 
-from scoresde.runs.redact import HIDDEN, guard, redacted, redacted_text
 from scoresde.runs.checkpoint import latest
+from scoresde.runs.redact import HIDDEN, guard, redacted, redacted_text
 
 CANARY = "c4n4ry"
 

@@ -21,10 +21,9 @@ from offline import closed_runs, offline_runs
 from wandb_server import Server
 
 import scoresde
-from scoresde.runs.logger import RunFacts
-from scoresde.runs.wandb_logger import WandbLogger
 from scoresde.runs import wandb_view
-from scoresde.runs.logger import read_rows
+from scoresde.runs.logger import RunFacts, read_rows
+from scoresde.runs.wandb_logger import WandbLogger
 
 KEY = "c0ffee" + "0" * 34
 
