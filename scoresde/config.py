@@ -42,6 +42,10 @@ class ConfigError(ValueError):
     """A configuration that cannot be built: says which key, what was expected and what to do."""
 
 
+class Refusal(Exception):
+    """The command cannot be carried out as given. Nothing has been started; the message says what to change."""
+
+
 def config_dir() -> str:
     """The folder of the Hydra tree: inside the package when installed, beside it in a checkout.
 

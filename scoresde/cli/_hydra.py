@@ -19,14 +19,11 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ..config import ConfigError, build, closest, config_dir, nearest
+from ..config import ConfigError, Refusal, build, closest, config_dir, nearest
 from ..runs.redact import guard, redacted_text
 from ..sampling import Sampler
+from ..sweep.sweep import launching
 from .own_options import problem_in_options
-
-
-class Refusal(Exception):
-    """The command cannot be carried out as given. Nothing has been started; the message says what to change."""
 
 
 def launch(task: Callable[[DictConfig], Any], config_name: str) -> None:
@@ -37,7 +34,6 @@ def launch(task: Callable[[DictConfig], Any], config_name: str) -> None:
     from ..evaluate.shards import ShardError
     from ..ode import SolverError
     from ..runs.checkpoint import CheckpointError
-    from ..sweep.sweep import launching
     from ..train.trainer import TrainingDiverged
     from ..train.world import ProcessLost
 

@@ -8,7 +8,7 @@ from ..config import build, plain
 from ..evaluate import figures
 from ..evaluate.evaluation import held_out_loss
 from ..evaluate.report import Evaluation, announce, check_samplers, list_files, measuring_jobs, report
-from ..runs import folder as folders
+from ..evaluate.shards import fresh, share
 from ..runs.load import chosen_run, set_threads
 from ..runs.logger import NullLogger
 from ._hydra import allowed, build_samplers, launch, output_folder, refusing
@@ -23,7 +23,7 @@ def evaluate(cfg: DictConfig) -> float:
     """Writes samples, pictures and a summary to a new folder; returns the objective (NaN on ranks above 0)."""
     folder = output_folder()
     with refusing():
-        if not folders.fresh(folder, "summary.json"):
+        if not fresh(folder, "summary.json"):
             return float("nan")
         allow, options = allowed(cfg), plain(cfg)
         set_threads(options["threads"])
@@ -35,7 +35,7 @@ def evaluate(cfg: DictConfig) -> float:
         run = chosen_run(options, allow)
         check_samplers(samplers, run.denoiser)
         loss = build(run.config["loss"], allow, key="loss", denoiser=run.denoiser)
-        shards = folders.share(folder, options, run)
+        shards = share(folder, options, run)
     bits, draws = measuring_jobs(
         run.denoiser, run.dataset, samplers, likelihood, evaluation=evaluation, seed=options["seed"],
         conditional=run.conditional,

@@ -9,6 +9,7 @@ from omegaconf import DictConfig
 
 from ..config import build, plain
 from ..evaluate.evaluation import choose_split, spread
+from ..evaluate.shards import fresh, share
 from ..runs import folder as folders
 from ..runs.load import chosen_run, set_threads
 from ._hydra import allowed, launch, output_folder, refusing
@@ -23,14 +24,14 @@ def likelihood(cfg: DictConfig) -> float:
     """Writes likelihood.json and the value of each point; returns the mean for sweepers (NaN on ranks above 0)."""
     folder = output_folder()
     with refusing():
-        if not folders.fresh(folder, "likelihood.json"):
+        if not fresh(folder, "likelihood.json"):
             return float("nan")
         allow, options = allowed(cfg), plain(cfg)
         set_threads(options["threads"])
         measure = build(cfg.likelihood, allow)
         run = chosen_run(options, allow)
         index = spread(len(choose_split(run.dataset, options["split"])), options["n"])
-        shards = folders.share(folder, options, run)
+        shards = share(folder, options, run)
     job = measure.job(
         run.denoiser, run.dataset, split=options["split"], points=options["n"], seed=options["seed"],
         conditional=run.conditional,

@@ -5,61 +5,22 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..codecs import Scaling
 from ..config import ConfigError, build, taken
 from ..data import Dataset
 from ..data.folder import read_image
 from ..data.source import existing, read_array
+from ..evaluate.problem import Problem, affine
 from ..inverse import Observation
 from ..noise.rng import Rng
 from .kinds import held_out
 
 _NOISE = 2**62  # seeds of the noise in measurements are above those of samples
-
-
-@dataclass(frozen=True)
-class Problem:
-    """What is known, in model coordinates.
-
-    Attributes:
-        observation: operator and noise level; y comes with the condition.
-        y: (k, *y), one for each input; 0 where nothing is seen.
-        seen: (*y) bool, the entries of y on which x has any influence.
-        mask: (*event) bool, True where x is seen; None where there is no mask.
-        truth: (k, *event), None where it is not known.
-        inputs: k names.
-    """
-
-    observation: Observation
-    y: Tensor
-    seen: Tensor
-    mask: Tensor | None
-    truth: Tensor | None
-    inputs: list[str]
-
-    @property
-    def digest(self) -> str:
-        """SHA-256 of what was measured: another picture under the same name is another problem."""
-        found = hashlib.sha256(self.y.numpy().tobytes())
-        if self.mask is not None:
-            found.update(self.mask.numpy().tobytes())
-        return found.hexdigest()
-
-    def told(self, n: int) -> dict[str, Tensor]:
-        """What a posterior denoiser hears of n samples of each input."""
-        return {"y": self.y.repeat_interleave(n, 0)}
-
-    def residual(self, x: Tensor) -> float:
-        """Root mean square of y − A(x) over what is seen, for x (k, n, *event): std if all is well."""
-        gap = self.observation(x.flatten(0, 1)) - self.y.repeat_interleave(x.shape[1], 0)
-        return float(gap[:, self.seen].double().square().mean().sqrt())
 
 
 def read_problem(options: Mapping[str, Any], dataset: Dataset, allow: Sequence[str]) -> Problem | None:
@@ -159,7 +120,7 @@ class _Measurement:
             return None
         values, picture = _values(name, dataset.event_shape, "a clean sample")
         self._check_range(name, values, picture)
-        slope, offset = _affine(dataset.scaling, picture)
+        slope, offset = affine(dataset.scaling, picture)
         return slope * values + offset
 
     def simulate(self, x: Tensor, seed: int) -> Tensor:
@@ -182,7 +143,7 @@ class _Measurement:
         self._check_range(name, values[self.seen], picture)
         if not self.observation.linear:
             return values  # there is no rule: taken to be of model data
-        slope, offset = _affine(self.dataset.scaling, picture)
+        slope, offset = affine(self.dataset.scaling, picture)
         return torch.where(self.seen, slope * values + offset * self.unit, 0)
 
     def _check_range(self, name: str, values: Tensor, picture: bool) -> None:
@@ -196,7 +157,7 @@ class _Measurement:
         if picture or not bounded or not self.keeps:
             return
         low, high = (0, scaling.levels - 1) if scaling.levels else (scaling.raw_low, scaling.raw_high)
-        slack = 6 * float(self.observation.std.max()) / _affine(scaling)[0] + 1e-6 * (high - low)
+        slack = 6 * float(self.observation.std.max()) / affine(scaling)[0] + 1e-6 * (high - low)
         if float(values.min()) < low - slack or float(values.max()) > high + slack:
             raise ValueError(
                 f"{name}: expected values {low:g} … {high:g} as the data of the run have, found "
@@ -271,30 +232,3 @@ def _without(hole: str, event: tuple[int, ...]) -> Tensor:
     if not bool(seen.any()):
         raise ConfigError(f"mask={hole}: expected some pixels that are seen, found none.")
     return seen
-
-
-def _affine(scaling: Scaling, picture: bool = False) -> tuple[float, float]:
-    """(slope, offset) of model data = slope · raw + offset; of integers, the centres of their bins.
-
-    The 256 levels of a picture span the range of the data, however many levels these have.
-    """
-    width, levels = scaling.high - scaling.low, 256 if picture else scaling.levels
-    if levels is not None:
-        return width / levels, scaling.low + width / levels / 2
-    slope = width / (scaling.raw_high - scaling.raw_low)
-    return slope, scaling.low - slope * scaling.raw_low
-
-
-def raw_values(x: Tensor, dataset: Dataset) -> Tensor:
-    """Model data in units of the raw data, not rounded."""
-    slope, offset = _affine(dataset.scaling)
-    return (x - offset) / slope
-
-
-def raw_measurement(problem: Problem, dataset: Dataset) -> Tensor:
-    """y (k, *y) in units of the raw data, NaN where nothing is seen; of operators that are not linear, as it is."""
-    if not problem.observation.linear:
-        return problem.y
-    slope, offset = _affine(dataset.scaling)
-    constant = problem.observation(torch.full((1, *dataset.event_shape), offset))
-    return torch.where(problem.seen, (problem.y - constant) / slope, torch.nan)

@@ -11,8 +11,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ..runs.files import CONTROL, STATES, Run, find, natural, read
-from ..runs.listing import differing, layout, number, wrapped
+from ..runs.files import STATES, Run, find, keys, natural, read
+from ..runs.listing import layout, number, wrapped
 
 
 def main() -> None:
@@ -42,17 +42,6 @@ def main() -> None:
 
         write_page(chosen.html, runs, title=str(chosen.folder))
         print(f"Page in {chosen.html}", file=sys.stderr)
-
-
-def keys(runs: Sequence[Run]) -> tuple[list[dict[str, Any]], list[str], dict[str, Any]]:
-    """One flat table per run, the keys in which they differ, and what they all share.
-
-    The jobs of one sweep are told apart by their overrides, other runs by their whole configuration.
-    """
-    swept = len({run.folder.parent for run in runs}) == 1 and all(run.overrides is not None for run in runs)
-    tables = [(run.overrides if swept else run.config or run.overrides) or {} for run in runs]
-    tables = [{k: v for k, v in table.items() if k.partition(".")[0] not in (*CONTROL, "logger")} for table in tables]
-    return tables, *differing(tables)
 
 
 def arrange(runs: Sequence[Run], by: str = "bits/dim") -> list[Run]:

@@ -12,14 +12,15 @@ from omegaconf import DictConfig
 from ..config import ConfigError, plain
 from ..diffusion.denoiser import Cond
 from ..evaluate import figures
+from ..evaluate.conditions import told_arrays
 from ..evaluate.evaluation import Samples, digest_of
 from ..evaluate.report import check_samplers, layout, list_files, sampling_jobs, write_samples
 from ..evaluate.restored import Method, choose_method, measured, write_restored
-from ..evaluate.shards import Job
+from ..evaluate.shards import Job, fresh, share
 from ..runs import folder as folders
 from ..runs.load import LoadedRun, chosen_run, set_threads
 from ._hydra import allowed, build_samplers, choice, launch, output_folder, refusing
-from .conditions import beside, choose_cond, told_arrays
+from .conditions import beside, choose_cond
 from .guided import build_guidance
 from .problem import Problem, read_problem
 
@@ -73,10 +74,10 @@ def sample(cfg: DictConfig) -> None:
     """Writes samples.npz and pictures to a new folder, prints what they cost."""
     folder = output_folder()
     with refusing():
-        if not folders.fresh(folder, "summary.json"):
+        if not fresh(folder, "summary.json"):
             return
         plan = read_plan(cfg)
-        shards = folders.share(folder, plan.options | plan.facts, plan.run)
+        shards = share(folder, plan.options | plan.facts, plan.run)
     if plan.said and not shards.rank:
         print(plan.said, flush=True)
     jobs = jobs_of(plan)

@@ -17,6 +17,7 @@ from omegaconf import DictConfig
 from ..config import ConfigError, build, plain
 from ..data import EpochOrder
 from ..evaluate import figures
+from ..evaluate.conditions import in_turn
 from ..evaluate.evaluation import OdeLikelihood, draw, held_out, spread
 from ..evaluate.report import (
     Evaluation,
@@ -47,13 +48,13 @@ from ..runs.logger import JsonlLogger, Logger, NullLogger, RunFacts, Tee, read_r
 from ..runs.redact import redacted
 from ..sampling import Sampler
 from ..sweep.job import one_job
+from ..sweep.sweep import SweepSummary
 from ..train.parallel import spread_over
 from ..train.signals import Interrupted, Signals, Stopped
 from ..train.state import Training
 from ..train.trainer import Trainer
 from ..train.world import World, join
 from ._hydra import allowed, build_samplers, in_sweep, launch, output_folder, refusing
-from .conditions import in_turn
 
 _UNSAVED = ("out", "resume", "overwrite", "allow_targets")
 _RESULTS = {
@@ -71,7 +72,7 @@ def train(cfg: DictConfig) -> float:
     """One job. In a sweep its end is recorded, whatever it is, and the next one runs."""
     if not in_sweep():
         return run(cfg)["objective"]
-    return one_job(lambda: run(cfg), resume=cfg.resume == "auto")
+    return one_job(lambda: run(cfg), resume=cfg.resume == "auto", in_process=SweepSummary.current is not None)
 
 
 @dataclass
@@ -106,7 +107,7 @@ def run(cfg: DictConfig) -> dict[str, float]:
             if checkpoint is not None:
                 plan.training.restore(checkpoint)
                 say(world, f"Resuming {folder} at step {checkpoint.step}.")
-        with folders.blamed(folder, plan.training) if world.rank == 0 else contextlib.nullcontext():
+        with folders.blamed(folder, lambda: plan.training.step) if world.rank == 0 else contextlib.nullcontext():
             return follow(plan, folder, checkpoint, signals)
 
 

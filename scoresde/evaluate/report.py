@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from ..cli.conditions import alike, in_turn, told_arrays, told_in_turn
 from ..data import Dataset
 from ..diffusion.denoiser import Cond, Denoiser
 from ..diffusion.grids import check_grid
@@ -21,6 +20,7 @@ from ..runs.folder import finish
 from ..runs.logger import Logger
 from ..sampling import Sampler
 from . import figures
+from .conditions import alike, in_turn, told_arrays, told_in_turn
 from .evaluation import BitsPerDim, OdeLikelihood, Samples, drawing, spread
 from .shards import Job
 

@@ -13,15 +13,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..cli.conditions import by_name, told_arrays
-from ..cli.problem import Problem, raw_measurement, raw_values
 from ..config import ConfigError, build, taken
 from ..data import Dataset
 from ..diffusion.denoiser import Cond, Denoiser, model_device
 from ..inverse import WithoutMeasurement
 from ..sampling import Sampler
 from . import figures
+from .conditions import by_name, told_arrays
 from .evaluation import Samples
+from .problem import Problem, raw_measurement, raw_values
 
 
 @dataclass(frozen=True)

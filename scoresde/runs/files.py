@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from . import lock
-from .listing import flat, number
+from .listing import differing, flat, number
 
 STATES = ("running", "finished", "resumable", "failed", "empty")
 # Overrides that say how a job is run, not what it is.
@@ -206,3 +206,14 @@ def natural(name: str) -> list[tuple[int, int, str]]:
     """A key that sorts 2 before 10."""
     parts = re.split(r"(\d+)", name)
     return [(1, 0, part) if i % 2 == 0 else (0, int(part), "") for i, part in enumerate(parts)]
+
+
+def keys(runs: Sequence[Run]) -> tuple[list[dict[str, Any]], list[str], dict[str, Any]]:
+    """One flat table per run, the keys in which they differ, and what they all share.
+
+    The jobs of one sweep are told apart by their overrides, other runs by their whole configuration.
+    """
+    swept = len({run.folder.parent for run in runs}) == 1 and all(run.overrides is not None for run in runs)
+    tables = [(run.overrides if swept else run.config or run.overrides) or {} for run in runs]
+    tables = [{k: v for k, v in table.items() if k.partition(".")[0] not in (*CONTROL, "logger")} for table in tables]
+    return tables, *differing(tables)

@@ -5,15 +5,12 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from ..config import renamed
-from ..evaluate.shards import Shards, ranks
-from ..train.state import Training
 from .checkpoint import Checkpoint, latest
-from .load import LoadedRun
 from .publish import publish
 from .redact import redacted, redacted_text
 
@@ -22,8 +19,6 @@ _FILES = (
     "config.yaml", "metrics.jsonl", "loss.png", "samples.png", "samples.npz", "trajectory.png", "summary.json",
     "summary.md", "failed.json",
 )  # fmt: skip
-# Keys of scoresde-sample, -likelihood and -evaluate on which no batch depends.
-_FREE = ("run", "out", "device", "threads", "kernels", "pictures", "allow_targets", "timeout")
 _PATTERNS = (
     "samples-*.png", "trajectory-*.png", "progress/step-*.png", "checkpoints/step-*", "checkpoints/.step-*",
     "averages/images-*", "batches/step-*",
@@ -92,48 +87,15 @@ def write_config(folder: Path, config: Mapping[str, Any], command: str) -> None:
 
 
 @contextlib.contextmanager
-def blamed(folder: Path, training: Training) -> Iterator[None]:
-    """Leaves `failed.json`, the reason and the step, if what it surrounds raises; removes an earlier one."""
+def blamed(folder: Path, step: Callable[[], int]) -> Iterator[None]:
+    """Leaves `failed.json`, the reason and the step reached, if what it surrounds raises; removes an earlier one."""
     path = folder / "failed.json"
     path.unlink(missing_ok=True)
     try:
         yield
     except Exception as error:
-        finish(path, {"reason": f"{type(error).__name__}: {error}", "step": training.step})
+        finish(path, {"reason": f"{type(error).__name__}: {error}", "step": step()})
         raise
-
-
-def share(folder: Path, options: Mapping[str, Any], run: LoadedRun) -> Shards:
-    """This process's share of a command whose batches and results go to `folder`.
-
-    Raises:
-        ValueError: batches of another command are there.
-    """
-    facts = {name: value for name, value in options.items() if name not in _FREE}
-    facts |= {"step": run.step, "checkpoint": run.digest}
-    return Shards(folder / "batches", redacted(facts), *ranks(), timeout=options["timeout"])
-
-
-def fresh(folder: Path, result: str) -> bool:
-    """Whether there is anything to do: False for a rank that comes when the others have finished.
-
-    Args:
-        folder: the output folder; what is in it besides batches is not ours.
-        result: the file that is written last.
-
-    Raises:
-        ValueError: on rank 0, if the folder holds finished results, or anything but batches.
-    """
-    finished, rank = (folder / result).exists(), ranks()[0]
-    if rank:
-        return not finished
-    if finished:
-        raise ValueError(
-            f"{folder} holds the results of a command already. To repeat it, choose another folder: out=…."
-        )
-    if folder.exists() and not (folder / "batches").exists() and any(folder.iterdir()):
-        raise ValueError(f"{folder} is not empty, and nothing in it is overwritten. Choose another folder: out=….")
-    return True
 
 
 def finish(path: Path, record: Mapping[str, Any]) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 
-from ..cli._hydra import Refusal, output_folder
+from ..config import Refusal
 from ..runs.files import values
 from ..runs.publish import publish
 from ..runs.redact import guard, redacted
@@ -29,7 +29,7 @@ _here = False
 _log = logging.getLogger(__name__)
 
 
-def one_job(work: Callable[[], Mapping[str, float]], *, resume: bool) -> float:
+def one_job(work: Callable[[], Mapping[str, float]], *, resume: bool, in_process: bool) -> float:
     """Runs a job and records its end. Returns its objective: NaN if it failed or was stopped.
 
     A job that is finished already, and was told the same, is not run again. Neither an error nor a signal that ends
@@ -38,10 +38,15 @@ def one_job(work: Callable[[], Mapping[str, float]], *, resume: bool) -> float:
     Args:
         work: trains and measures; returns "objective" and what it was made of.
         resume: take what an earlier sweep has finished.
+        in_process: whether jobs run in the process of the sweep itself, one after the other.
     """
-    folder, overrides, start = output_folder(), list(HydraConfig.get().overrides.task), time.monotonic()
+    folder, overrides, start = (
+        Path(HydraConfig.get().runtime.output_dir),
+        list(HydraConfig.get().overrides.task),
+        time.monotonic(),
+    )
     sweep = Path(str(HydraConfig.get().sweep.dir))
-    if not in_sweep_process():  # which has a guard
+    if not in_process:  # which has a guard
         guard()
 
     def ended(status: str, **measured: Any) -> None:
@@ -75,7 +80,7 @@ def one_job(work: Callable[[], Mapping[str, float]], *, resume: bool) -> float:
             return float("nan")
         ended("stopped")
         turn.give_back()
-        if in_sweep_process():
+        if in_process:
             (sweep / STOP).write_text(str(code), encoding="utf-8")
     else:
         ended("finished", **result)
@@ -106,13 +111,6 @@ def objective_of(folder: Path, overrides: Sequence[str]) -> float | None:
     job = read_job(folder)
     same = job.get("status") == "finished" and values(job["overrides"]) == values(redacted(overrides))
     return float(job["objective"]) if same and isinstance(job.get("objective"), (int, float)) else None
-
-
-def in_sweep_process() -> bool:
-    """Whether jobs run in the process of the sweep itself, one after the other."""
-    from .sweep import SweepSummary
-
-    return SweepSummary.current is not None
 
 
 def working() -> bool:

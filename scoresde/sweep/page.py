@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from ..cli.runs import keys
-from ..runs.files import STATES, Run
+from ..runs.files import STATES, Run, keys
 from ..runs.listing import number
 from ..runs.publish import publish
 from .curves import Curve, chart, hue
