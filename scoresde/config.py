@@ -114,11 +114,13 @@ def build_network(node: Any, allow: Sequence[str] = (), *, key: str | None = Non
     return build(node, allow, key=key, **facts) if partial else build(node, allow, key=key)
 
 
-def renamed(tree: Any) -> Any:
-    """A configuration with every `_target_` of before under its name of today."""
+def renamed(tree: Any, depth: int = 0) -> Any:
+    """A configuration with every `_target_` of before under its name of today; what is nested too deep is left."""
+    if depth > _DEPTH:
+        return tree
     if isinstance(tree, dict):
-        return {name: _today(value) if name == "_target_" else renamed(value) for name, value in tree.items()}
-    return [renamed(value) for value in tree] if isinstance(tree, list) else tree
+        return {n: _today(value) if n == "_target_" else renamed(value, depth + 1) for n, value in tree.items()}
+    return [renamed(value, depth + 1) for value in tree] if isinstance(tree, list) else tree
 
 
 def _today(target: Any) -> Any:

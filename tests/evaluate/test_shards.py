@@ -101,7 +101,8 @@ def worker(folder: str, hold: str) -> None:
 def test_a_rank_that_is_killed_is_named_and_what_it_did_stays_done(tmp_path: Path) -> None:
     """SIGKILL to rank 1 of 2 in its second batch. Rank 0 does not hang; repeated, the bits are those of a whole run."""
     environment = {
-        **os.environ, "RANK": "1", "WORLD_SIZE": "2", "PYTHONPATH": str(Path(scoresde.__file__).parents[1]),
+        **os.environ, "RANK": "1", "WORLD_SIZE": "2",
+        "PYTHONPATH": os.pathsep.join([str(Path(scoresde.__file__).parents[1]), str(Path(__file__).parents[1])]),
         "OMP_NUM_THREADS": "1",
     }  # fmt: skip
     process = subprocess.Popen([sys.executable, __file__, str(tmp_path), "3"], env=environment)

@@ -175,7 +175,7 @@ def test_a_crash_while_the_file_is_made_anew_keeps_the_old_one(tmp_path: Path, m
     before = (tmp_path / "metrics.jsonl").read_bytes()
     program = (
         "import os, pathlib\n"
-        "from scoresde.train import JsonlLogger, RunFacts\n"
+        "from scoresde.runs.logger import JsonlLogger, RunFacts\n"
         f"os.{death} = lambda *args: os._exit(9)\n"
         f"JsonlLogger().start(RunFacts(pathlib.Path({str(tmp_path)!r}), 'a', {{}}, resume_step=10))\n"
     )
@@ -418,7 +418,7 @@ def test_nothing_of_wandb_is_in_the_training_process() -> None:
     """Not the module, at no time, nor a thread; `disabled` is the mode without any files."""
     program = (
         "import sys, scoresde.cli.train, pathlib, tempfile, threading\n"
-        "from scoresde.train import JsonlLogger, RunFacts, Tee, WandbLogger\n"
+        "from scoresde.runs import WandbLogger\nfrom scoresde.runs.logger import JsonlLogger, RunFacts, Tee\n"
         "for mode in ('disabled', 'offline'):\n"
         "    facts = RunFacts(pathlib.Path(tempfile.mkdtemp()), 'a', {})\n"
         "    logger = Tee(JsonlLogger(), WandbLogger(mode=mode, finish_timeout=600))\n"

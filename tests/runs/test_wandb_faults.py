@@ -228,7 +228,8 @@ def test_a_log_may_be_read_while_it_is_written(tmp_path: Path) -> None:
 
 TRAINING = """
 import os, pathlib, signal, sys
-from scoresde.train import JsonlLogger, RunFacts, Tee, WandbLogger
+from scoresde.runs import WandbLogger
+from scoresde.runs.logger import JsonlLogger, RunFacts, Tee
 folder = pathlib.Path(sys.argv[1])
 for rows in map(int, sys.argv[2:]):
     child = os.fork()

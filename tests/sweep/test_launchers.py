@@ -21,7 +21,7 @@ SMALL = (*TINY, *PLAIN, "evaluate_at_end=false", "out=s",
 # fourth step of the job, by the signal, that the file `strike` names.
 NETWORKS = """
 import os, pathlib, signal, time
-from scoresde.cli import job
+from scoresde.sweep import job
 from scoresde.nn import MLP
 def deadly(**arguments):
     record = pathlib.Path("s/0/job.json")
