@@ -1,8 +1,8 @@
 r"""The arithmetic of samplers and losses: a few ops that are one pass over memory on a GPU, and plain torch elsewhere.
 
-    from scoresde import kernels
+    from scoresde import ops
 
-    x = kernels.lincomb(((1 - a, x), (b, score)), (std, rng.noise(x)))
+    x = ops.lincomb(((1 - a, x), (b, score)), (std, rng.noise(x)))
 
 On CUDA noise is made inside the kernel and never stored. Nothing is compiled, loaded or looked up before the first
 tensor on a GPU comes; `python -m scoresde.kernels` says what there is. `SCORESDE_KERNELS` or `use` choose between
