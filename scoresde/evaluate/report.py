@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from ..checks import whole
 from ..data import Dataset
 from ..diffusion.denoiser import Cond, Denoiser
 from ..diffusion.grids import check_grid
@@ -53,8 +54,7 @@ class Evaluation:
             value = getattr(self, name)
             if value is None and name == "points":
                 continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"evaluation.{name} is a whole number of at least 1; got {value!r}.")
+            whole(value, f"evaluation.{name}")
         if not isinstance(self.pictures, bool):
             raise ValueError(f"evaluation.pictures is true or false; got {self.pictures!r}.")
         if self.objective not in ("bits_per_dim", "loss"):

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..checks import whole
 from ..noise.rng import Rng
 
 
@@ -159,8 +160,7 @@ class RandomProjection(Operator):
 
     def __init__(self, rows: int, event_shape: Sequence[int], rng: Rng | None = None):
         super().__init__()
-        if not _counts([rows]):
-            raise ValueError(f"rows is a whole number of at least 1; got {rows!r}.")
+        rows = whole(rows, "rows")
         if not _counts(event_shape):
             raise ValueError(f"event_shape is that of one sample, as in (2,) or (1, 28, 28); got {event_shape!r}.")
         size = math.prod(event_shape)

@@ -18,7 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..runs.checkpoint import sync
+from ..checks import whole
+from .checkpoint import sync
 
 Tensors = dict[str, Tensor]
 
@@ -65,8 +66,7 @@ def write_snapshot(
     """
     from safetensors.torch import save
 
-    if isinstance(images, bool) or not isinstance(images, int) or images < 1:
-        raise ValueError(f"images is a whole number of at least 1; got {images!r}.")
+    images = whole(images, "images")
     if len(shadows) != len(sigma_rel):
         raise ValueError(f"{len(shadows)} shadows need as many sigma_rel; got {list(sigma_rel)}.")
     for sigma in sigma_rel:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..checks import whole
 from ..diffusion.denoiser import Cond, CountingDenoiser, Denoiser
 from ..diffusion.grids import Grid, UniformGrid, check_grid
 from ..noise.rng import Rng
@@ -93,9 +94,7 @@ class Sampler:
         denoise: bool = True,
         cuda_graph: bool = False,
     ):
-        steps = step.default_steps if steps is None else steps
-        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-            raise ValueError(f"steps is a whole number of at least 1; got {steps!r}.")
+        steps = whole(step.default_steps if steps is None else steps, "steps")
         if cuda_graph and step.count(steps) is None:
             raise ValueError(
                 f"{type(step).__name__} decides as it goes how many steps it takes, and a CUDA graph always does the "

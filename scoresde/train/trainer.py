@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ..checks import whole
 from ..runs.logger import Logger, NullLogger
 from .progress import Progress, Silent
 from .saver import Saver
@@ -76,19 +77,19 @@ class Trainer:
         max_bad_steps: int = 10,
         loss_scale: float | None = None,
     ):
-        self.images = _whole("images", images, 1)
-        self.batch_size = _whole("batch_size", batch_size, 1)
-        self.accumulate = _whole("accumulate", accumulate, 1)
-        self.warmup, self.cooldown = _whole("warmup", warmup, 0), _whole("cooldown", cooldown, 0)
+        self.images = whole(images, "images", 1)
+        self.batch_size = whole(batch_size, "batch_size", 1)
+        self.accumulate = whole(accumulate, "accumulate", 1)
+        self.warmup, self.cooldown = whole(warmup, "warmup", 0), whole(cooldown, "cooldown", 0)
         if clip is not None and not (isinstance(clip, (int, float)) and clip > 0):
             raise ValueError(f"clip is a positive bound on the gradient norm, or null for none; got {clip!r}.")
         self.clip = math.inf if clip is None else float(clip)
-        self.log_every = _whole("log_every", log_every, 0)
-        self.evaluate_every = _whole("evaluate_every", evaluate_every, 0)
-        self.sample_every = _whole("sample_every", sample_every, 0)
-        self.checkpoint_every = _whole("checkpoint_every", checkpoint_every, 0)
-        self.snapshot_every = _whole("snapshot_every", snapshot_every, 0)
-        self.keep_last, self.keep_best = _whole("keep_last", keep_last, 1), _whole("keep_best", keep_best, 0)
+        self.log_every = whole(log_every, "log_every", 0)
+        self.evaluate_every = whole(evaluate_every, "evaluate_every", 0)
+        self.sample_every = whole(sample_every, "sample_every", 0)
+        self.checkpoint_every = whole(checkpoint_every, "checkpoint_every", 0)
+        self.snapshot_every = whole(snapshot_every, "snapshot_every", 0)
+        self.keep_last, self.keep_best = whole(keep_last, "keep_last", 1), whole(keep_best, "keep_best", 0)
         if keep_best and not evaluate_every:
             raise ValueError("keep_best compares measurements, and evaluate_every=0 makes none.")
         if on_save_error not in ("stop", "warn"):
@@ -99,7 +100,7 @@ class Trainer:
             raise ValueError(f"loss_scale is a number above 0, or null for none; got {loss_scale!r}.")
         self.best, self.background, self.on_save_error = str(best), background, on_save_error
         self.loss_scale = loss_scale
-        self.max_bad_steps = _whole("max_bad_steps", max_bad_steps, 1)
+        self.max_bad_steps = whole(max_bad_steps, "max_bad_steps", 1)
 
     def lr_scale(self, images: int) -> float:
         """Share of the learning rate for a step that starts at `images`: above 0 at the first and the last."""
@@ -329,9 +330,3 @@ class _Work:
             f"({run.images:,} images seen). The weights are those before it. A smaller learning rate, a longer warmup "
             "or float32 (denoiser.autocast=null) are the usual cures; check the data for NaN."
         )
-
-
-def _whole(name: str, value: Any, least: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name} is a whole number of at least {least}; got {value!r}.")
-    return value
