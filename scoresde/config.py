@@ -23,10 +23,9 @@ _PUBLISHING = (
     "scoresde.evaluate", "scoresde.runs",
 )  # fmt: skip
 _FOREIGN = ("torch.optim.Adam", "torch.optim.AdamW")
-# Names in run folders of before, and where their objects are now.
-_MOVED = {
-    "scoresde.loss.": "scoresde.losses.",
-    "scoresde.coupling.": "scoresde.losses.",
+# In run folders of before: modules, and single names, that have moved, and where they are now.
+_MOVED = {"scoresde.loss": "scoresde.losses", "scoresde.coupling": "scoresde.losses"}
+_MOVED_NAMES = {
     "scoresde.train.OdeLikelihood": "scoresde.evaluate.OdeLikelihood",
     "scoresde.train.WandbLogger": "scoresde.runs.WandbLogger",
     "scoresde.train.NullLogger": "scoresde.runs.NullLogger",
@@ -124,8 +123,10 @@ def renamed(tree: Any, depth: int = 0) -> Any:
 
 
 def _today(target: Any) -> Any:
-    before = next((name for name in _MOVED if isinstance(target, str) and target.startswith(name)), "")
-    return _MOVED[before] + target.removeprefix(before) if before else target
+    if not isinstance(target, str):
+        return target
+    module, _, name = target.rpartition(".")
+    return _MOVED_NAMES.get(target, f"{_MOVED[module]}.{name}" if module in _MOVED else target)
 
 
 def taken(node: Any, allow: Sequence[str] = (), *, key: str) -> tuple[list[str], bool]:

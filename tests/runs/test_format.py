@@ -14,28 +14,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from commands import PLAIN, command, rows, sampled
+from commands import PLAIN, TINY, command, rows, sampled
 
 DATA = Path(__file__).parents[1] / "data"
 THEN = json.loads((DATA / "run-8d13689.json").read_text(encoding="utf-8"))
-TRAINED = (
-    "data=8gaussians",
-    "data.train=256",
-    "data.test=32",
-    "network=mlp",
-    "network.width=8",
-    "network.depth=1",
-    "parameterization=edm",
-    "loss=edm",
-    "sigma_data=0.7",
-    "trainer.images=640",
-    "trainer.batch_size=64",
-    "trainer.warmup=0",
-    "trainer.log_every=64",
-    "trainer.evaluate_every=0",
-    "evaluate_at_end=false",
-    "threads=1",
-)
+TRAINED = (*TINY, *PLAIN, "parameterization=edm", "loss=edm", "sigma_data=0.7", "evaluate_at_end=false", "resume=auto")
 
 
 @pytest.fixture
@@ -45,14 +28,14 @@ def old(tmp_path: Path) -> Path:
 
 
 def test_it_is_resumed(old: Path) -> None:
-    done = command("train", *TRAINED, *PLAIN, "out=run", "resume=auto", cwd=old)
+    done = command("train", *TRAINED, "out=run", cwd=old)
     assert done.code == 0 and "run at step 6." in done.out, done.err
     losses = {str(row["step"]): row["train/loss"] for row in rows(old / "run") if "train/loss" in row}
     assert {step: losses[step] for step in THEN["losses"]} == pytest.approx(THEN["losses"], rel=1e-4)
 
 
 def test_another_configuration_is_still_refused(old: Path) -> None:
-    done = command("train", *TRAINED, *PLAIN, "loss.weighting.sigma_data=0.6", "out=run", "resume=auto", cwd=old)
+    done = command("train", *TRAINED, "loss.weighting.sigma_data=0.6", "out=run", cwd=old)
     assert done.code == 1 and "was made with loss.weighting.sigma_data=0.7" in done.err, done.err
 
 
