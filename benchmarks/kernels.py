@@ -24,7 +24,7 @@ from kernels_samplers import samplers
 from torch import Tensor
 
 import scoresde as S
-from scoresde import ops as kernels
+from scoresde import ops
 
 try:
     import report
@@ -64,8 +64,8 @@ def lincomb(batch: Batch, compile: Callable[..., Any]) -> Calls:
         PEER: lambda: eager(x, y),
         HAND: lambda: room.normal_().mul_(0.1).add_(x, alpha=0.9).add_(y, alpha=0.3),
         COMPILED: functools.partial(compile(eager), x, y),
-        KERNEL: lambda: kernels.lincomb(((batch.a, x), (batch.b, y)), (batch.c, batch.rng.noise(x))),
-        BYTES_ONLY: lambda: kernels.lincomb(((batch.a, x), (batch.b, y))),
+        KERNEL: lambda: ops.lincomb(((batch.a, x), (batch.b, y)), (batch.c, batch.rng.noise(x))),
+        BYTES_ONLY: lambda: ops.lincomb(((batch.a, x), (batch.b, y))),
         NOISE_ONLY: lambda: batch.rng.normal_like(x),
     }
 
@@ -95,8 +95,8 @@ def langevin(batch: Batch, compile: Callable[..., Any]) -> Calls:
         PEER: lambda: eager(x, y),
         HAND: hand,
         COMPILED: functools.partial(compile(eager), x, y),
-        KERNEL: lambda: kernels.langevin(x, y, batch.a, 0.16, batch.rng.noise(x), measured=True),
-        BYTES_ONLY: lambda: kernels.lincomb(((batch.a, x), (batch.b, y))),
+        KERNEL: lambda: ops.langevin(x, y, batch.a, 0.16, batch.rng.noise(x), measured=True),
+        BYTES_ONLY: lambda: ops.lincomb(((batch.a, x), (batch.b, y))),
         NOISE_ONLY: lambda: batch.rng.normal_like(x),
     }
 
@@ -121,7 +121,7 @@ def perturb(batch: Batch, compile: Callable[..., Any]) -> Calls:
         PEER: lambda: eager(x),
         HAND: hand,
         COMPILED: functools.partial(compile(eager), x),
-        KERNEL: lambda: kernels.perturb_and_target(x, batch.rng.noise(x), batch.a, batch.b, -batch.b, batch.a),
+        KERNEL: lambda: ops.perturb_and_target(x, batch.rng.noise(x), batch.a, batch.b, -batch.b, batch.a),
         NOISE_ONLY: lambda: batch.rng.normal_like(x),
     }
 
@@ -143,7 +143,7 @@ def dsm_loss(batch: Batch, compile: Callable[..., Any]) -> Calls:
         return loss, difference.mul_(scale * wide)
 
     def ours() -> Tensor:
-        return kernels.dsm_loss(prediction, batch.rng.noise(prediction), batch.a).sum()
+        return ops.dsm_loss(prediction, batch.rng.noise(prediction), batch.a).sum()
 
     compiled = compile(eager)
     return {
@@ -289,7 +289,7 @@ def main(cfg: Any) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu") if cfg.device == "auto" else cfg.device
     device = torch.device(device)
     gpu = device.type == "cuda"
-    kernels.use("require" if gpu else "off")
+    ops.use("require" if gpu else "off")
     if not gpu and cfg.results is None:
         cfg.results = "benchmarks/results/cpu"
     results = report.Report(cfg, "kernels")

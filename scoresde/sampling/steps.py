@@ -1,6 +1,6 @@
 r"""One-step methods on the pair (x̂_0, ε̂), for every SDE, event shape and grid.
 
-Coefficients are computed in the dtype of the grid (float64) and meet the batch once, in `kernels.lincomb`.
+Coefficients are computed in the dtype of the grid (float64) and meet the batch once, in `ops.lincomb`.
 """
 
 from __future__ import annotations

@@ -18,13 +18,12 @@ import torch
 from forked import forked
 from stub_cuda import diary, needs_compiler
 
-from scoresde import ops as kernels
+from scoresde import ops
 from scoresde.kernels import __main__ as command
 from scoresde.kernels import driver as driving
 from scoresde.kernels import nvrtc
 from scoresde.kernels.cubin import KernelWarning
-from scoresde.ops import library as ops
-from scoresde.ops import switch
+from scoresde.ops import library, switch
 from scoresde.ops.switch import enabled, mode, use, using, why_not
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
@@ -144,14 +143,14 @@ def test_required_kernels_are_never_replaced() -> None:
             with pytest.raises(RuntimeError, match=r'torch\.float32 on cpu .*they run on CUDA devices.*"auto"'):
                 enabled(CPU, F32)
         with pytest.raises(RuntimeError, match="are required"):
-            kernels.lincomb(((1.0, x),))
+            ops.lincomb(((1.0, x),))
         with pytest.raises(RuntimeError, match="are required"):
-            kernels.langevin(x, x, x[:, 0], 0.1, x)
+            ops.langevin(x, x, x[:, 0], 0.1, x)
         with pytest.raises(RuntimeError, match="are required"):
-            kernels.perturb_and_target(x, x, 1.0, 1.0, 1.0, 1.0)
+            ops.perturb_and_target(x, x, 1.0, 1.0, 1.0, 1.0)
         with pytest.raises(RuntimeError, match="are required"):
-            kernels.dsm_loss(x, x, x[:, 0])
-    assert torch.equal(kernels.lincomb(((2.0, x),)), 2 * x)
+            ops.dsm_loss(x, x, x[:, 0])
+    assert torch.equal(ops.lincomb(((2.0, x),)), 2 * x)
 
 
 def break_capability(gpu: pytest.MonkeyPatch) -> None:
@@ -323,9 +322,9 @@ def test_the_command_with_kernels_that_are_not_right(
 @pytest.mark.parametrize("change", [1.00001, 0.0, float("nan")])
 def test_the_self_test_notices_a_wrong_op(change: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Noise that is 1e-5 too large is ten times what rounding explains in float32; the half types cannot show it."""
-    real = ops.normal
+    real = library.normal
     assert all(check.error <= check.tolerance for check in command.self_test(CPU))
-    monkeypatch.setattr(ops, "normal", lambda *args: real(*args) * change)
+    monkeypatch.setattr(library, "normal", lambda *args: real(*args) * change)
     wrong = {check.op for check in command.self_test(CPU) if check.dtype == F32 and check.error > check.tolerance}
     assert wrong == {"lincomb + z", "langevin", "perturb", "target", "dsm_loss", "gradient"}
 
@@ -341,7 +340,7 @@ def refuse(name, *args, **options):
     return real(name, *args, **options)
 ctypes.CDLL = refuse
 subprocess.Popen = None
-from scoresde import Rng, ops as kernels
+from scoresde import Rng, ops
 torch.version.cuda = "13.0"
 torch.cuda.device_count = lambda: 1
 torch.cuda.get_device_capability = lambda device: (9, 0)
@@ -349,12 +348,12 @@ x = torch.arange(6.0).view(2, 3)
 with warnings.catch_warnings(record=True) as told:
     warnings.simplefilter("always")
     for dtype in (torch.float32, torch.bfloat16):
-        assert kernels.enabled(torch.device("cuda", 0), dtype) is False
-    assert torch.equal(kernels.lincomb(((2.0, x), (1.0, x))), 3 * x)
+        assert ops.enabled(torch.device("cuda", 0), dtype) is False
+    assert torch.equal(ops.lincomb(((2.0, x), (1.0, x))), 3 * x)
 assert len(told) == 1 and "NVRTC of CUDA 13 was not found" in str(told[0].message), told
-kernels.use("require")
+ops.use("require")
 try:
-    kernels.enabled(torch.device("cuda", 0), torch.float32)
+    ops.enabled(torch.device("cuda", 0), torch.float32)
 except RuntimeError as error:
     assert "NVRTC of CUDA 13 was not found" in str(error)
 else:

@@ -35,11 +35,10 @@ from scoresde import (
     ReverseDiffusion,
     Rng,
     Sampler,
+    ops,
 )
-from scoresde import ops as kernels
 from scoresde.noise import philox
-from scoresde.ops import Noise, switch
-from scoresde.ops import library as ops
+from scoresde.ops import Noise, library, switch
 from scoresde.sampling import Step
 
 GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
@@ -138,8 +137,8 @@ def test_signs_are_the_bits_of_philox(device: torch.device, shape: tuple[int, ..
     where, _ = Data(device, shape, torch.float32).noise(per_sample)
     made = philox.streams(where.seeds.cpu(), where.row, where.draws.cpu() + where.draw, shape[0])
     expected = philox.signs(made, torch.Size(shape[1:]).numel()).view(shape)
-    assert torch.equal(ops.rademacher(shape, torch.float32, where).cpu(), expected)
-    assert torch.equal(ops.rademacher(shape, torch.bfloat16, where).cpu().float(), expected)
+    assert torch.equal(library.rademacher(shape, torch.float32, where).cpu(), expected)
+    assert torch.equal(library.rademacher(shape, torch.bfloat16, where).cpu().float(), expected)
 
 
 @each_dtype
@@ -154,7 +153,7 @@ def test_normals_are_those_of_philox(device: torch.device, shape: tuple[int, ...
         made = philox.streams(where.seeds.cpu(), where.row, where.draws.cpu() + where.draw, shape[0])
         pairs = philox.normals(made, n + n % 2).double().unflatten(1, (-1, 2))
         radius = pairs.norm(dim=-1, keepdim=True).expand_as(pairs).flatten(1)[:, :n].reshape(shape)
-        found = ops.normal(shape, dtype, where).cpu().double()
+        found = library.normal(shape, dtype, where).cpu().double()
         rounding = 0.0 if dtype in (torch.float32, torch.float64) else torch.finfo(dtype).eps / 2
         assert ((found - z).abs() <= 2.0**-22 * radius + rounding * z.abs() + 2.0**-25).all()
 
@@ -173,11 +172,11 @@ def test_lincomb(
     factors = [data.factor(k % 2 == 0) for k in range(terms)]
     exact = [wide(c, x) * x.cpu().double() for c, x in zip(factors, xs, strict=True)]
     pairs = list(zip(factors, xs, strict=True))
-    check(kernels.lincomb(pairs), exact)
+    check(ops.lincomb(pairs), exact)
     for per_sample in (False, True):
         where, z = data.noise(per_sample)
         std = data.factor(not per_sample)
-        found = kernels.lincomb(pairs, (std, where))
+        found = ops.lincomb(pairs, (std, where))
         assert found.dtype == dtype and found.shape == data.shape
         check(found, [*exact, wide(std, z) * z], wide(std, z))
 
@@ -195,7 +194,7 @@ def test_langevin(device: torch.device, measured: bool, shape: tuple[int, ...], 
     norm = wide_eps.flatten(1).square().sum(1)
     ratio = (2 * snr**2 * (size + 64) / (norm + 64)).clamp(max=1.0)
     drift, kick = -wide(ratio * sigma.cpu(), x) * wide_eps, wide((2 * ratio).sqrt() * sigma.cpu(), x)
-    found = kernels.langevin(x, eps, sigma, snr, where, measured=measured)
+    found = ops.langevin(x, eps, sigma, snr, where, measured=measured)
     unit = 2.0**-53 if dtype == torch.float64 else 2.0**-24
     relative = (n + 10) * unit + (n * 2.0**-21 * LARGEST_RADIUS**2 / (size + 64).min() if measured else 0)
     rounding = torch.finfo(dtype).eps / 2
@@ -211,7 +210,7 @@ def test_perturb_and_target(device: torch.device, shape: tuple[int, ...], dtype:
     x0 = data.tensor()
     alpha, sigma, p, q = (data.factor(k < 2) for k in range(4))
     where, z = data.noise(per_sample=True)
-    noisy, target = kernels.perturb_and_target(x0, where, alpha, sigma, p, q)
+    noisy, target = ops.perturb_and_target(x0, where, alpha, sigma, p, q)
     for found, (c, s) in ((noisy, (alpha, sigma)), (target, (p, q))):
         check(found, [wide(c, x0) * x0.cpu().double(), wide(s, x0) * z], wide(s, x0))
 
@@ -230,7 +229,7 @@ def test_dsm_loss_and_its_gradient(
     parts = [prediction.detach().cpu().double()]
     parts += [-wide(p, x0) * x0.cpu().double(), -wide(q, x0) * z] if whole else [-z]
     extra: dict[str, Any] = {"x0": x0, "p": p, "q": q} if whole else {}
-    loss = kernels.dsm_loss(prediction, where, weight, **extra)
+    loss = ops.dsm_loss(prediction, where, weight, **extra)
     (gradient,) = torch.autograd.grad(loss, prediction, torch.ones_like(loss))
     difference, size = sum(parts), sum(part.abs() for part in parts)
     unit = 2.0**-53 if dtype == torch.float64 else 2.0**-24
@@ -255,10 +254,10 @@ def test_gradients(device: torch.device) -> None:
     a, b = data.factor().requires_grad_(), data.factor(False).requires_grad_()
     where, _ = data.noise()
     for function in (
-        lambda x, y, a, b: ops.lincomb([x, y], [a, b], b, where),
-        lambda x, y, a, b: ops.langevin(x, y, a, 0.16, True, where),
-        lambda x, y, a, b: ops.perturb_and_target(x, None, a, b, b, a, where),
-        lambda x, y, a, b: ops.dsm_loss(x, a, y, b, a, None, where),
+        lambda x, y, a, b: library.lincomb([x, y], [a, b], b, where),
+        lambda x, y, a, b: library.langevin(x, y, a, 0.16, True, where),
+        lambda x, y, a, b: library.perturb_and_target(x, None, a, b, b, a, where),
+        lambda x, y, a, b: library.dsm_loss(x, a, y, b, a, None, where),
     ):
         assert torch.autograd.gradcheck(function, (x, y, a, b), nondet_tol=0.0)
 
@@ -288,8 +287,8 @@ def test_large_batches(shape: tuple[int, ...], dtype: torch.dtype, required: Non
     """Several groups of four for each thread, and samples by the hundred thousand."""
     data = Data(CUDA, shape, dtype)
     x, a, (where, z) = data.tensor(), data.factor(), data.noise()
-    check(kernels.lincomb(((a, x),), (0.5, where)), [wide(a, x) * x.cpu().double(), 0.5 * z], 0.5)
-    loss = kernels.dsm_loss(x, where, a)
+    check(ops.lincomb(((a, x),), (0.5, where)), [wide(a, x) * x.cpu().double(), 0.5 * z], 0.5)
+    loss = ops.dsm_loss(x, where, a)
     exact = a.cpu() * (x.cpu().double() - z).square().flatten(1).mean(1)
     # pairwise sums in float32: far below n roundings, and far above what a wrong element would do to one sample
     torch.testing.assert_close(loss.cpu().double(), exact, rtol=1e-4, atol=1e-6)
@@ -298,21 +297,21 @@ def test_large_batches(shape: tuple[int, ...], dtype: torch.dtype, required: Non
 @needs_gpu
 def test_the_kernels_run_and_not_the_reference(required: None, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[str] = []
-    real = ops.launch
+    real = library.launch
 
     def watched(name: str, *args: Any) -> None:
         seen.append(name)
         real(name, *args)
 
-    monkeypatch.setattr(ops, "launch", watched)
+    monkeypatch.setattr(library, "launch", watched)
     data = Data(CUDA, (3, 5), torch.float32)
     x, a, (where, _) = data.tensor(), data.factor(), data.noise()
     for number, call in enumerate(
         (
-            lambda: kernels.lincomb(((a, x),), (a, where)),
-            lambda: kernels.langevin(x, x, a, 0.16, where),
-            lambda: kernels.perturb_and_target(x, where, a, a, a, a),
-            lambda: kernels.dsm_loss(x, where, a),
+            lambda: ops.lincomb(((a, x),), (a, where)),
+            lambda: ops.langevin(x, x, a, 0.16, where),
+            lambda: ops.perturb_and_target(x, where, a, a, a, a),
+            lambda: ops.dsm_loss(x, where, a),
             lambda: Rng(0).normal((3, 5), device=CUDA),
             lambda: Rng(0).rademacher_like(x),
         ),
@@ -325,10 +324,10 @@ def test_the_kernels_run_and_not_the_reference(required: None, monkeypatch: pyte
 
 @needs_gpu
 def test_require_refuses_what_has_no_kernel(required: None) -> None:
-    assert kernels.enabled(CUDA, torch.float32)
+    assert ops.enabled(CUDA, torch.float32)
     x = torch.ones(2, 3)
     with pytest.raises(RuntimeError, match="required"):
-        kernels.lincomb(((1.0, x),))
+        ops.lincomb(((1.0, x),))
 
 
 @needs_gpu
@@ -355,7 +354,7 @@ def test_ops_run_on_the_current_stream(required: None) -> None:
         late = torch.zeros_like(x)
         torch.cuda._sleep(10**9)
         late.copy_(x)
-        found = kernels.lincomb(((2.0, late),), (1.0, where))
+        found = ops.lincomb(((2.0, late),), (1.0, where))
     stream.synchronize()
     check(found, [2 * x.cpu().double(), z], 1.0)
 
@@ -365,14 +364,14 @@ def test_a_graph_replays_with_fresh_noise(required: None) -> None:
     """The position lies in device memory and moves on in the graph: replay k is draw k of the stream."""
     x, rng = torch.zeros(4, 1000, device=CUDA), Rng(9)
     captured, graph = rng.captured(CUDA), torch.cuda.CUDAGraph()
-    kernels.lincomb(((1.0, x),), (1.0, rng.noise(x)))  # loads the kernel; the second draw is the first of the graph
+    ops.lincomb(((1.0, x),), (1.0, rng.noise(x)))  # loads the kernel; the second draw is the first of the graph
     captured.load(rng)
     with torch.cuda.graph(graph):
-        out = kernels.lincomb(((1.0, x),), (1.0, captured.noise(x)))
+        out = ops.lincomb(((1.0, x),), (1.0, captured.noise(x)))
         captured.advance()
     for _ in range(3):
         graph.replay()
-        assert torch.equal(out, kernels.lincomb(((1.0, x),), (1.0, rng.noise(x))))
+        assert torch.equal(out, ops.lincomb(((1.0, x),), (1.0, rng.noise(x))))
 
 
 @needs_gpu
@@ -383,9 +382,9 @@ def test_compiled_code_passes_through(dynamic: bool, required: None) -> None:
     def step(x: Tensor, a: Tensor, seeds: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
         where = Noise(seeds, draws, 3, 0)
         eps = torch.tanh(x)
-        moved = kernels.lincomb(((a, x), (-0.5, eps)), (0.3, where))
-        moved = kernels.langevin(moved, eps, a, 0.16, where)
-        return moved, kernels.dsm_loss(moved, where, a)
+        moved = ops.lincomb(((a, x), (-0.5, eps)), (0.3, where))
+        moved = ops.langevin(moved, eps, a, 0.16, where)
+        return moved, ops.dsm_loss(moved, where, a)
 
     data = Data(CUDA, (6, 130), torch.float32)
     x, a, (where, _) = data.tensor(), data.factor(), data.noise()

@@ -16,10 +16,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import gradcheck, gradgradcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from scoresde import Rng
-from scoresde import ops as kernels
-from scoresde.ops import Noise
-from scoresde.ops import library as ops
+from scoresde import Rng, ops
+from scoresde.ops import Noise, library
 
 OPS = torch.ops.scoresde
 B, EVENT, D = 4, (3, 5), 15
@@ -51,7 +49,7 @@ def found(per_sample: bool = False) -> Noise:
 
 
 def numbers(noise: Noise, dtype: torch.dtype = torch.float64, event: tuple[int, ...] = EVENT) -> Tensor:
-    return ops.normal((B, *event), dtype, noise)
+    return library.normal((B, *event), dtype, noise)
 
 
 def calls(dtype: torch.dtype, per_sample: bool, drawn: bool, event: tuple[int, ...] = EVENT) -> dict[str, Any]:
@@ -139,13 +137,15 @@ def test_noise_of_the_ops_is_that_of_an_rng(dtype: torch.dtype) -> None:
     for make in (lambda: Rng(5), lambda: Rng(5).share(1, 3), lambda: Rng(seeds=[1, 2, 3, 4])):
         rng, twin = make(), make()
         at = twin.captured("cpu")._find((B, *EVENT), torch.device("cpu"))
-        assert torch.equal(ops.normal((B, *EVENT), dtype, at), rng.normal((B, *EVENT), dtype=dtype))
+        assert torch.equal(library.normal((B, *EVENT), dtype, at), rng.normal((B, *EVENT), dtype=dtype))
         later = at._replace(draw=1)
-        assert torch.equal(ops.rademacher((B, 70), dtype, later), rng.rademacher_like(torch.zeros(B, 70, dtype=dtype)))
-        assert torch.equal((ops.bits((B, 3), at._replace(draw=2)) >> 1 & (2**63 - 1)) % 9, rng.integers(9, (B, 3)))
+        assert torch.equal(
+            library.rademacher((B, 70), dtype, later), rng.rademacher_like(torch.zeros(B, 70, dtype=dtype))
+        )
+        assert torch.equal((library.bits((B, 3), at._replace(draw=2)) >> 1 & (2**63 - 1)) % 9, rng.integers(9, (B, 3)))
     huge = Noise(torch.tensor([1]), torch.tensor([2**62]), 2**61, 0)
     same = Noise(torch.tensor([1]), torch.tensor([2**62 + 2**61 - 7]), 7, 0)
-    assert torch.equal(ops.normal((2, 3), dtype, huge), ops.normal((2, 3), dtype, same))
+    assert torch.equal(library.normal((2, 3), dtype, huge), library.normal((2, 3), dtype, same))
 
 
 COEFFICIENTS = {
@@ -181,9 +181,7 @@ def test_lincomb_is_the_sum(n: int, kind: str, dtype: torch.dtype) -> None:
         z = random(30, B, *EVENT) if noise == "given" else numbers(at)
         pairs = [(c, x.double()) for c, x in zip(cs, xs, strict=True)] + ([] if noise == "none" else [(std, z)])
         kept = [x.clone() for x in xs]
-        got = kernels.lincomb(
-            list(zip(cs, xs, strict=True)), {"none": None, "given": (std, z), "drawn": (std, at)}[noise]
-        )
+        got = ops.lincomb(list(zip(cs, xs, strict=True)), {"none": None, "given": (std, z), "drawn": (std, at)}[noise])
         # a coefficient and a given z to float32, their product, and n sums
         check_sum(got, [column(c, x) * x for c, x in pairs], dtype, n + 3)
         assert all(
@@ -196,7 +194,7 @@ def test_lincomb_is_the_sum(n: int, kind: str, dtype: torch.dtype) -> None:
 def test_lincomb_takes_the_widest_type_of_its_terms(dtype: torch.dtype, per_sample: bool) -> None:
     x, y, c = random(0, B, *EVENT, dtype=dtype), random(1, B, *EVENT, dtype=torch.float32), factor(2, per_sample)
     for terms in (((c, x), (2.0, y)), ((2.0, y), (c, x)), ((1.0, x), (c, y))):
-        got = kernels.lincomb(terms, (c, found()))
+        got = ops.lincomb(terms, (c, found()))
         z = numbers(found())
         check_sum(
             got, [*(column(a, b) * b.double() for a, b in terms), column(c, z) * z],
@@ -212,7 +210,7 @@ def test_langevin_is_the_rule(drawn: bool, measured: bool, per_sample: bool, dty
     x, at, sigma, snr = random(0, B, *EVENT, dtype=dtype), found(per_sample), factor(2, per_sample), 0.8
     eps = (random(1, B, *EVENT) * torch.tensor([0.1, 1.0, 3.0, 10.0])[:, None, None]).to(dtype)
     z = numbers(at, torch.promote_types(dtype, torch.float32))
-    got = kernels.langevin(x, eps, sigma, snr, at if drawn else z, measured=measured)
+    got = ops.langevin(x, eps, sigma, snr, at if drawn else z, measured=measured)
     wide, z = eps.double(), z.double()
     size = z.flatten(1).square().sum(1) if measured else D
     free = 2 * snr**2 * (size + 64) / (wide.flatten(1).square().sum(1) + 64)
@@ -221,7 +219,7 @@ def test_langevin_is_the_rule(drawn: bool, measured: bool, per_sample: bool, dty
     # ratios of two sums of D squares and 64: 2 (D + 2) roundings, and a dozen besides
     check_sum(got, [x.double(), -h / s * wide, (2 * h).sqrt() * z], dtype, 2 * D + 16)
     if drawn:
-        assert torch.equal(got, ops.langevin(x, eps, sigma, snr, measured, at))
+        assert torch.equal(got, library.langevin(x, eps, sigma, snr, measured, at))
 
 
 @each_dtype
@@ -235,12 +233,12 @@ def test_training_pairs_and_their_loss(drawn: bool, per_sample: bool, dtype: tor
     noise = at if drawn else eps
     z = eps.double()
     for got, (a, b) in zip(
-        kernels.perturb_and_target(x0, noise, alpha, sigma, p, q), ((alpha, sigma), (p, q)), strict=True
+        ops.perturb_and_target(x0, noise, alpha, sigma, p, q), ((alpha, sigma), (p, q)), strict=True
     ):
         check_sum(got, [column(a, z) * x0.double(), column(b, z) * z], dtype, 5)
     given, place = (None, at) if drawn else (eps, None)
-    both = ops.perturb_and_target(x0, given, alpha, sigma, p, q, place)
-    assert all(map(torch.equal, both, kernels.perturb_and_target(x0, noise, alpha, sigma, p, q)))
+    both = library.perturb_and_target(x0, given, alpha, sigma, p, q, place)
+    assert all(map(torch.equal, both, ops.perturb_and_target(x0, noise, alpha, sigma, p, q)))
 
     wide, u = torch.promote_types(dtype, torch.float32), ARITHMETIC[dtype] + 2.0**-53
     for target in ("p x0 + q eps", "eps"):
@@ -251,10 +249,10 @@ def test_training_pairs_and_their_loss(drawn: bool, per_sample: bool, dtype: tor
         # an error is off by 5 roundings of its parts, a mean of D squares by D + 3 of its own
         bound = (2 * error.abs() * 5 * u * size + (5 * u * size) ** 2 + (D + 3) * u * error**2).flatten(1).mean(1)
         if target == "eps":
-            got, op = kernels.dsm_loss(prediction, noise, w), ops.dsm_loss(prediction, w, eps=given, noise=place)
+            got, op = ops.dsm_loss(prediction, noise, w), library.dsm_loss(prediction, w, eps=given, noise=place)
         else:
-            got = kernels.dsm_loss(prediction, noise, w, x0=x0, p=p, q=q)
-            op = ops.dsm_loss(prediction, w, x0, p, q, given, place)
+            got = ops.dsm_loss(prediction, noise, w, x0=x0, p=p, q=q)
+            op = library.dsm_loss(prediction, w, x0, p, q, given, place)
         assert got.dtype == wide and got.shape == (B,)
         assert ((got.double() - w * error.square().flatten(1).mean(1)).abs() <= w * bound).all()
         assert torch.equal(got, op)
@@ -263,22 +261,22 @@ def test_training_pairs_and_their_loss(drawn: bool, per_sample: bool, dtype: tor
 def test_numbers_are_the_same_as_tensors() -> None:
     """A step may give its coefficients as either: the sums differ by the rounding of a product at most."""
     xs = [random(k, B, *EVENT, dtype=torch.float32) for k in range(3)]
-    one = kernels.lincomb(((0.3, xs[0]), (0.7, xs[1])), (0.2, xs[2]))
-    other = kernels.lincomb([(torch.tensor(c), x) for c, x in ((0.3, xs[0]), (0.7, xs[1]))], (torch.tensor(0.2), xs[2]))
+    one = ops.lincomb(((0.3, xs[0]), (0.7, xs[1])), (0.2, xs[2]))
+    other = ops.lincomb([(torch.tensor(c), x) for c, x in ((0.3, xs[0]), (0.7, xs[1]))], (torch.tensor(0.2), xs[2]))
     assert ((one - other).abs() <= 3 * 2.0**-24 * sum(x.abs() for x in xs)).all()
     terms = [(factor(k, True), x) for k, x in enumerate(xs)]
     assert torch.equal(
-        kernels.lincomb(terms, (factor(9, True), found())),
-        ops.lincomb(xs, [c for c, _ in terms], factor(9, True), found()),
+        ops.lincomb(terms, (factor(9, True), found())),
+        library.lincomb(xs, [c for c, _ in terms], factor(9, True), found()),
     )
 
 
 def test_batches_of_nothing_and_events_of_one_number() -> None:
     none, one, at = torch.zeros(0, 3), torch.ones(()), found()
-    assert kernels.lincomb(((1.0, none),), (2.0, at)).shape == (0, 3)
+    assert ops.lincomb(((1.0, none),), (2.0, at)).shape == (0, 3)
     for measured in (False, True):
-        assert kernels.langevin(none, none, one, 0.1, at, measured=measured).shape == (0, 3)
-    assert kernels.dsm_loss(none, at, one).shape == (0,)
+        assert ops.langevin(none, none, one, 0.1, at, measured=measured).shape == (0, 3)
+    assert ops.dsm_loss(none, at, one).shape == (0,)
     for name, drawn in itertools.product(NAMES, (False, True)):
         op, args = calls(torch.float64, per_sample=False, drawn=drawn)[name]
         args = torch.utils._pytree.tree_map_only(Tensor, lambda x: x[:0] if x.ndim == 3 else x, args)
@@ -288,7 +286,7 @@ def test_batches_of_nothing_and_events_of_one_number() -> None:
         leaves = [x for x in torch.utils._pytree.tree_leaves(args) if isinstance(x, Tensor) and x.requires_grad]
         assert all(x.grad.shape == x.shape and not x.grad.any() for x in leaves)
     x, c = random(0, B).requires_grad_(), factor(1, True).requires_grad_()
-    assert gradcheck(lambda x, c: ops.lincomb([x, x], [c, c], c, at), (x, c))
+    assert gradcheck(lambda x, c: library.lincomb([x, x], [c, c], c, at), (x, c))
 
 
 # ---- gradients ----
@@ -336,14 +334,14 @@ def test_gradients_are_those_of_plain_torch(name: str, dtype: torch.dtype) -> No
     args, plain = (with_gradients(calls(dtype, per_sample=True, drawn=True)[name][1]) for _ in range(2))
     x, at = plain, Noise(*args[-4:])
     if name == "lincomb":
-        expected = kernels.lincomb(list(zip(x[1], x[0], strict=True)), (x[2], at))
+        expected = ops.lincomb(list(zip(x[1], x[0], strict=True)), (x[2], at))
     elif name == "langevin":
-        expected = kernels.langevin(x[0], x[1], x[2], x[3], at, measured=x[4])
+        expected = ops.langevin(x[0], x[1], x[2], x[3], at, measured=x[4])
     elif name == "perturb_and_target":
-        expected = kernels.perturb_and_target(x[0], at, *x[2:6])
+        expected = ops.perturb_and_target(x[0], at, *x[2:6])
     else:
         target = {} if x[2] is None else {"x0": x[2], "p": x[3], "q": x[4]}
-        expected = kernels.dsm_loss(x[0], at, x[1], **target)
+        expected = ops.dsm_loss(x[0], at, x[1], **target)
     got = getattr(OPS, name.split()[0])(*args)
     for out in (got, expected):
         parts = out if isinstance(out, tuple) else (out,)
@@ -399,10 +397,10 @@ def test_a_sum_is_one_op_for_each_term_and_one_allocation(n: int, per_sample: bo
     cs = [factor(k, per_sample) if per_sample else float(factor(k, False)) for k in range(n + 1)]
     terms, noise = list(zip(cs, xs, strict=True))[:n], (cs[n], xs[n])
     with Passes(B * D) as count:
-        kernels.lincomb(terms, noise)
+        ops.lincomb(terms, noise)
     assert len(count.ops) == n + 1 and count.allocated == 1
     with Passes(B * D) as count:  # a term with factor 1 needs none
-        kernels.lincomb([(1.0, xs[0]), *terms[1:]], noise)
+        ops.lincomb([(1.0, xs[0]), *terms[1:]], noise)
     assert len(count.ops) == n and count.allocated == 1
 
 
@@ -410,11 +408,11 @@ def test_a_corrector_and_a_loss_make_one_temporary() -> None:
     x, eps, z = (random(k, B, *EVENT, dtype=torch.float32) for k in range(3))
     for measured, squares in ((False, 1), (True, 2)):
         with Passes(B * D) as count:
-            kernels.langevin(x, eps, factor(1, True), 0.1, z, measured=measured)
+            ops.langevin(x, eps, factor(1, True), 0.1, z, measured=measured)
         assert count.ops == ["pow", "sum"] * squares + ["addcmul", "addcmul_"]
         assert count.allocated == 1 + squares  # one at a time
     with Passes(B * D) as count:
-        kernels.dsm_loss(eps, z, factor(1, True))
+        ops.dsm_loss(eps, z, factor(1, True))
     assert count.ops == ["sub", "pow", "mean"] and count.allocated == 2
 
 
@@ -426,11 +424,13 @@ def test_compiled_code_draws_and_is_compiled_once_more_at_most() -> None:
 
     def step(rng: Rng, x: Tensor, sigma: Tensor, network: Tensor) -> tuple[Tensor, ...]:
         eps = x * network
-        x = kernels.lincomb(((0.5, x), (sigma, eps)), (1.0, rng.noise(x)))
-        x = kernels.langevin(x, eps, sigma, 0.16, rng.noise(x), measured=True)
+        x = ops.lincomb(((0.5, x), (sigma, eps)), (1.0, rng.noise(x)))
+        x = ops.langevin(x, eps, sigma, 0.16, rng.noise(x), measured=True)
         noise = rng.normal_like(x)
-        loss = kernels.dsm_loss(eps, noise, sigma, x0=x, p=sigma, q=0.3)
-        drawn = ops.dsm_loss(eps, sigma, noise=found(True)) + ops.lincomb([eps], [sigma], sigma, found())[:, 0, 0]
+        loss = ops.dsm_loss(eps, noise, sigma, x0=x, p=sigma, q=0.3)
+        drawn = (
+            library.dsm_loss(eps, sigma, noise=found(True)) + library.lincomb([eps], [sigma], sigma, found())[:, 0, 0]
+        )
         return x, loss, drawn, rng.uniform((B,)), rng.rademacher_like(x), rng.integers(9, (B,))
 
     torch._dynamo.reset()
