@@ -55,11 +55,12 @@ from .inverse import (
     Replacement,
     TwistedSMC,
 )
-from .likelihood.bounds import Bound, ImportanceBound, elbo, importance_weighted, vlb
+from .likelihood.bounds import ImportanceBound, elbo, importance_weighted, vlb
 from .likelihood.budget import LikelihoodGrid
 from .likelihood.classify import Classification, classify
 from .likelihood.divergence import Exact, Hutchinson, HutchPlusPlus
 from .likelihood.ode import LogLikelihood, bits_per_dim, log_likelihood, sample_with_log_prob
+from .likelihood.terms import Bound
 from .losses.classifier import ClassifierLoss, NoisyClassifier
 from .losses.denoising import DenoisingLoss
 from .noise.rng import Rng

@@ -13,7 +13,7 @@ from ..diffusion.grids import Grid
 from ..guidance.conditioned import spread
 from ..noise.rng import Rng
 from .divergence import Divergence
-from .ode import RawScaling, log_likelihood
+from .ode import LogLikelihood, RawScaling, log_likelihood
 
 
 @dataclass(frozen=True)
@@ -75,10 +75,7 @@ def classify(
         SolverError: a solve that failed.
     """
     conds = _conditions(classes)
-    if priors is None:
-        priors = torch.full((len(conds),), 1 / len(conds), dtype=torch.float64)
-    if priors.shape != (len(conds),) or not bool((priors > 0).all()):
-        raise ValueError(f"priors are {len(conds)} positive numbers, one per class; got {priors.tolist()}.")
+    priors = _priors(priors, len(conds))
     rng = Rng(0) if rng is None else rng
     start = rng.state_dict()
     each = []
@@ -99,13 +96,7 @@ def classify(
                 t_min=t_min,
             )
         )
-    log_prob = torch.stack([r.log_prob.detach() for r in each], 1)
-    log_prior = (priors / priors.sum()).log().to(log_prob)
-    log_posterior = (log_prob + log_prior).log_softmax(1)
-    # ∂ log p(k|x)/∂ log p(x|j) = δ_kj − p(j|x)
-    slopes = torch.eye(len(conds)).to(log_prob) - log_posterior.exp()[:, None]
-    stderr = (slopes**2 @ torch.stack([r.stderr for r in each], 1).to(log_prob)[..., None] ** 2)[..., 0].sqrt()
-    return Classification(log_posterior, stderr, log_prob, sum(r.evaluations for r in each))
+    return _posterior(each, priors)
 
 
 def _conditions(classes: int | Sequence[Cond]) -> list[Cond]:
@@ -113,3 +104,23 @@ def _conditions(classes: int | Sequence[Cond]) -> list[Cond]:
     if len(conds) < 2:
         raise ValueError(f"There are at least 2 classes to choose from; got {len(conds)}.")
     return conds
+
+
+def _priors(priors: Tensor | None, count: int) -> Tensor:
+    """p(y) (count,), all equal by default; refuses priors that are not positive."""
+    if priors is None:
+        priors = torch.full((count,), 1 / count, dtype=torch.float64)
+    if priors.shape != (count,) or not bool((priors > 0).all()):
+        raise ValueError(f"priors are {count} positive numbers, one per class; got {priors.tolist()}.")
+    return priors
+
+
+def _posterior(each: Sequence[LogLikelihood], priors: Tensor) -> Classification:
+    """Bayes' rule on the densities of every class, with the error it passes on."""
+    log_prob = torch.stack([r.log_prob.detach() for r in each], 1)
+    log_prior = (priors / priors.sum()).log().to(log_prob)
+    log_posterior = (log_prob + log_prior).log_softmax(1)
+    # ∂ log p(k|x)/∂ log p(x|j) = δ_kj − p(j|x)
+    slopes = torch.eye(len(each)).to(log_prob) - log_posterior.exp()[:, None]
+    stderr = (slopes**2 @ torch.stack([r.stderr for r in each], 1).to(log_prob)[..., None] ** 2)[..., 0].sqrt()
+    return Classification(log_posterior, stderr, log_prob, sum(r.evaluations for r in each))

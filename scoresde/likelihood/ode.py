@@ -20,12 +20,12 @@ from torch import Tensor
 
 from ..broadcast import select
 from ..diffusion.denoiser import Cond, CountingDenoiser, Denoiser
-from ..diffusion.grids import Grid, check_grid
-from ..diffusion.sde import SDE
+from ..diffusion.grids import Grid
 from ..noise.rng import Rng
-from ..ode import SolverError, check_solver, integrate, log_ratio, point
-from .budget import LEAST_BUDGET, LikelihoodGrid, adjoint, follow
+from ..ode import SolverError, integrate, log_ratio, point
+from .budget import LEAST_BUDGET, adjoint, follow
 from .divergence import Divergence, Hutchinson
+from .solver import Solver
 
 
 class RawScaling(Protocol):
@@ -105,7 +105,7 @@ def log_likelihood(
         SolverError: a solve that failed; the samples are named.
         TypeError: integer data without a scaling: a point mass has no density; neither tolerances nor a budget.
     """
-    solver = _Solver(rtol, atol, budget, grid, backend, method, max_evaluations, t_min)
+    solver = Solver(rtol, atol, budget, grid, backend, method, max_evaluations, t_min)
     rng = Rng(0) if rng is None else rng
     x, log_volume = _model_data(x0, scaling, rng)
     with torch.set_grad_enabled(differentiable):
@@ -149,7 +149,7 @@ def sample_with_log_prob(
     Raises:
         SolverError: a solve that failed; the samples are named.
     """
-    solver = _Solver(rtol, atol, budget, grid, backend, method, max_evaluations, t_min)
+    solver = Solver(rtol, atol, budget, grid, backend, method, max_evaluations, t_min)
     rng = Rng(0) if rng is None else rng
     if isinstance(shape_or_x, Tensor):
         latent = shape_or_x
@@ -164,61 +164,6 @@ def sample_with_log_prob(
     return x.to(latent.dtype), LogLikelihood(log_prob, _total(*errors), latent, flow.counted.evaluations, *errors)
 
 
-@dataclass(frozen=True)
-class _Solver:
-    """How the integral is solved; refuses what cannot work before anything is evaluated."""
-
-    rtol: float | None
-    atol: float | None
-    budget: int | None
-    grid: Grid | None
-    backend: str
-    method: str | None
-    max_evaluations: int
-    t_min: float | None
-
-    def __post_init__(self) -> None:
-        tolerances = [self.rtol, self.atol]
-        if self.budget is None:
-            if self.rtol is None or self.atol is None:
-                raise TypeError(f"Give rtol and atol, or a budget of network calls; got rtol, atol = {tolerances}.")
-            if self.grid is not None:
-                raise TypeError("A grid says where the calls of a budget go: give budget= with it, not rtol and atol.")
-            check_solver(self.backend, self.method, self.rtol, self.atol)
-            return
-        if tolerances != [None, None]:
-            raise TypeError(
-                f"A budget replaces the tolerances; got budget={self.budget} and rtol, atol = {tolerances}."
-            )
-        if self.backend != "native" or self.method is not None:
-            raise ValueError(
-                f"A budget has its own method; got backend={self.backend!r}, method={self.method!r}. Leave them out, "
-                "or give rtol and atol."
-            )
-        if isinstance(self.budget, bool) or not isinstance(self.budget, int) or self.budget < LEAST_BUDGET:
-            raise ValueError(f"A budget is an integer of at least {LEAST_BUDGET} network calls; got {self.budget!r}.")
-
-    def start(self, sde: SDE) -> float:
-        """The cut-off for `sde`, checked."""
-        start = sde.t_min if self.t_min is None else self.t_min
-        if not (sde.t_min <= start < sde.t_max):
-            raise ValueError(f"The likelihood cut-off t_min={start} lies outside [{sde.t_min}, {sde.t_max}).")
-        return start
-
-    def nodes(self, sde: SDE, calls: int) -> Tensor:
-        """u at `calls` rising times from the cut-off to t_max."""
-        start = self.start(sde)
-        times = check_grid((self.grid or LikelihoodGrid(start))(sde, calls - 1), sde).double().flip(0)
-        if len(times) != calls or not torch.allclose(
-            times[[0, -1]], torch.tensor([start, sde.t_max], dtype=torch.float64), rtol=1e-6, atol=0
-        ):
-            raise ValueError(
-                f"A budget with {calls} calls on its path needs {calls} times from t_max={sde.t_max} to t_min={start}; "
-                f"the grid gave {len(times)} from {float(times[-1])} to {float(times[0])}. Pass t_min= to match it."
-            )
-        return log_ratio(sde, times)
-
-
 class _Flow:
     """The probability flow of one batch, with its divergence, between the cut-off and t_max.
 
@@ -230,7 +175,7 @@ class _Flow:
         self,
         denoiser: Denoiser,
         like: Tensor,
-        solver: _Solver,
+        solver: Solver,
         divergence: Divergence,
         cond: Cond,
         rng: Rng,
@@ -271,7 +216,7 @@ class _Flow:
         bad = (~torch.isfinite(x).flatten(1).all(1)).nonzero().flatten().tolist()
         if bad:
             raise SolverError("The state is not finite before the solve", t=self.time(self.u0), samples=bad)
-        # a latent is no datum: what a divergence looks at before sampling is noise around 0
+        # when sampling there are no data to build the basis on: the divergence looks at noise around 0
         self.probes = self.divergence.probes(x if up else 0 * x, self.rng, self.denoised)
         alpha, end_alpha = (self.alpha0, self.alpha1) if up else (self.alpha1, self.alpha0)
         solve = self._to_tolerance if self.solver.budget is None else self._to_budget

@@ -24,7 +24,8 @@ from scoresde import (
     log_likelihood,
 )
 from scoresde.codecs import Scaling
-from scoresde.likelihood.bounds import Bound, elbo, importance_weighted, vlb
+from scoresde.likelihood.bounds import elbo, importance_weighted, vlb
+from scoresde.likelihood.terms import Bound
 
 ALL = all_sdes()
 each_sde = pytest.mark.parametrize("sde", ALL.values(), ids=ALL.keys())
@@ -225,12 +226,12 @@ def test_discrete_data_are_bounded_by_their_probability() -> None:
 
 def test_the_decoder_of_discrete_data_is_a_distribution() -> None:
     """Σ over the levels of P(level|z) = 1, with noise as wide as the bins and far outside them."""
-    from scoresde.likelihood.bounds import _Setting
+    from scoresde.likelihood.terms import Setting
 
     scaling = Scaling(0.0, 1.0, levels=8)
     denoiser = GaussianMixtureDenoiser(torch.zeros(1, 1), 1.0, torch.ones(1), VESDE(0.07, 5.0))
     raw = torch.arange(8, dtype=torch.uint8)[:, None]
-    setting = _Setting(denoiser, raw, scaling, None, 1, None, None)
+    setting = Setting(denoiser, raw, scaling, None, 1, None, None)
     for z in (-3.0, 0.0, 0.31, 1.0, 2.0):
         mass = (-setting.reconstruct(torch.full((8, 1), z, dtype=torch.float64))).exp()
         assert bool((mass >= 0).all()) and float(mass.sum()) == pytest.approx(1.0, abs=1e-12)

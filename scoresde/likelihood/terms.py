@@ -1,0 +1,190 @@
+"""The three terms that the variational bounds have in common: prior, noise-prediction error and reconstruction."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ..diffusion.denoiser import Cond, CountingDenoiser, Denoiser
+from ..diffusion.grids import Grid, LogSNRGrid, check_grid
+from ..noise.rng import Rng
+
+
+class BinScaling(Protocol):
+    """How raw integers became model data (`scoresde.codecs.Scaling` with levels)."""
+
+    low: float
+    high: float
+    levels: int | None
+
+    def encode(self, raw: Tensor, *, rng: Rng | None = None) -> Tensor: ...
+
+    def log_volume(self, event_shape: Sequence[int]) -> float: ...
+
+
+@dataclass(frozen=True)
+class Term:
+    """One part of a bound on −log p.
+
+    Attributes:
+        value: nats, (B,).
+        stderr: nats, (B,): of the draws; 0 in closed form, NaN for a single draw.
+    """
+
+    value: Tensor
+    stderr: Tensor
+
+
+@dataclass(frozen=True)
+class Bound:
+    """A lower bound on log p of each sample, in nats.
+
+    Attributes:
+        name: of the estimator: "bpd/elbo" or "bpd/vlb".
+        prior: KL(q(z_T|x) ‖ p_T(·|cond)); of a guided denoiser p_T is normalised up to second order, so the bound
+            holds up to that: below 1e-3 nats at σ_T/α_T = 50 and data of unit variance.
+        diffusion: what the denoiser adds between t_min and t_max.
+        reconstruction: E_q[−log p(x|z_{t_min})], less the log-volume of a continuous scaling.
+        steps: of `vlb`, L_1 … L_{T−1} of Ho et al., from noise to data: Term of (B, T). None for `elbo`.
+        evaluations: network calls, each on the batch.
+    """
+
+    name: str
+    prior: Term
+    diffusion: Term
+    reconstruction: Term
+    evaluations: int
+    steps: Term | None = None
+
+    @property
+    def log_prob(self) -> Tensor:
+        """The bound (B,): −(prior + diffusion + reconstruction)."""
+        return -(self.prior.value + self.diffusion.value + self.reconstruction.value)
+
+    @property
+    def stderr(self) -> Tensor:
+        """Its standard error (B,): the terms are drawn independently."""
+        return (self.prior.stderr**2 + self.diffusion.stderr**2 + self.reconstruction.stderr**2).sqrt()
+
+
+class Setting:
+    """A batch as model data, its decoder and prior terms, and the counted denoiser."""
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        x0: Tensor,
+        scaling: BinScaling | None,
+        t_min: float | None,
+        samples: int,
+        rng: Rng | None,
+        cond: Cond,
+    ):
+        if samples < 1:
+            raise ValueError(f"A bound needs at least one draw; got samples={samples}.")
+        if x0.ndim < 2 or len(x0) == 0:
+            raise ValueError(f"Expected a batch (B, *event) of at least one sample; got shape {tuple(x0.shape)}.")
+        if scaling is None and not x0.is_floating_point():
+            raise TypeError(f"x0 holds {x0.dtype}: pass the data set's scaling=, or scaled floating-point data.")
+        self.counted, self.sde, self.cond, self.samples = CountingDenoiser(denoiser), denoiser.sde, cond, samples
+        self.start = self.sde.t_min if t_min is None else float(t_min)
+        if not (self.sde.t_min <= self.start < self.sde.t_max):
+            raise ValueError(f"The cut-off t_min={t_min} lies outside [{self.sde.t_min}, {self.sde.t_max}).")
+        self.rng = Rng(0) if rng is None else rng
+        self.x = x0 if scaling is None else scaling.encode(x0)  # the centres of the bins of discrete data
+        self.bins = scaling if scaling is not None and scaling.levels is not None else None
+        self.half_bin = 0.0 if self.bins is None else 0.5 * (self.bins.high - self.bins.low) / (self.bins.levels or 1)
+        self.log_volume = 0.0
+        if scaling is not None and self.bins is None:
+            self.log_volume = scaling.log_volume(tuple(x0.shape[1:]))
+
+    def denoise(self, z: Tensor, t: Tensor):
+        return self.counted(z, t, self.cond)
+
+    def squared_error(self, t: Tensor) -> Tensor:
+        """An unbiased estimate (B,) of E_ε‖ε − ε̂(z_t)‖² at t (() or (B,)), from one call.
+
+        At high SNR the error is nearly ε itself, whose ‖ε‖² has the known mean D: (‖ε‖² − D)/(1 + 1/SNR)² is taken
+        off, which leaves the mean and, for a standard normal, no spread but that of x. (Discrete data are known once
+        the noise is well below half a bin, and ε with them: nothing is taken off there.)
+        """
+        eps = self.rng.normal_like(self.x)
+        error = self.denoise(self.sde.perturb(self.x, t, eps), t).eps - eps
+        squares, known = ((value.double() ** 2).flatten(1).sum(1) for value in (error, eps))
+        log_snr = self.sde.log_snr(t)
+        share = torch.sigmoid(log_snr) ** 2 * ((-0.5 * log_snr).exp() > self.half_bin)
+        return squares - share * (known - eps[0].numel())
+
+    def times(self, steps: int, grid: Grid | None) -> Tensor:
+        """Falling times (steps + 1,), float64."""
+        if steps < 1:
+            raise ValueError(f"A chain has at least one step; got steps={steps}.")
+        times = check_grid((grid or LogSNRGrid(self.start))(self.sde, steps), self.sde).double()
+        ends = torch.tensor([self.sde.t_max, self.start], dtype=torch.float64)
+        if len(times) != steps + 1 or not torch.allclose(times[[0, -1]], ends, rtol=1e-6, atol=0):
+            raise ValueError(
+                f"A chain of {steps} steps needs {steps + 1} times from t_max={self.sde.t_max} to t_min={self.start}; "
+                f"the grid gave {len(times)} from {float(times[0])} to {float(times[-1])}. Pass t_min= to match it."
+            )
+        return times
+
+    def prior(self, z: Tensor) -> Tensor:
+        """log q(z_T|x) − log p_T(z_T|cond) at z_T = `z` (B,)."""
+        scales = self.sde.at(self.sde.t_max, self.x)
+        sigma = scales.sigma.double()
+        eps = (z - scales.alpha * self.x).double() / sigma
+        log_q = -0.5 * (eps**2 + math.log(2 * math.pi)).flatten(1).sum(1) - self.x[0].numel() * sigma.log()
+        return log_q - self.counted.prior_log_prob_given(z, self.cond).double()
+
+    def reconstruct(self, z: Tensor) -> Tensor:
+        """−log p(x|z) at t_min (B,)."""
+        alpha, sigma = (float(v) for v in self.sde.marginal(torch.tensor(self.start, dtype=torch.float64)))
+        ratio, centre = sigma / alpha, z.double() / alpha
+        x, dims = self.x.double(), self.x[0].numel()
+        if self.bins is None:
+            quadratic = 0.5 * ((x - centre) / ratio).square().flatten(1).sum(1)
+            return quadratic + dims * (math.log(ratio) + 0.5 * math.log(2 * math.pi)) - self.log_volume
+        half = self.half_bin
+        below = torch.where(x - half <= self.bins.low + half / 2, -math.inf, (x - half - centre) / ratio)
+        above = torch.where(x + half >= self.bins.high - half / 2, math.inf, (x + half - centre) / ratio)
+        return -_log_mass(below, above).flatten(1).sum(1)
+
+    def bound(self, name: str, diffusion: Term, steps: Term | None = None) -> Bound:
+        """The terms together; prior and reconstruction by `samples` draws of their own, or in closed form."""
+        t_max, start = (torch.tensor(t, dtype=torch.float64) for t in (self.sde.t_max, self.start))
+
+        def noisy(t: Tensor) -> Tensor:
+            return self.sde.perturb(self.x, t, self.rng.normal_like(self.x))
+
+        prior = mean_and_error(torch.stack([self.prior(noisy(t_max)) for _ in range(self.samples)]))
+        if self.bins is None:  # x − z/α is N(0, (σ/α)² I): the quadratic is D/2 in the mean
+            exact = self.reconstruct(self.sde.at(start, self.x).alpha.double() * self.x.double())
+            reconstruction = Term(exact + 0.5 * self.x[0].numel(), torch.zeros_like(exact))
+        else:
+            reconstruction = mean_and_error(torch.stack([self.reconstruct(noisy(start)) for _ in range(self.samples)]))
+        return Bound(name, prior, diffusion, reconstruction, self.counted.evaluations, steps)
+
+
+def _log_mass(below: Tensor, above: Tensor) -> Tensor:
+    """log(Φ(above) − Φ(below)), without cancellation: intervals right of 0 are mirrored."""
+    mirrored = below + above > 0
+    low, high = torch.where(mirrored, -above, below), torch.where(mirrored, -below, above)
+    log_high, log_low = torch.special.log_ndtr(high), torch.special.log_ndtr(low)
+    return log_high + torch.log1p(-(log_low - log_high).exp().clamp(max=1 - 1e-16))
+
+
+def mean_and_error(draws: Tensor, stratified: bool = False) -> Term:
+    """Mean over the first dimension and its standard error.
+
+    One draw in each of n strata in order: half the mean square of neighbours' differences stands for the variance
+    within strata, which it exceeds by that of the trend between two (Wolter 2007, sec. 8.2).
+    """
+    if len(draws) == 1:
+        return Term(draws[0], torch.full_like(draws[0], math.nan))
+    var = 0.5 * draws.diff(dim=0).square().mean(0) if stratified else draws.var(0)
+    return Term(draws.mean(0), (var / len(draws)).sqrt())
