@@ -116,19 +116,43 @@ def begin(options: Mapping[str, Any], tell: Tell) -> Any:
     try:
         return start("online")
     except Exception as error:
-        wandb.teardown()  # its service still holds the run that did not begin
+        leave_service()
         run = start("offline")
         tell("say", f"W&B cannot be reached ({brief(error)}). The run is kept offline; later: wandb sync {place(run)}")
         return run
 
 
+def leave_service(seconds: float = 5.0) -> None:
+    """Leaves W&B's service, which still holds a run that did not begin; the next `wandb.init` starts a new one.
+
+    `wandb.teardown` forgets the service first, then waits for its process without a bound, and exits if that failed.
+    So it runs beside us: a thread ignores SystemExit, and a service that does not end by itself ends with us.
+    """
+    import wandb
+
+    teardown = threading.Thread(target=wandb.teardown, daemon=True)
+    teardown.start()
+    teardown.join(seconds)
+
+
 @contextlib.contextmanager
 def a_name_to_itself(folder: Path, run_id: str) -> Iterator[None]:
-    """W&B names a run's folder by the second, so starts of one run take turns, each in a second of its own."""
+    """W&B names a run's folder by the second, so starts of one run take turns, each in a second of its own.
+
+    A start that holds its turn for longer than `LOCAL` seconds is not waited for.
+    """
     folder.mkdir(parents=True, exist_ok=True)
+    deadline = time.monotonic() + LOCAL
     with open(folder / ".start", "w") as turn:
-        with contextlib.suppress(OSError):  # a file system without locks
-            fcntl.flock(turn, fcntl.LOCK_EX)
+        while time.monotonic() < deadline:
+            try:
+                fcntl.flock(turn, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                time.sleep(0.05)
+                continue
+            except OSError:  # a file system without locks
+                pass
+            break
         while any(folder.glob(f"*run-{time.strftime('%Y%m%d_%H%M%S')}-{run_id}*")):
             time.sleep(0.05)
         yield

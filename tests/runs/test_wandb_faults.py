@@ -10,10 +10,11 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -28,11 +29,12 @@ from scoresde.runs.wandb_logger import WandbLogger
 KEY = "c0ffee" + "0" * 34
 
 
-def patiently(ready: Callable[[], Any], what: str, seconds: float = 600.0) -> None:
-    end = time.monotonic() + seconds
-    while not ready():
-        assert time.monotonic() < end, f"waited {seconds} s for {what}"
-        time.sleep(0.02)
+# Imported by the view's interpreter: SIGUSR1 writes what each of its threads is doing.
+STACKS = """
+import faulthandler, os, signal
+if "VIEW_STACKS" in os.environ:
+    faulthandler.register(signal.SIGUSR1, file=open(os.environ["VIEW_STACKS"], "w"))
+"""
 
 
 class Run:
@@ -48,6 +50,9 @@ class Run:
         monkeypatch.setattr(self.logger, "_warn", self.warn)
         monkeypatch.setenv("WANDB_BASE_URL", url)
         monkeypatch.setenv("WANDB_API_KEY", KEY)
+        (folder / "sitecustomize.py").write_text(STACKS)
+        monkeypatch.setenv("PYTHONPATH", str(folder))
+        monkeypatch.setenv("VIEW_STACKS", str(folder / "stacks"))
         self.logger.start(RunFacts(folder, "0123456789ab", {"seed": 1}))
 
     def warn(self, text: str) -> None:
@@ -59,11 +64,28 @@ class Run:
             self.step += 1
             self.logger.log({"train/loss": 1 / self.step}, step=self.step, images=8 * self.step)
 
-    def settled(self) -> bool:
-        """The view has begun the run, online or offline; a row is logged to hear of it."""
-        self.log()
-        assert self.logger._view is not None, self.said
-        return not self.logger._folder.endswith("*")
+    def settle(self) -> None:
+        """Logs rows until the view has begun the run, online or offline.
+
+        An online start has its patience and W&B's 10 s of grace, its service 5 s to end, an offline start `LOCAL`; the
+        rest is for the interpreter to start on a machine under load.
+        """
+        seconds = 0.4 * self.logger.finish_timeout + 10 + 5 + wandb_view.LOCAL + 60
+        end = time.monotonic() + seconds
+        while self.logger._folder.endswith("*"):
+            self.log()
+            assert self.logger._view is not None, self.said
+            assert time.monotonic() < end, f"{self.folder.name} has not begun in {seconds:g} s: {self.doing()}"
+            time.sleep(0.02)
+
+    def doing(self) -> str:
+        """What each thread of the view is doing, and the processes that it started."""
+        assert self.logger._view is not None
+        view = self.logger._view.pid
+        os.kill(view, signal.SIGUSR1)
+        time.sleep(1)
+        children = subprocess.run(["ps", "-o", "pid,stat,wchan,etime,args", "--ppid", str(view)], capture_output=True)
+        return f"{(self.folder / 'stacks').read_text()}\n{children.stdout.decode()}"
 
     def close(self) -> bool:
         """Whether it kept to its time: to kill a view that has not ended may take 1 s more, the rest is the load's."""
@@ -81,7 +103,7 @@ def begun(folder: Path, monkeypatch: pytest.MonkeyPatch, url: str) -> Run:
     """A run that is online. W&B takes 0.6 s to begin and has 6.4 s; where the machine is busy, four times as long."""
     for finish_timeout in (16, 64, 256):
         run = Run(folder / f"{finish_timeout}", monkeypatch, url, finish_timeout)
-        patiently(run.settled, f"{folder.name} to begin")
+        run.settle()
         if "/run-" in run.logger._folder:
             return run
         run.close()
@@ -108,14 +130,54 @@ def test_a_network_that_fails_at_the_start(tmp_path: Path, monkeypatch: pytest.M
     servers = {fault: Server(fault) for fault in ("500", "400", "hang", "refused")}
     runs = {fault: Run(tmp_path / fault, monkeypatch, servers[fault].url, finish_timeout=10) for fault in servers}
     for fault, run in runs.items():
-        patiently(run.settled, f"{fault} to begin")
+        run.settle()
         run.log(50)
-        run.logger.finish_timeout = 600.0  # from here on nothing waits for the network
+        run.logger.finish_timeout = 150.0  # from here on nothing waits for the network
         run.close()
         assert run.kept() == list(range(1, run.step + 1)), fault
         (line,) = run.said
         assert line.startswith("W&B cannot be reached (") and line.endswith(f"wandb sync {run.logger._folder}")
         assert "offline-run-" in run.logger._folder and Path(run.logger._folder).is_dir()
+
+
+@pytest.mark.parametrize("ends", ["never", "with SystemExit"])
+def test_a_service_that_does_not_end_as_it_should(
+    ends: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    """W&B's teardown may wait for its service without a bound, or raise SystemExit: the run is kept offline."""
+    called = threading.Event()
+
+    def teardown() -> None:
+        called.set()
+        if ends == "with SystemExit":
+            sys.exit(3)
+        threading.Event().wait()
+
+    def init(*, mode: str, **options: Any) -> Any:
+        if mode == "online":
+            raise OSError("no network")
+        return SimpleNamespace(define_metric=lambda *args, **options: None, settings=SimpleNamespace(sync_dir="here"))
+
+    monkeypatch.setattr("wandb.teardown", teardown)
+    monkeypatch.setattr("wandb.init", init)
+    leave = wandb_view.leave_service
+    monkeypatch.setattr(wandb_view, "leave_service", lambda: leave(0.2 if ends == "never" else 60))
+    said: list[tuple[str, str]] = []
+    run = {"id": "a", "dir": str(tmp_path), "config": {}}
+    start = time.monotonic()
+    wandb_view.begin({"run": run, "mode": "online", "pid": 1, "patience": 4}, lambda *message: said.append(message))
+    assert called.is_set() and time.monotonic() - start < 30
+    assert [kind for kind, _ in said] == ["folder", "say"]
+    assert said[1][1].startswith("W&B cannot be reached (OSError: no network). The run is kept offline")
+    assert not recwarn.list
+
+
+def test_a_start_that_holds_its_turn_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wandb_view, "LOCAL", 0.3)
+    with wandb_view.a_name_to_itself(tmp_path, "a"):
+        start = time.monotonic()
+        with wandb_view.a_name_to_itself(tmp_path, "a"):
+            assert 0.3 <= time.monotonic() - start < 30
 
 
 def test_a_network_that_is_lost_during_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,7 +204,7 @@ def test_a_server_that_answers_nonsense(tmp_path: Path, monkeypatch: pytest.Monk
     """W&B's service dies of it (a nil pointer in 0.31): not a word of its panic, one line of ours."""
     server = Server()
     run = Run(tmp_path / "run", monkeypatch, server.url, finish_timeout=30)
-    patiently(run.settled, "the run to begin")
+    run.settle()
     server.fault = "nonsense"
     run.log(50)
     assert run.close()
