@@ -12,8 +12,9 @@ LOCKED := $(PIP) --require-hashes --no-deps --no-build-isolation --requirement r
 demo: $(VENV)/.installed
 	$(BIN)/scoresde-train experiment=demo
 
+# A worker a core; one that has nothing left takes tests from another.
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
 lint: $(VENV)/.linters
 	$(BIN)/ruff check .

@@ -75,11 +75,17 @@ def process(name: str, *arguments: str, cwd: Path, **options: Any) -> subprocess
 
 
 def tree(folder: Path) -> dict[str, str]:
-    """Every file below `folder` with its SHA-256, every folder with none."""
-    return {
-        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
-        for path in folder.rglob("*")
-    }
+    """Every file below `folder` with its SHA-256, every link with its target, every folder with an empty string.
+
+    A link is not followed: W&B's leads to a log outside the folder, which its service may still be writing.
+    """
+
+    def content(path: Path) -> str:
+        if path.is_symlink():
+            return os.readlink(path)
+        return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
+
+    return {str(path.relative_to(folder)): content(path) for path in folder.rglob("*")}
 
 
 def weights(folder: Path) -> dict[str, Tensor]:

@@ -29,6 +29,7 @@ from scoresde.runs.checkpoint import (
     load,
     save,
 )
+from scoresde.train.trainer import Trainer
 
 ROOT = HERE.parents[1]
 STEPS, EVALUATE = 30, 10
@@ -130,8 +131,8 @@ def earlier_format() -> Result:
     The tolerance is 1e-5 of a loss: float32 sums of 8 samples in an order that another build of torch may choose, 6e-8
     each, grown by ten optimizer steps. A wrong moment, time or noise changes a loss by more than 1e-2.
     """
-    sys.path[:0] = [path for path in (str(ROOT / "tests"), str(ROOT / "tests" / "train")) if path not in sys.path]
-    from test_trainer import Rows, Trainer, training
+    sys.path[:0] = [path for path in (str(ROOT / "tests"),) if path not in sys.path]
+    from tiny_training import Rows, training
 
     expected = json.loads((ROOT / "tests" / "data" / "format-0.json").read_text(encoding="utf-8"))
     saved, run, kept = latest(ROOT / "tests" / "data" / "format-0"), training(seed=5), Rows()

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 import torch
 from commands import PLAIN, TINY, command
+from permissions import ordinary
 from PIL import Image
-from test_permissions import ordinary
 
 from scoresde.data import Arrays, EpochOrder
 

@@ -277,11 +277,15 @@ GOOD = idx_bytes(np.zeros((7, 5, 4)))
         (GOOD[:-1], ["truncated", "(7, 5, 4)", "140", "139"]),
         (GOOD + b"\x00", ["too long", "140"]),
         (gzip.compress(GOOD)[:-9], ["gzip", "truncated"]),
-        (gzip.compress(os.urandom(200))[:60] + b"x" * 40, ["train-images"]),
+        (gzip.compress(np.random.default_rng(0).bytes(200))[:60] + b"x" * 40, ["train-images"]),
         (idx_bytes(np.zeros((0, 5, 4))), ["(0, 5, 4)"]),
         (idx_bytes(np.zeros((6, 5, 4))), ["7 labels, expected 6"]),
     ],
-)
+    ids=[
+        "pointer", "empty", "picture", "float32", "one dimension", "no sizes", "cut", "too long", "cut gzip",
+        "damaged gzip", "no images", "labels without images",
+    ],
+)  # fmt: skip
 def test_a_bad_idx_file_is_refused_with_path_expected_and_found(idx_folder, content, words):
     (idx_folder / "train-images-idx3-ubyte").write_bytes(content)
     with pytest.raises(ValueError) as caught:

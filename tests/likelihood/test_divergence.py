@@ -197,7 +197,11 @@ def test_hutch_plus_plus_is_exact_for_a_diagonal_beside_its_basis() -> None:
     assert float(stderr.max()) < 1e-10
 
 
-@pytest.mark.parametrize("divergence", [Exact(2), Hutchinson(1), Hutchinson(2), HutchPlusPlus(1, 2)], ids=repr)
+@pytest.mark.parametrize(
+    "divergence",
+    [Exact(2), Hutchinson(1), Hutchinson(2), HutchPlusPlus(1, 2)],
+    ids=["exact", "one probe", "two probes", "hutch++"],
+)
 def test_rates_carry_gradients_when_asked(divergence) -> None:
     """d rates/dx against central differences, D = 3; without being asked nothing carries any."""
     field, x = draw((3,), n=2)

@@ -14,12 +14,12 @@ from pathlib import Path
 import pytest
 import torch
 from commands import PLAIN, TINY, command
+from permissions import NOBODY, ordinary
 
 from scoresde.evaluate.shards import Job, Shards
 from scoresde.runs.checkpoint import CheckpointError, latest, load, save
 
 QUICK = (*TINY, *PLAIN, "trainer.images=128", "evaluate_at_end=false")
-NOBODY = 65534
 
 
 @contextlib.contextmanager
@@ -29,19 +29,6 @@ def umask(mask: int) -> Iterator[None]:
         yield
     finally:
         os.umask(before)
-
-
-@contextlib.contextmanager
-def ordinary() -> Iterator[None]:
-    """As a user whom permissions bind: root, as tests in a container run, lays its rights down for a while."""
-    root = os.geteuid() == 0
-    if root:
-        os.seteuid(NOBODY)
-    try:
-        yield
-    finally:
-        if root:
-            os.seteuid(0)
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_trainer import Net
+from tiny_training import Net
 from together import together
 from torch import Tensor
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_trainer import training
+from tiny_training import training
 from torch import Tensor
 
 from scoresde import Rng

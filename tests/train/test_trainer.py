@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from oracles import closed_form_sdes
+from tiny_training import SAMPLES, Rows, training
 from torch import Tensor, nn
 
 from scoresde import (
     SDE,
-    VPSDE,
     DenoisingLoss,
     Eps,
     GaussianMixtureDenoiser,
@@ -27,25 +27,9 @@ from scoresde.evaluate.evaluation import held_out_loss
 from scoresde.losses.denoising import StratifiedTimes, Times
 from scoresde.nn import MLP
 from scoresde.runs.checkpoint import latest
-from scoresde.runs.logger import NullLogger
 from scoresde.train.ema import EMA
 from scoresde.train.state import Training
 from scoresde.train.trainer import Trainer, TrainingDiverged
-
-SAMPLES = 100
-
-
-class Net(nn.Module):
-    """Two layers with dropout between them, told c_noise, and a buffer that counts the calls in training."""
-
-    def __init__(self, dropout: float = 0.0):
-        super().__init__()
-        self.inlet, self.drop, self.outlet = nn.Linear(3, 16), nn.Dropout(dropout), nn.Linear(16, 2)
-        self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
-
-    def forward(self, x: Tensor, c_noise: Tensor, cond: Any = None) -> Tensor:
-        self.calls += int(self.training)
-        return self.outlet(self.drop(torch.tanh(self.inlet(torch.cat([x, c_noise[:, None]], 1)))))
 
 
 class FixedTimes(Times):
@@ -56,40 +40,8 @@ class FixedTimes(Times):
         return t, torch.ones_like(t)
 
 
-def training(
-    *, batch: int = 8, seed: int = 0, dropout: float = 0.0, autocast: str | None = None, optimizer: Any = None,
-    ramp: float | None = 0.05, **loss: Any,
-) -> Training:  # fmt: skip
-    torch.manual_seed(seed)
-    objective = DenoisingLoss(Preconditioned(Net(dropout), VPSDE(), Eps(), autocast=autocast), **loss)
-    x = torch.randn(SAMPLES, 2, generator=torch.Generator().manual_seed(0))
-    optimizer = torch.optim.AdamW(objective.parameters(), 1e-2, fused=True) if optimizer is None else optimizer
-    return Training(
-        objective,
-        optimizer(objective.parameters()) if callable(optimizer) else optimizer,
-        EMA(objective, half_life=100, ramp=ramp),
-        Dataset("normal", Split(x), Split(x), Scaling.identity()),
-        EpochOrder(SAMPLES, batch, 0),
-        Rng(seed),
-    )
-
-
 def sgd(lr: float) -> Callable[..., torch.optim.Optimizer]:
     return lambda parameters: torch.optim.SGD(parameters, lr, fused=True)
-
-
-class Rows(NullLogger):
-    """Keeps every row but the rate, which is a wall time."""
-
-    def __init__(self) -> None:
-        self.rows: list[dict[str, float]] = []
-
-    def log(self, values: Mapping[str, float], *, step: int, images: int) -> None:
-        kept = {name: value for name, value in values.items() if name != "train/imgs_per_s"}
-        self.rows.append({"step": step, "images": images, **kept})
-
-    def of(self, key: str) -> list[float]:
-        return [row[key] for row in self.rows if key in row]
 
 
 def bits(run: Training) -> dict[str, bytes]:
