@@ -26,6 +26,8 @@ _FOREIGN = ("torch.optim.Adam", "torch.optim.AdamW")
 # In run folders of before: modules, and single names, that have moved, and where they are now.
 _MOVED = {"scoresde.loss": "scoresde.losses", "scoresde.coupling": "scoresde.losses"}
 _MOVED_NAMES = {
+    "scoresde.loss.LogVariance": "scoresde.nn.LogVariance",
+    "scoresde.losses.LogVariance": "scoresde.nn.LogVariance",
     "scoresde.train.OdeLikelihood": "scoresde.evaluate.OdeLikelihood",
     "scoresde.train.WandbLogger": "scoresde.runs.WandbLogger",
     "scoresde.train.NullLogger": "scoresde.runs.NullLogger",

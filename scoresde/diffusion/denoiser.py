@@ -25,12 +25,15 @@ class Denoiser(nn.Module, abc.ABC):
         sde: the forward process the estimate is for.
 
     Attributes:
+        draws: whether samples can be drawn from it, as from every denoiser; a classifier has no noise to start from.
         data_mean, data_var: moments of the data (numbers, or tensors of the event shape) that the prior at t_max
             takes into account: p_T ≈ N(α_T mean, (α_T² var + σ_T²) I). 0 gives the usual N(0, σ_T² I).
         prior_evaluations: network calls of `prior_log_prob_given`.
         sigma_data: about the standard deviation of the data, > 0: the noise level at which solvers and grids expect
             noise to become data.
     """
+
+    draws = True
 
     def __init__(self, sde: SDE, sigma_data: float = 1.0):
         super().__init__()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -12,7 +11,8 @@ from ..broadcast import per_sample
 from ..diffusion.denoiser import Cond, default_noise_input
 from ..diffusion.sde import SDE
 from ..noise.rng import Rng
-from .denoising import LogSNRTimes, Terms, Times
+from .denoising import LogSNRTimes, Times
+from .loss import Loss, Terms, fresh
 
 
 class NoisyClassifier(nn.Module):
@@ -28,6 +28,8 @@ class NoisyClassifier(nn.Module):
     Raises:
         ValueError: sigma_data ≤ 0.
     """
+
+    draws = False  # see `Denoiser`
 
     def __init__(self, network: Callable[[Tensor, Tensor], Tensor], sde: SDE, *, sigma_data: float = 1.0):
         super().__init__()
@@ -50,7 +52,7 @@ class NoisyClassifier(nn.Module):
         return self.logits(x, t).log_softmax(1).gather(1, labels(y, len(x))[:, None])[:, 0]
 
 
-class ClassifierLoss(nn.Module):
+class ClassifierLoss(Loss):
     """Per-sample cross-entropy −log p(y | x_t) in nats, x_t = α x_0 + σ ε at drawn t; to be averaged by the caller.
 
     Its least mean is the conditional entropy of y at each noise level, reached by the exact posterior only (the
@@ -69,7 +71,7 @@ class ClassifierLoss(nn.Module):
         super().__init__()
         if not 0 <= smoothing < 1:
             raise ValueError(f"smoothing is a share in [0, 1); got {smoothing}.")
-        self.denoiser = classifier  # by the name that training and checkpoints know
+        self.denoiser = classifier
         self.times = LogSNRTimes() if times is None else times
         self.smoothing = float(smoothing)
         self.times.start(classifier.sde)
@@ -79,27 +81,23 @@ class ClassifierLoss(nn.Module):
         """What is trained."""
         return self.denoiser
 
-    def forward(self, x0: Tensor, y: Cond, *, rng: Rng | None = None) -> Tensor:
-        """`terms(…).objective`, to be minimised."""
-        return self.terms(x0, y, rng=rng).objective
-
-    def terms(self, x0: Tensor, y: Cond, *, rng: Rng | None = None) -> Terms:
-        """Of samples `x0` (B, *event) with labels y (B,), 0 … K − 1; without `rng` by torch's global generator."""
-        loss, t, _, _ = self._asked(x0, y, rng)
+    def terms(self, x0: Tensor, cond: Cond = None, *, rng: Rng | None = None) -> Terms:
+        """The terms of samples x0 (B, *event) with labels (B,), 0 … K − 1; without `rng` the noise is `fresh`."""
+        loss, t, _, _ = self._answers(x0, cond, rng)
         return Terms(loss, loss, t)
 
-    def measured(self, x0: Tensor, y: Cond, *, rng: Rng | None = None) -> dict[str, Tensor]:
+    def measured(self, x0: Tensor, cond: Cond = None, *, rng: Rng | None = None) -> dict[str, Tensor]:
         """What is reported of held-out samples, (B,) each: "loss", and "accuracy", 1 where the label is likeliest."""
-        loss, _, logits, label = self._asked(x0, y, rng)
+        loss, _, logits, label = self._answers(x0, cond, rng)
         return {"loss": loss, "accuracy": (logits.argmax(1) == label).to(loss.dtype)}
 
-    def _asked(self, x0: Tensor, y: Cond, rng: Rng | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _answers(self, x0: Tensor, cond: Cond, rng: Rng | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(cross-entropy, drawn times, logits, labels)."""
-        rng = Rng(int(torch.randint(2**31, ()))) if rng is None else rng
+        rng = fresh() if rng is None else rng
         sde = self.classifier.sde
         t, _ = self.times.sample(sde, len(x0), rng, x0.device)
         x = sde.perturb(x0, t, rng.normal_like(x0))
-        logits, label = self.classifier.logits(x, t), labels(y, len(x0))
+        logits, label = self.classifier.logits(x, t), labels(cond, len(x0))
         loss = F.cross_entropy(logits, label, reduction="none", label_smoothing=self.smoothing)
         return loss, t, logits, label
 

@@ -7,17 +7,16 @@ a *coupling* which noise goes with which data. The training cut-off is the time 
 from __future__ import annotations
 
 import abc
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..diffusion.denoiser import Cond, Denoiser
 from ..diffusion.sde import SDE
-from ..nn.embedding import FourierEmbedding
 from ..noise.rng import Rng
 from ..ops import dsm_loss
 from .coupling import Coupling, Independent
+from .loss import Loss, Terms, fresh
 
 
 class Times(abc.ABC):
@@ -161,43 +160,7 @@ class MinSNR(Weighting):
         return (self.gamma * (-sde.log_snr(t)).exp()).clamp(max=1.0)
 
 
-class LogVariance(nn.Module):
-    r"""u(λ), a learned logarithm of the mean loss at log-SNR λ, linear in Fourier features (Karras et al. 2024, EDM2).
-
-    Minimising loss·e^{−u} + u makes u = log E[loss | λ], and so counts errors relative to what is usual at their noise
-    level (EDM2, eq. 14–16; Kendall et al. 2018, eq. 7). It starts at u = 0, where the objective is the loss.
-
-    Args:
-        channels: number of features of c_noise = −λ/8, even, ≥ 2.
-    """
-
-    def __init__(self, channels: int = 128):
-        super().__init__()
-        self.features = FourierEmbedding(channels)
-        self.linear = nn.Linear(channels, 1)
-        nn.init.zeros_(self.linear.weight)
-        nn.init.zeros_(self.linear.bias)
-
-    def forward(self, log_snr: Tensor) -> Tensor:
-        """u (B,) of λ (B,)."""
-        return self.linear(self.features(-log_snr / 8).to(self.linear.weight.dtype)).squeeze(1)
-
-
-class Terms(NamedTuple):
-    """What a loss makes of a batch.
-
-    Attributes:
-        objective: (B,), to be minimised: the loss, or loss·e^{−u} + u where the weighting is learned.
-        loss: (B,), the weighted error, to be reported.
-        t: (B,), the times drawn.
-    """
-
-    objective: Tensor
-    loss: Tensor
-    t: Tensor
-
-
-class DenoisingLoss(nn.Module):
+class DenoisingLoss(Loss):
     """Per-sample loss w(t) ‖ε̂(x_t, t) − ε‖²/D, to be averaged by the caller.
 
     With `Likelihood` the mean over t and ε is in nats; with the others it is a mean square per dimension.
@@ -207,9 +170,9 @@ class DenoisingLoss(nn.Module):
         times: time sampler.
         weighting: weight of the error.
         coupling: noise for data.
-        uncertainty: u(λ), for a weighting that is learned: the objective is then loss·e^{−u} + u. Where its minimum
-            is reached, `weighting` and importance cancel, and what a noise level counts is how often `times` draw it.
-            Its parameters are trained with the denoiser's. None: the weighting as it is.
+        uncertainty: u(λ) (B,) of λ (B,), such as `nn.LogVariance`, for a learned weighting: the objective is then
+            loss·e^{−u} + u. At its minimum `weighting` and importance cancel, and a noise level counts as often as
+            `times` draw it. Its parameters are trained with the denoiser's. None: `weighting` alone.
     """
 
     def __init__(
@@ -218,7 +181,7 @@ class DenoisingLoss(nn.Module):
         times: Times | None = None,
         weighting: Weighting | None = None,
         coupling: Coupling | None = None,
-        uncertainty: LogVariance | None = None,
+        uncertainty: nn.Module | None = None,
     ):
         super().__init__()
         self.denoiser = denoiser
@@ -228,13 +191,8 @@ class DenoisingLoss(nn.Module):
         self.uncertainty = uncertainty
         self.times.start(denoiser.sde)
 
-    def forward(self, x0: Tensor, cond: Cond = None, *, rng: Rng | None = None) -> Tensor:
-        """`terms(…).objective`, to be minimised."""
-        return self.terms(x0, cond, rng=rng).objective
-
     def terms(self, x0: Tensor, cond: Cond = None, *, rng: Rng | None = None) -> Terms:
-        """Of samples `x0` (B, *event), in their dtype; without `rng` the noise follows torch's global generator."""
-        rng = Rng(int(torch.randint(2**31, ()))) if rng is None else rng  # a fixed seed would repeat the same noise
+        rng = fresh() if rng is None else rng
         sde = self.denoiser.sde
         t, importance = self.times.sample(sde, x0.shape[0], rng, x0.device)
         x0, eps = self.coupling(x0, rng)

@@ -4,11 +4,21 @@ from .classifier import Classifier
 from .conditioning import Conditioning
 from .conditions import Cond, Conditions
 from .embedding import FourierEmbedding, SinusoidalEmbedding
+from .log_variance import LogVariance
 from .mlp import MLP
 from .resample import Downsample, Upsample
 from .unet import UNet
 
 __all__ = [
-    "MLP", "Classifier", "Cond", "Conditioning", "Conditions", "Downsample", "FourierEmbedding", "SinusoidalEmbedding",
-    "UNet", "Upsample",
-]  # fmt: skip
+    "MLP",
+    "Classifier",
+    "Cond",
+    "Conditioning",
+    "Conditions",
+    "Downsample",
+    "FourierEmbedding",
+    "LogVariance",
+    "SinusoidalEmbedding",
+    "UNet",
+    "Upsample",
+]

@@ -104,7 +104,7 @@ def build_denoiser(config: Mapping[str, Any], dataset: Dataset, allow: Sequence[
 
 def draws(denoiser: Denoiser) -> bool:
     """Whether samples can be drawn from it: a classifier has no noise to start from."""
-    return hasattr(denoiser, "prior_sample")
+    return denoiser.draws
 
 
 def check_classifier(config: Mapping[str, Any], allow: Sequence[str]) -> None:

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..losses.denoising import DenoisingLoss, Terms
+from ..losses.denoising import DenoisingLoss
+from ..losses.loss import Terms
 from .ema import Average
 from .slices import gathered, load
 from .world import World

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from ..data import Dataset, EpochOrder
 from ..diffusion.denoiser import Cond
-from ..losses.denoising import DenoisingLoss, Terms
+from ..losses.denoising import DenoisingLoss
+from ..losses.loss import Terms
 from ..noise.rng import Rng
 from ..runs.checkpoint import Checkpoint, CheckpointError
 from ..runs.posthoc import write_snapshot

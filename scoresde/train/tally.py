@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..diffusion.sde import SDE
-from ..losses.denoising import Terms
+from ..losses.loss import Terms
 from .world import Alone, World
 
 BINS = 4

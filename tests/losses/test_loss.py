@@ -28,7 +28,6 @@ from scoresde.losses.denoising import (
     Likelihood,
     LogNormalTimes,
     LogSNRTimes,
-    LogVariance,
     MinSNR,
     Simple,
     StratifiedTimes,
@@ -36,6 +35,7 @@ from scoresde.losses.denoising import (
     UniformTimes,
     Weighting,
 )
+from scoresde.nn import LogVariance
 
 ALL = all_sdes()
 each_sde = pytest.mark.parametrize("sde", ALL.values(), ids=ALL.keys())

@@ -16,8 +16,8 @@ from scoresde import VPSDE, DenoisingLoss, Eps, Preconditioned, Rng
 from scoresde.codecs import Scaling
 from scoresde.data import Dataset, EpochOrder, Split
 from scoresde.losses.coupling import Coupling, Independent, OptimalTransport
-from scoresde.losses.denoising import LogSNRTimes, LogVariance, StratifiedTimes, Times, UniformTimes
-from scoresde.nn import UNet
+from scoresde.losses.denoising import LogSNRTimes, StratifiedTimes, Times, UniformTimes
+from scoresde.nn import LogVariance, UNet
 from scoresde.runs.checkpoint import latest, save
 from scoresde.train.ema import EMA, PowerEMA
 from scoresde.train.parallel import Single, spread_over

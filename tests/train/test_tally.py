@@ -12,7 +12,7 @@ from together import together
 from torch import Tensor
 
 from scoresde import VPSDE, RectifiedFlow
-from scoresde.losses.denoising import Terms
+from scoresde.losses.loss import Terms
 from scoresde.train.tally import BINS, Tally
 from scoresde.train.world import World, join
 
