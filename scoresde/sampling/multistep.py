@@ -1,48 +1,26 @@
 r"""Multistep methods: one network call per step, and a polynomial through the values it gave before.
 
-The reverse family dx = [f x − ½(1 + η²) g² score] dt + η g dw has the law of the forward process for every η ≥ 0. In
-y = x/α, ς = σ/α it reads dy = (1 + η²) ε̂ dς with noise of variance 2η²ς |dς|. Of the model a Gaussian of standard
-deviation c is taken as known: with q = c²/(1 + c²), D = q + (1 − q) ς² and M = α√D,
-
-    V = [(1 − q) σ x̂_0 − q α ε̂]/M
-
-is what is left to predict, and everything else is solved exactly:
-
-    x_s = (M_s/M_t)(D_s/D_t)^{η²/2} x_t + (1 + η²) α_s ∫_{ς_s}^{ς_t} (D_s/D)^{(1 + η²)/2} D^{−½} V dς + std z,
-    std² = M_s² [1 − (D_s/D_t)^{η²}]/(1 − q).
-
-c = 0 is data prediction, V = x̂_0 (DPM-Solver++, UniPC, SA-Solver); c = ∞ noise prediction, V = −ε̂ (DEIS, iPNDM); and
-c = σ_data has V = 0 on Gaussian data of that spread, so that only what is not Gaussian has to be integrated.
+`weights.py` has the formulas, and derives DPM-Solver++ 2M from them; here is what a step remembers, and in which order
+it predicts and corrects.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from ..diffusion.denoiser import Cond, Denoiser
-from ..diffusion.prediction import Prediction
-from ..diffusion.sde import SDE
 from ..noise.rng import Rng
-from ..ode import lagrange
 from ..ops import lincomb
 from .sampler import State, Step
+from .weights import Knot, carry, knots, published, weights
 
 Term = tuple[Tensor | float, Any]
 """A coefficient and the tensor, or the noise, that it multiplies."""
-
-
-class Knot(NamedTuple):
-    """A time of the grid, as steps see it; entries are () or (B,)."""
-
-    alpha: Tensor
-    sigma: Tensor
-    level: Tensor  # ℓ = log(α/σ), which rises towards the data
-    norm: Tensor  # M = √(q α² + (1 − q) σ²)
 
 
 class History(NamedTuple):
@@ -51,7 +29,7 @@ class History(NamedTuple):
     Attributes:
         base: the last step's x_s without its integral, (B, *event), for a corrector to add it again; else None.
         knots: the times of the values, the latest first.
-        values: V there, (B, *event) each; for c = ∞ it is ε̂ = −V, which need not be copied.
+        values: V there, (B, *event) each.
         origin: where the first step began, as long as steps are corrected from there; then None.
     """
 
@@ -62,7 +40,7 @@ class History(NamedTuple):
 
 
 class Multistep(Step):
-    r"""A step by the formulas of this module; the named methods below are choices of its arguments.
+    r"""A step by the formulas of `weights.py`; the named methods below are choices of its arguments.
 
     The predictor integrates the polynomial through the last `order` values. With a corrector the step before is done
     again when its end has been evaluated, with that value among its nodes, at no cost (PEC). The first steps have fewer
@@ -124,104 +102,55 @@ class Multistep(Step):
     def __call__(
         self, denoiser: Denoiser, x: Tensor, t: Tensor, s: Tensor, state: State, *, cond: Cond, rng: Rng
     ) -> tuple[Tensor, State]:
-        share = self._share(denoiser)
-        both = knot(denoiser.sde, torch.stack([t, s]), share)
-        here, there = (Knot(*part) for part in zip(*(value.unbind() for value in both), strict=True))
-        knots: tuple[Knot, ...] = (here,)
-        values: tuple[Tensor, ...] = (self._value(denoiser(x, t, cond), here, share),)
+        here, there = knots(denoiser.sde, torch.stack([t, s]), self.q(denoiser))
+        past: tuple[Knot, ...] = (here,)
+        values: tuple[Tensor, ...] = (here.value(denoiser(x, t, cond)),)
         origin = x
         if state is not None:
-            knots, values, origin = knots + state.knots, values + state.values, state.origin
+            past, values, origin = past + state.knots, values + state.values, state.origin
             if origin is not None:
-                whole = self._carry(origin, knots[-1], here, share, rng)
-                x = self._integrate(*whole, here, knots, values, len(values) - 1, share)
+                x = self._integrate(*self.carried(origin, past[-1], here, rng), here, past, values, len(values) - 1)
                 if self.order > 3 and len(values) == 2:
-                    values = (self._value(denoiser(x, t, cond), here, share), *state.values)
+                    values = (here.value(denoiser(x, t, cond)), *state.values)
             elif self.corrector:
-                x = self._integrate((1.0, state.base), None, here, knots[: self.corrector], values, 1, share)
-        carried, base = self._carry(x, here, there, share, rng), None
+                x = self._integrate((1.0, state.base), None, here, past[: self.corrector], values, 1)
+        carried, base = self.carried(x, here, there, rng), None
         if self.corrector:
             base = lincomb((carried[0],), carried[1])
             carried = (1.0, base), None
-        x = self._integrate(*carried, there, knots[: self.nodes], values, 0, share)
+        x = self._integrate(*carried, there, past[: self.nodes], values, 0)
         keep = max(self.nodes, self.corrector, 2) - 1
         starting = self.eta == 0 and len(values) < self.order - 1
-        return x, History(base, knots[:keep], values[:keep], origin if starting else None)
+        return x, History(base, past[:keep], values[:keep], origin if starting else None)
+
+    def q(self, denoiser: Denoiser) -> float:
+        """q = c²/(1 + c²), 0 for data and 1 for noise prediction."""
+        c = denoiser.sigma_data if self.sigma_data is None else self.sigma_data
+        return 1.0 if c == math.inf else c * c / (1 + c * c)
+
+    def carried(self, x: Tensor, start: Knot, end: Knot, rng: Rng) -> tuple[Term, Term | None]:
+        """x at `end` without the integral: what the known Gaussian makes of x at `start`, and the noise."""
+        if self.eta == 0:
+            return (end.norm / start.norm, x), None
+        scale, std = carry(start, end, self._noise(start))
+        return (scale, x), (std, rng.noise(x))
 
     def _noise(self, start: Knot) -> Tensor | float:
         """η of the step that begins at `start`."""
         return self.eta
 
-    def _share(self, denoiser: Denoiser) -> float:
-        """q = c²/(1 + c²)."""
-        c = denoiser.sigma_data if self.sigma_data is None else self.sigma_data
-        return 1.0 if c == math.inf else c * c / (1 + c * c)
-
-    def _value(self, p: Prediction, here: Knot, share: float) -> Tensor:
-        if share in (0, 1):
-            return p.eps if share else p.x0
-        return lincomb((((1 - share) * here.sigma / here.norm, p.x0), (-share * here.alpha / here.norm, p.eps)))
-
-    def _carry(self, x: Tensor, here: Knot, there: Knot, share: float, rng: Rng) -> tuple[Term, Term | None]:
-        """x_s without the integral: what the known Gaussian makes of x_t, and the noise."""
-        ratio = there.norm / here.norm
-        if self.eta == 0:
-            return (ratio, x), None
-        eta = self._noise(here)
-        shrunk = (ratio * here.alpha / there.alpha) ** (2 * eta**2)  # (D_s/D_t)^{η²}
-        gap = torch.exp(-2 * here.level) - torch.exp(-2 * there.level)  # ς_t² − ς_s²
-        lost = (1 - shrunk) / (1 - share) if share < 1 else eta**2 * gap
-        return (ratio * shrunk.sqrt(), x), (there.norm * lost.clamp(min=0).sqrt(), rng.noise(x))
-
     def _integrate(
-        self,
-        base: Term,
-        noise: Term | None,
-        end: Knot,
-        knots: tuple[Knot, ...],
-        values: tuple[Tensor, ...],
-        start: int,
-        share: float,
+        self, base: Term, noise: Term | None, end: Knot, past: Sequence[Knot], values: Sequence[Tensor], at: int
     ) -> Tensor:
-        """`base` and the integral, from knot number `start` to `end`, of the polynomial through the values there."""
-        weights = self._weights([one.level for one in knots], knots[start], end, start, share)
-        return lincomb((base, *zip(weights, values, strict=False)), noise)
+        """`base` and the integral, from knot number `at` to `end`, of the polynomial through the values there."""
+        factors = self._weights([knot.level for knot in past], past[at], end, at)
+        return lincomb((base, *zip(factors, values, strict=False)), noise)
 
-    def _weights(self, levels: list[Tensor], start: Knot, end: Knot, at: int, share: float) -> tuple[Tensor, ...]:
-        r"""(1 + η²) M_s ∫ (D_s/D)^{η²/2} ς/D L_i dℓ of the Lagrange polynomials L_i on `levels`.
-
-        `at` says which of the nodes is the start of the step. The sign is that of `values`.
-        """
-        eta, h = self._noise(start), end.level - start.level
-        if share == 0 and self.slope != "exact" and self.order < 4 and len(levels) <= 2:
-            kappa = 1 + eta**2
-            whole = end.alpha * -torch.expm1(-kappa * h)
-            if len(levels) == 1:
-                return (whole,)
-            line = 0.5 * (kappa * h * end.alpha if self.slope == "bh1" else whole) * h / (levels[0] - levels[1])
-            return (line, whole - line) if at else (whole + line, -line)
-        nodes, quadrature = (row.to(h) for row in _GAUSS)
-        u = start.level[..., None] + h[..., None] * nodes
-        ratio = torch.exp(-u)
-        d = share + (1 - share) * ratio**2 if share < 1 else torch.ones_like(ratio)
-        kernel = ratio / d * quadrature
-        if self.eta > 0:
-            eta = eta[..., None] if isinstance(eta, Tensor) else eta
-            kernel = (1 + eta**2) * kernel * ((end.norm / end.alpha)[..., None] / d.sqrt()) ** eta**2
-        knots = torch.stack(levels, -1)
-        if self.angle and 0 < share < 1:
-            c = math.sqrt(share / (1 - share))
-            knots, u = torch.atan(torch.exp(-knots) / c), torch.atan(ratio / c)
-        scale = -h * end.norm if share == 1 else h * end.norm
-        return (scale[..., None] * (lagrange(knots, u) * kernel[..., None, :]).sum(-1)).unbind(-1)
-
-
-def knot(sde: SDE, t: Tensor, share: float) -> Knot:
-    """What a step needs of times `t` of any shape, for q = `share`."""
-    alpha, sigma = sde.marginal(t)
-    mixed = 0 < share < 1
-    norm = (share * alpha**2 + (1 - share) * sigma**2).sqrt() if mixed else (sigma, alpha)[int(share)]
-    return Knot(alpha, sigma, (alpha / sigma).log(), norm)
+    def _weights(self, levels: list[Tensor], start: Knot, end: Knot, at: int) -> tuple[Tensor, ...]:
+        eta = self._noise(start) if self.eta > 0 else 0.0
+        if start.is_pure_x0 and self.slope != "exact" and self.order < 4 and len(levels) <= 2:
+            return published(levels, start, end, eta, latest=at == 0, slope=self.slope)
+        return weights(levels, start, end, eta, angle=self.angle)
 
 
 class DPMSolverPP(Multistep):
@@ -309,7 +238,7 @@ class IPNDM(Multistep):
         super().__init__(order, sigma_data=math.inf)
         self.order = float(min(order, 2))
 
-    def _weights(self, levels: list[Tensor], start: Knot, end: Knot, at: int, share: float) -> tuple[Tensor, ...]:
+    def _weights(self, levels: list[Tensor], start: Knot, end: Knot, at: int) -> tuple[Tensor, ...]:
         width = end.sigma - end.alpha / start.alpha * start.sigma
         return tuple(width * number for number in _ADAMS_BASHFORTH[len(levels) - 1])
 
@@ -344,8 +273,4 @@ def _check_order(step: Multistep, order: int, highest: int) -> None:
         raise ValueError(f"{type(step).__name__} has orders 1 to {highest}; got {order!r}.")
 
 
-_GAUSS = tuple(
-    torch.from_numpy(0.5 * row + shift)
-    for row, shift in zip(np.polynomial.legendre.leggauss(32), (0.5, 0.0), strict=True)
-)
 _ADAMS_BASHFORTH = ((1.0,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24))

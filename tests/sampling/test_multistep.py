@@ -32,7 +32,7 @@ from scoresde import (
 )
 from scoresde.diffusion.denoiser import CountingDenoiser
 from scoresde.ops import lincomb
-from scoresde.sampling.multistep import knot
+from scoresde.sampling.weights import knots
 
 SDES = {name: sde for name, sde in closed_form_sdes().items() if name in ("vp", "ve", "edm", "flow")}
 each_sde = pytest.mark.parametrize("name", SDES)
@@ -197,9 +197,9 @@ def test_strong_order_on_one_brownian_path(name, step) -> None:
     errors = []
     for n in (100, 200):
         coarse, fine, times = affine(step, denoiser, n), affine(step, denoiser, 2 * n), grid(sde, 2 * n)
-        x, share = torch.ones(2 * n, 1, dtype=torch.float64), step._share(denoiser)
-        here, there = knot(sde, times[:-1], share), knot(sde, times[1:], share)
-        terms = (step._carry(v * x, here, there, share, Fixed(1.0 - v)) for v in (1.0, 0.0))
+        x = torch.ones(2 * n, 1, dtype=torch.float64)
+        here, there = knots(sde, torch.stack([times[:-1], times[1:]]), step.q(denoiser))
+        terms = (step.carried(v * x, here, there, Fixed(1.0 - v)) for v in (1.0, 0.0))
         a, std = (lincomb((moved,), noise)[:, 0] for moved, noise in terms)
         carried = torch.stack([a[1::2] * std[::2], std[1::2]], 1)
         weights = (carried / carried.square().sum(1, keepdim=True).sqrt()).reshape(-1)
