@@ -40,7 +40,7 @@ class History(NamedTuple):
 
 
 class Multistep(Step):
-    r"""A step by the formulas of `weights.py`; the named methods below are choices of its arguments.
+    r"""Any multistep method of `weights.py`; the named methods below are choices of its arguments.
 
     The predictor integrates the polynomial through the last `order` values. With a corrector the step before is done
     again when its end has been evaluated, with that value among its nodes, at no cost (PEC). The first steps have fewer

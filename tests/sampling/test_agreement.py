@@ -59,7 +59,8 @@ from scoresde import (
     V,
 )
 from scoresde.ops import lincomb
-from scoresde.sampling.multistep import History, knot
+from scoresde.sampling.multistep import History
+from scoresde.sampling.weights import knots
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:diffusers")  # numpy on torch tensors
 STEPS, SEED = 8, 7
@@ -239,13 +240,12 @@ def test_third_order_methods_once_they_have_their_values(step, make) -> None:
 def remembered(step: Multistep, scheduler, states: list[Tensor], times: Tensor, k: int) -> History:
     """diffusers' memory before its call number k, in our terms: the values before it, and the last step's base."""
     sde = table(scheduler)
-    share = step._share(preserving(sde))
-    knots = tuple(knot(sde, times[k - 1 - back], share) for back in range(3))
+    here, *past = knots(sde, times[[k, k - 1, k - 2, k - 3]], step.q(preserving(sde)))
     values = tuple(scheduler.model_outputs[-1 - back] for back in range(3))
     before = scheduler.last_sample if step.corrector else states[k - 1]
-    carried, noise = step._carry(before, knots[0], knot(sde, times[k], share), share, TheirNoise(SEED))
+    carried, noise = step.carried(before, past[0], here, TheirNoise(SEED))
     base = lincomb((carried,), noise)
-    return History(base, knots, values, None)
+    return History(base, tuple(past), values, None)
 
 
 def missing_curvature(denoiser: Preconditioned, states: list[Tensor], times: Tensor) -> Tensor:
