@@ -31,7 +31,7 @@ from scoresde.codecs import Scaling
 from scoresde.data import Dataset, EpochOrder, Split
 from scoresde.losses.denoising import StratifiedTimes
 from scoresde.train.ema import EMA
-from scoresde.train.state import Training
+from scoresde.train.state import TrainingState
 from scoresde.train.trainer import Trainer
 
 Step = Callable[[], Any]
@@ -171,7 +171,7 @@ def smalldiffusion(network: nn.Module, batch: Callable[[], Tensor]) -> Step:
 def training(
     network: nn.Module, dataset: Dataset, size: int, *, autocast: str | None = None, channels_last: bool = False,
     compiled: bool = False,
-) -> Training:  # fmt: skip
+) -> TrainingState:  # fmt: skip
     """As `scoresde-train` makes one."""
     denoiser = S.Preconditioned(network, S.VPSDE(), S.EDM(sigma_data=1.0), autocast=autocast)
     loss = S.DenoisingLoss(denoiser, StratifiedTimes())
@@ -181,7 +181,7 @@ def training(
     if compiled:
         network.compile()
     optimizer = torch.optim.AdamW(loss.parameters(), lr=1e-3, fused=True)
-    return Training(loss, optimizer, average, dataset, EpochOrder(len(dataset.train), size, 0), S.Rng(0))
+    return TrainingState(loss, optimizer, average, dataset, EpochOrder(len(dataset.train), size, 0), S.Rng(0))
 
 
 def ours(network: nn.Module, dataset: Dataset, size: int, **how: Any) -> Step:
@@ -312,7 +312,7 @@ def rate(rank: int, world: int, port: int, size: int, rounds: int, out: Any) -> 
     average = EMA(loss)
     parallel = spread_over(together, loss, average)
     optimizer = torch.optim.AdamW(loss.parameters(), lr=1e-3, fused=True)
-    run = Training(
+    run = TrainingState(
         loss, optimizer, average, dataset, EpochOrder(len(dataset.train), size, 0), S.Rng(0), world=together,
         parallel=parallel,
     )  # fmt: skip

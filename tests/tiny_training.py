@@ -13,7 +13,7 @@ from scoresde.codecs import Scaling
 from scoresde.data import Dataset, EpochOrder, Split
 from scoresde.runs.logger import NullLogger
 from scoresde.train.ema import EMA
-from scoresde.train.state import Training
+from scoresde.train.state import TrainingState
 
 SAMPLES = 100
 
@@ -34,13 +34,13 @@ class Net(nn.Module):
 def training(
     *, batch: int = 8, seed: int = 0, dropout: float = 0.0, autocast: str | None = None, optimizer: Any = None,
     ramp: float | None = 0.05, **loss: Any,
-) -> Training:  # fmt: skip
+) -> TrainingState:  # fmt: skip
     """Two layers on 100 points of the plane, AdamW, an average."""
     torch.manual_seed(seed)
     objective = DenoisingLoss(Preconditioned(Net(dropout), VPSDE(), Eps(), autocast=autocast), **loss)
     x = torch.randn(SAMPLES, 2, generator=torch.Generator().manual_seed(0))
     optimizer = torch.optim.AdamW(objective.parameters(), 1e-2, fused=True) if optimizer is None else optimizer
-    return Training(
+    return TrainingState(
         objective,
         optimizer(objective.parameters()) if callable(optimizer) else optimizer,
         EMA(objective, half_life=100, ramp=ramp),

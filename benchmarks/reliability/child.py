@@ -42,7 +42,7 @@ from scoresde.runs.logger import (  # noqa: E402
 )
 from scoresde.train.ema import EMA, PowerEMA  # noqa: E402
 from scoresde.train.signals import Signals  # noqa: E402
-from scoresde.train.state import Training  # noqa: E402
+from scoresde.train.state import TrainingState  # noqa: E402
 from scoresde.train.trainer import Trainer  # noqa: E402
 
 SAMPLES, BATCH = 200, 16  # 12 batches and 8 samples left over in an epoch
@@ -89,7 +89,7 @@ class Job:
         return dataclasses.replace(self, **changes)
 
 
-def build(job: Job) -> tuple[Trainer, Training]:
+def build(job: Job) -> tuple[Trainer, TrainingState]:
     """Everything of a run. Length and intervals are in steps here and in images there."""
     torch.manual_seed(job.seed)
     g = torch.Generator().manual_seed(1)
@@ -108,14 +108,14 @@ def build(job: Job) -> tuple[Trainer, Training]:
         "log_every": images, "evaluate_every": images * job.evaluate, "checkpoint_every": images * job.every,
         **job.trainer,
     })  # fmt: skip
-    training = Training(
+    training = TrainingState(
         loss, torch.optim.AdamW(loss.parameters(), 2e-3, fused=True), ema,
         Dataset("random", Split(raw), Split(raw[:32]), scaling), EpochOrder(SAMPLES, BATCH, 0), Rng(job.seed),
     )  # fmt: skip
     return trainer, training
 
 
-def score(run: Training) -> float:
+def score(run: TrainingState) -> float:
     """Up and down, from the number of images alone: which checkpoint is best is known, and seldom the newest."""
     return (run.images * 7919 % 1009) / 1009
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from scoresde.losses.denoising import Terms
 from scoresde.runs.checkpoint import latest
 from scoresde.runs.logger import NullLogger
-from scoresde.train.state import Training
+from scoresde.train.state import TrainingState
 from scoresde.train.trainer import Trainer, TrainingDiverged
 from scoresde.train.world import Alone, World, join
 
@@ -82,7 +82,7 @@ class _Spoil(torch.autograd.Function):
         return spoiled, None
 
 
-def inject(case: Case, run: Training) -> None:
+def inject(case: Case, run: TrainingState) -> None:
     """Puts the fault where it belongs."""
     calls = 0
 
@@ -145,10 +145,10 @@ def meet(case: Case, world: World, folder: Path) -> Seen:
     )  # fmt: skip
     inject(case, run)
 
-    def look(run: Training) -> None:
+    def look(run: TrainingState) -> None:
         seen.digests.append(digest(run.tensors()))
         seen.images.append(run.images)
-        seen.blame = run.averages().blame or seen.blame
+        seen.blame = run.tally.averages().blame or seen.blame
 
     try:
         trainer.fit(run, logger=_Rows(seen.rows), folder=folder, snapshot=look)

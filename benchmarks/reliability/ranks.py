@@ -52,11 +52,11 @@ class Fault:
 
 # place -> (object, attribute, number of the call); a call to an exchange is made before the fault
 PLACES: dict[str, tuple[str, str, int]] = {
-    "a step": ("scoresde.train.state:Training", "batch", 5),
+    "a step": ("scoresde.train.state:TrainingState", "batch", 5),
     "an exchange": ("torch.distributed.algorithms.ddp_comm_hooks.default_hooks", "allreduce_hook", 5),
-    "a gathering": ("scoresde.train.state:Training", "tensors", 2),
+    "a gathering": ("scoresde.train.state:TrainingState", "tensors", 2),
     "a save": ("safetensors.torch", "save_file", 6),
-    "a load": ("scoresde.train.state:Training", "restore", 1),
+    "a load": ("scoresde.train.state:TrainingState", "restore", 1),
     "an evaluation": ("scoresde.cli.train", "measure", 1),
 }
 

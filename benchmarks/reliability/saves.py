@@ -15,12 +15,12 @@ from result import Result
 
 from scoresde.runs.checkpoint import Checkpoint, CheckpointError, latest, load
 from scoresde.train.saver import Saver
-from scoresde.train.state import Training
+from scoresde.train.state import TrainingState
 
 RECORDS: dict[str, Any] = {"config": {}}
 
 
-def everything(run: Training) -> Iterator[torch.Tensor]:
+def everything(run: TrainingState) -> Iterator[torch.Tensor]:
     """Weights, averages, moments and sums, in place."""
     for module in (run.loss, *run.ema.shadows.values()):
         yield from (*module.parameters(), *module.buffers())
@@ -29,7 +29,7 @@ def everything(run: Training) -> Iterator[torch.Tensor]:
     yield run.tally.sums
 
 
-def fill(run: Training, step: int) -> None:
+def fill(run: TrainingState, step: int) -> None:
     """Every number of the run becomes `step`."""
     with torch.no_grad():
         for tensor in everything(run):
@@ -53,7 +53,7 @@ def mixed(count: int, scratch: Path) -> Result:
         fill(run, step)
         saver.save(step, run.tensors(), {**run.records(), **RECORDS})
         fill(run, -step)  # at once
-        inside += saver._thread is not None and saver._thread.is_alive()
+        inside += saver._pending is not None and not saver._pending.done()
     saver.close()
     for step in range(1, count + 1):
         found = steps_in(load(scratch / f"step-{step:08d}"))
@@ -98,8 +98,8 @@ def told(scratch: Path, error: BaseException, go_on: bool, how: str) -> list[str
     raising = mock.patch("safetensors.torch.save_file", side_effect=error)
     with raising:
         saver.save(2, groups, records)
-        if saver._thread is not None:
-            saver._thread.join()
+        if saver._pending is not None:
+            saver._pending.exception()
     calls: dict[str, Callable[[], None]] = {
         "check": saver.check, "save": lambda: saver.save(3, groups, records), "close": saver.close
     }  # fmt: skip

@@ -15,7 +15,7 @@ from scoresde.data import Dataset, EpochOrder, Split
 from scoresde.nn import MLP
 from scoresde.train.ema import EMA
 from scoresde.train.parallel import spread_over
-from scoresde.train.state import Training
+from scoresde.train.state import TrainingState
 from scoresde.train.world import World
 
 # `together` starts processes for tests and campaigns alike
@@ -24,7 +24,9 @@ sys.path.append(str(Path(__file__).resolve().parents[2] / "tests"))
 CPU = torch.device("cpu")
 
 
-def training(world: World, how: str = "ddp", *, samples: int = 100, batch: int = 8, drop_last: bool = True) -> Training:
+def training(
+    world: World, how: str = "ddp", *, samples: int = 100, batch: int = 8, drop_last: bool = True
+) -> TrainingState:
     """Points of the plane, two layers, AdamW, an average."""
     torch.manual_seed(0)
     loss = DenoisingLoss(Preconditioned(MLP((2,), width=16, depth=1), VPSDE(), Eps()))
@@ -34,7 +36,7 @@ def training(world: World, how: str = "ddp", *, samples: int = 100, batch: int =
     if world.rank:
         torch.manual_seed(world.rank)
     x = torch.randn(samples, 2, generator=torch.Generator().manual_seed(0))
-    return Training(
+    return TrainingState(
         loss, optimizer, ema, Dataset("normal", Split(x), Split(x), Scaling.identity()),
         EpochOrder(samples, batch, 0, drop_last), Rng(0), world=world, parallel=parallel,
     )  # fmt: skip

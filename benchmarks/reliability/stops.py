@@ -68,13 +68,13 @@ class Strike:
 
 # place -> (object, attribute, number of the call, seconds the call takes where it may be broken off)
 PLACES: dict[str, tuple[str, str, int, float]] = {
-    "a step": ("scoresde.train.state:Training", "batch", 5, 0.0),
+    "a step": ("scoresde.train.state:TrainingState", "batch", 5, 0.0),
     "an evaluation": ("scoresde.cli.train", "measure", 1, HELD),
     "a save": ("safetensors.torch", "save_file", 2, 0.3),
     "the last save": ("safetensors.torch", "save_file", 11, 0.3),
     "the last measurement": ("scoresde.cli.train", "finish", 1, 0.0),
     "sampling": ("scoresde.evaluate.shards:Shards", "_save", 3, HELD),
-    "the first step": ("scoresde.train.state:Training", "batch", 1, HELD),
+    "the first step": ("scoresde.train.state:TrainingState", "batch", 1, HELD),
 }
 
 
@@ -118,18 +118,18 @@ def arm(how: Strike) -> None:
 def command(arguments: tuple[str, ...], how: Strike | None = None, hold: str = "") -> None:
     """scoresde-train. A dot in `batches` for each batch that was used; at the third it waits for the file `hold`."""
     from scoresde.cli.train import main
-    from scoresde.train.state import Training
+    from scoresde.train.state import TrainingState
 
-    terms, used = Training.terms, os.open("batches", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    terms, used = TrainingState.terms, os.open("batches", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 
-    def counted(run: Training) -> Any:
+    def counted(run: TrainingState) -> Any:
         found = terms(run)
         os.write(used, b".")
         while hold and run.step == 2 and not Path(hold).exists():
             time.sleep(0.01)
         return found
 
-    Training.terms = counted  # type: ignore[method-assign]
+    TrainingState.terms = counted  # type: ignore[method-assign]
     if how is not None:
         arm(how)
     sys.argv = ["scoresde-train", *arguments]

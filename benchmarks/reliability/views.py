@@ -35,7 +35,7 @@ from scoresde.runs.logger import (  # noqa: E402
 )
 from scoresde.runs.wandb_logger import WandbLogger  # noqa: E402
 from scoresde.train.ema import EMA  # noqa: E402
-from scoresde.train.state import Training  # noqa: E402
+from scoresde.train.state import TrainingState  # noqa: E402
 from scoresde.train.trainer import Trainer  # noqa: E402
 
 STEPS, BATCH, TIMEOUT = 300, 8, 10.0
@@ -47,13 +47,13 @@ def train(logger: Logger, halfway: Callable[[], None] = lambda: None, pause: flo
     torch.manual_seed(0)
     loss = DenoisingLoss(Preconditioned(MLP((2,), width=8, depth=1), VPSDE(), Eps()))
     split = Split(torch.randn(40, 2))
-    run = Training(
+    run = TrainingState(
         loss, torch.optim.Adam(loss.parameters(), fused=True), EMA(loss),
         Dataset("normal", split, split, Scaling.identity()), EpochOrder(40, BATCH, 0), Rng(0),
     )  # fmt: skip
     calls = []
 
-    def evaluate(run: Training) -> Mapping[str, float]:
+    def evaluate(run: TrainingState) -> Mapping[str, float]:
         calls.append(run.images)
         if len(calls) == 1:
             time.sleep(pause)

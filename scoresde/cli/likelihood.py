@@ -8,7 +8,7 @@ import numpy as np
 from omegaconf import DictConfig
 
 from ..config import build, plain
-from ..evaluate.evaluation import choose_split, spread
+from ..evaluate.evaluation import choose_split, evenly_spaced
 from ..evaluate.shards import fresh, share
 from ..runs import folder as folders
 from ..runs.load import chosen_run, set_threads
@@ -30,7 +30,7 @@ def likelihood(cfg: DictConfig) -> float:
         set_threads(options["threads"])
         measure = build(cfg.likelihood, allow)
         run = chosen_run(options, allow)
-        index = spread(len(choose_split(run.dataset, options["split"])), options["n"])
+        index = evenly_spaced(len(choose_split(run.dataset, options["split"])), options["n"])
         shards = share(folder, options, run)
     job = measure.job(
         run.denoiser, run.dataset, split=options["split"], points=options["n"], seed=options["seed"],

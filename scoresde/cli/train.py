@@ -18,7 +18,7 @@ from ..config import ConfigError, build, plain
 from ..data import EpochOrder
 from ..evaluate import figures
 from ..evaluate.conditions import in_turn
-from ..evaluate.evaluation import OdeLikelihood, draw, held_out, spread
+from ..evaluate.evaluation import OdeLikelihood, draw, evenly_spaced, held_out
 from ..evaluate.report import (
     Evaluation,
     announce,
@@ -51,7 +51,7 @@ from ..sweep.job import one_job
 from ..sweep.sweep import SweepSummary
 from ..train.parallel import spread_over
 from ..train.signals import Interrupted, Signals, Stopped
-from ..train.state import Training
+from ..train.state import TrainingState
 from ..train.trainer import Trainer
 from ..train.world import World, join
 from ._hydra import allowed, build_samplers, in_sweep, launch, output_folder, refusing
@@ -81,7 +81,7 @@ class Plan:
 
     config: dict[str, Any]
     trainer: Trainer
-    training: Training
+    training: TrainingState
     samplers: dict[str, Sampler]
     likelihood: OdeLikelihood
     evaluation: Evaluation
@@ -179,7 +179,7 @@ def assemble(cfg: DictConfig, world: World) -> Plan:
     loss: Any = build_loss(config, denoiser, allow).to(device)
     check_fit(denoiser, dataset, conditional=config["conditional"])
     check_samplers(samplers, denoiser)
-    spread(len(dataset.test), evaluation.points)  # refused now rather than after training
+    evenly_spaced(len(dataset.test), evaluation.points)  # refused now rather than after training
     if config["channels_last"]:
         loss = loss.to(memory_format=torch.channels_last)
     ema = build(cfg.ema, allow, module=loss)
@@ -193,7 +193,7 @@ def assemble(cfg: DictConfig, world: World) -> Plan:
     optimizer = build(cfg.optim, allow, params=list(loss.parameters()))
     if world.rank:
         torch.manual_seed(seed + world.rank)  # other dropout on each
-    training = Training(
+    training = TrainingState(
         loss, optimizer, ema, dataset, EpochOrder(len(dataset.train), trainer.batch_size, seed), Rng(seed),
         conditional=config["conditional"], world=world, parallel=parallel, loss_scale=trainer.loss_scale,
     )  # fmt: skip
@@ -215,7 +215,7 @@ def start_logger(plan: Plan, folder: Path, checkpoint: Checkpoint | None) -> Log
     return logger
 
 
-def measure(plan: Plan, run: Training) -> Mapping[str, float]:
+def measure(plan: Plan, run: TrainingState) -> Mapping[str, float]:
     """Held-out numbers of the average, during training; of a classifier there are no bits/dim."""
     conditional, points = plan.config["conditional"], min(plan.evaluation.points_during, len(run.dataset.test))
     found = {
@@ -230,7 +230,7 @@ def measure(plan: Plan, run: Training) -> Mapping[str, float]:
     return {**found, name: bits.mean, "eval/bpd_stderr": bits.stderr, "eval/nfe": bits.evaluations}
 
 
-def picture(plan: Plan, run: Training, folder: Path) -> Mapping[str, Path]:
+def picture(plan: Plan, run: TrainingState, folder: Path) -> Mapping[str, Path]:
     """Samples of the average beside real ones, during training."""
     dataset, n = run.dataset, min(plan.evaluation.samples, len(run.dataset.test))
     cond = in_turn(dataset, n, plan.config["conditional"])

@@ -130,7 +130,7 @@ class OdeLikelihood:
         seed: int = 0,
         conditional: bool = False,
     ) -> BitsPerDim:
-        """Bits/dim of `points` points of a split (None: all; else spread evenly over it).
+        """Bits/dim of `points` points of a split (all of them for None, else evenly spaced).
 
         Raises:
             ValueError: an unknown split, or more points than it has.
@@ -154,7 +154,7 @@ class OdeLikelihood:
             ValueError: an unknown split, or more points than it has.
         """
         data = choose_split(dataset, split)
-        parts = spread(len(data), points).split(self.batch_size)
+        parts = evenly_spaced(len(data), points).split(self.batch_size)
         device = model_device(denoiser)
 
         def batch(index: int) -> Iterator[Tensors]:
@@ -302,7 +302,7 @@ def digest_of(cond: Cond) -> str:
 
 
 def _frame_indices(denoiser: Denoiser, sampler: Sampler, frames: int) -> set[int]:
-    """Steps spread evenly in log-SNR, where things happen, and the final denoising."""
+    """Steps that are evenly spaced in log-SNR, where things happen, and the final denoising."""
     log_snr = denoiser.sde.log_snr(sampler.grid(denoiser.sde, sampler.steps).double())
     wanted = torch.linspace(float(log_snr[0]), float(log_snr[-1]), frames, dtype=torch.float64)
     nearest = (log_snr[:, None] - wanted).abs().argmin(0)
@@ -320,8 +320,8 @@ def choose_split(dataset: Dataset, split: str) -> Split:
     return dataset.train if split == "train" else dataset.test
 
 
-def spread(n: int, points: int | None) -> Tensor:
-    """`points` indices spread evenly over range(n); all of them for None.
+def evenly_spaced(n: int, points: int | None) -> Tensor:
+    """`points` evenly spaced indices of range(n); all of them for None.
 
     Raises:
         ValueError: points outside 1 … n.

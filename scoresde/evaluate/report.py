@@ -22,7 +22,7 @@ from ..runs.logger import Logger
 from ..sampling import Sampler
 from . import figures
 from .conditions import alike, in_turn, told_arrays, told_in_turn
-from .evaluation import BitsPerDim, OdeLikelihood, Samples, drawing, spread
+from .evaluation import BitsPerDim, OdeLikelihood, Samples, drawing, evenly_spaced
 from .shards import Job
 
 
@@ -106,7 +106,7 @@ def write_samples(
 def real_beside(cond: Cond, dataset: Dataset, n: int) -> Tensor:
     """At most n held-out samples, model data, that are told what samples were told, if there are such."""
     real = dataset.test.raw[alike(cond, dataset)]
-    return dataset.encode(real[spread(len(real), min(n, len(real)))])
+    return dataset.encode(real[evenly_spaced(len(real), min(n, len(real)))])
 
 
 def table(
@@ -138,7 +138,7 @@ def exact_bits(dataset: Dataset, points: int | None) -> float | None:
     """Bits/dim of the true density on the points that the model is measured on, where it is known."""
     if dataset.log_prob is None:
         return None
-    raw = dataset.test.raw[spread(len(dataset.test), points)]
+    raw = dataset.test.raw[evenly_spaced(len(dataset.test), points)]
     return float(bits_per_dim(dataset.log_prob(raw), dataset.event_shape).mean())
 
 

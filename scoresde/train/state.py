@@ -22,13 +22,15 @@ from .ema import Average
 from .parallel import Parallel, Single
 from .scale import LossScale
 from .slices import gathered, load, sliced_like
-from .tally import Averages, Tally
+from .tally import Tally
 from .world import Alone, World
 
+# What training does between steps, besides; `TrainingState.marks` has these names.
+ACTIONS = ("log", "evaluate", "sample", "snapshot", "checkpoint")
 _log = logging.getLogger(__name__)
 
 
-class Training:
+class TrainingState:
     """Weights, their average, the optimizer, the order of the data, the noise, and the counters.
 
     With several processes each takes its rows of every batch and of every draw, so what is learned does not depend on
@@ -116,10 +118,6 @@ class Training:
         x0, cond = self.batch()
         return self.parallel.terms(x0, cond, rng=self.rng)
 
-    def averages(self, reset: bool = False) -> Averages:
-        """See `Tally.averages`."""
-        return self.tally.averages(reset)
-
     def refresh(self) -> None:
         """Brings `average` up to date where it is a copy. Every process calls it."""
         self.average = self.parallel.view(cast(DenoisingLoss, self.ema.module))
@@ -141,7 +139,7 @@ class Training:
         groups: dict[str, Mapping[str, Tensor]] = {"optimizer": moments}
         for name, module in self._modules().items():
             groups |= _split(name, module)
-        random = {"noise": self.rng.state_dict()["streams"], "stats": self._all_sums(), **self.scale.state_dict()}
+        random = {"noise": self.rng.state_dict()["streams"], "stats": self.tally.state(), **self.scale.state_dict()}
         random["torch"] = torch.stack(self.world.gather(torch.get_rng_state()))
         if self.device.type == "cuda":  # dropout draws there
             random["cuda"] = torch.stack(self.world.gather(torch.cuda.get_rng_state(self.device)))
@@ -175,12 +173,12 @@ class Training:
                 self.rng.load_state_dict({"streams": random["noise"]})
             self.scale.load_state_dict(random)
             self.order.load_state_dict(checkpoint.records["order"])
-            self._restore_sums(random["stats"])
+            self.tally.load(random["stats"])
             counters = checkpoint.records["counters"]
             self.step, self.images = int(counters["step"]), int(counters["images"])
             self.marks = {name: int(value) for name, value in counters.get("marks", {}).items()}
             if "marks" not in counters:  # a checkpoint of format 0, written after everything that was due
-                self.marks = dict.fromkeys(("log", "evaluate", "sample", "snapshot", "checkpoint"), self.images)
+                self.marks = dict.fromkeys(ACTIONS, self.images)
             score = counters.get("score")
             self.score = None if score is None else (float(score[0]), int(score[1]))
             self._restore_generators(random)
@@ -189,18 +187,6 @@ class Training:
 
     def _modules(self) -> dict[str, nn.Module]:
         return {"weights": self.loss, **self.ema.shadows}
-
-    def _all_sums(self) -> Tensor:
-        """The sums as one process would have them."""
-        sums = self.tally.sums.clone()
-        sums[8:] = self.world.sum(sums[8:].clone())
-        return sums
-
-    def _restore_sums(self, saved: Tensor) -> None:
-        sums = torch.zeros_like(self.tally.sums)
-        sums[: len(saved)] = saved.to(sums.device)
-        sums[8:] *= self.world.rank == 0  # as parts of a sum
-        self.tally.sums.copy_(sums)
 
     def _restore_generators(self, random: Mapping[str, Tensor]) -> None:
         states = random["torch"].reshape(-1, random["torch"].shape[-1])

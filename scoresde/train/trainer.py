@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from .progress import Progress, Silent
 from .saver import Saver
 from .signals import Interrupted, Signals, Stopped
 from .slices import local
-from .state import Training
+from .state import ACTIONS, TrainingState
 from .tally import Averages
 
 _log = logging.getLogger(__name__)
@@ -26,8 +27,9 @@ class TrainingDiverged(RuntimeError):
     """Too many steps in a row had a loss or gradient that was not finite."""
 
 
+@dataclass(kw_only=True)
 class Trainer:
-    """Runs a `Training` until it has seen `images` images. Every length and interval counts images, not steps.
+    """Runs training until `images` images have been seen. Every length and interval counts images, not steps.
 
     The learning rate rises linearly over `warmup`, stays, and falls linearly to 0 over `cooldown` at the end. A step
     whose loss or gradient is not finite changes nothing (weights, moments, average) and is counted.
@@ -40,14 +42,14 @@ class Trainer:
         clip: bound on the gradient norm, > 0; None for none.
         log_every, evaluate_every, sample_every, checkpoint_every: intervals, ≥ 0; 0 is never (a checkpoint is
             written at the end in any case).
-        snapshot_every: the same for snapshots of the averages, from which any other average can be made.
-        keep_last: newest checkpoints kept, ≥ 1.
-        keep_best: checkpoints kept besides for the lowest `best`, ≥ 0. A checkpoint has a score if it is written when
-            `evaluate` was called.
-        best: which of the numbers of `evaluate` decides.
-        background: checkpoints are copied first and written while training goes on; a kill meanwhile costs up to two
+        snapshot_every: interval between snapshots of the averages, from which averages of other lengths can be made.
+        keep_last: number of newest checkpoints that are kept, ≥ 1.
+        keep_best: number of checkpoints kept besides for the lowest `best`, ≥ 0. A checkpoint has a score if it is
+            written when `evaluate` was called.
+        best: which of the numbers of `evaluate` is the score.
+        background: copy checkpoints first and write them while training goes on; a kill meanwhile costs up to two
             intervals instead of one.
-        on_save_error: "stop", or "warn" to go on without it and try again at the next.
+        on_save_error: "stop", or "warn" to go on without that checkpoint and try again at the next.
         max_bad_steps: steps in a row that may be skipped before training stops, ≥ 1.
         loss_scale: first value of the loss scale that float16 needs (65536, say); None for none.
 
@@ -55,87 +57,75 @@ class Trainer:
         ValueError: a value outside its range.
     """
 
-    def __init__(
-        self,
-        *,
-        images: int,
-        batch_size: int = 128,
-        accumulate: int = 1,
-        warmup: int = 0,
-        cooldown: int = 0,
-        clip: float | None = 1.0,
-        log_every: int = 5_000,
-        evaluate_every: int = 0,
-        sample_every: int = 0,
-        checkpoint_every: int = 0,
-        snapshot_every: int = 0,
-        keep_last: int = 2,
-        keep_best: int = 0,
-        best: str = "eval/loss",
-        background: bool = True,
-        on_save_error: str = "stop",
-        max_bad_steps: int = 10,
-        loss_scale: float | None = None,
-    ):
-        self.images = whole(images, "images", 1)
-        self.batch_size = whole(batch_size, "batch_size", 1)
-        self.accumulate = whole(accumulate, "accumulate", 1)
-        self.warmup, self.cooldown = whole(warmup, "warmup", 0), whole(cooldown, "cooldown", 0)
-        if clip is not None and not (isinstance(clip, (int, float)) and clip > 0):
-            raise ValueError(f"clip is a positive bound on the gradient norm, or null for none; got {clip!r}.")
-        self.clip = math.inf if clip is None else float(clip)
-        self.log_every = whole(log_every, "log_every", 0)
-        self.evaluate_every = whole(evaluate_every, "evaluate_every", 0)
-        self.sample_every = whole(sample_every, "sample_every", 0)
-        self.checkpoint_every = whole(checkpoint_every, "checkpoint_every", 0)
-        self.snapshot_every = whole(snapshot_every, "snapshot_every", 0)
-        self.keep_last, self.keep_best = whole(keep_last, "keep_last", 1), whole(keep_best, "keep_best", 0)
-        if keep_best and not evaluate_every:
+    images: int
+    batch_size: int = 128
+    accumulate: int = 1
+    warmup: int = 0
+    cooldown: int = 0
+    clip: float | None = 1.0
+    log_every: int = 5_000
+    evaluate_every: int = 0
+    sample_every: int = 0
+    checkpoint_every: int = 0
+    snapshot_every: int = 0
+    keep_last: int = 2
+    keep_best: int = 0
+    best: str = "eval/loss"
+    background: bool = True
+    on_save_error: str = "stop"
+    max_bad_steps: int = 10
+    loss_scale: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("images", "batch_size", "accumulate", "keep_last", "max_bad_steps"):
+            setattr(self, name, whole(getattr(self, name), name, 1))
+        for name in ("warmup", "cooldown", "keep_best", *(f"{action}_every" for action in ACTIONS)):
+            setattr(self, name, whole(getattr(self, name), name, 0))
+        for name in ("clip", "loss_scale"):
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, (int, float)) and value > 0):
+                raise ValueError(f"{name} is a number above 0, or null for none; got {value!r}.")
+        if self.keep_best and not self.evaluate_every:
             raise ValueError("keep_best compares measurements, and evaluate_every=0 makes none.")
-        if on_save_error not in ("stop", "warn"):
-            raise ValueError(f"on_save_error is 'stop' or 'warn'; got {on_save_error!r}.")
-        if not isinstance(background, bool):
-            raise ValueError(f"background is true or false; got {background!r}.")
-        if loss_scale is not None and not (isinstance(loss_scale, (int, float)) and loss_scale > 0):
-            raise ValueError(f"loss_scale is a number above 0, or null for none; got {loss_scale!r}.")
-        self.best, self.background, self.on_save_error = str(best), background, on_save_error
-        self.loss_scale = loss_scale
-        self.max_bad_steps = whole(max_bad_steps, "max_bad_steps", 1)
+        if self.on_save_error not in ("stop", "warn"):
+            raise ValueError(f"on_save_error is 'stop' or 'warn'; got {self.on_save_error!r}.")
+        if not isinstance(self.background, bool):
+            raise ValueError(f"background is true or false; got {self.background!r}.")
 
     def lr_scale(self, images: int) -> float:
-        """Share of the learning rate for a step that starts at `images`: above 0 at the first and the last."""
+        """Factor on the learning rate for a step that starts at `images`: above 0 at the first step and the last."""
         rise = (images + self.batch_size * self.accumulate) / self.warmup if self.warmup else 1.0
         fall = (self.images - images) / self.cooldown if self.cooldown else 1.0
         return max(0.0, min(1.0, rise, fall))
 
-    def step(self, run: Training) -> None:
+    def step(self, state: TrainingState) -> None:
         """One optimizer step: `accumulate` batches, clipped, skipped on the device if it is not finite."""
-        for group in run.optimizer.param_groups:
+        for group in state.optimizer.param_groups:
             group.setdefault("peak_lr", group["lr"])
-            group["lr"] = group["peak_lr"] * self.lr_scale(run.images)
+            group["lr"] = group["peak_lr"] * self.lr_scale(state.images)
         for left in reversed(range(self.accumulate)):
-            with run.parallel.exchange(now=left == 0):
-                terms = run.terms()
-                run.scale.up(terms.objective.mean() / self.accumulate).backward()
-            run.tally.add(terms, 1 / self.accumulate)
-        keep = self._clip(run)
+            with state.parallel.exchange(now=left == 0):
+                terms = state.terms()
+                state.scale.up(terms.objective.mean() / self.accumulate).backward()
+            state.tally.add(terms, 1 / self.accumulate)
+        keep = self._clip(state)
         # the protocol of torch.amp.GradScaler: a fused step then does nothing
-        run.optimizer.found_inf = (~keep).float()  # type: ignore[attr-defined]
-        run.optimizer.step()
-        run.optimizer.zero_grad(set_to_none=True)
-        run.scale.update(keep)
-        seen = self.accumulate * run.order.batch_size
-        run.step, run.images = run.step + 1, run.images + seen
-        run.ema.update(run.loss, run.images, seen, keep)
+        state.optimizer.found_inf = (~keep).float()  # type: ignore[attr-defined]
+        state.optimizer.step()
+        state.optimizer.zero_grad(set_to_none=True)
+        state.scale.update(keep)
+        seen = self.accumulate * state.order.batch_size
+        state.step, state.images = state.step + 1, state.images + seen
+        state.ema.update(state.loss, state.images, seen, keep)
 
-    def _clip(self, run: Training) -> torch.Tensor:
-        """Scales gradients to the bound, in place; whether the step is kept (a bool scalar on the device)."""
-        grads = [local(torch.zeros_like(p) if p.grad is None else p.grad) for p in run.parameters]
-        norms, factor = run.parallel.norms(grads), run.scale.factor()
+    def _clip(self, state: TrainingState) -> torch.Tensor:
+        """Scales gradients to the bound, in place. Returns whether the step is kept, a bool scalar on the device."""
+        grads = [local(torch.zeros_like(p) if p.grad is None else p.grad) for p in state.parameters]
+        norms, factor = state.parallel.norms(grads), state.scale.factor()
         if factor is not None:
             norms = norms * factor
-        keep, norm = run.tally.judge(norms, run.parallel.blame(), run.step + 1)
-        if self.clip < math.inf:
+        keep, norm = state.tally.judge(norms, state.parallel.blame(), state.step + 1)
+        if self.clip is not None:
             # clip_grad_norm_ of torch adds the same 1e-6
             bound = (self.clip / (norm.float() + 1e-6)).clamp(max=1.0)
             factor = bound if factor is None else factor * bound
@@ -145,188 +135,203 @@ class Trainer:
 
     def fit(
         self,
-        run: Training,
+        state: TrainingState,
         *,
         logger: Logger | None = None,
         folder: Path | None = None,
         config: Mapping[str, Any] | None = None,
-        evaluate: Callable[[Training], Mapping[str, float]] | None = None,
-        sample: Callable[[Training], Mapping[str, Path]] | None = None,
-        snapshot: Callable[[Training], Any] | None = None,
+        evaluate: Callable[[TrainingState], Mapping[str, float]] | None = None,
+        sample: Callable[[TrainingState], Mapping[str, Path]] | None = None,
+        snapshot: Callable[[TrainingState], Any] | None = None,
         signals: Signals | None = None,
     ) -> None:
-        """Trains from where `run` stands to the end.
+        """Trains from where `state` stands to the end.
 
         Args:
-            run: what is trained, in place.
+            state: what is trained, in place.
             logger: takes `train/…` and `eval/…` rows.
             folder: where checkpoints go; None for none.
             config: resolved configuration, kept in each checkpoint.
-            evaluate: numbers to log every `evaluate_every`.
-            sample: pictures to log every `sample_every`.
-            snapshot: called every `snapshot_every`, to keep the averages.
+            evaluate: measures numbers to log, every `evaluate_every`.
+            sample: draws pictures to log, every `sample_every`.
+            snapshot: keeps the averages, every `snapshot_every`.
             signals: what asks the run to end; None for nothing.
 
-        With several processes all call it; rank 0 logs, measures, draws and writes while the others wait.
+        With several processes all of them call it; rank 0 logs, measures, draws and writes while the others wait.
 
         Raises:
             TrainingDiverged: `max_bad_steps` or more skipped steps in a row; the last checkpoint is intact.
             Stopped: a signal came; the state after the last step is saved.
             CheckpointError: a checkpoint could not be written.
         """
-        work = _Work(self, run, NullLogger() if logger is None else logger, config, signals or Signals())
-        actions = {
-            "log": (self.log_every, True, work.log),
-            "evaluate": (self.evaluate_every, False, work.measure(evaluate)),
-            "sample": (self.sample_every, False, work.draw(sample)),
-            "snapshot": (self.snapshot_every, True, work.keep(snapshot)),
-        }
-        saver = None if folder is None or run.world.rank else self.saver(folder)
-        run.loss.train()
+        _FitLoop(
+            self,
+            state,
+            logger=NullLogger() if logger is None else logger,
+            folder=folder,
+            config=dict(config or {}),
+            evaluate=evaluate,
+            sample=sample,
+            snapshot=snapshot,
+            signals=signals or Signals(),
+        ).run()
+
+
+@dataclass
+class _FitLoop:
+    """One call of `Trainer.fit`: the steps, and what happens between them."""
+
+    trainer: Trainer
+    state: TrainingState
+    logger: Logger
+    folder: Path | None
+    config: dict[str, Any]
+    evaluate: Callable[[TrainingState], Mapping[str, float]] | None
+    sample: Callable[[TrainingState], Mapping[str, Path]] | None
+    snapshot: Callable[[TrainingState], Any] | None
+    signals: Signals
+
+    def __post_init__(self) -> None:
+        trainer, state, leads = self.trainer, self.state, self.state.world.rank == 0
+        self.first, self.skipped = state.step, state.tally.averages().skipped
+        self.progress = Progress(trainer.images, state.images, device=state.device) if leads else Silent()
+        self.logger = self.logger if leads else NullLogger()
+        self.saver = Saver(
+            self.folder if leads else None,
+            keep_last=trainer.keep_last,
+            keep_best=trainer.keep_best,
+            background=trainer.background,
+            go_on=trainer.on_save_error == "warn",
+        )
+
+    def run(self) -> None:
+        world = self.state.world
+        self.state.loss.train()
         try:
             while True:
-                for name, (every, at_end, action) in actions.items():
-                    if self._due(name, every, run, at_end):
-                        action()
-                        run.marks[name] = run.images
-                # the checkpoint comes last: a run that is resumed from it has these rows and files already
-                if folder is not None and self._due("checkpoint", self.checkpoint_every, run, at_end=True):
-                    work.save(saver)
-                if run.images >= self.images:
+                self.act()
+                if self.state.images >= self.trainer.images:
                     break
-                if code := run.world.agree(work.signals.code):
-                    work.stop(saver, code)
-                if saver is not None:
-                    saver.check()
-                work.step()
+                if code := world.agree(self.signals.code):
+                    self.stop(code)
+                self.saver.check()
+                self.step()
         except Interrupted:
-            work.stop(saver, max(run.world.gather(work.signals.code)))
+            self.stop(max(world.gather(self.signals.code)))
         finally:
-            work.progress.close()
-            if saver is not None:
-                saver.close()
+            self.progress.close()
+            self.saver.close()
 
-    def saver(self, folder: Path) -> Saver:
-        """What writes checkpoints below `folder`."""
-        return Saver(
-            folder, keep_last=self.keep_last, keep_best=self.keep_best, background=self.background,
-            go_on=self.on_save_error == "warn",
-        )  # fmt: skip
-
-    def _due(self, name: str, every: int, run: Training, at_end: bool) -> bool:
-        done = run.marks.get(name, 0)
-        passed = every > 0 and run.images // every > done // every
-        return passed or (at_end and done < run.images >= self.images)
-
-
-class _Work:
-    """What one call of `fit` does between steps."""
-
-    def __init__(self, trainer: Trainer, run: Training, logger: Logger, config: Any, signals: Signals):
-        self.trainer, self.run, self.logger, self.signals = trainer, run, logger, signals
-        self.config, self.first = dict(config or {}), run.step
-        self.progress = Progress(trainer.images, run.images, device=run.device) if run.world.rank == 0 else Silent()
-        self.skipped = run.tally.averages().skipped
+    def act(self) -> None:
+        """Does whatever is due at this number of images."""
+        trainer, state = self.trainer, self.state
+        # the checkpoint comes last: a run that is resumed from it has these rows and files already
+        for name, every, at_end, action in (
+            ("log", trainer.log_every, True, self.log),
+            ("evaluate", trainer.evaluate_every, False, self.measure),
+            ("sample", trainer.sample_every, False, self.draw),
+            ("snapshot", trainer.snapshot_every, True, self.keep_averages),
+            ("checkpoint", trainer.checkpoint_every, True, self.save),
+        ):
+            done = state.marks.get(name, 0)
+            passed = every > 0 and state.images // every > done // every
+            if passed or (at_end and done < state.images >= trainer.images):
+                action()
+                state.marks[name] = state.images
 
     def step(self) -> None:
-        run = self.run
+        state = self.state
         # the first compiles, perhaps for minutes, and nothing is lost if it is broken off; where the compiler swallows
         # what a signal raises, the step is finished and saved as any other
-        alone = run.world.size == 1
-        with self.signals.interruptible() if alone and run.step == self.first else run.world.watch():
-            self.trainer.step(run)
-        if run.step % self.trainer.max_bad_steps == 0:
-            self.refuse_divergence(run.tally.streak())
-        self.progress.update(run.images)
+        alone = state.world.size == 1
+        with self.signals.interruptible() if alone and state.step == self.first else state.world.watch():
+            self.trainer.step(state)
+        if state.step % self.trainer.max_bad_steps == 0:
+            self.refuse_divergence(int(state.tally.streak))
+        self.progress.update(state.images)
 
     def log(self) -> None:
-        run, averages = self.run, self.run.averages(reset=True)
-        self.progress.update(run.images, averages.loss)
+        state, averages = self.state, self.state.tally.averages(reset=True)
+        self.progress.update(state.images, averages.loss)
         if averages.skipped > self.skipped:
-            _log.warning("%d steps skipped so far, not finite; the last row of them from %s", averages.skipped,
-                         averages.blame)  # fmt: skip
             self.skipped = averages.skipped
+            _log.warning(
+                "%d steps skipped so far, not finite; the last row of them from %s", self.skipped, averages.blame
+            )
         self.refuse_divergence(averages.streak)
-        if run.world.rank == 0:
-            self.logger.log(self.row(averages), step=run.step, images=run.images)
+        self.logger.log(self.row(averages), step=state.step, images=state.images)
 
     def row(self, averages: Averages) -> dict[str, float]:
-        run, trainer = self.run, self.trainer
+        state = self.state
         row = {
             "train/loss": averages.loss,
             "train/grad_norm": averages.grad_norm,
-            "train/lr": run.optimizer.param_groups[0]["lr"],
-            "train/ema_decay": run.ema.decay(run.images, run.order.batch_size * trainer.accumulate),
-            "train/imgs_per_s": self.progress.rate(run.images),
+            "train/lr": state.optimizer.param_groups[0]["lr"],
+            "train/ema_decay": state.ema.decay(state.images, state.order.batch_size * self.trainer.accumulate),
+            "train/imgs_per_s": self.progress.rate(state.images),
             "train/skipped": averages.skipped,
             **{f"train/loss_t{k}": loss for k, loss in enumerate(averages.by_time) if not math.isnan(loss)},
         }
-        if run.device.type == "cuda":
-            row["train/max_mem"] = torch.cuda.max_memory_allocated(run.device) / 2**30
+        if state.device.type == "cuda":
+            row["train/max_mem"] = torch.cuda.max_memory_allocated(state.device) / 2**30
         return row
 
-    def measure(self, evaluate: Callable[[Training], Mapping[str, float]] | None) -> Callable[[], None]:
-        def action() -> None:
-            if evaluate is None:
-                return
-            values = self.lead(lambda: dict(evaluate(self.run)))
-            if self.trainer.best in values:
-                self.run.score = float(values[self.trainer.best]), self.run.images
-            elif self.trainer.keep_best:
-                raise ValueError(f"best={self.trainer.best} is none of what is measured: {', '.join(values)}.")
-            if self.run.world.rank == 0:
-                self.logger.log(values, step=self.run.step, images=self.run.images)
+    def measure(self) -> None:
+        if self.evaluate is None:
+            return
+        state, values = self.state, self.lead(self.evaluate)
+        if self.trainer.best in values:
+            state.score = float(values[self.trainer.best]), state.images
+        elif self.trainer.keep_best:
+            raise ValueError(f"best={self.trainer.best} is not among what is measured: {', '.join(values)}.")
+        self.logger.log(values, step=state.step, images=state.images)
 
-        return action
+    def draw(self) -> None:
+        pictures = {} if self.sample is None else self.lead(self.sample)
+        for key, path in pictures.items():
+            self.logger.image(key, path, step=self.state.step, images=self.state.images)
 
-    def draw(self, sample: Callable[[Training], Mapping[str, Path]] | None) -> Callable[[], None]:
-        def action() -> None:
-            pictures = {} if sample is None else self.lead(lambda: dict(sample(self.run)))
-            for key, path in pictures.items() if self.run.world.rank == 0 else ():
-                self.logger.image(key, path, step=self.run.step, images=self.run.images)
+    def keep_averages(self) -> None:
+        if self.snapshot is not None:
+            self.snapshot(self.state)
 
-        return action
+    def lead(self, task: Callable[[TrainingState], Mapping[str, Any]]) -> dict[str, Any]:
+        """What `task` returns on rank 0, where a signal may break it off."""
+        self.state.refresh()
 
-    def keep(self, snapshot: Callable[[Training], Any] | None) -> Callable[[], None]:
-        return lambda: None if snapshot is None else snapshot(self.run)
-
-    def lead(self, task: Callable[[], Any]) -> Any:
-        """`task` on rank 0, which a signal may break off."""
-        self.run.refresh()
-
-        def guarded() -> Any:
+        def interruptible() -> dict[str, Any]:
             with self.signals.interruptible():
-                return task()
+                return dict(task(self.state))
 
         with self.progress.paused():
-            return self.run.world.leader(guarded)
+            return self.state.world.leader(interruptible)
 
-    def save(self, saver: Saver | None) -> None:
-        """Hands everything to the writer. Every process calls it, the writer is rank 0's."""
-        run = self.run
-        run.marks["checkpoint"] = run.images
+    def save(self) -> None:
+        """Hands everything to the writer. Every process calls it, rank 0 writes."""
+        if self.folder is None:
+            return
+        state = self.state
+        state.marks["checkpoint"] = state.images
         with self.progress.paused():
-            tensors, records = run.tensors(), {**run.records(), "config": self.config}
-            if saver is not None:
-                self.logger.sync()  # no checkpoint is ahead of its rows
-                score = None if run.score is None or run.score[1] != run.images else run.score[0]
-                saver.save(run.step, tensors, records, score)
+            tensors, records = state.tensors(), {**state.records(), "config": self.config}
+            self.logger.sync()  # no checkpoint is ahead of its rows
+            score, measured_at = state.score or (None, None)
+            self.saver.save(state.step, tensors, records, score if measured_at == state.images else None)
 
-    def stop(self, saver: Saver | None, code: int) -> None:
+    def stop(self, code: int) -> None:
         """Saves what is not saved yet, and raises `Stopped`."""
-        run = self.run
-        if run.step > self.first and run.marks.get("checkpoint", 0) != run.images:
-            self.save(saver)
-        if saver is not None:
-            saver.close()
-        raise Stopped(code, f"Stopped at step {run.step} ({run.images:,} images); everything is saved.")
+        state = self.state
+        if state.step > self.first and state.marks.get("checkpoint", 0) != state.images:
+            self.save()
+        self.saver.close()
+        raise Stopped(code, f"Stopped at step {state.step} ({state.images:,} images); everything is saved.")
 
     def refuse_divergence(self, streak: int) -> None:
         if streak < self.trainer.max_bad_steps:
             return
-        run = self.run
+        state = self.state
         raise TrainingDiverged(
-            f"Loss or gradient was not finite in {streak} steps in a row, from {run.averages().blame} "
-            f"({run.images:,} images seen). The weights are those before it. A smaller learning rate, a longer warmup "
-            "or float32 (denoiser.autocast=null) are the usual cures; check the data for NaN."
+            f"Loss or gradient was not finite in {streak} steps in a row, from {state.tally.averages().blame} "
+            f"({state.images:,} images seen). The weights are those before it. A smaller learning rate, a longer "
+            "warmup or float32 (denoiser.autocast=null) are the usual cures; check the data for NaN."
         )

@@ -31,7 +31,7 @@ from scoresde import (
 )
 from scoresde.codecs import Scaling
 from scoresde.data import Dataset, EightGaussians, Split
-from scoresde.evaluate.evaluation import OdeLikelihood, choose_split, draw, held_out_loss, spread
+from scoresde.evaluate.evaluation import OdeLikelihood, choose_split, draw, evenly_spaced, held_out_loss
 from scoresde.losses.denoising import Times
 
 SDES = closed_form_sdes()
@@ -178,20 +178,15 @@ def test_settings_out_of_range_are_refused(wrong: dict[str, Any], message: str) 
 
 
 def test_points_are_spread_evenly() -> None:
-    assert spread(10, 4).tolist() == [0, 2, 5, 7] and spread(5, None).tolist() == spread(5, 5).tolist() == [
-        0,
-        1,
-        2,
-        3,
-        4,
-    ]
+    assert evenly_spaced(10, 4).tolist() == [0, 2, 5, 7]
+    assert evenly_spaced(5, None).tolist() == evenly_spaced(5, 5).tolist() == [0, 1, 2, 3, 4]
     for n, points in ((1797, 64), (360, 359), (7, 1)):
-        index = spread(n, points)
+        index = evenly_spaced(n, points)
         assert len(set(index.tolist())) == points and 0 == index[0] <= index[-1] < n
         assert points == 1 or set(index.diff().tolist()) <= {n // points, n // points + 1}
     for points in (0, 11, -1):
         with pytest.raises(ValueError, match=f"between 1 and the 10 points of the split.*got {points}"):
-            spread(10, points)
+            evenly_spaced(10, points)
 
 
 def test_an_unknown_split_is_refused() -> None:

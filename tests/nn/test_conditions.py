@@ -28,7 +28,7 @@ from scoresde.losses.classifier import ClassifierLoss, NoisyClassifier
 from scoresde.losses.denoising import EDMWeighting, LogNormalTimes
 from scoresde.nn import MLP, Classifier, UNet
 from scoresde.train.ema import EMA
-from scoresde.train.state import Training
+from scoresde.train.state import TrainingState
 from scoresde.train.trainer import Trainer
 
 N = 2048
@@ -64,10 +64,10 @@ def file_of(kind: str, folder) -> Dataset:
     return Arrays(str(folder / "x.npz"), key="x", raw_low=-6.0, raw_high=6.0, **keys)
 
 
-def training(loss: nn.Module, data: Dataset, lr: float = 5e-3) -> Training:
+def training(loss: nn.Module, data: Dataset, lr: float = 5e-3) -> TrainingState:
     optimizer = torch.optim.Adam(loss.parameters(), lr, fused=True)
     order = EpochOrder(len(data.train), 128, 0)
-    return Training(loss, optimizer, EMA(loss, half_life=2000), data, order, Rng(0), conditional=True)
+    return TrainingState(loss, optimizer, EMA(loss, half_life=2000), data, order, Rng(0), conditional=True)
 
 
 @pytest.mark.parametrize("kind", ARGUMENTS)

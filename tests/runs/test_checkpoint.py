@@ -24,7 +24,7 @@ from scoresde.codecs import Scaling
 from scoresde.data import Dataset, EpochOrder, Split
 from scoresde.runs.checkpoint import Checkpoint, CheckpointError, latest, load, save
 from scoresde.train.ema import EMA
-from scoresde.train.state import Training
+from scoresde.train.state import TrainingState
 
 RECORDS: dict[str, Any] = {"counters": {"step": 7, "images": 448}, "config": {"lr": 1e-3, "name": "ünï", "none": None}}
 
@@ -286,10 +286,10 @@ def test_nothing_is_pickled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
             load(path)
 
 
-def training(network: nn.Module, samples: int = 64) -> Training:
+def training(network: nn.Module, samples: int = 64) -> TrainingState:
     loss = DenoisingLoss(Preconditioned(network, VPSDE(), Eps()))
     split = Split(torch.zeros(samples, 2))
-    return Training(
+    return TrainingState(
         loss,
         torch.optim.AdamW(loss.parameters(), fused=True),
         EMA(loss),

@@ -30,7 +30,7 @@ from scoresde.runs.checkpoint import latest
 from scoresde.runs.logger import JsonlLogger, Logger, NullLogger, RunFacts, Tee, provenance, run_id
 from scoresde.runs.wandb_logger import WandbLogger
 from scoresde.train.ema import EMA
-from scoresde.train.state import Training
+from scoresde.train.state import TrainingState
 from scoresde.train.trainer import Trainer
 
 CONFIG: dict[str, Any] = {"seed": 3, "sde": {"_target_": "scoresde.VPSDE", "beta_max": 20.0}, "samplers": {}}
@@ -282,11 +282,11 @@ def test_a_line_that_is_no_row_is_left_out(tmp_path: Path, no_git: None, garbage
     assert rows_of(path) == [{"step": 1}, {"step": 2}]
 
 
-def training() -> Training:
+def training() -> TrainingState:
     torch.manual_seed(0)
     loss = DenoisingLoss(Preconditioned(MLP((2,), width=8, depth=1), VPSDE(), Eps()))
     split = Split(torch.randn(40, 2))
-    return Training(
+    return TrainingState(
         loss, torch.optim.Adam(loss.parameters(), fused=True), EMA(loss),
         Dataset("normal", split, split, Scaling.identity()), EpochOrder(40, 8, 0), Rng(0),
     )  # fmt: skip
@@ -304,7 +304,7 @@ def test_a_run_that_was_stopped_has_the_rows_of_one_that_was_not(tmp_path: Path,
     trainer = Trainer(images=240, batch_size=8, log_every=16, evaluate_every=40, checkpoint_every=64)
 
     def fit(folder: Path, until: int | None, resume: bool = False) -> None:
-        def evaluate(run: Training) -> Mapping[str, float]:
+        def evaluate(run: TrainingState) -> Mapping[str, float]:
             if until is not None and run.images > until:
                 raise Stop
             return {"eval/loss": float(run.images)}

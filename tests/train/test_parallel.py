@@ -21,7 +21,7 @@ from scoresde.nn import LogVariance, UNet
 from scoresde.runs.checkpoint import latest, save
 from scoresde.train.ema import EMA, PowerEMA
 from scoresde.train.parallel import Single, spread_over
-from scoresde.train.state import Training
+from scoresde.train.state import TrainingState
 from scoresde.train.trainer import Trainer
 from scoresde.train.world import Alone, World, join
 
@@ -37,7 +37,7 @@ RECIPES: dict[str, tuple[Times, Coupling]] = {
 def training(
     world: World, how: str, *, recipe: str = "uniform", batch: int = 64, small: bool = False, dropout: float = 0.0,
     power: bool = False, learned: bool = False, seed: int = 0, drop_last: bool = True, lr: float = 1e-3,
-) -> Training:  # fmt: skip
+) -> TrainingState:  # fmt: skip
     """A U-Net on images of 8 x 8, or two layers on points of the plane."""
     torch.manual_seed(seed)
     event = (2,) if small else (1, 8, 8)
@@ -60,7 +60,7 @@ def training(
     if world.rank:
         torch.manual_seed(seed + world.rank)
     x = torch.randn(SAMPLES, *event, generator=torch.Generator().manual_seed(0))
-    return Training(
+    return TrainingState(
         loss, optimizer, ema, Dataset("normal", Split(x), Split(x), Scaling.identity()),
         EpochOrder(SAMPLES, batch, 0, drop_last), Rng(seed), world=world, parallel=parallel,
     )  # fmt: skip
@@ -70,12 +70,12 @@ def trainer(accumulate: int = 1, images: int = 10**6) -> Trainer:
     return Trainer(images=images, batch_size=64, accumulate=accumulate, warmup=200, clip=0.5)
 
 
-def steps(run: Training, n: int, accumulate: int = 1) -> list[tuple[float, float]]:
+def steps(run: TrainingState, n: int, accumulate: int = 1) -> list[tuple[float, float]]:
     """(loss, gradient norm) of each of n steps."""
     found = []
     for _ in range(n):
         trainer(accumulate).step(run)
-        averages = run.averages(reset=True)
+        averages = run.tally.averages(reset=True)
         assert averages.skipped == 0
         found.append((averages.loss, averages.grad_norm))
     return found
@@ -141,7 +141,7 @@ def go_on(folder: Path) -> list[tuple[str, dict[str, float]]]:
     def idle(name: str) -> bool:  # one process is rank 0
         return name == "one" and world.rank > 0
 
-    def of(name: str, seed: int = 0) -> Training:
+    def of(name: str, seed: int = 0) -> TrainingState:
         return training(*kinds[name], recipe="stratified", seed=seed)
 
     plain = None if idle("one") else of("one")
@@ -241,7 +241,7 @@ def spanning(folder: Path) -> list[tuple[float, ...]]:
         again.restore(checkpoint)
         for _ in range(3):
             trainer().step(again)
-        averages = again.averages()
+        averages = again.tally.averages()
         found.append((averages.loss, averages.grad_norm, *averages.by_time))
     world.close()
     return found

@@ -84,14 +84,14 @@ def test_a_scale_that_overflows_is_halved_until_it_does_not() -> None:
     run, trainer = training(), Trainer(images=800, batch_size=8)
     run.scale = LossScale(3e38, CPU)
     before = {name: p.detach().clone() for name, p in run.loss.named_parameters()}
-    while run.averages().skipped == run.step:
+    while run.tally.averages().skipped == run.step:
         assert all(torch.equal(p, before[name]) for name, p in run.loss.named_parameters())
         assert run.scale.value == pytest.approx(3e38 / 2**run.step, rel=1e-6)
         trainer.step(run)
-    assert 60 <= run.averages().skipped <= 70
+    assert 60 <= run.tally.averages().skipped <= 70
     value = run.scale.value.clone()
     trainer.step(run)
-    assert run.scale.value == value and run.averages().skipped < run.step - 1
+    assert run.scale.value == value and run.tally.averages().skipped < run.step - 1
 
 
 def gradient(autocast: str | None, scale: float, objective: float) -> Tensor:
@@ -130,5 +130,5 @@ def test_training_in_float16_follows_float32() -> None:
         trainer.step(run)
         trainer.step(exact)
     ends = [torch.cat([p.detach().flatten() for p in r.loss.parameters()]) for r in (run, exact)]
-    assert run.averages().skipped == 0
+    assert run.tally.averages().skipped == 0
     assert (ends[0] - ends[1]).norm() < 0.1 * (ends[1] - start).norm()

@@ -64,7 +64,7 @@ def test_a_look_forgets_the_means_and_keeps_what_was_skipped() -> None:
     for step, loss in enumerate([1.0, NAN, INF], 1):
         tally.add(terms([loss], [0.5]), 1.0)
         judge(tally, [1, 1, 1], step)
-    assert tally.averages(reset=True).loss == 1 and tally.streak() == 2
+    assert tally.averages(reset=True).loss == 1 and tally.streak == 2
     found = tally.averages()
     assert math.isnan(found.loss) and math.isnan(found.grad_norm) and all(map(math.isnan, found.by_time))
     assert (found.skipped, found.streak, found.blame) == (2, 2, "step 2, rank 0, first in the loss")

@@ -28,7 +28,7 @@ from scoresde.losses.denoising import StratifiedTimes, Times
 from scoresde.nn import MLP
 from scoresde.runs.checkpoint import latest
 from scoresde.train.ema import EMA
-from scoresde.train.state import Training
+from scoresde.train.state import TrainingState
 from scoresde.train.trainer import Trainer, TrainingDiverged
 
 
@@ -44,7 +44,7 @@ def sgd(lr: float) -> Callable[..., torch.optim.Optimizer]:
     return lambda parameters: torch.optim.SGD(parameters, lr, fused=True)
 
 
-def bits(run: Training) -> dict[str, bytes]:
+def bits(run: TrainingState) -> dict[str, bytes]:
     """Weights, average, moments and generators, byte for byte."""
     return {
         f"{name}/{key}": value.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
@@ -71,8 +71,8 @@ def test_a_stop_changes_no_bit(tmp_path: Path, stop: int, accumulate: int, autoc
         checkpoint_every=88,
     )  # fmt: skip
 
-    def fit(run: Training, folder: Path, until: int | None = None) -> Rows:
-        def evaluate(run: Training) -> dict[str, float]:
+    def fit(run: TrainingState, folder: Path, until: int | None = None) -> Rows:
+        def evaluate(run: TrainingState) -> dict[str, float]:
             if until is not None and run.images > until:
                 raise Stop
             return {"eval/loss": held_out_loss(run.average, run.dataset)}
@@ -103,7 +103,7 @@ def test_a_finished_run_is_left_alone(tmp_path: Path) -> None:
     assert bits(run) == before and run.images == 40
 
 
-def fixed(batch: int, lr: float = 0.5) -> Training:
+def fixed(batch: int, lr: float = 0.5) -> TrainingState:
     """The loss of a sample depends on that sample alone: one time, and noise made of the data."""
     return training(batch=batch, optimizer=sgd(lr), times=FixedTimes(), coupling=lambda x0, rng: (x0, x0.flip(1).sin()))
 
@@ -166,7 +166,7 @@ def test_learning_rate_rises_stays_and_falls() -> None:
     assert expected[0] > 0 and expected[-1] > 0 and max(expected) == 1e-2
 
 
-def gradient(run: Training) -> Tensor:
+def gradient(run: TrainingState) -> Tensor:
     x0 = run.dataset.train.raw[EpochOrder(SAMPLES, 50, 0).next()]
     loss = run.loss(x0, rng=Rng(0)).mean()
     return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(run.loss.parameters()))])
@@ -186,7 +186,7 @@ def test_clip_bounds_the_step_and_the_log_says_what_was_cut(clip: float | None, 
     assert rows.of("train/grad_norm") == pytest.approx([float(exact.norm())], rel=1e-5) and share <= 1
 
 
-def spoil(run: Training, what: str, bad: set[int]) -> None:
+def spoil(run: TrainingState, what: str, bad: set[int]) -> None:
     """Makes the loss NaN, or the gradient infinite, in the forward passes numbered in `bad`."""
     passes = iter(range(1, 10_000))
     if what == "loss":
@@ -207,14 +207,15 @@ def test_a_bad_step_changes_nothing_and_is_counted(what: str, accumulate: int) -
     for step in range(1, 13):
         before = bits(run) if step == 6 else before
         trainer.step(run)
-        losses.log({"loss": run.averages(reset=True).loss}, step=step, images=run.images)
+        losses.log({"loss": run.tally.averages(reset=True).loss}, step=step, images=run.images)
         if step == 6:
             after, untouched = bits(run), ("weights", "ema", "optimizer")
             parameters = [key for key in before if key.startswith(untouched) and "calls" not in key]
             assert [key for key in parameters if before[key] != after[key]] == []
             assert len(parameters) == 4 + 4 + 3 * 4
     assert [math.isnan(value) for value in losses.of("loss")] == [step == 6 for step in range(1, 13)]
-    assert (run.step, run.images, run.averages().skipped, run.averages().streak) == (12, trainer.images, 1, 0)
+    counted = run.tally.averages()
+    assert (run.step, run.images, counted.skipped, counted.streak) == (12, trainer.images, 1, 0)
     later = bits(run)
     assert all(later[key] != before[key] for key in parameters)  # it went on
 
@@ -253,7 +254,7 @@ def test_bad_steps_that_pass_do_not_end_training() -> None:
     run = training()
     spoil(run, "gradient", {2, 3, 4, 6, 7, 8, 10, 11, 12})
     Trainer(images=160, batch_size=8, max_bad_steps=4).fit(run)
-    assert run.averages().skipped == 9 and run.step == 20
+    assert run.tally.averages().skipped == 9 and run.step == 20
 
 
 def test_intervals_count_images(tmp_path: Path) -> None:
@@ -302,7 +303,7 @@ def test_an_optimizer_that_cannot_skip_and_labels_that_are_missing_are_refused()
         training(optimizer=torch.optim.Adam)
     run = training()
     with pytest.raises(ValueError, match="needs labels"):
-        Training(run.loss, run.optimizer, run.ema, run.dataset, run.order, run.rng, conditional=True)
+        TrainingState(run.loss, run.optimizer, run.ema, run.dataset, run.order, run.rng, conditional=True)
 
 
 @pytest.mark.parametrize("name", ["vp", "subvp", "ve", "flow"])
@@ -319,7 +320,7 @@ def test_it_learns_the_optimal_denoiser(name: str) -> None:
     )
     torch.manual_seed(0)
     loss = DenoisingLoss(Preconditioned(MLP((2,), width=32, depth=1), sde, Eps()), StratifiedTimes())
-    run = Training(
+    run = TrainingState(
         loss,
         torch.optim.Adam(loss.parameters(), 5e-3, fused=True),
         EMA(loss),
