@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import abc
 import contextlib
 import copy
 from typing import Any
@@ -17,53 +16,39 @@ from .slices import gathered, load
 from .world import World
 
 
-class Parallel(abc.ABC):
+class Parallel:
     """Runs a loss on this process's share of a batch, so that `.grad` is that of the whole batch.
 
-    It is made after the average and before the optimizer, which takes the parameters that it leaves in the loss.
+    It is made after the average and before the optimizer, which takes the parameters that it leaves in the loss. What
+    is written here serves one process.
     """
-
-    @abc.abstractmethod
-    def terms(self, *args: Any, **kwargs: Any) -> Terms:
-        """`DenoisingLoss.terms`, with what it takes to get the whole gradient in `backward`."""
-
-    @abc.abstractmethod
-    def exchange(self, now: bool) -> contextlib.AbstractContextManager[Any]:
-        """Around forward and backward: gradients are exchanged now, or added up here for a later exchange."""
-
-    @abc.abstractmethod
-    def norms(self, grads: list[Tensor]) -> Tensor:
-        """(P,) norms of the whole gradient by parameter, of this process's part of each."""
-
-    @abc.abstractmethod
-    def blame(self) -> Tensor:
-        """Bool scalar on the device: this process's own part of the last gradient was not finite. Resets it."""
-
-    @abc.abstractmethod
-    def view(self, average: DenoisingLoss) -> DenoisingLoss:
-        """The averaged loss, all of it on this process, for measuring. Every process calls it."""
-
-
-class Single(Parallel):
-    """One process."""
 
     def __init__(self, loss: DenoisingLoss):
         self.loss = loss
 
     def terms(self, *args: Any, **kwargs: Any) -> Terms:
+        """`DenoisingLoss.terms`, with what it takes to get the whole gradient in `backward`."""
         return self.loss.terms(*args, **kwargs)
 
     def exchange(self, now: bool) -> contextlib.AbstractContextManager[Any]:
+        """Around forward and backward: gradients are exchanged now, or added up here for a later exchange."""
         return contextlib.nullcontext()
 
     def norms(self, grads: list[Tensor]) -> Tensor:
+        """(P,) norms of the whole gradient by parameter, of this process's part of each."""
         return torch.stack(torch._foreach_norm(grads))
 
     def blame(self) -> Tensor:
+        """Bool scalar on the device: this process's own part of the last gradient was not finite. Resets it."""
         return torch.ones((), dtype=torch.bool)
 
     def view(self, average: DenoisingLoss) -> DenoisingLoss:
+        """The averaged loss, all of it on this process, for measuring. Every process calls it."""
         return average
+
+
+class Single(Parallel):
+    """One process."""
 
 
 class Replicated(Parallel):
@@ -73,6 +58,7 @@ class Replicated(Parallel):
         from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
         from torch.nn.parallel import DistributedDataParallel
 
+        super().__init__(loss)
         device = next(loss.parameters()).device
         self.wrapped = DistributedDataParallel(
             _Terms(loss), device_ids=None if device.type == "cpu" else [device], gradient_as_bucket_view=True
@@ -92,16 +78,10 @@ class Replicated(Parallel):
     def exchange(self, now: bool) -> contextlib.AbstractContextManager[Any]:
         return contextlib.nullcontext() if now else self.wrapped.no_sync()
 
-    def norms(self, grads: list[Tensor]) -> Tensor:
-        return torch.stack(torch._foreach_norm(grads))
-
     def blame(self) -> Tensor:
         bad = self._bad.clone()
         self._bad.zero_()
         return bad
-
-    def view(self, average: DenoisingLoss) -> DenoisingLoss:
-        return average
 
 
 class _Terms(nn.Module):
@@ -124,15 +104,13 @@ class Sharded(Parallel):
     def __init__(self, loss: DenoisingLoss, ema: Average, world: World):
         from torch.distributed.device_mesh import init_device_mesh
 
-        self.loss, self.world, self.whole = loss, world, copy.deepcopy(loss).to("meta")
+        super().__init__(loss)
+        self.world, self.whole = world, copy.deepcopy(loss).to("meta")
         device = next(loss.parameters()).device
         mesh = init_device_mesh(device.type, (world.size,))
         for module in (loss, *ema.shadows.values()):
             _shard(module, mesh)
         ema.relist()
-
-    def terms(self, *args: Any, **kwargs: Any) -> Terms:
-        return self.loss.terms(*args, **kwargs)
 
     def exchange(self, now: bool) -> contextlib.AbstractContextManager[Any]:
         # fully_shard gave the loss this method

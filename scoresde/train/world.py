@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import abc
 import contextlib
 import datetime
 import os
+import pickle
 import socket
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 Result = TypeVar("Result")
@@ -20,63 +21,45 @@ class ProcessLost(RuntimeError):
     """Another process of this run ended or went silent; its own output says why."""
 
 
-class World(abc.ABC):
-    """Who trains. Every process has to make the same calls in the same order.
+class World:
+    """Who trains. Every process has to make the same calls in the same order. What is written here serves one process.
 
     Attributes:
         rank, size: this process and how many there are.
     """
 
-    rank: int
-    size: int
+    rank: int = 0
+    size: int = 1
 
-    @abc.abstractmethod
     def sum(self, x: Tensor) -> Tensor:
         """The sum of `x` over all processes, on its device, without waiting for that device."""
+        return x
 
-    @abc.abstractmethod
     def agree(self, code: int) -> int:
-        """The largest `code` that any process gave at the *previous* call: the same answer for all, and no wait."""
+        """The largest `code` that any process gave at the *previous* call: the same answer for all, and no wait.
 
-    @abc.abstractmethod
+        One process has its own answer at once.
+        """
+        return code
+
     def gather(self, value: Any) -> list[Any]:
         """Every process's value, in the order of ranks."""
+        return [value]
 
-    @abc.abstractmethod
     def leader(self, task: Callable[[], Result]) -> Result:
-        """What `task` returns on rank 0, told to all; what it raises there is raised everywhere."""
+        """What `task` returns on rank 0, sent to all; what it raises there is raised everywhere."""
+        return task()
 
-    @abc.abstractmethod
     def watch(self) -> contextlib.AbstractContextManager[None]:
         """Around what exchanges tensors by other means: a lost process is a `ProcessLost` there too."""
+        return contextlib.nullcontext()
 
-    @abc.abstractmethod
     def close(self) -> None:
         """Leaves the others, in good order."""
 
 
 class Alone(World):
     """One process."""
-
-    rank, size = 0, 1
-
-    def sum(self, x: Tensor) -> Tensor:
-        return x
-
-    def agree(self, code: int) -> int:
-        return code
-
-    def gather(self, value: Any) -> list[Any]:
-        return [value]
-
-    def leader(self, task: Callable[[], Result]) -> Result:
-        return task()
-
-    def watch(self) -> contextlib.AbstractContextManager[None]:
-        return contextlib.nullcontext()
-
-    def close(self) -> None:
-        pass
 
 
 class Processes(World):
@@ -87,17 +70,12 @@ class Processes(World):
     Args:
         device: where tensors to be summed live: NCCL for CUDA, gloo for the CPU.
         timeout: seconds > 0 that a sum may take before the run is given up.
-
-    Raises:
-        ValueError: a timeout that is not positive.
     """
 
     # rank 0 may measure and draw for as long as it takes; one that dies is noticed by its closed connection
     _PATIENCE = datetime.timedelta(days=7)
 
     def __init__(self, device: torch.device, timeout: float = 600.0):
-        import torch.distributed as dist
-
         self.timeout = float(timeout)
         if not dist.is_initialized():
             if device.type == "cuda":
@@ -111,75 +89,73 @@ class Processes(World):
             backend = "nccl" if device.type == "cuda" else "gloo"
             dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
-        # words go by the CPU, on connections of their own, so that they wait for no kernel and hold up no sum
-        self._words = dist.new_group(backend="gloo", timeout=self._PATIENCE)
-        self._code, self._pending = torch.zeros((), dtype=torch.int64), None
+        # objects go by the CPU, on connections of their own, so that they wait for no kernel and hold up no sum
+        self._objects = dist.new_group(backend="gloo", timeout=self._PATIENCE)
+        self._code = torch.zeros((), dtype=torch.int64)
+        self._pending: dist.Work | None = None
 
     def sum(self, x: Tensor) -> Tensor:
-        import torch.distributed as dist
-
-        with _losing(self):
+        with self._exchange():
             dist.all_reduce(x)
         return x
 
     def agree(self, code: int) -> int:
-        import torch.distributed as dist
-
-        with _losing(self):
+        with self._exchange():
             if self._pending is not None:
                 self._pending.wait()
             agreed = int(self._code)
             self._code = torch.tensor(code)
-            self._pending = dist.all_reduce(self._code, dist.ReduceOp.MAX, group=self._words, async_op=True)
+            self._pending = dist.all_reduce(self._code, dist.ReduceOp.MAX, group=self._objects, async_op=True)
         return agreed
 
     def gather(self, value: Any) -> list[Any]:
-        import torch.distributed as dist
-
         values: list[Any] = [None] * self.size
-        with _losing(self):
-            dist.all_gather_object(values, value, group=self._words)
+        with self._exchange():
+            dist.all_gather_object(values, value, group=self._objects)
         return values
 
     def leader(self, task: Callable[[], Result]) -> Result:
-        import torch.distributed as dist
-
-        told: list[Any] = [None, None]
+        sent: list[Any] = [None, None]
         if self.rank == 0:
             try:
-                told[0] = task()
+                sent[0] = task()
             except BaseException as error:
-                with _losing(self):
-                    dist.broadcast_object_list([None, _portable(error)], src=0, group=self._words)
+                with self._exchange():
+                    dist.broadcast_object_list([None, _portable(error)], src=0, group=self._objects)
                 raise
-        with _losing(self):
-            dist.broadcast_object_list(told, src=0, group=self._words)
-        if told[1] is not None:
-            raise told[1]
-        return told[0]
+        with self._exchange():
+            dist.broadcast_object_list(sent, src=0, group=self._objects)
+        if sent[1] is not None:
+            raise sent[1]
+        return sent[0]
 
-    @contextlib.contextmanager
-    def watch(self) -> Iterator[None]:
-        import torch.distributed as dist
-
-        try:
-            yield
-        except dist.DistBackendError as error:
-            raise lost(self, error) from error
-        except RuntimeError as error:
-            if "gloo" in str(error):  # which has no error of its own
-                raise lost(self, error) from error
-            raise
+    def watch(self) -> contextlib.AbstractContextManager[None]:
+        return self._exchange(alone=False)
 
     def close(self) -> None:
-        import torch.distributed as dist
-
         if self._pending is not None:
-            with _losing(self):
+            with self._exchange():
                 self._pending.wait()
             self._pending = None
         if dist.is_initialized():
             dist.destroy_process_group()
+
+    @contextlib.contextmanager
+    def _exchange(self, alone: bool = True) -> Iterator[None]:
+        """Turns the errors of a broken connection into `ProcessLost`: all there are, or where other things happen in
+        here (`alone` is False) those of the backends; gloo has no class of its own.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            if not (alone or isinstance(error, dist.DistBackendError) or "gloo" in str(error)):
+                raise
+            cause = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+            raise ProcessLost(
+                f"Rank {self.rank} of {self.size} on {socket.gethostname()} lost another process: {cause}. The output "
+                "of the one that ended first says why; the last checkpoint is whole, and resume=auto continues from it "
+                "with any number of processes."
+            ) from error
 
 
 def join(device: torch.device, timeout: float = 600.0) -> World:
@@ -194,33 +170,9 @@ def join(device: torch.device, timeout: float = 600.0) -> World:
 
 
 def _portable(error: BaseException) -> BaseException:
-    """An error of the same kind and text; what cannot be sent becomes a RuntimeError that names it."""
-    import pickle
-
+    """`error`, or a RuntimeError that names it where it cannot be sent."""
     try:
         pickle.loads(pickle.dumps(error))
     except Exception:
         return RuntimeError(f"rank 0: {type(error).__name__}: {error}")
     return error
-
-
-@contextlib.contextmanager
-def _losing(world: World) -> Iterator[None]:
-    """Turns the errors of a broken connection into `ProcessLost`."""
-    try:
-        yield
-    except RuntimeError as error:
-        raise lost(world, error) from error
-
-
-def lost(world: World, error: BaseException) -> ProcessLost:
-    """The same failure of a collective in words that say what to do."""
-    return ProcessLost(
-        f"Rank {world.rank} of {world.size} on {socket.gethostname()} lost another process: {_first(error)}. "
-        "The output of the one that ended first says why; the last checkpoint is whole, and resume=auto continues "
-        "from it with any number of processes."
-    )
-
-
-def _first(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
