@@ -7,7 +7,7 @@ from omegaconf import DictConfig
 from ..config import build, plain
 from ..evaluate import figures
 from ..evaluate.evaluation import held_out_loss
-from ..evaluate.report import Evaluation, announce, check_samplers, list_files, measuring_jobs, report
+from ..evaluate.report import Evaluation, Report, check_samplers, list_files
 from ..evaluate.shards import fresh, share
 from ..runs.load import chosen_run, set_threads
 from ..runs.logger import NullLogger
@@ -36,16 +36,9 @@ def evaluate(cfg: DictConfig) -> float:
         check_samplers(samplers, run.denoiser)
         loss = build(run.config["loss"], allow, key="loss", denoiser=run.denoiser)
         shards = share(folder, options, run)
-    bits, draws = measuring_jobs(
-        run.denoiser, run.dataset, samplers, likelihood, evaluation=evaluation, seed=options["seed"],
-        conditional=run.conditional,
-    )  # fmt: skip
-    if not shards.rank:
-        announce(evaluation, run.dataset, samplers, conditional=run.conditional)
-    shards.work(bits)
-    for job in draws.values():
-        shards.work(job)
-    if shards.rank:
+    report = Report(run.denoiser, run.dataset, run.conditional, samplers, likelihood, evaluation, seed=options["seed"])
+    measured = report.measure(shards)
+    if measured is None:
         return float("nan")
     value = held_out_loss(loss, run.dataset, conditional=run.conditional)
     facts = {
@@ -55,11 +48,7 @@ def evaluate(cfg: DictConfig) -> float:
         "weights": options["weights"],
         "loss": value,
     }
-    summary = report(
-        shards.result(bits), {name: shards.result(job) for name, job in draws.items()}, run.dataset,
-        seed=options["seed"], evaluation=evaluation, accuracy=likelihood.accuracy, folder=folder, facts=facts,
-        logger=NullLogger(),
-    )  # fmt: skip
+    summary = report.write(*measured, folder, facts, NullLogger())
     shards.clear()
     files = {"samples": "samples.png", "trajectory": "trajectory.png", "arrays": "samples.npz", "summary": "summary.md"}
     print(list_files(folder, files))

@@ -18,15 +18,13 @@ from ..config import ConfigError, build, plain
 from ..data import EpochOrder
 from ..evaluate import figures
 from ..evaluate.conditions import in_turn
-from ..evaluate.evaluation import OdeLikelihood, draw, evenly_spaced, held_out
+from ..evaluate.evaluation import OdeLikelihood, drawing, evenly_spaced, held_out
 from ..evaluate.report import (
     Evaluation,
-    announce,
+    Report,
     check_samplers,
     list_files,
-    measuring_jobs,
     real_beside,
-    report,
 )
 from ..evaluate.shards import Shards
 from ..noise.rng import Rng
@@ -234,12 +232,12 @@ def picture(plan: Plan, run: TrainingState, folder: Path) -> Mapping[str, Path]:
     """Samples of the average beside real ones, during training."""
     dataset, n = run.dataset, min(plan.evaluation.samples, len(run.dataset.test))
     cond = in_turn(dataset, n, plan.config["conditional"])
-    made = draw(
-        run.average.denoiser, next(iter(plan.samplers.values())), dataset.event_shape, seeds=range(n), cond=cond,
-        batch_size=plan.evaluation.batch_size,
-    )  # fmt: skip
+    sampler = next(iter(plan.samplers.values()))
+    job = drawing(
+        run.average.denoiser, sampler, dataset.event_shape, range(n), cond, batch_size=plan.evaluation.batch_size
+    )
     real = real_beside(cond, dataset, n)
-    return {"eval/samples": figures.sample_grid(made.x, real, folder / "progress" / f"step-{run.step:08d}.png")}
+    return {"eval/samples": figures.sample_grid(job.run().x, real, folder / "progress" / f"step-{run.step:08d}.png")}
 
 
 def fit_and_report(plan: Plan, folder: Path, logger: Logger, signals: Signals) -> dict[str, float]:
@@ -279,23 +277,16 @@ def finish(plan: Plan, folder: Path, logger: Logger, seconds: float) -> dict[str
         said = ", ".join(f"{name} {value:.5g}" for name, value in found.items())
         say(training.world, f"Held-out {said} after {training.images:,} images. Run in {folder}")
         return {"objective": loss, "loss": loss}
-    measured, draws = measuring_jobs(
-        training.average.denoiser, training.dataset, plan.samplers, plan.likelihood, evaluation=plan.evaluation,
-        seed=config["seed"], conditional=config["conditional"],
+    report = Report(
+        training.average.denoiser, training.dataset, config["conditional"], plan.samplers, plan.likelihood,
+        plan.evaluation, config["seed"],
     )  # fmt: skip
     shards = Shards(folder / "batches" / f"step-{training.step:08d}", at, training.world.rank, training.world.size)
-    if training.world.rank:
-        shards.work(measured)
-        for job in draws.values():
-            shards.work(job)
+    measured = report.measure(shards)
+    if measured is None:
         return {"objective": loss, "loss": loss}
-    announce(plan.evaluation, training.dataset, plan.samplers, conditional=config["conditional"])
     facts = {"folder": str(folder), **at, "train_seconds": seconds, "loss": loss}
-    summary = report(
-        shards.result(measured), {name: shards.result(job) for name, job in draws.items()}, training.dataset,
-        seed=config["seed"], evaluation=plan.evaluation, accuracy=plan.likelihood.accuracy, folder=folder,
-        facts=facts, logger=logger,
-    )  # fmt: skip
+    summary = report.write(*measured, folder, facts, logger)
     bits = summary["bits_per_dim"]
     name = f"eval/{bits['estimator']}"
     logger.log({"eval/loss": loss, name: bits["mean"], "eval/bpd_stderr": bits["stderr"], "final": 1}, **at)

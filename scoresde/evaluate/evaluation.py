@@ -217,45 +217,29 @@ class Samples:
     seconds: float
 
 
-def draw(
-    denoiser: Denoiser,
-    sampler: Sampler,
-    event_shape: Sequence[int],
-    *,
-    seeds: Sequence[int],
-    cond: Cond = None,
-    batch_size: int = 128,
-    frames: int = 8,
-    watched: int = 8,
-) -> Samples:
-    """One sample per seed. Sample k depends on `seeds[k]` alone.
-
-    Args:
-        denoiser, sampler: the model and the way back.
-        event_shape: of one sample.
-        seeds: one per sample.
-        cond: what the denoiser is told of each sample, (n, …) or a mapping of such; None for nothing.
-        batch_size: samples at a time.
-        frames, watched: how many states of how many samples of the first batch to keep for a trajectory.
-    """
-    return drawing(
-        denoiser, sampler, event_shape, seeds=seeds, cond=cond, batch_size=batch_size, frames=frames, watched=watched
-    ).run()
-
-
 def drawing(
     denoiser: Denoiser,
     sampler: Sampler,
     event_shape: Sequence[int],
-    *,
     seeds: Sequence[int],
     cond: Cond = None,
+    *,
     batch_size: int = 128,
     frames: int = 8,
     watched: int = 8,
     name: str = "samples",
 ) -> Job[Samples]:
-    """The same as `draw`, in batches, for `Shards`, under a name that tells one sampler from another."""
+    """Samples, one per seed. Sample k depends on `seeds[k]` alone.
+
+    Args:
+        denoiser, sampler: the model and the way back.
+        event_shape: of one sample.
+        seeds: one per sample.
+        cond: the condition of each sample, (n, …) or a mapping of such; None for nothing.
+        batch_size: samples at a time.
+        frames, watched: how many states of how many samples of the first batch to keep for a trajectory.
+        name: of the job, which tells one sampler from another.
+    """
     device, seeds = model_device(denoiser), list(seeds)
     watch = _frame_indices(denoiser, sampler, frames)
 
@@ -278,9 +262,14 @@ def drawing(
         return Samples(x, cond, first["frames"], first["times"].tolist(), *_costs(batches))
 
     settings = {
-        "seeds": seeds, "cond": None if cond is None else digest_of(cond), "event_shape": list(event_shape),
-        "batch_size": batch_size, "steps": sampler.steps, "frames": frames, "watched": watched,
-    }  # fmt: skip
+        "seeds": seeds,
+        "cond": None if cond is None else digest_of(cond),
+        "event_shape": list(event_shape),
+        "batch_size": batch_size,
+        "steps": sampler.steps,
+        "frames": frames,
+        "watched": watched,
+    }
     count = math.ceil(len(seeds) / batch_size)
     return Job(name, count, sampler.steps + 2 + int(sampler.denoise), batch, merge, settings)
 

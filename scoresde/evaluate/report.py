@@ -23,7 +23,7 @@ from ..sampling import Sampler
 from . import figures
 from .conditions import alike, in_turn, told_arrays, told_in_turn
 from .evaluation import BitsPerDim, OdeLikelihood, Samples, drawing, evenly_spaced
-from .shards import Job
+from .shards import Job, Shards
 
 
 @dataclass(frozen=True)
@@ -51,10 +51,8 @@ class Evaluation:
 
     def __post_init__(self) -> None:
         for name in ("points", "points_during", "samples", "batch_size"):
-            value = getattr(self, name)
-            if value is None and name == "points":
-                continue
-            whole(value, f"evaluation.{name}")
+            if name != "points" or self.points is not None:
+                whole(getattr(self, name), f"evaluation.{name}")
         if not isinstance(self.pictures, bool):
             raise ValueError(f"evaluation.pictures is true or false; got {self.pictures!r}.")
         if self.objective not in ("bits_per_dim", "loss"):
@@ -71,18 +69,21 @@ def check_samplers(samplers: Mapping[str, Sampler], denoiser: Denoiser) -> None:
 
 
 def sampling_jobs(
-    samplers: Mapping[str, Sampler], denoiser: Denoiser, event_shape: Sequence[int], *,
-    seeds: Sequence[int], cond: Cond, batch_size: int,
-) -> dict[str, Job[Samples]]:  # fmt: skip
-    """Samples by every sampler from the same seeds: what is to be done."""
+    samplers: Mapping[str, Sampler],
+    denoiser: Denoiser,
+    event_shape: Sequence[int],
+    *,
+    seeds: Sequence[int],
+    cond: Cond,
+    batch_size: int,
+) -> dict[str, Job[Samples]]:
+    """The work of drawing samples by every sampler from the same seeds."""
     watched = 8 if len(event_shape) > 1 else 500
+    common: dict[str, Any] = {"seeds": seeds, "cond": cond, "batch_size": batch_size, "watched": watched}
     return {
-        name: drawing(
-            denoiser, sampler, event_shape, seeds=seeds, cond=cond, batch_size=batch_size, watched=watched,
-            name=f"samples-{name}",
-        )
+        name: drawing(denoiser, sampler, event_shape, name=f"samples-{name}", **common)
         for name, sampler in samplers.items()
-    }  # fmt: skip
+    }
 
 
 def write_samples(
@@ -109,21 +110,8 @@ def real_beside(cond: Cond, dataset: Dataset, n: int) -> Tensor:
     return dataset.encode(real[evenly_spaced(len(real), min(n, len(real)))])
 
 
-def table(
-    made: Mapping[str, Samples], bits: BitsPerDim, distances: Mapping[str, float]
-) -> tuple[list[str], list[list[str]]]:
-    """Columns and rows of the summary: one row per sampler. Bits/dim is the model's, by the probability-flow ODE."""
-    columns = ["sampler", "NFE", "seconds", *(["sliced-W2"] if distances else []), "bits/dim"]
-    score = f"{bits.mean:.4f} ± {bits.stderr:.4f}"
-    rows = [
-        [name, f"{s.evaluations:.0f}", f"{s.seconds:.1f}", *([f"{distances[name]:.4f}"] if distances else []), score]
-        for name, s in made.items()
-    ]
-    return columns, rows
-
-
 def distances_of(made: Mapping[str, Samples], dataset: Dataset) -> dict[str, float]:
-    """Sliced-W2 distance of each sampler's vectors to the held-out ones, in raw units; none for other events."""
+    """Sliced-W2 distance of each sampler's vectors to the held-out ones, in raw units; empty for other events."""
     if len(dataset.event_shape) > 1:
         return {}
     real = dataset.test.raw.float()
@@ -142,66 +130,105 @@ def exact_bits(dataset: Dataset, points: int | None) -> float | None:
     return float(bits_per_dim(dataset.log_prob(raw), dataset.event_shape).mean())
 
 
-def measuring_jobs(
-    denoiser: Denoiser, dataset: Dataset, samplers: Mapping[str, Sampler], likelihood: OdeLikelihood, *,
-    evaluation: Evaluation, seed: int, conditional: bool,
-) -> tuple[Job[BitsPerDim], dict[str, Job[Samples]]]:  # fmt: skip
-    """What a report needs: held-out bits/dim, and samples by each sampler."""
-    seeds = range(seed * evaluation.samples, (seed + 1) * evaluation.samples)
-    draws = sampling_jobs(
-        samplers, denoiser, dataset.event_shape, seeds=seeds, cond=in_turn(dataset, len(seeds), conditional),
-        batch_size=evaluation.batch_size,
-    )  # fmt: skip
-    return likelihood.job(denoiser, dataset, points=evaluation.points, seed=seed, conditional=conditional), draws
+@dataclass(frozen=True)
+class Report:
+    """The final measurement of a model: held-out bits/dim, and samples by each sampler.
 
-
-def announce(evaluation: Evaluation, dataset: Dataset, samplers: Mapping[str, Sampler], *, conditional: bool) -> None:
-    """Prints what is about to be measured."""
-    points, said = evaluation.points or len(dataset.test), told_in_turn(dataset, conditional)
-    print(
-        f"Measuring bits/dim on {points:,} held-out points, drawing {evaluation.samples:,} samples by each of "
-        f"{', '.join(samplers)}{said and ','}{said} …",
-        flush=True,
-    )
-
-
-def report(
-    bits: BitsPerDim, made: Mapping[str, Samples], dataset: Dataset, *, seed: int, evaluation: Evaluation,
-    accuracy: Mapping[str, float], folder: Path, facts: Mapping[str, Any], logger: Logger,
-) -> dict[str, Any]:  # fmt: skip
-    """Writes samples and pictures, `summary.md` and at last `summary.json`, prints the table. Returns what
-    summary.json holds.
+    Attributes:
+        denoiser, dataset: the model, and the data whose held-out part it is compared with.
+        conditional: whether the model gets the conditions of the data.
+        samplers, likelihood, evaluation: by what is drawn, how likelihoods are measured, and how much of both.
+        seed: n samples have the seeds seed · n … (seed + 1) · n − 1.
     """
-    seeds = range(seed * evaluation.samples, (seed + 1) * evaluation.samples)
-    write_samples(made, dataset, folder, seeds=seeds, pictures=evaluation.pictures)
-    distances, exact = distances_of(made, dataset), exact_bits(dataset, evaluation.points)
-    summary = {
-        **facts,
-        "bits_per_dim": {**{k: v for k, v in asdict(bits).items() if k != "values"}, **accuracy, "exact": exact},
-        "samplers": [
-            {"sampler": name, "nfe": s.evaluations, "seconds": s.seconds, "samples": len(s.x),
-             "sliced_w2": distances.get(name)}
-            for name, s in made.items()
-        ],
-    }  # fmt: skip
-    columns, rows = table(made, bits, distances)
-    logger.table("eval/summary", columns, rows)
-    logger.summary(
-        {bits.estimator: bits.mean, "bpd_stderr": bits.stderr, "nfe": {n: s.evaluations for n, s in made.items()}}
-        | ({"w2": distances} if distances else {})
-    )
-    text = layout(columns, rows)
-    note = (
-        f"bits/dim of the model on {bits.points} held-out points: probability-flow ODE, "
-        f"{'uniform dequantisation, ' if dataset.scaling.levels else ''}"
-        f"{', '.join(f'{name}={value:g}' for name, value in accuracy.items())}, {bits.evaluations:.0f} evaluations, "
-        f"{bits.seconds:.1f} s."
-        f"{'' if exact is None else f' The true density has {exact:.4f} on the same points.'}"
-    )
-    (folder / "summary.md").write_text(markdown(columns, rows) + f"\n{note}\n", encoding="utf-8")
-    finish(folder / "summary.json", summary)
-    print(f"\n{text}\n{note}", flush=True)
-    return summary
+
+    denoiser: Denoiser
+    dataset: Dataset
+    conditional: bool
+    samplers: Mapping[str, Sampler]
+    likelihood: OdeLikelihood
+    evaluation: Evaluation
+    seed: int
+
+    def measure(self, shards: Shards) -> tuple[BitsPerDim, dict[str, Samples]] | None:
+        """(bits/dim, samples by sampler) on rank 0, which waits for the others; they do their share and get None."""
+        points, conditional = self.evaluation.points, self.conditional
+        bits = self.likelihood.job(self.denoiser, self.dataset, points=points, seed=self.seed, conditional=conditional)
+        draws = sampling_jobs(
+            self.samplers,
+            self.denoiser,
+            self.dataset.event_shape,
+            seeds=self.seeds,
+            cond=in_turn(self.dataset, len(self.seeds), conditional),
+            batch_size=self.evaluation.batch_size,
+        )
+        if shards.rank == 0:
+            said = told_in_turn(self.dataset, conditional)
+            print(
+                f"Measuring bits/dim on {points or len(self.dataset.test):,} held-out points, drawing "
+                f"{len(self.seeds):,} samples by each of {', '.join(self.samplers)}{said and ','}{said} …",
+                flush=True,
+            )
+        jobs: list[Job[Any]] = [bits, *draws.values()]
+        for job in jobs:
+            shards.work(job)
+        if shards.rank:
+            return None
+        return shards.result(bits), {name: shards.result(job) for name, job in draws.items()}
+
+    @property
+    def seeds(self) -> range:
+        n = self.evaluation.samples
+        return range(self.seed * n, (self.seed + 1) * n)
+
+    def write(
+        self, bits: BitsPerDim, made: Mapping[str, Samples], folder: Path, facts: Mapping[str, Any], logger: Logger
+    ) -> dict[str, Any]:
+        """Writes samples and pictures, `summary.md` and at last `summary.json`, logs and prints the table.
+
+        Bits/dim stand in every row: they are the model's, by the probability-flow ODE. Returns what `summary.json`
+        holds: `facts` and what was measured.
+        """
+        dataset, accuracy = self.dataset, self.likelihood.accuracy
+        write_samples(made, dataset, folder, seeds=self.seeds, pictures=self.evaluation.pictures)
+        distances, exact = distances_of(made, dataset), exact_bits(dataset, self.evaluation.points)
+        lines = [
+            {"sampler": name, "NFE": f"{samples.evaluations:.0f}", "seconds": f"{samples.seconds:.1f}"}
+            | ({"sliced-W2": f"{distances[name]:.4f}"} if distances else {})
+            | {"bits/dim": f"{bits.mean:.4f} ± {bits.stderr:.4f}"}
+            for name, samples in made.items()
+        ]
+        columns, rows = list(lines[0]), [list(line.values()) for line in lines]
+        nfe = {name: samples.evaluations for name, samples in made.items()}
+        logger.table("eval/summary", columns, rows)
+        logger.summary(
+            {bits.estimator: bits.mean, "bpd_stderr": bits.stderr, "nfe": nfe}
+            | ({"w2": distances} if distances else {})
+        )
+        note = (
+            f"bits/dim of the model on {bits.points} held-out points: probability-flow ODE, "
+            f"{'uniform dequantisation, ' if dataset.scaling.levels else ''}"
+            f"{', '.join(f'{name}={value:g}' for name, value in accuracy.items())}, {bits.evaluations:.0f} "
+            f"evaluations, {bits.seconds:.1f} s."
+            f"{'' if exact is None else f' The true density has {exact:.4f} on the same points.'}"
+        )
+        (folder / "summary.md").write_text(markdown(columns, rows) + f"\n{note}\n", encoding="utf-8")
+        summary = {
+            **facts,
+            "bits_per_dim": {**{k: v for k, v in asdict(bits).items() if k != "values"}, **accuracy, "exact": exact},
+            "samplers": [
+                {
+                    "sampler": name,
+                    "nfe": samples.evaluations,
+                    "seconds": samples.seconds,
+                    "samples": len(samples.x),
+                    "sliced_w2": distances.get(name),
+                }
+                for name, samples in made.items()
+            ],
+        }
+        finish(folder / "summary.json", summary)
+        print(f"\n{layout(columns, rows)}\n{note}", flush=True)
+        return summary
 
 
 def layout(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -218,7 +245,7 @@ def layout(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """The same as a Markdown table."""
+    """A table in Markdown."""
     lines = ["| " + " | ".join(map(str, row)) + " |" for row in [columns, ["---"] * len(columns), *rows]]
     return "\n".join(lines) + "\n"
 
