@@ -6,18 +6,19 @@ import operator
 from typing import Any
 
 
-def whole(value: Any, name: str, least: int = 1) -> int:
+def whole(value: Any, name: str, least: int = 1, *, otherwise: str = "") -> int:
     """`value` as an int, where it is a whole number of at least `least`: Python's or NumPy's, but no bool.
 
     Raises:
-        ValueError: it is anything else; the message calls it `name`.
+        ValueError: it is anything else; the message calls it `name`, and says what it may be `otherwise`.
     """
+    expected = f"a whole number of at least {least}{otherwise and f', or {otherwise}'}"
     try:
         if isinstance(value, bool):
             raise TypeError
         number = operator.index(value)
     except TypeError:
-        raise ValueError(f"{name} is a whole number of at least {least}; got {value!r}.") from None
+        raise ValueError(f"{name} is {expected}; got {value!r}.") from None
     if number < least:
-        raise ValueError(f"{name} is a whole number of at least {least}; got {number}.")
+        raise ValueError(f"{name} is {expected}; got {number}.")
     return number

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..checks import whole
 from ..codecs.scaling import Scaling
 from .dataset import Dataset, Split
 from .hold_out import hold_out
@@ -46,8 +47,8 @@ def ImageFolder(
     except ImportError as error:
         raise ImportError("ImageFolder needs pillow: pip install 'scoresde[data]'.") from error
 
-    if size is not None and size < 1:
-        raise ValueError(f"size is at least 1 pixel, or None to keep images as they are; got {size}.")
+    if size is not None:
+        size = whole(size, "size in pixels", otherwise="None to keep images as they are")
     folder = existing(path, folder=True)
     files, labels, classes = _list(folder)
     images = [_read(Image, file, size, grey) for file in files]

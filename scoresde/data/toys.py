@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..checks import whole
 from ..codecs.scaling import Scaling
 from ..noise.rng import Rng
 from .dataset import Dataset, Split
@@ -42,8 +43,7 @@ class Toy(abc.ABC):
             train, test: samples per split, ≥ 1.
             seed: of all of them.
         """
-        if train < 1 or test < 1:
-            raise ValueError(f"train and test are at least 1 sample each; got train={train}, test={test}.")
+        train, test = whole(train, "train"), whole(test, "test")
         x = self.sample(train + test, rng=Rng(seed))
         return Dataset(self.name, Split(x[:train]), Split(x[train:]), Scaling.identity(), log_prob=self.log_prob)
 

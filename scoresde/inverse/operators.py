@@ -67,9 +67,7 @@ class DownSample(Operator):
 
     def __init__(self, factor: int):
         super().__init__()
-        if factor < 1 or factor != int(factor):
-            raise ValueError(f"factor is a whole number of at least 1; got {factor}.")
-        self.factor = int(factor)
+        self.factor = whole(factor, "factor")
 
     def forward(self, x: Tensor) -> Tensor:
         for axis in _space(x):

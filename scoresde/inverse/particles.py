@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..broadcast import coefficient
+from ..checks import whole
 from ..diffusion.denoiser import Cond, Denoiser
 from ..diffusion.prediction import Prediction
 from ..diffusion.sde import SDE
@@ -81,14 +82,14 @@ class TwistedSMC(Step):
         threshold: float = 0.5,
         report: Callable[[Tensor], object] | None = None,
     ):
-        if particles is not None and (particles < 1 or particles != int(particles)):
-            raise ValueError(f"particles is a whole number, at least 1, or None for the whole batch; got {particles}.")
+        if particles is not None:
+            particles = whole(particles, "particles", otherwise="None for the whole batch")
         if not 0 <= threshold <= 1:
             raise ValueError(f"threshold is a share of the particles, in [0, 1]; got {threshold}.")
         if not bool((observation.std > 0).all()):
             raise ValueError("Particles are weighted by a density of y, which needs an Observation with std > 0.")
         self.observation, self.method = observation, method
-        self.particles = None if particles is None else int(particles)
+        self.particles = particles
         self.threshold, self.report = float(threshold), report
 
     def init(self, x: Tensor) -> State:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from ..broadcast import expand_as_batch
+from ..checks import whole
 from ..diffusion.denoiser import Cond, Denoiser
 from ..noise.rng import Rng
 from ..ops import lincomb
@@ -104,10 +105,8 @@ class RePaint(Step):
         iterations: int = 500,
         tolerance: float = 1e-4,
     ):
-        if jump < 1 or repeats < 1 or jump != int(jump) or repeats != int(repeats):
-            raise ValueError(f"jump and repeats are whole numbers of at least 1; got {jump} and {repeats}.")
         self.step = Replacement(step, observation, iterations=iterations, tolerance=tolerance)
-        self.jump, self.repeats = int(jump), int(repeats)
+        self.jump, self.repeats = whole(jump, "jump"), whole(repeats, "repeats")
         self.order, self.evaluations, self.default_steps = step.order, step.evaluations, step.default_steps
 
     def count(self, steps: int) -> int | None:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ..checks import whole
 from ..noise.rng import Rng
 from ..ops import Noise
 
@@ -50,8 +51,8 @@ class OptimalTransport:
     """
 
     def __init__(self, group: int | None = None):
-        if group is not None and (isinstance(group, bool) or not isinstance(group, int) or group < 2):
-            raise ValueError(f"group is a number of samples, at least 2, or null for all of a batch; got {group!r}.")
+        if group is not None:
+            group = whole(group, "group is a number of samples. It", 2, otherwise="null for all of a batch")
         self.group = group
 
     def __call__(self, x0: Tensor, rng: Rng) -> tuple[Tensor, Tensor]:

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..checks import whole
 from ..noise.rng import Rng
 from .pairs import paired
 
@@ -51,8 +52,7 @@ def c2st(x: Tensor, y: Tensor, *, rng: Rng, hidden: int = 64, steps: int = 1000,
         raise ValueError(
             f"x has {len(x)} samples and y {len(y)}: chance is ½ for equal numbers only. Draw as many of each."
         )
-    if min(hidden, steps, batch_size) < 1:
-        raise ValueError(f"hidden, steps and batch_size are at least 1; got {hidden}, {steps}, {batch_size}.")
+    hidden, steps, batch_size = whole(hidden, "hidden"), whole(steps, "steps"), whole(batch_size, "batch_size")
     half = len(x) // 2
     parts = [(z[order[:half]], z[order[half:]]) for z in (x, y) for order in (rng.permutation(len(z)).to(z.device),)]
     train, test = (torch.cat(part) for part in zip(*parts, strict=True))

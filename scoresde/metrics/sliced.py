@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..checks import whole
 from ..noise.rng import Rng
 from .pairs import paired
 
@@ -26,8 +27,7 @@ def sliced_w2(x: Tensor, y: Tensor, *, projections: int = 256, rng: Rng) -> floa
     Raises:
         TypeError, ValueError: see `scoresde.metrics.pairs.paired`.
     """
-    if projections < 1:
-        raise ValueError(f"projections is at least 1; got {projections}.")
+    projections = whole(projections, "projections")
     x, y = paired(x, y, minimum=2)
     theta = rng.normal((x.shape[1], projections), dtype=torch.float64, device=x.device)
     theta = theta / theta.norm(dim=0)

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ..checks import whole
 from ..config import ConfigError, build, build_network, taken
 from ..data import Dataset
 from ..diffusion.denoiser import Denoiser, model_device
@@ -69,11 +70,8 @@ def choose_device(name: str) -> torch.device:
 
 def set_threads(threads: int | None) -> None:
     """CPU threads of torch; None leaves them alone."""
-    if threads is None:
-        return
-    if isinstance(threads, bool) or not isinstance(threads, int) or threads < 1:
-        raise ValueError(f"threads is a whole number of at least 1, or null; got {threads!r}.")
-    torch.set_num_threads(threads)
+    if threads is not None:
+        torch.set_num_threads(whole(threads, "threads", otherwise="null"))
 
 
 def choose_kernels(kernels: str | bool | None, device: torch.device) -> None:

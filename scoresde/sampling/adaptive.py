@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..broadcast import as_time
+from ..checks import whole
 from ..diffusion.denoiser import Cond, Denoiser
 from ..noise.rng import Rng
 from ..ode import METHODS, check_solver, integrate, log_ratio, point, probability_flow
@@ -45,13 +46,10 @@ class AdaptiveODE(Step):
         max_evaluations: int = 20_000,
     ):
         self.method = check_solver(backend, method, rtol, atol)
-        if fixed_steps < 1 or max_evaluations < 1:
-            raise ValueError(
-                f"fixed_steps and max_evaluations are at least 1; got {fixed_steps} and {max_evaluations}."
-            )
         self.order = float(METHODS[backend][self.method])
         self.rtol, self.atol, self.backend = float(rtol), float(atol), backend
-        self.fixed_steps, self.max_evaluations = int(fixed_steps), int(max_evaluations)
+        self.fixed_steps = whole(fixed_steps, "fixed_steps")
+        self.max_evaluations = whole(max_evaluations, "max_evaluations")
 
     def __call__(
         self, denoiser: Denoiser, x: Tensor, t: Tensor, s: Tensor, state: State, *, cond: Cond, rng: Rng

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..broadcast import coefficient, expand_as_batch, select
+from ..checks import whole
 from ..diffusion.denoiser import Cond, Denoiser
 from ..diffusion.prediction import Prediction
 from ..diffusion.sde import SDE
@@ -69,11 +70,9 @@ class AdaptiveSDE(Step):
             raise ValueError(f"AdaptiveSDE needs eta > 0 (AdaptiveODE solves for eta = 0); got {eta}.")
         if not (0 < first_step < math.inf and max_step > 0):
             raise ValueError(f"first_step and max_step are lengths in log(α/σ), > 0; got {first_step} and {max_step}.")
-        if max_evaluations < 1:
-            raise ValueError(f"max_evaluations is at least 1; got {max_evaluations}.")
         self.rtol, self.atol, self.eta = float(rtol), float(atol), float(eta)
         self.first_step, self.max_step = min(float(first_step), float(max_step)), float(max_step)
-        self.max_evaluations = int(max_evaluations)
+        self.max_evaluations = whole(max_evaluations, "max_evaluations")
 
     def __call__(
         self, denoiser: Denoiser, x: Tensor, t: Tensor, s: Tensor, state: State, *, cond: Cond, rng: Rng

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from ..checks import whole
 from ..diffusion.denoiser import Cond, Denoiser
 from ..diffusion.grids import LogisticGrid
 from ..noise.rng import Rng
@@ -22,8 +23,7 @@ def default_sampler(denoiser: Denoiser, budget: int) -> Sampler:
     Raises:
         ValueError: budget < 1.
     """
-    if isinstance(budget, bool) or not isinstance(budget, int) or budget < 1:
-        raise ValueError(f"budget is a whole number of network calls, at least 1; got {budget!r}.")
+    budget = whole(budget, "budget, the number of network calls,")
     if budget < 12:
         step = Adams(3)
         centre, width = (0.5, 1.5) if budget < 8 else (0.25, 1.25)

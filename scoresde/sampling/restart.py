@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..broadcast import expand_as_batch
+from ..checks import whole
 from ..diffusion.denoiser import Cond, Denoiser
 from ..noise.rng import Rng
 from ..ops import lincomb
@@ -52,13 +53,11 @@ class Restart(Step):
     ):
         if not (0 < low < high < math.inf):
             raise ValueError(f"The interval of σ/α needs 0 < low < high; got {low} and {high}.")
-        if repeats < 1 or steps < 1:
-            raise ValueError(f"repeats and steps are at least 1; got {repeats} and {steps}.")
         if not (0 < noise < math.inf):
             raise ValueError(f"noise scales a standard deviation, > 0, and is 1 for the exact law; got {noise}.")
         self.step = Heun() if step is None else step
         self.low, self.high, self.noise = float(low), float(high), float(noise)
-        self.repeats, self.steps = int(repeats), int(steps)
+        self.repeats, self.steps = whole(repeats, "repeats"), whole(steps, "steps")
         self.order, self.evaluations = self.step.order, self.step.evaluations
         self.default_steps = self.step.default_steps
 

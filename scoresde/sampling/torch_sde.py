@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..broadcast import coefficient
+from ..checks import whole
 from ..diffusion.denoiser import Cond, Denoiser
 from ..noise.rng import Rng
 from ..ode import SolverError
@@ -58,12 +59,11 @@ class TorchSDE(Step):
     ):
         if method not in METHODS:
             raise ValueError(f"TorchSDE has no method {method!r}; choose one of {', '.join(METHODS)}.")
-        if steps < 1 or max_evaluations < 1:
-            raise ValueError(f"steps and max_evaluations are at least 1; got {steps} and {max_evaluations}.")
+        self.steps, self.max_evaluations = whole(steps, "steps"), whole(max_evaluations, "max_evaluations")
         if not (rtol > 0 and atol > 0):
             raise ValueError(f"Tolerances rtol and atol are positive; got rtol={rtol}, atol={atol}.")
-        self.method, self.steps, self.adaptive, self.drift = method, int(steps), bool(adaptive), drift
-        self.rtol, self.atol, self.max_evaluations = float(rtol), float(atol), int(max_evaluations)
+        self.method, self.adaptive, self.drift = method, bool(adaptive), drift
+        self.rtol, self.atol = float(rtol), float(atol)
         self.order, per_step, _ = METHODS[method]
         self.evaluations = None if adaptive else self.steps * per_step
         self.default_steps = 1 if adaptive else 1000 // per_step
