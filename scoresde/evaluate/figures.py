@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -37,9 +38,8 @@ def sample_grid(made: Tensor, real: Tensor, path: Path, *, columns: int = 8) -> 
     figure = _figure(2 * columns * 0.5 + 0.6, -(-len(made) // columns) * 0.5 + 0.4)
     low, high = _limits(real)
     for axes, title, images in zip(figure.subplots(1, 2), ("generated", "real"), (made, real), strict=True):
-        axes.imshow(_mosaic(images, columns, low, high), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+        _show(axes, _mosaic(images, columns, low, high))
         axes.set_title(title)
-        axes.axis("off")
     return _write(figure, path)
 
 
@@ -56,9 +56,8 @@ def trajectory(frames: Tensor, times: Sequence[float], path: Path) -> Path:
     figure = _figure(len(frames) * 0.8, frames.shape[1] * 0.8 + 0.3)
     for axes, t, x in zip(figure.subplots(1, len(frames), squeeze=False)[0], times, frames, strict=True):
         # each frame has its own range: at t_max a VE process is hundreds of times wider than the data
-        axes.imshow(_mosaic(x, 1, *_limits(x)), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+        _show(axes, _mosaic(x, 1, *_limits(x)))
         axes.set_title(f"t = {t:.2g}", fontsize=7)
-        axes.axis("off")
     return _write(figure, path)
 
 
@@ -90,19 +89,17 @@ def restored(
     widths = [1.0] * (len(titles) - 1) + [max(columns / 2, 1.0)]
     figure = _figure(1.6 * sum(widths), 1.8 * len(given) + 0.3)
     panels = figure.subplots(len(given), len(titles), squeeze=False, width_ratios=widths)
+    for axes, title in zip(panels[0], titles, strict=True):
+        axes.set_title(title, fontsize=8)
     for k, row in enumerate(panels):
         pictures = [_tile(x[k], limits) for x in ([made.mean(1)] if truth is None else [truth, made.mean(1)])]
         for axes, picture in zip(row, [_given(given[k], seen, limits), *pictures], strict=False):
-            axes.imshow(picture, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+            _show(axes, picture)
         std = made[k].std(0, correction=0).mean(0, keepdim=True) / (limits[1] - limits[0])
-        row[-2].imshow(_tile(std, (0.0, float(std.max()))), cmap="magma", vmin=0, vmax=1)
-        row[-2].text(0.5, -0.03, f"brightest: {std.max():.2g} of the range", ha="center", va="top", fontsize=6,
-                     transform=row[-2].transAxes)  # fmt: skip
-        row[-1].imshow(_mosaic(made[k], columns, *limits), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-        for axes, title in zip(row, titles, strict=True):
-            axes.axis("off")
-            if k == 0:
-                axes.set_title(title, fontsize=8)
+        _show(row[-2], _tile(std, (0.0, float(std.max()))), cmap="magma")
+        brightest = f"brightest: {std.max():.2g} of the range"
+        row[-2].text(0.5, -0.03, brightest, ha="center", va="top", fontsize=6, transform=row[-2].transAxes)
+        _show(row[-1], _mosaic(made[k], columns, *limits))
     return _write(figure, path)
 
 
@@ -148,12 +145,10 @@ def _mosaic(images: Tensor, columns: int, low: float, high: float) -> np.ndarray
     x = ((x - low) / max(high - low, 1e-12)).clamp(0, 1)
     x = x[:, :3] if x.shape[1] >= 3 else x[:, :1]
     rows = -(-len(x) // columns)
-    _, channels, height, width = x.shape
-    canvas = np.ones((rows * columns, channels, height + 1, width + 1), dtype=np.float32)  # a white line between
-    canvas[: len(x), :, :height, :width] = x.numpy()
-    tiles = canvas.reshape(rows, columns, channels, height + 1, width + 1).transpose(0, 3, 1, 4, 2)
-    picture = tiles.reshape(rows * (height + 1), columns * (width + 1), channels)
-    return picture[..., 0] if channels == 1 else picture
+    x = F.pad(x, (0, 1, 0, 1, 0, 0, 0, rows * columns - len(x)), value=1.0)  # white lines, and white places at the end
+    tiles = x.unflatten(0, (rows, columns)).permute(0, 3, 1, 4, 2)
+    picture = tiles.flatten(2, 3).flatten(0, 1).numpy()
+    return picture[..., 0] if picture.shape[-1] == 1 else picture
 
 
 def _tile(x: Tensor, limits: tuple[float, float]) -> np.ndarray:
@@ -173,6 +168,11 @@ def _given(y: Tensor, seen: Tensor | None, limits: tuple[float, float]) -> np.nd
     side = max(min(picture.shape[:2]) // 14, 1)
     squares = np.where((rows // side + columns // side) % 2 == 0, 0.55, 0.75)
     return np.where(hole, squares if picture.ndim == 2 else squares[..., None], picture)
+
+
+def _show(axes: Any, picture: np.ndarray, cmap: str = "gray") -> None:
+    axes.imshow(picture, cmap=cmap, vmin=0, vmax=1, interpolation="nearest")
+    axes.axis("off")
 
 
 def _limits(x: Tensor) -> tuple[float, float]:

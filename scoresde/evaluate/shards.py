@@ -59,20 +59,24 @@ class Job(Generic[Result]):
         """SHA-256 of what its batches depend on."""
         return _digest([self.name, self.count, self.settings])
 
-    def run(self) -> Result:
-        """All of it, here and now, with a bar."""
-        done: list[Tensors] = []
+    def work(self, indices: Sequence[int], done: Callable[[int, Tensors], object], *, show: bool = True) -> None:
+        """Makes the batches `indices`, with a bar; `done` takes the index and the tensors of each."""
 
         def steps() -> Iterator[Tensors]:
-            for index in range(self.count):
+            for index in indices:
                 made: Tensors = {}
                 for made in self.batch(index):
                     yield made
-                done.append(made)
+                done(index, made)
 
-        for _ in track(steps(), self.name, self.ticks * self.count):
+        for _ in track(steps(), self.name, self.ticks * len(indices), show=show):
             pass
-        return self.merge(done)
+
+    def run(self) -> Result:
+        """The result of all batches, made here and now."""
+        made: dict[int, Tensors] = {}
+        self.work(range(self.count), made.__setitem__)
+        return self.merge(list(made.values()))
 
 
 class ShardError(RuntimeError):
@@ -131,17 +135,9 @@ class Shards:
         own = range(self.rank, job.count, self.world)
         todo = [index for index in own if not self._whole(job, index)]
         if self.rank == 0 and 0 < len(todo) < len(own):
-            _log.info("%s: %d of %d batches are there already, in %s", job.name, len(own) - len(todo), len(own),
-                      self.folder / job.name)  # fmt: skip
-        for _ in track(self._steps(job, todo), job.name, job.ticks * len(todo), show=self.rank == 0):
-            pass
-
-    def _steps(self, job: Job[Any], todo: Sequence[int]) -> Iterator[Tensors]:
-        for index in todo:
-            made: Tensors = {}
-            for made in job.batch(index):
-                yield made
-            self._save(job, index, made)
+            there, where = len(own) - len(todo), self.folder / job.name
+            _log.info("%s: %d of %d batches are there already, in %s", job.name, there, len(own), where)
+        job.work(todo, lambda index, made: self._save(job, index, made), show=self.rank == 0)
 
     def result(self, job: Job[Result]) -> Result:
         """The merged batches of all ranks: does what is left of this rank's own, and waits for the others.
