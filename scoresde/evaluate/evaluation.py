@@ -16,22 +16,20 @@ from ..diffusion.denoiser import Cond, Denoiser, model_device
 from ..likelihood.budget import LEAST_BUDGET
 from ..likelihood.divergence import Divergence
 from ..likelihood.ode import bits_per_dim, log_likelihood
-from ..losses.denoising import DenoisingLoss
+from ..losses.loss import Loss
 from ..noise.rng import Rng
 from ..ode import check_solver
 from ..sampling import Sampler
 from .shards import Job, Tensors
 
 
-def held_out_loss(loss: DenoisingLoss, dataset: Dataset, *, conditional: bool = False, batch_size: int = 256) -> float:
+def held_out_loss(loss: Loss, dataset: Dataset, *, conditional: bool = False, batch_size: int = 256) -> float:
     """Mean of the training loss over the test split, with noise and times that are the same at every call."""
     return held_out(loss, dataset, conditional=conditional, batch_size=batch_size)["loss"]
 
 
 @torch.no_grad()
-def held_out(
-    loss: DenoisingLoss, dataset: Dataset, *, conditional: bool = False, batch_size: int = 256
-) -> dict[str, float]:
+def held_out(loss: Loss, dataset: Dataset, *, conditional: bool = False, batch_size: int = 256) -> dict[str, float]:
     """Mean held-out metrics by name, see `Loss.measured`, with noise and times that are the same at every call."""
     rng, split, device = Rng(0), dataset.test, model_device(loss.denoiser)
     totals: dict[str, float] = {}

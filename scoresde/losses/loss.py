@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,8 @@ class Terms(NamedTuple):
 
 class Loss(nn.Module, abc.ABC):
     """A training objective. What it trains is its attribute `denoiser`, which training and checkpoints know."""
+
+    denoiser: Any  # a Denoiser, or a NoisyClassifier
 
     @abc.abstractmethod
     def terms(self, x0: Tensor, cond: Cond = None, *, rng: Rng | None = None) -> Terms:

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..losses.denoising import DenoisingLoss
-from ..losses.loss import Terms
+from ..losses.loss import Loss, Terms
 from .ema import Average
 from .slices import gathered, load
 from .world import World
@@ -23,11 +22,11 @@ class Parallel:
     is written here serves one process.
     """
 
-    def __init__(self, loss: DenoisingLoss):
+    def __init__(self, loss: Loss):
         self.loss = loss
 
     def terms(self, *args: Any, **kwargs: Any) -> Terms:
-        """`DenoisingLoss.terms`, with what it takes to get the whole gradient in `backward`."""
+        """`Loss.terms`, with what it takes to get the whole gradient in `backward`."""
         return self.loss.terms(*args, **kwargs)
 
     def exchange(self, now: bool) -> contextlib.AbstractContextManager[Any]:
@@ -42,7 +41,7 @@ class Parallel:
         """Bool scalar on the device: this process's own part of the last gradient was not finite. Resets it."""
         return torch.ones((), dtype=torch.bool)
 
-    def view(self, average: DenoisingLoss) -> DenoisingLoss:
+    def view(self, average: Loss) -> Loss:
         """The averaged loss, all of it on this process, for measuring. Every process calls it."""
         return average
 
@@ -54,7 +53,7 @@ class Single(Parallel):
 class Replicated(Parallel):
     """A copy of everything on each process, gradients averaged while backward runs (DistributedDataParallel)."""
 
-    def __init__(self, loss: DenoisingLoss):
+    def __init__(self, loss: Loss):
         from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
         from torch.nn.parallel import DistributedDataParallel
 
@@ -87,7 +86,7 @@ class Replicated(Parallel):
 class _Terms(nn.Module):
     """DDP calls `forward`."""
 
-    def __init__(self, loss: DenoisingLoss):
+    def __init__(self, loss: Loss):
         super().__init__()
         self.loss = loss
 
@@ -101,7 +100,7 @@ class Sharded(Parallel):
     Each element of a `ModuleList` in the network is gathered on its own while it computes; the rest at once.
     """
 
-    def __init__(self, loss: DenoisingLoss, ema: Average, world: World):
+    def __init__(self, loss: Loss, ema: Average, world: World):
         from torch.distributed.device_mesh import init_device_mesh
 
         super().__init__(loss)
@@ -124,14 +123,14 @@ class Sharded(Parallel):
         # a slice holds every process's part already: the loss alone tells whose it was
         return torch.zeros((), dtype=torch.bool)
 
-    def view(self, average: DenoisingLoss) -> DenoisingLoss:
+    def view(self, average: Loss) -> Loss:
         device = next(average.parameters()).device
         whole = copy.deepcopy(self.whole).to_empty(device=device).eval().requires_grad_(False)
         load(whole, {name: gathered(value) for name, value in average.state_dict().items()})
         return whole
 
 
-def spread_over(world: World, loss: DenoisingLoss, ema: Average, how: str = "ddp") -> Parallel:
+def spread_over(world: World, loss: Loss, ema: Average, how: str = "ddp") -> Parallel:
     """What `world` and "ddp" or "fsdp" ask for; one process needs neither."""
     if world.size == 1:
         return Single(loss)

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 from ..data import Dataset, EpochOrder
 from ..diffusion.denoiser import Cond
-from ..losses.denoising import DenoisingLoss
-from ..losses.loss import Terms
+from ..losses.loss import Loss, Terms
 from ..noise.rng import Rng
 from ..runs.checkpoint import Checkpoint, CheckpointError
 from ..runs.posthoc import write_snapshot
@@ -64,7 +63,7 @@ class TrainingState:
 
     def __init__(
         self,
-        loss: DenoisingLoss,
+        loss: Loss,
         optimizer: torch.optim.Optimizer,
         ema: Average,
         dataset: Dataset,
@@ -95,7 +94,7 @@ class TrainingState:
         self.parallel = Single(loss) if parallel is None else parallel
         self.dataset, self.order, self.conditional = dataset, order, conditional
         self.rng = rng.share(self.world.rank, self.world.size)
-        self.average = cast(DenoisingLoss, ema.module)
+        self.average = cast(Loss, ema.module)
         # listed once: walking through a module costs as much as an optimizer step of a small one
         named = dict(loss.named_parameters())
         self.names, self.parameters = list(named), list(named.values())
@@ -120,7 +119,7 @@ class TrainingState:
 
     def refresh(self) -> None:
         """Brings `average` up to date where it is a copy. Every process calls it."""
-        self.average = self.parallel.view(cast(DenoisingLoss, self.ema.module))
+        self.average = self.parallel.view(cast(Loss, self.ema.module))
 
     def snapshot(self, folder: Path) -> None:
         """Keeps the averages in `folder`, to make others of them later. Every process calls it.
@@ -128,7 +127,7 @@ class TrainingState:
         Raises:
             ValueError: averages that are not `PowerEMA`.
         """
-        averages = {name: self.parallel.view(cast(DenoisingLoss, m)).denoiser for name, m in self.ema.shadows.items()}
+        averages = {name: self.parallel.view(cast(Loss, m)).denoiser for name, m in self.ema.shadows.items()}
         if self.world.rank == 0:
             write_snapshot(folder, averages, self.images, self.ema.sigma_rel)
 
