@@ -46,7 +46,7 @@ OVERRIDES = {
     "optim.lr=-1": "optim: Invalid learning rate: -1",
     "trainer.batch_size=-1": "trainer: batch_size is a whole number of at least 1; got -1",
     "sampler.steps=-3": "sampler: steps is a whole number of at least 1; got -3",
-    "data.train=-5": "data: train and test are at least 1 .* train=-5",
+    "data.train=-5": "data: train is a whole number of at least 1; got -5",
     "device=cuda:99": "device=cuda:99 cannot be used here.* Try device=auto",
     "out=": "out= is empty",
     # contradictions
