@@ -22,8 +22,8 @@ from typing import Any, Generic, TypeVar
 
 from torch import Tensor
 
-from ..runs.checkpoint import sync
 from ..runs.load import LoadedRun
+from ..runs.publish import publish
 from ..runs.redact import redacted
 from ..train.progress import track
 
@@ -195,21 +195,11 @@ class Shards:
         path = self._path(job, index)
         path.parent.mkdir(parents=True, exist_ok=True)
         if not (self.folder / "settings.json").exists():
-            self._publish(self.folder / "settings.json", json.dumps(self.settings, indent=1).encode())
+            publish(self.folder / "settings.json", json.dumps(self.settings, indent=1))
         self._agree()
         # copies, because safetensors refuses tensors that share memory
         tensors = {name: value.detach().cpu().clone().contiguous() for name, value in batch.items()}
-        self._publish(path, save(tensors, self._stamp(job, index)))
-
-    def _publish(self, path: Path, data: bytes) -> None:
-        """Writes the file under another name, syncs and renames it."""
-        new = path.with_name(f".{path.name}.{self.rank}-{os.getpid()}")
-        with open(new, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(new, path)
-        sync(path.parent)
+        publish(path, save(tensors, self._stamp(job, index)))
 
     def _whole(self, job: Job[Any], index: int) -> bool:
         """Whether a batch is there; one that is damaged or of other settings is not, and says so."""

@@ -23,6 +23,8 @@ from typing import Any
 
 from torch import Tensor
 
+from .publish import sync
+
 _NAME = re.compile(r"step-([0-9]{8,})")
 _ABANDONED = re.compile(r"\.(step-[0-9]{8,})\.(new|old|gone)")
 _RECORD_BYTES = 16 << 20  # a record is a configuration or some counters
@@ -290,12 +292,3 @@ def _matches(path: Path, expected: Any) -> bool:
 def _fingerprint(path: Path) -> dict[str, Any]:
     with open(path, "rb") as file:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
-
-
-def sync(path: Path) -> None:
-    """What was written to the file or folder `path` reaches the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

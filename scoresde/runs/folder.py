@@ -83,7 +83,7 @@ def write_config(folder: Path, config: Mapping[str, Any], command: str) -> None:
 
     folder.mkdir(parents=True, exist_ok=True)
     text = f"{_MARK}: {redacted_text(command)}\n{OmegaConf.to_yaml(redacted(config))}"
-    (folder / "config.yaml").write_text(text, encoding="utf-8")
+    publish(folder / "config.yaml", text)
 
 
 @contextlib.contextmanager

@@ -17,6 +17,8 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
+from .publish import publish
+
 _log = logging.getLogger(__name__)
 
 
@@ -123,17 +125,7 @@ class JsonlLogger(Logger):
         path, last = facts.folder / "metrics.jsonl", facts.resume_step
         rows = _lines(path) if last else ()
         kept = [line for line, row in rows if row.get("step", 0) <= last and not row.get("final")]
-        temporary = path.with_suffix(".new")
-        try:
-            with open(temporary, "wb") as file:
-                file.writelines([*kept, _line({"header": provenance(), "step": last})])
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except OSError:
-            temporary.unlink(missing_ok=True)
-            raise
-        _sync_folder(path.parent)
+        publish(path, b"".join([*kept, _line({"header": provenance(), "step": last})]))
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115 (closed by close)
 
     def log(self, values: Mapping[str, float], *, step: int, images: int) -> None:
@@ -221,14 +213,6 @@ def _lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
             continue
         if isinstance(row, dict):
             yield line + b"\n", row
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import whole
-from .checkpoint import sync
+from .publish import publish
 
 Tensors = dict[str, Tensor]
 
@@ -82,14 +81,7 @@ def write_snapshot(
     facts = {"images": str(images), "sigma_rel": json.dumps([float(sigma) for sigma in sigma_rel])}
     path = Path(folder) / _name(images)
     path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        new.write_bytes(save(tensors, {**facts, "sha256": _digest(tensors, facts)}))
-        sync(new)
-        os.replace(new, path)
-    finally:
-        new.unlink(missing_ok=True)
-    sync(path.parent)
+    publish(path, save(tensors, {**facts, "sha256": _digest(tensors, facts)}))
     return path
 
 

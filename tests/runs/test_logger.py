@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import os
+import re
 import subprocess
 import sys
 import types
@@ -246,7 +247,7 @@ def test_sync_puts_rows_and_the_name_of_the_file_on_the_disk(tmp_path: Path, mon
 
         def act(*args: Any) -> Any:
             target = os.readlink(f"/proc/self/fd/{args[0]}") if isinstance(args[0], int) else str(args[-1])
-            calls.append(f"{name} {Path(target).name}")
+            calls.append(f"{name} {re.sub('[0-9a-f]{8}', '…', Path(target).name)}")
             return real(*args)
 
         monkeypatch.setattr(os, name, act)
@@ -254,7 +255,7 @@ def test_sync_puts_rows_and_the_name_of_the_file_on_the_disk(tmp_path: Path, mon
     for name in ("write", "fsync", "replace"):
         spy(name)
     logger = start(JsonlLogger(), tmp_path)
-    assert calls == ["fsync metrics.new", "replace metrics.jsonl", f"fsync {tmp_path.name}"]
+    assert calls == ["fsync .metrics.jsonl.….new", "replace metrics.jsonl", f"fsync {tmp_path.name}"]
     calls.clear()
     log_steps(logger, 1, 2)
     logger.sync()
