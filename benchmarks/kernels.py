@@ -101,31 +101,6 @@ def langevin(batch: Batch, compile: Callable[..., Any]) -> Calls:
     }
 
 
-# A training pair: x_t = a x_0 + b ε and the target p x_0 + q ε, of the v-parameterisation.
-
-
-def perturb(batch: Batch, compile: Callable[..., Any]) -> Calls:
-    x, (a, b, _) = batch.x, batch.wide
-    rooms = [torch.empty_like(x) for _ in range(3)]
-
-    def eager(x: Tensor) -> tuple[Tensor, Tensor]:
-        z = torch.randn_like(x)
-        return a * x + b * z, a * z - b * x
-
-    def hand() -> tuple[Tensor, Tensor]:
-        z, noisy, target = rooms
-        z.normal_()
-        return torch.mul(x, a, out=noisy).addcmul_(z, b), torch.mul(z, a, out=target).addcmul_(x, b, value=-1)
-
-    return {
-        PEER: lambda: eager(x),
-        HAND: hand,
-        COMPILED: functools.partial(compile(eager), x),
-        KERNEL: lambda: ops.perturb_and_target(x, batch.rng.noise(x), batch.a, batch.b, -batch.b, batch.a),
-        NOISE_ONLY: lambda: batch.rng.normal_like(x),
-    }
-
-
 # The loss w ‖ε̂ − ε‖²/D of every sample and its gradient; the others keep ε, which was drawn for x_t.
 
 
@@ -160,7 +135,7 @@ class Op(NamedTuple):
     passes: int  # tensors that it reads and writes at least
 
 
-OPS = {"lincomb": Op(lincomb, 3), "langevin": Op(langevin, 4), "perturb": Op(perturb, 3), "dsm_loss": Op(dsm_loss, 3)}
+OPS = {"lincomb": Op(lincomb, 3), "langevin": Op(langevin, 4), "dsm_loss": Op(dsm_loss, 3)}
 
 GOALS = (  # op, dtype, what (share of a copy, or speed over a column), at least
     ("lincomb", "float32", "copy", 0.90),

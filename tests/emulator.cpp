@@ -112,13 +112,12 @@ EMULATE(lincomb_2, Lincomb)
 EMULATE(lincomb_3, Lincomb)
 EMULATE(lincomb_4, Lincomb)
 EMULATE(lincomb_5, Lincomb)
-EMULATE(perturb_and_target, Perturb)
 EMULATE(norms, Squares)
 EMULATE(norms_and_noise, Squares)
 EMULATE(squared_error, Squares)
 EMULATE(finish_langevin, Finish)
 EMULATE(finish_loss, Finish)
-EMULATE(rademacher, Signs)
+EMULATE(rademacher, Lincomb)
 
 // ---- the functions of the header, on arrays ----
 

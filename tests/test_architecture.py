@@ -18,9 +18,10 @@ PACKAGE = Path(scoresde.__file__).parent
 
 # The house, from the ground up: a file imports from its own folder and from lower floors.
 FLOORS = (
-    ("broadcast", "checks", "noise.philox", "noise.address"),
-    ("ops", "kernels"),  # what every fused op means, and its CUDA implementation, which the ops still start themselves
+    ("broadcast", "checks"),
     ("noise",),
+    ("ops",),  # what every fused op means
+    ("kernels",),  # those ops in CUDA: nothing imports it, `noise.switch` loads it by name at the first tensor on a GPU
     ("diffusion",),
     ("ode", "nn", "guidance"),
     ("losses", "likelihood", "sampling"),
@@ -35,7 +36,6 @@ FLOORS = (
     ("cli",),
     ("public",),
 )
-BESIDE = {"ops", "kernels"}  # the two that may see each other
 FLOOR = {name: height for height, names in enumerate(FLOORS) for name in names}
 
 # Packages that a plain `import scoresde` must not need, and the only modules that may name them.
@@ -120,8 +120,15 @@ def test_imports_point_down(name: str) -> None:
         if other == "__version__":
             continue
         folder = other.split(".")[0]
-        below = folder == own or floor(other) < floor(name) or {own, folder} == BESIDE
+        below = folder == own or floor(other) < floor(name)
         assert below, f"{name} (floor {floor(name)}) imports {imported}"
+
+
+def test_nothing_imports_the_kernels() -> None:
+    """The folder can be deleted: only `noise.switch` names it, and loads it by that name (test_without_kernels.py)."""
+    for name in MODULES:
+        if name.split(".")[0] != "kernels":
+            assert not [found for found, ours in imports(name) if ours and found.split(".")[1:2] == ["kernels"]], name
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -152,35 +152,13 @@ class Lincomb(ctypes.Structure):
     )
 
 
-class Perturb(ctypes.Structure):
-    _fields_ = (
-        ("layout", Layout),
-        ("noisy", c_void_p),
-        ("target", c_void_p),
-        ("x0", c_void_p),
-        ("eps", c_void_p),
-        ("alpha", Coefficient),
-        ("sigma", Coefficient),
-        ("p", Coefficient),
-        ("q", Coefficient),
-        ("noise", Counters),
-    )
-
-
-class Signs(ctypes.Structure):
-    _fields_ = (("layout", Layout), ("out", c_void_p), ("noise", Counters))
-
-
 class Squares(ctypes.Structure):
     _fields_ = (
         ("layout", Layout),
         ("group", c_uint32),
         ("partials", c_void_p),
         ("a", c_void_p),
-        ("x0", c_void_p),
         ("eps", c_void_p),
-        ("p", Coefficient),
-        ("q", Coefficient),
         ("noise", Counters),
     )
 

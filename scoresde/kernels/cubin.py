@@ -19,14 +19,12 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+from ..noise.switch import KernelWarning
+
 FORMAT = b"scoresde cubin 1"  # 16 bytes; then 8 of length, 32 of sha256, and the cubin
 HEADER = len(FORMAT) + 8 + 32
 UNFINISHED = re.compile(r"\.[0-9a-f]{64}\.[0-9a-f]{16}\.part")
 ABANDONED = 3600.0  # seconds after which an unfinished file cannot be a living writer's: one takes milliseconds
-
-
-class KernelWarning(UserWarning):
-    """The library works, but not by its kernels, or not as fast as it could."""
 
 
 def key(source: str, headers: Mapping[str, str], flags: Sequence[str], architecture: str, version: str) -> str:

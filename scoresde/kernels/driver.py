@@ -18,7 +18,7 @@ import torch
 from . import nvrtc
 from .cubin import Cache, key
 
-SCALARS = ("float", "double", "half", "bfloat16")
+SCALARS = {torch.float32: "float", torch.float64: "double", torch.float16: "half", torch.bfloat16: "bfloat16"}
 FLAGS = ("--std=c++17",)
 CSRC = Path(__file__).with_name("csrc")
 MAJOR, MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, _MINOR
@@ -238,7 +238,7 @@ def machine_code(
 ) -> bytes:
     """The kernels for one scalar and the best that `compiler` knows for a device of this capability, from the cache if
     they are there."""
-    flags = (*FLAGS, f"-DSCORESDE_SCALAR={SCALARS.index(scalar)}")
+    flags = (*FLAGS, f"-DSCORESDE_SCALAR={list(SCALARS.values()).index(scalar)}")
     architecture = compiler.architecture(*capability)
     return cache.get(
         key(source, headers, flags, architecture, compiler.version),

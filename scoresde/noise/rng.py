@@ -11,21 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ops import Noise, enabled
-from ..ops import library as ops
-from .philox import Maker, bits, normals, signs, streams
+from ..checks import whole
+from . import draws, philox
+from .address import Noise
+from .position import DevicePosition, Position
+from .switch import enabled
 
 _AHEAD = 2**15
 """Small draws are made ahead, this many blocks at once: a call of NumPy costs as much as thousands of numbers."""
-
-
-@dataclass
-class _Position:
-    """Where the streams stand; shared by an Rng and its parts."""
-
-    alone: Tensor  # (S,) draws that each stream made by itself
-    draws: int = 0  # that all of them made, besides
-    apart: bool = False  # whether `alone` holds any
 
 
 @dataclass(frozen=True)
@@ -66,26 +59,25 @@ class Rng:
             raise ValueError(f"Rng needs a seed or a list of seeds, one of the two; got seed={seed}, seeds={seeds}.")
         if seeds is not None and len(seeds) == 0:
             raise ValueError("Rng(seeds=[]) has no stream; give one seed per sample.")
-        values: list[Any] = [seed] if seeds is None else list(seeds)
-        for value in values:
-            if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**63:
-                raise ValueError(f"A seed is an integer in [0, 2^63); got {value!r}.")
-        self.per_sample = seeds is not None
-        self._seeds = torch.tensor(values, dtype=torch.int64)
-        self._position = _Position(torch.zeros_like(self._seeds))
-        self._rows: Tensor | None = None  # of `_position.alone`, for a part
-        self._rank, self._world = 0, 1
+        values = [whole(value, "A seed (below 2^63)", 0) for value in ([seed] if seeds is None else seeds)]
+        if max(values) >= 2**63:
+            raise ValueError(f"A seed is a whole number below 2^63; got {max(values)}.")
+        self._position = Position(torch.tensor(values, dtype=torch.int64), per_sample=seeds is not None)
         self._ahead: dict[str, _Ahead] = {}
-        self._placed: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     def __len__(self) -> int:
         """Number of streams: 1, or one per sample."""
-        return len(self._seeds)
+        return len(self._position.seeds)
+
+    @property
+    def per_sample(self) -> bool:
+        """Whether every sample has a stream of its own."""
+        return self._position.per_sample
 
     @property
     def layout(self) -> tuple[bool, int, int]:
         """(one stream per sample, number of streams, rank of a share): what a CUDA graph's noise is bound to."""
-        return self.per_sample, len(self), self._rank
+        return self.per_sample, len(self), self._position.rank
 
     def share(self, rank: int, world: int) -> Rng:
         """The same stream, of which each draw of n rows gives rows rank·n … (rank+1)·n − 1 of a draw of world·n.
@@ -95,31 +87,38 @@ class Rng:
         Raises:
             ValueError: per-sample seeds, which need no sharing, or a rank outside 0 … world − 1.
         """
-        if self.per_sample or not 0 <= rank < world:
-            raise ValueError(f"share is of a single stream, with 0 <= rank < world; got rank={rank}, world={world}.")
-        part = copy.copy(self)
-        part._rank, part._world, part._ahead = rank, world, {}
-        return part
+        return self._at(self._position.share(rank, world))
 
     def rows(self, rows: Tensor) -> Rng:
         """The streams of the samples `rows` (n,), shared with this Rng: a draw moves those on and no others.
 
-        A single stream is returned as it is.
+        A single stream is returned unchanged.
         """
-        if not self.per_sample:
-            return self
-        part, rows = copy.copy(self), rows.cpu()
-        part._seeds, part._placed = self._seeds[rows], {}
-        part._rows = rows if self._rows is None else self._rows[rows]
-        return part
+        return self._at(self._position.rows(rows)) if self.per_sample else self
+
+    def skip(self, draws: int) -> None:
+        """Moves on by `draws` ≥ 0 draws that were made elsewhere."""
+        self._position.skip(draws)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Every stream's seed and the number of its next draw, (streams, 2) int64."""
+        return {"streams": torch.stack([self._position.seeds, self._position.numbers()], 1)}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self._position.restore(state["streams"])
+        self._ahead = {}
+
+    def captured(self, device: torch.device | str) -> CapturedRng:
+        """These streams with their position in device memory, for a CUDA graph."""
+        return CapturedRng(self, torch.device(device))
 
     def noise(self, x: Tensor) -> Tensor | Noise:
-        """Standard normals for a batch like x (B, *event); where kernels make them as they go, only where to find them.
+        """Standard normals for a batch like x (B, *event); where kernels make them as they go, only their address.
 
-        For `scoresde.kernels`. The numbers are those that `normal_like(x)` would have given.
+        This is for `scoresde.ops`. The numbers are those that `normal_like(x)` would have given.
         """
         if _in_kernels(x.device, x.dtype):
-            return self._find(x.shape, x.device)
+            return self._position.find(x.shape, x.device)
         # half types are rounded once, at the end of a sum
         return self.normal(x.shape, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
 
@@ -128,9 +127,9 @@ class Rng:
     ) -> Tensor:
         """Standard normals of `shape`; with per-sample seeds `shape[0]` must be their number."""
         dtype, place = dtype or torch.get_default_dtype(), torch.device(device or "cpu")
-        if torch.compiler.is_compiling() or _in_kernels(place, dtype):
-            return ops.normal(shape, dtype, self._find(shape, place))
-        return self._draw("normal", shape, normals).to(place, dtype)
+        if self._by_op(place, dtype):
+            return draws.normal(shape, dtype, self._position.find(shape, place))
+        return self._draw("normal", shape, philox.normals).to(place, dtype)
 
     def normal_like(self, x: Tensor) -> Tensor:
         return self.normal(x.shape, dtype=x.dtype, device=x.device)
@@ -152,99 +151,50 @@ class Rng:
 
     def rademacher_like(self, x: Tensor) -> Tensor:
         """Signs −1 or +1 with equal probability."""
-        if torch.compiler.is_compiling() or _in_kernels(x.device, x.dtype):
-            return ops.rademacher(x.shape, x.dtype, self._find(x.shape, x.device))
-        return self._draw("rademacher", x.shape, signs).to(x.device, x.dtype)
+        if self._by_op(x.device, x.dtype):
+            return draws.rademacher(x.shape, x.dtype, self._position.find(x.shape, x.device))
+        return self._draw("rademacher", x.shape, philox.signs).to(x.device, x.dtype)
 
     def stratified(self, n: int, *, device: torch.device | str | None = None) -> Tensor:
         """n float64 numbers in [0, 1), one in each n-th, in random order: each is uniform, their mean varies far less.
 
         For a share, the strata are those of the whole batch.
         """
-        whole = n * self._world
-        strata = self.permutation(whole)[n * self._rank : n * (self._rank + 1)]
+        whole = n * self._position.world
+        strata = self.permutation(whole)[n * self._position.rank : n * (self._position.rank + 1)]
         return ((strata + self.uniform((n,), dtype=torch.float64)) / whole).to(device)
 
     def permutation(self, n: int) -> Tensor:
         """A random order of 0 … n − 1, from the single stream: the same for every share."""
         if self.per_sample:
             raise ValueError("A permutation is one draw for all samples; use Rng(seed), not Rng(seeds=[…]).")
-        return self._draw("permutation", (1, n), bits, everybody=True).flatten().argsort(stable=True)
+        return self._draw("permutation", (1, n), philox.bits, everybody=True).flatten().argsort(stable=True)
 
-    def captured(self, device: torch.device | str) -> CapturedRng:
-        """These streams with their position in device memory, for a CUDA graph."""
-        return CapturedRng(self, torch.device(device))
+    def _at(self, position: Position) -> Rng:
+        part = copy.copy(self)
+        part._position, part._ahead = position, {}
+        return part
 
-    def skip(self, draws: int) -> None:
-        """Moves on by `draws` ≥ 0 draws that were made elsewhere."""
-        if self._rows is None:
-            self._position.draws += draws
-        else:
-            self._position.alone[self._rows] += draws
-            self._position.apart = True
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Every stream's seed and the number of its next draw, (streams, 2) int64."""
-        return {"streams": torch.stack([self._seeds, self._numbers()], 1)}
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        saved = state["streams"]
-        if saved.shape != (len(self), 2) or saved.dtype != torch.int64:
-            raise ValueError(
-                f"The saved state has {len(saved)} streams, this Rng has {len(self)}; each is (seed, draw) in int64."
-            )
-        self._seeds, draws = saved.cpu().clone().unbind(1)
-        position = self._position
-        if self._rows is None:
-            position.draws = int(draws.min())
-            position.alone.copy_(draws - position.draws)
-        else:  # a part moves its own streams
-            position.alone[self._rows] = draws - position.draws
-        position.apart = bool(position.alone.any())
-        self._ahead, self._placed = {}, {}
-
-    def _numbers(self) -> Tensor:
-        """(S,) the number of each stream's next draw."""
-        alone = self._position.alone
-        return self._position.draws + (alone if self._rows is None else alone[self._rows])
-
-    def _take(self, shape: Sequence[int], everybody: bool = False) -> tuple[int, int, int, Tensor | None]:
-        """(rows, first row, number of this draw, the streams' own numbers if they differ); moves on by one."""
-        if self.per_sample and (not shape or shape[0] != len(self)):
-            raise ValueError(
-                f"This Rng has {len(self)} per-sample seeds but was asked for shape {tuple(shape)}; "
-                f"the first dimension must be {len(self)}, one seed per sample."
-            )
-        # a single number is everybody's
-        rows, alone = (shape[0], everybody or self.per_sample) if shape else (1, True)
-        position, draw = self._position, self._position.draws
-        own = self._numbers() if position.apart or self._rows is not None else None
-        self.skip(1)
-        return rows, 0 if alone else self._rank * rows, draw, own
-
-    def _find(self, shape: Sequence[int], device: torch.device) -> Noise:
-        _, row, draw, own = self._take(shape)
-        if device not in self._placed:
-            self._placed[device] = self._seeds.to(device), torch.zeros(1, dtype=torch.int64, device=device)
-        seeds, zero = self._placed[device]
-        return Noise(seeds, zero, draw, row) if own is None else Noise(seeds, own.to(device), 0, row)
+    def _by_op(self, device: torch.device, dtype: torch.dtype) -> bool:
+        """Whether a torch op draws; else it is NumPy directly, which makes small draws ahead."""
+        return torch.compiler.is_compiling() or _in_kernels(device, dtype)
 
     def _words(self, kind: str, shape: Sequence[int]) -> Tensor:
         """64 random bits for each entry of `shape`, int64."""
         if torch.compiler.is_compiling():
-            return ops.bits(shape, self._find(shape, torch.device("cpu")))
-        return self._draw(kind, shape, bits)
+            return draws.bits(shape, self._position.find(shape, torch.device("cpu")))
+        return self._draw(kind, shape, philox.bits)
 
-    def _draw(self, kind: str, shape: Sequence[int], make: Maker, everybody: bool = False) -> Tensor:
-        rows, row, draw, own = self._take(shape, everybody)
-        n, seeds = math.prod(shape[1:]), self._seeds
+    def _draw(self, kind: str, shape: Sequence[int], make: philox.Maker, everybody: bool = False) -> Tensor:
+        rows, row, draw, own = self._position.take(shape, everybody)
+        n, seeds = math.prod(shape[1:]), self._position.seeds
         if own is not None:
-            return make(streams(seeds, row, own, rows), n).reshape(tuple(shape))
+            return make(philox.streams(seeds, row, own, rows), n).reshape(tuple(shape))
         ahead = self._ahead.get(kind, _Ahead())
         again = (ahead.row, ahead.rows, ahead.n) == (row, rows, n)
         if not (again and ahead.first <= draw < ahead.first + len(ahead.numbers)):
             many = max(min(_AHEAD // (rows * (n // 2 + 1) or 1), 64), 1) if again else 1
-            numbers = make(streams(seeds, row, torch.arange(draw, draw + many)[:, None], rows), n)
+            numbers = make(philox.streams(seeds, row, torch.arange(draw, draw + many)[:, None], rows), n)
             ahead = _Ahead(row, rows, n, draw, numbers.unflatten(0, (many, rows)))
             # what is asked for once, or is large, is not kept
             self._ahead[kind] = ahead if many > 1 else _Ahead(row, rows, n)
@@ -264,10 +214,10 @@ class CapturedRng(Rng):
     `advance()` moves on by itself, so that every replay has fresh noise without it.
     """
 
+    _position: DevicePosition
+
     def __init__(self, rng: Rng, device: torch.device):
-        self.__dict__.update(copy.copy(rng).__dict__)
-        self._position, self._rows = _Position(torch.zeros_like(rng._seeds)), None
-        self._held = rng._seeds.to(device, copy=True), rng._numbers().to(device)
+        self._position, self._ahead = DevicePosition(rng._position, device), {}
 
     def load(self, rng: Rng) -> None:
         """Start where `rng` stands, which moves on by the draws of the graph.
@@ -277,30 +227,18 @@ class CapturedRng(Rng):
         """
         if len(rng) != len(self):
             raise ValueError(f"The graph was captured for {len(self)} streams; this Rng has {len(rng)}.")
-        seeds, draws = self._held
-        seeds.copy_(rng._seeds)
-        draws.copy_(rng._numbers())
-        rng.skip(self._position.draws)
+        self._position.load(rng._position)
 
     def rewind(self) -> None:
         """The next draw is the first of the graph again: before it is captured, after what warmed it up."""
-        self._position.draws = 0
+        self._position.rewind()
 
     def advance(self) -> None:
         """Inside a graph, after its last draw."""
-        self._held[1].add_(self._position.draws)
+        self._position.advance()
 
-    def normal(
-        self, shape: Sequence[int], *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
-    ) -> Tensor:
-        return ops.normal(shape, dtype or torch.get_default_dtype(), self._find(shape, self._held[0].device))
-
-    def rademacher_like(self, x: Tensor) -> Tensor:
-        return ops.rademacher(x.shape, x.dtype, self._find(x.shape, x.device))
-
-    def _find(self, shape: Sequence[int], device: torch.device) -> Noise:
-        _, row, draw, _ = self._take(shape)
-        return Noise(*self._held, draw, row)
+    def _by_op(self, device: torch.device, dtype: torch.dtype) -> bool:
+        return True
 
     def _draw(self, kind: str, *_: Any, **__: Any) -> Tensor:
         raise RuntimeError(

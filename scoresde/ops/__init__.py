@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 
 from ..noise.address import Noise
+from ..noise.draws import normal_like
+from ..noise.switch import enabled, mode, use, why_not
 from . import gradients as gradients  # so that the ops can be differentiated
 from . import library as ops
 from . import reference
 from .reference import Coefficient
-from .switch import enabled, mode, use, why_not
 
 __all__ = [
     "Coefficient",
@@ -31,7 +32,6 @@ __all__ = [
     "langevin",
     "lincomb",
     "mode",
-    "perturb_and_target",
     "use",
     "why_not",
 ]
@@ -92,53 +92,23 @@ def langevin(
     return ops.langevin(x, eps.to(x.dtype), _factor(sigma, x), snr, measured, noise)
 
 
-def perturb_and_target(
-    x0: Tensor, noise: Tensor | Noise, alpha: Coefficient, sigma: Coefficient, p: Coefficient, q: Coefficient
-) -> tuple[Tensor, Tensor]:
-    r"""A training pair from one read of x_0: x_t = α x_0 + σ ε and what a network is asked for, p x_0 + q ε.
-
-    Args:
-        x0: (B, *event).
-        noise: ε from `Rng.noise`, or a tensor (B, *event).
-        alpha, sigma, p, q: numbers or tensors () or (B,); p and q as in `parameterization`.
-    """
-    if not enabled(x0.device, x0.dtype):
-        return reference.perturb_and_target(x0, _tensor(noise, x0), alpha, sigma, p, q)
-    eps, found = _either(noise, x0)
-    return ops.perturb_and_target(
-        x0, eps, _factor(alpha, x0), _factor(sigma, x0), _factor(p, x0), _factor(q, x0), found
-    )
-
-
-def dsm_loss(
-    prediction: Tensor,
-    noise: Tensor | Noise,
-    weight: Tensor,
-    *,
-    x0: Tensor | None = None,
-    p: Coefficient = 0.0,
-    q: Coefficient = 1.0,
-) -> Tensor:
-    r"""Denoising score matching, w ‖F − p x_0 − q ε‖²/D of every sample: by itself w ‖ε̂ − ε‖²/D.
+def dsm_loss(prediction: Tensor, noise: Tensor | Noise, weight: Tensor) -> Tensor:
+    r"""Denoising score matching, w ‖ε̂ − ε‖²/D of every sample.
 
     The noise is that which made x_t: on CUDA it is made again here and in the backward pass instead of being kept.
 
     Args:
-        prediction: F, (B, *event).
+        prediction: ε̂, (B, *event).
         noise: ε from `Rng.noise`, or a tensor (B, *event).
         weight: w, () or (B,).
-        x0, p, q: of the target p x_0 + q ε, where it is not ε.
 
     Returns:
         (B,), in float32 or wider.
     """
     if not enabled(prediction.device, prediction.dtype):
-        return reference.dsm_loss(prediction, _tensor(noise, prediction), weight, x0, p, 1.0 if x0 is None else q)
+        return reference.dsm_loss(prediction, _tensor(noise, prediction), weight)
     eps, found = _either(noise, prediction)
-    weight = _factor(weight, prediction)
-    if x0 is None:
-        return ops.dsm_loss(prediction, weight, eps=eps, noise=found)
-    return ops.dsm_loss(prediction, weight, x0, _factor(p, prediction), _factor(q, prediction), eps, found)
+    return ops.dsm_loss(prediction, _factor(weight, prediction), eps, found)
 
 
 def _either(noise: Tensor | Noise, like: Tensor) -> tuple[Tensor | None, Noise | None]:
@@ -147,7 +117,7 @@ def _either(noise: Tensor | Noise, like: Tensor) -> tuple[Tensor | None, Noise |
 
 
 def _tensor(noise: Tensor | Noise, like: Tensor) -> Tensor:
-    return noise if isinstance(noise, Tensor) else ops.normal_like(like, noise)
+    return noise if isinstance(noise, Tensor) else normal_like(like, noise)
 
 
 def _factor(value: Coefficient, like: Tensor) -> Tensor:

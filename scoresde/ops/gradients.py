@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..noise.address import Noise
+from ..noise.draws import normal_like
 from . import library as ops
 
 
@@ -38,7 +39,7 @@ def _lincomb(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         _dot(grad, x, c) if wanted else None
         for x, c, wanted in zip(tensors, coefficients, wanted_coefficients, strict=True)
     ]
-    by_std = _dot(grad, ops.normal_like(grad, Noise(seeds, draws, ctx.draw, ctx.row)), std) if wanted_std else None
+    by_std = _dot(grad, normal_like(grad, Noise(seeds, draws, ctx.draw, ctx.row)), std) if wanted_std else None
     return by_input, by_coefficient, by_std, None, None, None, None
 
 
@@ -50,7 +51,7 @@ def _keep_langevin(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _langevin(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     r"""x − r σ ε̂ + √(2r) σ z with r = min(1, c/(S + 64)), S = ‖ε̂‖²: r reaches the loss by both coefficients."""
     eps, sigma, seeds, draws = ctx.saved_tensors
-    z = ops.normal_like(eps, Noise(seeds, draws, ctx.draw, ctx.row))
+    z = normal_like(eps, Noise(seeds, draws, ctx.draw, ctx.row))
     size = z.flatten(1).square().sum(1) if ctx.measured else eps.shape[1:].numel()
     room = eps.to(z.dtype).flatten(1).square().sum(1) + 64
     free = 2 * ctx.snr**2 * (size + 64) / room
@@ -63,68 +64,32 @@ def _langevin(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     return grad, by_eps, (by_sigma if sigma.ndim else by_sigma.sum()).to(sigma), *[None] * 6
 
 
-def _keep_perturb_and_target(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.draw, ctx.row = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _perturb_and_target(ctx: Any, noisy: Tensor, target: Tensor) -> tuple[Any, ...]:
-    x0, eps, alpha, sigma, p, q, seeds, draws = ctx.saved_tensors
-    wanted = ctx.needs_input_grad
-    z = eps
-    if eps is None and (wanted[3] or wanted[5]):
-        z = ops.normal_like(x0, Noise(seeds, draws, ctx.draw, ctx.row))
-    return (
-        ops.lincomb([noisy, target], [alpha, p]) if wanted[0] else None,
-        ops.lincomb([noisy, target], [sigma, q]) if wanted[1] else None,
-        _dot(noisy, x0, alpha) if wanted[2] else None,
-        _dot(noisy, z, sigma) if wanted[3] else None,
-        _dot(target, x0, p) if wanted[4] else None,
-        _dot(target, z, q) if wanted[5] else None,
-        *[None] * 4,
-    )
-
-
 def _keep_dsm_loss(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     *tensors, ctx.draw, ctx.row = inputs
     ctx.save_for_backward(*tensors)
 
 
 def _dsm_loss(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    r"""∂/∂F = (2 g w/D)(F − p x_0 − q ε), a `lincomb` with the same noise; the others are its multiples."""
-    prediction, weight, x0, p, q, eps, seeds, draws = ctx.saved_tensors
+    r"""∂/∂ε̂ = (2 g w/D)(ε̂ − ε), a `lincomb` with the same noise; ∂/∂ε is its negative."""
+    prediction, weight, eps, seeds, draws = ctx.saved_tensors
     noise = None if eps is not None else Noise(seeds, draws, ctx.draw, ctx.row)
-    wanted = ctx.needs_input_grad
+    _, weight_wanted, eps_wanted, *_ = ctx.needs_input_grad
     scale = 2 / max(prediction.shape[1:].numel(), 1) * grad.double() * weight
-    target = -scale if q is None else -scale * q
-    tensors, factors = [prediction], [scale]
-    if x0 is not None:
-        tensors, factors = [*tensors, x0], [*factors, -scale * p]
-    if eps is not None:
-        tensors, factors = [*tensors, eps], [*factors, target]
-    by_prediction = ops.lincomb(tensors, factors, None if noise is None else target, noise)
+    if eps is None:
+        by_prediction = ops.lincomb([prediction], [scale], -scale, noise)
+    else:
+        by_prediction = ops.lincomb([prediction, eps], [scale, -scale])
     by_weight = None
-    if wanted[1]:
-        alone = grad * ops.dsm_loss(prediction, torch.ones_like(weight), x0, p, q, eps, noise)
-        by_weight = (alone if weight.ndim else alone.sum()).to(weight)
-    z = eps
-    if wanted[4] and eps is None:
-        z = ops.normal_like(prediction, Noise(seeds, draws, ctx.draw, ctx.row))
-    return (
-        by_prediction,
-        by_weight,
-        ops.lincomb([by_prediction], [-p]) if wanted[2] else None,
-        -_dot(by_prediction, x0, p) if wanted[3] else None,
-        -_dot(by_prediction, z, q) if wanted[4] else None,
-        ops.lincomb([by_prediction], [-torch.ones_like(weight) if q is None else -q]) if wanted[5] else None,
-        *[None] * 4,
-    )
+    if weight_wanted:
+        by_weight = grad * ops.dsm_loss(prediction, torch.ones_like(weight), eps, noise)
+        by_weight = (by_weight if weight.ndim else by_weight.sum()).to(weight)
+    by_eps = ops.lincomb([by_prediction], [-torch.ones_like(weight)]) if eps_wanted else None
+    return by_prediction, by_weight, by_eps, *[None] * 4
 
 
 for _name, _backward, _keep in (
     ("lincomb", _lincomb, _keep_lincomb),
     ("langevin", _langevin, _keep_langevin),
-    ("perturb_and_target", _perturb_and_target, _keep_perturb_and_target),
     ("dsm_loss", _dsm_loss, _keep_dsm_loss),
 ):
     torch.library.register_autograd(f"scoresde::{_name}", _backward, setup_context=_keep, lib=ops.LIBRARY)

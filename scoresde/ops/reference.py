@@ -12,9 +12,6 @@ import torch
 from torch import Tensor
 
 from ..broadcast import coefficient
-from ..noise.address import Noise
-from ..noise.philox import Maker, normals, signs, streams
-from ..noise.philox import bits as words
 
 Coefficient = Tensor | float
 """A number, or a tensor () or (B,): one for all samples or one for each."""
@@ -56,45 +53,7 @@ def langevin(x: Tensor, eps: Tensor, z: Tensor, sigma: Tensor, snr: float, measu
     return lincomb(((1.0, x), (-ratio * sigma, eps)), ((2 * ratio).sqrt() * sigma, z))
 
 
-def perturb_and_target(
-    x0: Tensor, eps: Tensor, alpha: Coefficient, sigma: Coefficient, p: Coefficient, q: Coefficient
-) -> tuple[Tensor, Tensor]:
-    """(α x_0 + σ ε, p x_0 + q ε)."""
-    return lincomb(((alpha, x0),), (sigma, eps)), lincomb(((p, x0),), (q, eps))
-
-
-def dsm_loss(
-    prediction: Tensor,
-    eps: Tensor,
-    weight: Tensor,
-    x0: Tensor | None = None,
-    p: Coefficient = 0.0,
-    q: Coefficient = 1.0,
-) -> Tensor:
-    """w_k ‖F_k − p x_0k − q ε_k‖²/D of every sample, (B,), in float32 or wider; without x_0, of F − q ε."""
+def dsm_loss(prediction: Tensor, eps: Tensor, weight: Tensor) -> Tensor:
+    """w_k ‖ε̂_k − ε_k‖²/D of every sample, (B,), in float32 or wider."""
     wide = _wide(prediction.dtype)
-    # a target in a half type would be rounded before the difference is taken
-    target = eps.to(wide)
-    if x0 is not None:
-        target = lincomb(((q, target), (p, x0)))
-    elif isinstance(q, Tensor) or q != 1:
-        target = lincomb(((q, target),))
-    return weight.to(wide) * (prediction.to(wide) - target).square().flatten(1).mean(1)
-
-
-def normal(shape: Sequence[int], dtype: torch.dtype, noise: Noise) -> Tensor:
-    return _made(normals, shape, noise).to(noise.seeds.device, dtype)
-
-
-def rademacher(shape: Sequence[int], dtype: torch.dtype, noise: Noise) -> Tensor:
-    return _made(signs, shape, noise).to(noise.seeds.device, dtype)
-
-
-def bits(shape: Sequence[int], noise: Noise) -> Tensor:
-    return _made(words, shape, noise).to(noise.seeds.device)
-
-
-def _made(make: Maker, shape: Sequence[int], noise: Noise) -> Tensor:
-    rows, size = (shape[0], shape[1:].numel()) if len(shape := torch.Size(shape)) else (1, 1)
-    where = streams(noise.seeds.cpu(), noise.row, (noise.draws + noise.draw).cpu(), rows)
-    return make(where, size).reshape(shape)
+    return weight.to(wide) * (prediction.to(wide) - eps.to(wide)).square().flatten(1).mean(1)

@@ -16,7 +16,7 @@ from ..config import ConfigError, build, build_network, taken
 from ..data import Dataset
 from ..diffusion.denoiser import Denoiser, model_device
 from ..losses.denoising import DenoisingLoss
-from ..ops import switch
+from ..noise import switch
 from .checkpoint import CheckpointError, best, latest
 from .posthoc import reconstruct
 

@@ -89,7 +89,7 @@ def test_modules_are_of_a_scalar_and_a_device(stub: ctypes.CDLL, driver: Driver)
     foreign = ctypes.c_void_p(0x5555)
     stub.cuCtxPushCurrent_v2(foreign)
     for _ in range(2):
-        for scalar in SCALARS:
+        for scalar in SCALARS.values():
             for device in (ZERO, ONE):
                 driver.launch("axpy", scalar, 1, 1, ARGS, device)
                 driver.launch("scale", scalar, 1, 1, ARGS[1:2], device)
@@ -107,7 +107,7 @@ def test_modules_are_of_a_scalar_and_a_device(stub: ctypes.CDLL, driver: Driver)
 def test_flags_and_headers_reach_the_compiler(stub: ctypes.CDLL) -> None:
     """The stub's machine code is what it was given."""
     compiler, seen = nvrtc.Compiler(str(stub_cuda.path())), {}
-    for number, scalar in enumerate(SCALARS):
+    for number, scalar in enumerate(SCALARS.values()):
         found = machine_code(compiler, Cache(Path("/nowhere/at/all")), SOURCE, HEADERS, scalar, (8, 6)).decode()
         options, header, *source = found.rstrip("\0").split("\n")
         assert options.split() == ["STUB", "--gpu-architecture=sm_80", *driving.FLAGS, f"-DSCORESDE_SCALAR={number}"]
@@ -371,11 +371,11 @@ os.environ.__class__ = Environment
 sys.dont_write_bytecode = True
 sys.addaudithook(watch)
 import scoresde, scoresde.kernels
-import scoresde.kernels.nvrtc, scoresde.kernels.cubin, scoresde.kernels.driver, scoresde.ops.switch
+import scoresde.kernels.backend, scoresde.noise.switch
 assert not seen, seen
 assert not [key for key in asked if "SCORESDE" in key or "CUDA" in key or "XDG" in key], asked
 assert "torch._dynamo" not in sys.modules
-assert scoresde.ops.switch._mode is None and not scoresde.ops.switch._reasons
+assert scoresde.noise.switch._mode is None and not scoresde.noise.switch._reasons
 """
     root = str(Path(driving.__file__).parents[2])
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}

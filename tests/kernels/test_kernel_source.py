@@ -318,30 +318,6 @@ def test_lincomb_into_its_inputs_and_with_coefficients_of_one(
             assert torch.equal(pair[1 - place].check(), (y, x)[place])
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_perturb_and_target(emulator: Emulator, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    for case, (samples, event, channels_last, shift) in enumerate(SHAPES):
-        monkeypatch.setattr(arguments, "FULL", (2**19, 4)[case % 2])
-        x0 = random(1, samples, *event, dtype=dtype)
-        alpha, sigma, p, q = (coefficient(10 + i, samples, (case + i) % 2 == 0) for i in range(4))
-        for kind in (0, 1, 2):
-            noise = some_noise(samples, kind)
-            z, r = normals_of(noise, samples, x0[0].numel()) if noise else (None, None)
-            if z is None:
-                eps = random(2, samples, *event, dtype=dtype)
-                z, r = eps.double().flatten(1), torch.zeros(())
-            clean = Batch(x0, channels_last, shift)
-            noisy, target = (Batch(torch.full_like(x0, torch.nan), channels_last, shift) for _ in range(2))
-            source = noise or Batch(eps, channels_last, shift).tensor
-            cuda.perturb_and_target(
-                emulator.launch, noisy.tensor, target.tensor, clean.tensor, [alpha, sigma, p, q], source
-            )
-            for out, a, b in ((noisy, alpha, sigma), (target, p, q)):
-                terms = [column(a) * x0.double().flatten(1), column(b) * z]
-                tolerance = linear_tolerance(terms, column(b).abs() * r * NORMAL, dtype)
-                compare(out.check(), sum(terms), tolerance, (dtype, samples, event, kind))
-
-
 def sums(dtype: torch.dtype, elements: int) -> float:
     """Relative error of a sum of squares: of each square and of the additions it takes part in.
 
@@ -353,48 +329,35 @@ def sums(dtype: torch.dtype, elements: int) -> float:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_dsm_loss(emulator: Emulator, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With and without x0, p, explicit eps: `w Σ (a − p x0 − q z)²/D`, few and many partial sums."""
+    """Noise given, of one stream or of one for each sample: `w Σ (a − z)²/D`, few and many partial sums."""
     for case, (samples, event, channels_last, shift) in enumerate(SHAPES):
         monkeypatch.setattr(arguments, "FULL", (2**19, 4)[case % 2])
         monkeypatch.setattr(cuda, "PARTIALS", (2**15, 7)[case // 2 % 2])
-        a, x0, eps = (random(i, samples, *event, dtype=dtype) for i in range(3))
-        p, q, weight = (coefficient(10 + i, samples, (case + i) % 2 == 0) for i in range(3))
+        a, eps = (random(i, samples, *event, dtype=dtype) for i in range(2))
+        weight = coefficient(12, samples, case % 2 == 0)
         elements = a[0].numel()
         for kind in range(3):
             noise = some_noise(samples, kind)
             z, r = normals_of(noise, samples, elements) if noise else (eps.double().flatten(1), torch.zeros(()))
-            with_x0 = (case + kind) % 2 == 0
-            batches = [Batch(value, channels_last, shift) for value in (a, x0, eps)]
+            batches = [Batch(value, channels_last, shift) for value in (a, eps)]
             loss = torch.full((samples,), torch.nan, dtype=torch.promote_types(dtype, torch.float32))
-            cuda.dsm_loss(
-                emulator.launch,
-                loss,
-                batches[0].tensor,
-                batches[1].tensor if with_x0 else None,
-                p if with_x0 else None,
-                q,
-                weight,
-                noise or batches[2].tensor,
-            )
-            terms = [a.double().flatten(1), -column(q) * z]
-            if with_x0:
-                terms.append(-column(p) * x0.double().flatten(1))
-            error = sum(terms)
-            size = sum(term.abs() for term in terms)
-            wrong = size * (2 * len(terms) + 1) * ARITHMETIC[dtype] + column(q).abs() * r * NORMAL
+            cuda.dsm_loss(emulator.launch, loss, batches[0].tensor, weight, noise or batches[1].tensor)
+            flat = a.double().flatten(1)
+            error, size = flat - z, flat.abs() + z.abs()
+            wrong = 5 * size * ARITHMETIC[dtype] + r * NORMAL
             scale = weight.abs() / elements
             expected = (weight * error.square().sum(1) / elements)[:, None]
             tolerance = scale * (2 * error.abs() * wrong + wrong**2).sum(1) + expected[:, 0].abs() * (
                 sums(dtype, elements) + 2 * ARITHMETIC[dtype]
             )
-            compare(loss[:, None], expected, tolerance[:, None], (dtype, samples, event, channels_last, kind, with_x0))
+            compare(loss[:, None], expected, tolerance[:, None], (dtype, samples, event, channels_last, kind))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_more_partial_sums_than_threads_to_add_them(emulator: Emulator, dtype: torch.dtype) -> None:
     """One sample of 200,003 elements: 390 sums, which at most 128 threads add."""
     a, loss, one = random(1, 1, 200_003, dtype=dtype), torch.empty(1), torch.ones((), dtype=torch.float64)
-    cuda.dsm_loss(emulator.launch, loss, a, None, None, one, one, torch.zeros_like(a))
+    cuda.dsm_loss(emulator.launch, loss, a, one, torch.zeros_like(a))
     expected = a.double().square().mean()
     assert abs(loss.item() - expected) <= expected * (sums(dtype, 4) + 2**-24)  # a thread has one or two quads
 
@@ -454,7 +417,7 @@ def test_rademacher(emulator: Emulator, dtype: torch.dtype, monkeypatch: pytest.
         noise = some_noise(samples, 1 + case % 2)
         assert noise
         out = Batch(torch.full((samples, *event), torch.nan, dtype=dtype), channels_last, shift)
-        cuda.rademacher(emulator.launch, out.tensor, noise)
+        cuda.draw(emulator.launch, "rademacher", out.tensor, noise)
         elements = out.tensor[0].numel()
         words = words_of(noise, samples, -(-elements // 128)).reshape(samples, -1)
         bits = words[:, :, None] >> np.arange(32, dtype=np.uint64) & np.uint64(1)
@@ -477,8 +440,8 @@ def test_noise_is_that_of_the_reference(emulator: Emulator, dtype: torch.dtype) 
         noise = noise._replace(row=7)
         where = reference.streams(noise.seeds, noise.row, noise.draws + noise.draw, 5)
         z, signs = torch.empty(5, 1001, dtype=dtype), torch.empty(5, 1001, dtype=dtype)
-        cuda.lincomb(emulator.launch, z, [], [], None, noise)
-        cuda.rademacher(emulator.launch, signs, noise)
+        cuda.draw(emulator.launch, "lincomb_0", z, noise)
+        cuda.draw(emulator.launch, "rademacher", signs, noise)
         assert torch.equal(signs.float(), reference.signs(where, 1001))
         _, r = normals_of(noise, 5, 1001)
         assert ((z.double() - reference.normals(where, 1001).double()).abs() <= r * (NORMAL + 10 * 2**-24)).all()
@@ -486,7 +449,7 @@ def test_noise_is_that_of_the_reference(emulator: Emulator, dtype: torch.dtype) 
 
 def draw_normals(emulator: Emulator, noise: Noise, *shape: int) -> Tensor:
     out = torch.empty(shape)
-    cuda.lincomb(emulator.launch, out, [], [], None, noise)
+    cuda.draw(emulator.launch, "lincomb_0", out, noise)
     return out
 
 
@@ -536,7 +499,7 @@ def test_sums_do_not_depend_on_the_order_of_threads_and_blocks(
         for backwards in (False, True):
             emulator.backwards = backwards
             loss = torch.empty(samples, dtype=torch.promote_types(dtype, torch.float32))
-            cuda.dsm_loss(emulator.launch, loss, a, None, None, one, one, noise)
+            cuda.dsm_loss(emulator.launch, loss, a, one, noise)
             out = torch.empty_like(a)
             cuda.langevin(emulator.launch, out, a, a, one, 0.16, noise, True)
             results.append((loss, out))
@@ -555,7 +518,7 @@ def test_what_is_not_finite_stays_so_and_stays_in_its_sample(
         out, loss = torch.empty_like(x), torch.empty(3, dtype=torch.promote_types(dtype, torch.float32))
         cuda.lincomb(emulator.launch, out, [x, y], [one, one], one, noise)
         assert torch.equal(~out.isfinite(), ~y.isfinite()) and torch.equal(out[1, 2], y[1, 2]) == (bad == bad)
-        cuda.dsm_loss(emulator.launch, loss, y, x, one, one, one, noise)
+        cuda.dsm_loss(emulator.launch, loss, y, one, noise)
         assert loss.isfinite().tolist() == [True, False, True]
         cuda.langevin(emulator.launch, out, x, y, one, 0.16, noise, False)
         assert out[[0, 2]].isfinite().all() and not out[1, 2].isfinite()
@@ -579,9 +542,8 @@ def test_nothing_is_launched_for_nothing(emulator: Emulator) -> None:
         x, loss = torch.empty(shape), torch.zeros(shape[0])
         cuda.lincomb(emulator.launch, x, [x], [one], one, noise)
         cuda.langevin(emulator.launch, x, x, x, one, 0.16, noise, False)
-        cuda.perturb_and_target(emulator.launch, x, x, x, [one] * 4, noise)
-        cuda.rademacher(emulator.launch, x, noise)
-        cuda.dsm_loss(emulator.launch, loss, x, None, None, one, one, noise)
+        cuda.draw(emulator.launch, "rademacher", x, noise)
+        cuda.dsm_loss(emulator.launch, loss, x, one, noise)
         assert loss.isnan().all()
     assert emulator.launches == []
 
@@ -610,6 +572,6 @@ def test_nvcc_needs_neither_stack_nor_spills(tmp_path: Path, arch: str, scalars:
         done = subprocess.run(["nvcc", *flags, str(CSRC / "kernels.cu")], capture_output=True, text=True)
         report = done.stdout + done.stderr
         assert done.returncode == 0 and "warning" not in report, report
-        assert len(re.findall(r"Compiling entry function", report)) == 13
+        assert len(re.findall(r"Compiling entry function", report)) == 12
         frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report)
-        assert frames == [("0", "0", "0")] * 13, report
+        assert frames == [("0", "0", "0")] * 12, report

@@ -22,9 +22,9 @@ from scoresde import ops
 from scoresde.kernels import __main__ as command
 from scoresde.kernels import driver as driving
 from scoresde.kernels import nvrtc
-from scoresde.kernels.cubin import KernelWarning
-from scoresde.ops import library, switch
-from scoresde.ops.switch import enabled, mode, use, using, why_not
+from scoresde.kernels.driver import SCALARS
+from scoresde.noise import draws, switch
+from scoresde.noise.switch import KernelWarning, enabled, mode, use, using, why_not
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 F32 = torch.float32
@@ -147,8 +147,6 @@ def test_required_kernels_are_never_replaced() -> None:
         with pytest.raises(RuntimeError, match="are required"):
             ops.langevin(x, x, x[:, 0], 0.1, x)
         with pytest.raises(RuntimeError, match="are required"):
-            ops.perturb_and_target(x, x, 1.0, 1.0, 1.0, 1.0)
-        with pytest.raises(RuntimeError, match="are required"):
             ops.dsm_loss(x, x, x[:, 0])
     assert torch.equal(ops.lincomb(((2.0, x),)), 2 * x)
 
@@ -214,10 +212,10 @@ def test_one_reason_is_one_warning_for_all_dtypes(gpu: pytest.MonkeyPatch) -> No
     looked, look = list[torch.dtype](), switch._look
     gpu.setattr(switch, "_look", lambda device, dtype: (looked.append(dtype), look(device, dtype))[1])
     with pytest.warns(KernelWarning, match="NVRTC of CUDA 13") as told:
-        assert not any(enabled(CUDA, dtype) for dtype in switch.SCALARS)
+        assert not any(enabled(CUDA, dtype) for dtype in SCALARS)
     assert len(told) == 1
-    assert all(why_not(CUDA, dtype) == why_not(CUDA, dtype) for dtype in switch.SCALARS)
-    assert looked == list(switch.SCALARS)
+    assert all(why_not(CUDA, dtype) == why_not(CUDA, dtype) for dtype in SCALARS)
+    assert looked == list(SCALARS)
     assert "they take torch.float32, torch.float64" in str(why_not(CUDA, torch.complex64))
 
 
@@ -227,7 +225,7 @@ def test_kernels_that_can_be_had(gpu: pytest.MonkeyPatch) -> None:
     stub = with_stub(gpu)
     gpu.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 0x99, raising=False)
     for _ in range(3):
-        assert all(enabled(CUDA, dtype) for dtype in switch.SCALARS)
+        assert all(enabled(CUDA, dtype) for dtype in SCALARS)
     assert len(diary(stub, "cuModuleLoadData")) == len(diary(stub, "nvrtcCompileProgram")) == 4
     with using("require"):
         assert enabled(CUDA, torch.bfloat16) and why_not(CUDA, torch.bfloat16) is None
@@ -237,7 +235,7 @@ def test_kernels_that_can_be_had(gpu: pytest.MonkeyPatch) -> None:
         assert not enabled(CUDA, F32)
     assert len(diary(stub, "cuModuleLoadData")) == 4
     with pytest.raises(RuntimeError, match=r"looking for kernel nonesuch for half on cuda:0 .*CUDA_ERROR_NOT_FOUND"):
-        switch.launch("nonesuch", "half", 1, 1, (), CUDA)
+        driving.driver().launch("nonesuch", "half", 1, 1, (), CUDA)
 
 
 @needs_compiler
@@ -284,7 +282,7 @@ def test_the_command_says_what_there_is(capsys: pytest.CaptureFixture[str], gpu:
     assert re.search(r"^NVRTC +NVRTC of CUDA 13 was not found; looked for .*/nowhere/libnvrtc\.so", said, re.MULTILINE)
     assert re.search(r"^cuda:0 +Some GPU, 9\.0: not available: NVRTC of CUDA 13 was not", said, re.MULTILINE)
     assert re.search(r"^cache +.*/cache, 0 files, 0 kB$", said, re.MULTILINE)
-    for op in ("lincomb", "langevin", "perturb", "dsm_loss", "gradient"):
+    for op in ("lincomb", "langevin", "dsm_loss", "gradient"):
         assert re.search(rf"^{op}( +[\d.e+-]+ ok){{4}}$", said, re.MULTILINE), said
     gpu.setenv("SCORESDE_KERNELS", "require")
     assert command.main() == 1 and "not all devices have them" in capsys.readouterr().out
@@ -322,11 +320,11 @@ def test_the_command_with_kernels_that_are_not_right(
 @pytest.mark.parametrize("change", [1.00001, 0.0, float("nan")])
 def test_the_self_test_notices_a_wrong_op(change: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Noise that is 1e-5 too large is ten times what rounding explains in float32; the half types cannot show it."""
-    real = library.normal
+    real = draws.normal
     assert all(check.error <= check.tolerance for check in command.self_test(CPU))
-    monkeypatch.setattr(library, "normal", lambda *args: real(*args) * change)
+    monkeypatch.setattr(draws, "normal", lambda *args: real(*args) * change)
     wrong = {check.op for check in command.self_test(CPU) if check.dtype == F32 and check.error > check.tolerance}
-    assert wrong == {"lincomb + z", "langevin", "perturb", "target", "dsm_loss", "gradient"}
+    assert wrong == {"lincomb + z", "langevin", "dsm_loss", "gradient"}
 
 
 def test_without_any_library_the_reference_runs() -> None:

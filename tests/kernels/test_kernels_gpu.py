@@ -37,8 +37,9 @@ from scoresde import (
     Sampler,
     ops,
 )
-from scoresde.noise import philox
-from scoresde.ops import Noise, library, switch
+from scoresde.kernels.driver import Driver
+from scoresde.noise import draws, philox, switch
+from scoresde.ops import Noise, library
 from scoresde.sampling import Step
 
 GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
@@ -71,12 +72,15 @@ def needs_gpu(test: Callable[..., None]) -> Callable[..., None]:
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=GPU)])
 def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
     with switch.using("require" if request.param == "cuda" else "off"):
-        yield torch.device(request.param)
+        device = torch.device(request.param)
+        assert ops.enabled(device, torch.float32) == (request.param == "cuda")  # which loads the kernels
+        yield device
 
 
 @pytest.fixture
 def required() -> Iterator[None]:
     with switch.using("require"):
+        assert ops.enabled(CUDA, torch.float32)  # which loads the kernels
         yield
 
 
@@ -137,8 +141,8 @@ def test_signs_are_the_bits_of_philox(device: torch.device, shape: tuple[int, ..
     where, _ = Data(device, shape, torch.float32).noise(per_sample)
     made = philox.streams(where.seeds.cpu(), where.row, where.draws.cpu() + where.draw, shape[0])
     expected = philox.signs(made, torch.Size(shape[1:]).numel()).view(shape)
-    assert torch.equal(library.rademacher(shape, torch.float32, where).cpu(), expected)
-    assert torch.equal(library.rademacher(shape, torch.bfloat16, where).cpu().float(), expected)
+    assert torch.equal(draws.rademacher(shape, torch.float32, where).cpu(), expected)
+    assert torch.equal(draws.rademacher(shape, torch.bfloat16, where).cpu().float(), expected)
 
 
 @each_dtype
@@ -153,7 +157,7 @@ def test_normals_are_those_of_philox(device: torch.device, shape: tuple[int, ...
         made = philox.streams(where.seeds.cpu(), where.row, where.draws.cpu() + where.draw, shape[0])
         pairs = philox.normals(made, n + n % 2).double().unflatten(1, (-1, 2))
         radius = pairs.norm(dim=-1, keepdim=True).expand_as(pairs).flatten(1)[:, :n].reshape(shape)
-        found = library.normal(shape, dtype, where).cpu().double()
+        found = draws.normal(shape, dtype, where).cpu().double()
         rounding = 0.0 if dtype in (torch.float32, torch.float64) else torch.finfo(dtype).eps / 2
         assert ((found - z).abs() <= 2.0**-22 * radius + rounding * z.abs() + 2.0**-25).all()
 
@@ -205,39 +209,21 @@ def test_langevin(device: torch.device, measured: bool, shape: tuple[int, ...], 
 
 @each_dtype
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_perturb_and_target(device: torch.device, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+def test_dsm_loss_and_its_gradient(device: torch.device, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     data = Data(device, shape, dtype)
-    x0 = data.tensor()
-    alpha, sigma, p, q = (data.factor(k < 2) for k in range(4))
-    where, z = data.noise(per_sample=True)
-    noisy, target = ops.perturb_and_target(x0, where, alpha, sigma, p, q)
-    for found, (c, s) in ((noisy, (alpha, sigma)), (target, (p, q))):
-        check(found, [wide(c, x0) * x0.cpu().double(), wide(s, x0) * z], wide(s, x0))
-
-
-@each_dtype
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("whole", [False, True], ids=["eps", "p x0 + q eps"])
-def test_dsm_loss_and_its_gradient(
-    device: torch.device, whole: bool, shape: tuple[int, ...], dtype: torch.dtype
-) -> None:  # fmt: skip
-    data = Data(device, shape, dtype)
-    prediction, x0 = data.tensor().requires_grad_(), data.tensor()
-    weight, p, q = data.factor(), data.factor(), data.factor()
+    prediction, weight = data.tensor().requires_grad_(), data.factor()
     where, z = data.noise()
     n = prediction[0].numel()
-    parts = [prediction.detach().cpu().double()]
-    parts += [-wide(p, x0) * x0.cpu().double(), -wide(q, x0) * z] if whole else [-z]
-    extra: dict[str, Any] = {"x0": x0, "p": p, "q": q} if whole else {}
-    loss = ops.dsm_loss(prediction, where, weight, **extra)
+    loss = ops.dsm_loss(prediction, where, weight)
     (gradient,) = torch.autograd.grad(loss, prediction, torch.ones_like(loss))
-    difference, size = sum(parts), sum(part.abs() for part in parts)
+    exact = prediction.detach().cpu().double()
+    difference, size = exact - z, exact.abs() + z.abs()
     unit = 2.0**-53 if dtype == torch.float64 else 2.0**-24
     # of the difference; the square doubles it, and a mean adds its roundings
-    error = 5 * unit * size + (wide(q, x0) if whole else 1.0) * 2.0**-22 * LARGEST_RADIUS
+    error = 5 * unit * size + 2.0**-22 * LARGEST_RADIUS
     if dtype in (torch.float16, torch.bfloat16) and device.type == "cpu":
         error = error + torch.finfo(dtype).eps * size  # the reference subtracts a target of this dtype
-    scale = wide(weight, x0)
+    scale = wide(weight, prediction)
     exact = (scale * difference.square()).flatten(1).mean(1)
     allowed = (scale * (2 * difference.abs() + error) * error).flatten(1).mean(1) + (n + 4) * unit * exact
     assert ((loss.detach().cpu().double() - exact).abs() <= allowed).all()
@@ -256,8 +242,7 @@ def test_gradients(device: torch.device) -> None:
     for function in (
         lambda x, y, a, b: library.lincomb([x, y], [a, b], b, where),
         lambda x, y, a, b: library.langevin(x, y, a, 0.16, True, where),
-        lambda x, y, a, b: library.perturb_and_target(x, None, a, b, b, a, where),
-        lambda x, y, a, b: library.dsm_loss(x, a, y, b, a, None, where),
+        lambda x, y, a, b: library.dsm_loss(x, a, None, where) + library.dsm_loss(x, b, y, None),
     ):
         assert torch.autograd.gradcheck(function, (x, y, a, b), nondet_tol=0.0)
 
@@ -271,8 +256,8 @@ def test_opcheck(required: None) -> None:
     torch.library.opcheck(OPS.lincomb.default, ([x, y], [a, a], a, *where))
     torch.library.opcheck(OPS.lincomb.default, ([x, y], [a, a], None, None, None, 0, 0))
     torch.library.opcheck(OPS.langevin.default, (x, y, a, 0.16, False, *where))
-    torch.library.opcheck(OPS.perturb_and_target.default, (x, None, a, a, a, a, *where))
-    torch.library.opcheck(OPS.dsm_loss.default, (x, a, y, a, a, None, *where))
+    torch.library.opcheck(OPS.dsm_loss.default, (x, a, None, *where))
+    torch.library.opcheck(OPS.dsm_loss.default, (x, a, y, None, None, 0, 0))
     torch.library.opcheck(OPS.normal.default, ((3, 4), torch.float32, *where))
     torch.library.opcheck(OPS.rademacher.default, ((3, 4), torch.float32, *where))
 
@@ -297,20 +282,19 @@ def test_large_batches(shape: tuple[int, ...], dtype: torch.dtype, required: Non
 @needs_gpu
 def test_the_kernels_run_and_not_the_reference(required: None, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[str] = []
-    real = library.launch
+    real = Driver.launch
 
-    def watched(name: str, *args: Any) -> None:
+    def watched(driver: Driver, name: str, *args: Any) -> None:
         seen.append(name)
-        real(name, *args)
+        real(driver, name, *args)
 
-    monkeypatch.setattr(library, "launch", watched)
+    monkeypatch.setattr(Driver, "launch", watched)
     data = Data(CUDA, (3, 5), torch.float32)
     x, a, (where, _) = data.tensor(), data.factor(), data.noise()
     for number, call in enumerate(
         (
             lambda: ops.lincomb(((a, x),), (a, where)),
             lambda: ops.langevin(x, x, a, 0.16, where),
-            lambda: ops.perturb_and_target(x, where, a, a, a, a),
             lambda: ops.dsm_loss(x, where, a),
             lambda: Rng(0).normal((3, 5), device=CUDA),
             lambda: Rng(0).rademacher_like(x),

@@ -17,6 +17,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from scoresde import Rng, ops
+from scoresde.noise import draws
 from scoresde.ops import Noise, library
 
 OPS = torch.ops.scoresde
@@ -49,7 +50,7 @@ def found(per_sample: bool = False) -> Noise:
 
 
 def numbers(noise: Noise, dtype: torch.dtype = torch.float64, event: tuple[int, ...] = EVENT) -> Tensor:
-    return library.normal((B, *event), dtype, noise)
+    return draws.normal((B, *event), dtype, noise)
 
 
 def calls(dtype: torch.dtype, per_sample: bool, drawn: bool, event: tuple[int, ...] = EVENT) -> dict[str, Any]:
@@ -63,13 +64,11 @@ def calls(dtype: torch.dtype, per_sample: bool, drawn: bool, event: tuple[int, .
     return {
         "lincomb": (OPS.lincomb, (x[: 3 + len(by_eps)], [*c[:3], *by_eps], c[4] if drawn else None, *flat)),
         "langevin": (OPS.langevin, (x[0], x[1], c[0], 0.4, drawn, *at)),
-        "perturb_and_target": (OPS.perturb_and_target, (x[0], eps, *c[:4], *flat)),
-        "dsm_loss": (OPS.dsm_loss, (x[0], c[0], x[1], c[1], c[2], eps, *flat)),
-        "dsm_loss of noise": (OPS.dsm_loss, (x[0], c[0], None, None, None, eps, *flat)),
+        "dsm_loss": (OPS.dsm_loss, (x[0], c[0], eps, *flat)),
     }
 
 
-NAMES = ("lincomb", "langevin", "perturb_and_target", "dsm_loss", "dsm_loss of noise")
+NAMES = ("lincomb", "langevin", "dsm_loss")
 each_op = pytest.mark.parametrize("name", NAMES)
 
 
@@ -136,16 +135,16 @@ def test_fake_tensors_have_the_shape_and_strides_of_real_ones(name: str, per_sam
 def test_noise_of_the_ops_is_that_of_an_rng(dtype: torch.dtype) -> None:
     for make in (lambda: Rng(5), lambda: Rng(5).share(1, 3), lambda: Rng(seeds=[1, 2, 3, 4])):
         rng, twin = make(), make()
-        at = twin.captured("cpu")._find((B, *EVENT), torch.device("cpu"))
-        assert torch.equal(library.normal((B, *EVENT), dtype, at), rng.normal((B, *EVENT), dtype=dtype))
+        at = twin.captured("cpu")._position.find((B, *EVENT), torch.device("cpu"))
+        assert torch.equal(draws.normal((B, *EVENT), dtype, at), rng.normal((B, *EVENT), dtype=dtype))
         later = at._replace(draw=1)
         assert torch.equal(
-            library.rademacher((B, 70), dtype, later), rng.rademacher_like(torch.zeros(B, 70, dtype=dtype))
+            draws.rademacher((B, 70), dtype, later), rng.rademacher_like(torch.zeros(B, 70, dtype=dtype))
         )
-        assert torch.equal((library.bits((B, 3), at._replace(draw=2)) >> 1 & (2**63 - 1)) % 9, rng.integers(9, (B, 3)))
+        assert torch.equal((draws.bits((B, 3), at._replace(draw=2)) >> 1 & (2**63 - 1)) % 9, rng.integers(9, (B, 3)))
     huge = Noise(torch.tensor([1]), torch.tensor([2**62]), 2**61, 0)
     same = Noise(torch.tensor([1]), torch.tensor([2**62 + 2**61 - 7]), 7, 0)
-    assert torch.equal(library.normal((2, 3), dtype, huge), library.normal((2, 3), dtype, same))
+    assert torch.equal(draws.normal((2, 3), dtype, huge), draws.normal((2, 3), dtype, same))
 
 
 COEFFICIENTS = {
@@ -225,37 +224,19 @@ def test_langevin_is_the_rule(drawn: bool, measured: bool, per_sample: bool, dty
 @each_dtype
 @each_coefficient
 @each_noise
-def test_training_pairs_and_their_loss(drawn: bool, per_sample: bool, dtype: torch.dtype) -> None:
-    x0, prediction = (random(k, B, *EVENT, dtype=dtype) for k in range(2))
-    alpha, sigma, p, q, w = (factor(k, per_sample) for k in range(2, 7))
-    at = found(per_sample)
+def test_the_loss_is_the_weighted_mean_square(drawn: bool, per_sample: bool, dtype: torch.dtype) -> None:
+    prediction, w, at = random(1, B, *EVENT, dtype=dtype), factor(6, per_sample), found(per_sample)
     eps = numbers(at, torch.promote_types(dtype, torch.float32)) if drawn else random(8, B, *EVENT, dtype=dtype)
-    noise = at if drawn else eps
-    z = eps.double()
-    for got, (a, b) in zip(
-        ops.perturb_and_target(x0, noise, alpha, sigma, p, q), ((alpha, sigma), (p, q)), strict=True
-    ):
-        check_sum(got, [column(a, z) * x0.double(), column(b, z) * z], dtype, 5)
+    noise, z = at if drawn else eps, eps.double()
     given, place = (None, at) if drawn else (eps, None)
-    both = library.perturb_and_target(x0, given, alpha, sigma, p, q, place)
-    assert all(map(torch.equal, both, ops.perturb_and_target(x0, noise, alpha, sigma, p, q)))
-
     wide, u = torch.promote_types(dtype, torch.float32), ARITHMETIC[dtype] + 2.0**-53
-    for target in ("p x0 + q eps", "eps"):
-        parts = [prediction.double(), z] if target == "eps" else [
-            prediction.double(), column(p, z) * x0.double(), column(q, z) * z,
-        ]  # fmt: skip
-        error, size = parts[0] - sum(parts[1:]), sum(part.abs() for part in parts)
-        # an error is off by 5 roundings of its parts, a mean of D squares by D + 3 of its own
-        bound = (2 * error.abs() * 5 * u * size + (5 * u * size) ** 2 + (D + 3) * u * error**2).flatten(1).mean(1)
-        if target == "eps":
-            got, op = ops.dsm_loss(prediction, noise, w), library.dsm_loss(prediction, w, eps=given, noise=place)
-        else:
-            got = ops.dsm_loss(prediction, noise, w, x0=x0, p=p, q=q)
-            op = library.dsm_loss(prediction, w, x0, p, q, given, place)
-        assert got.dtype == wide and got.shape == (B,)
-        assert ((got.double() - w * error.square().flatten(1).mean(1)).abs() <= w * bound).all()
-        assert torch.equal(got, op)
+    error, size = prediction.double() - z, prediction.double().abs() + z.abs()
+    # an error is off by 5 roundings of its parts, a mean of D squares by D + 3 of its own
+    bound = (2 * error.abs() * 5 * u * size + (5 * u * size) ** 2 + (D + 3) * u * error**2).flatten(1).mean(1)
+    got = ops.dsm_loss(prediction, noise, w)
+    assert got.dtype == wide and got.shape == (B,)
+    assert ((got.double() - w * error.square().flatten(1).mean(1)).abs() <= w * bound).all()
+    assert torch.equal(got, library.dsm_loss(prediction, w, given, place))
 
 
 def test_numbers_are_the_same_as_tensors() -> None:
@@ -299,7 +280,7 @@ def check_gradients(name: str, args: tuple[Any, ...]) -> None:
     def f(*reals: Tensor) -> Any:
         left = iter(reals)
         filled = [next(left) if isinstance(x, Tensor) and x.requires_grad else x for x in leaves]
-        return getattr(OPS, name.split()[0])(*torch.utils._pytree.tree_unflatten(filled, spec))
+        return getattr(OPS, name)(*torch.utils._pytree.tree_unflatten(filled, spec))
 
     reals = tuple(x for x in leaves if isinstance(x, Tensor) and x.requires_grad)
     assert gradcheck(f, reals, fast_mode=False)
@@ -337,12 +318,9 @@ def test_gradients_are_those_of_plain_torch(name: str, dtype: torch.dtype) -> No
         expected = ops.lincomb(list(zip(x[1], x[0], strict=True)), (x[2], at))
     elif name == "langevin":
         expected = ops.langevin(x[0], x[1], x[2], x[3], at, measured=x[4])
-    elif name == "perturb_and_target":
-        expected = ops.perturb_and_target(x[0], at, *x[2:6])
     else:
-        target = {} if x[2] is None else {"x0": x[2], "p": x[3], "q": x[4]}
-        expected = ops.dsm_loss(x[0], at, x[1], **target)
-    got = getattr(OPS, name.split()[0])(*args)
+        expected = ops.dsm_loss(x[0], at, x[1])
+    got = getattr(OPS, name)(*args)
     for out in (got, expected):
         parts = out if isinstance(out, tuple) else (out,)
         sum((part.double() * random(40 + k, *part.shape)).sum() for k, part in enumerate(parts)).backward()
@@ -365,7 +343,7 @@ def test_noise_is_not_kept_for_the_backward_pass(name: str) -> None:
     given = {x.data_ptr() for x in torch.utils._pytree.tree_leaves(args) if isinstance(x, Tensor)}
     kept: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
-        getattr(OPS, name.split()[0])(*args)
+        getattr(OPS, name)(*args)
     assert kept and all(x.data_ptr() in given for x in kept)
 
 
@@ -426,10 +404,9 @@ def test_compiled_code_draws_and_is_compiled_once_more_at_most() -> None:
         eps = x * network
         x = ops.lincomb(((0.5, x), (sigma, eps)), (1.0, rng.noise(x)))
         x = ops.langevin(x, eps, sigma, 0.16, rng.noise(x), measured=True)
-        noise = rng.normal_like(x)
-        loss = ops.dsm_loss(eps, noise, sigma, x0=x, p=sigma, q=0.3)
+        loss = ops.dsm_loss(eps, rng.normal_like(x), sigma)
         drawn = (
-            library.dsm_loss(eps, sigma, noise=found(True)) + library.lincomb([eps], [sigma], sigma, found())[:, 0, 0]
+            library.dsm_loss(eps, sigma, None, found(True)) + library.lincomb([eps], [sigma], sigma, found())[:, 0, 0]
         )
         return x, loss, drawn, rng.uniform((B,)), rng.rademacher_like(x), rng.integers(9, (B,))
 

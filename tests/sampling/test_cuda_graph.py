@@ -56,7 +56,7 @@ from scoresde import (
     UniPC,
 )
 from scoresde.nn import MLP, UNet
-from scoresde.ops import switch
+from scoresde.noise import switch
 from scoresde.sampling import Step, cuda_graph
 
 STOCHASTIC: dict[str, Step] = {

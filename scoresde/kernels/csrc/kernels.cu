@@ -204,19 +204,19 @@ DEVICE void write(const Layout& layout, Scalar* sample, const Quad (&quads)[widt
     }
 }
 
-template <int width>
+template <bool of_signs, int width>
 DEVICE void noise_of(const Stream& stream, const Quad (&quads)[width], Real (&z)[width][4])
 {
 #pragma unroll
     for (int k = 0; k < width; ++k) {
         float normal[4];
-        normals(stream, quads[k].number, normal);
+        of_signs ? signs(stream, quads[k].number, normal) : normals(stream, quads[k].number, normal);
 #pragma unroll
         for (u32 lane = 0; lane < 4; ++lane) z[k][lane] = normal[lane];
     }
 }
 
-// ---- lincomb: out = sum of coefficients[i] inputs[i] + std z; out may be one of the inputs ----
+// ---- lincomb: out = sum of coefficients[i] inputs[i] + std z; out may be one of the inputs; z: normals or signs ----
 
 struct Lincomb {
     Layout layout;
@@ -226,7 +226,7 @@ struct Lincomb {
     Noise noise;
 };
 
-template <int n, Path path>
+template <int n, bool of_signs, Path path>
 DEVICE void combine(const Lincomb& args, const Share& share)
 {
     constexpr int width = in_flight(path, n), slots = n > 0 ? n : 1;
@@ -248,7 +248,7 @@ DEVICE void combine(const Lincomb& args, const Share& share)
 #pragma unroll
         for (int k = 0; k < width; ++k) quads[k] = quad_of<path>(args.layout, index + k * share.step, index);
         if (n > 0) read<path>(args.layout, inputs, quads, x);
-        if (noisy) noise_of(stream, quads, sum);
+        if (noisy) noise_of<of_signs>(stream, quads, sum);
 #pragma unroll
         for (int k = 0; k < width; ++k)
 #pragma unroll
@@ -261,15 +261,15 @@ DEVICE void combine(const Lincomb& args, const Share& share)
     }
 }
 
-template <int n>
+template <int n, bool of_signs = false>
 DEVICE void lincomb(const Lincomb& args)
 {
     const Share share = share_of(args.layout);
     if (!share.any) return;
     switch (args.layout.path) {
-        case vector: return combine<n, vector>(args, share);
-        case rows: return combine<n, rows>(args, share);
-        default: return combine<n, scattered>(args, share);
+        case vector: return combine<n, of_signs, vector>(args, share);
+        case rows: return combine<n, of_signs, rows>(args, share);
+        default: return combine<n, of_signs, scattered>(args, share);
     }
 }
 
@@ -279,76 +279,21 @@ KERNEL(7) lincomb_2(Lincomb args) { lincomb<2>(args); }
 KERNEL(7) lincomb_3(Lincomb args) { lincomb<3>(args); }
 KERNEL(6) lincomb_4(Lincomb args) { lincomb<4>(args); }
 KERNEL(6) lincomb_5(Lincomb args) { lincomb<5>(args); }
-
-// ---- perturb_and_target: noisy = alpha x0 + sigma z, target = p x0 + q z, z = eps or, where that is null, noise ----
-
-struct Perturb {
-    Layout layout;
-    Scalar *noisy, *target;
-    const Scalar *x0, *eps;
-    Coefficient alpha, sigma, p, q;
-    Noise noise;
-};
-
-template <Path path>
-DEVICE void perturb(const Perturb& args, const Share& share)
-{
-    constexpr int width = in_flight(path, 2);
-    const u64 start = static_cast<u64>(share.sample) * args.layout.elements;
-    const Scalar* const x0[1] = {args.x0 + start};
-    const Scalar* const eps[1] = {args.eps ? args.eps + start : nullptr};
-    const Real alpha = value(args.alpha, share.sample), sigma = value(args.sigma, share.sample);
-    const Real p = value(args.p, share.sample), q = value(args.q, share.sample);
-    const Stream stream = stream_of(args.noise, share.sample);
-
-    for (u32 index = share.first; index < args.layout.quads; index += width * share.step) {
-        Quad quads[width];
-        Real x[width][1][4], given[width][1][4], z[width][4], noisy[width][4], target[width][4];
-#pragma unroll
-        for (int k = 0; k < width; ++k) quads[k] = quad_of<path>(args.layout, index + k * share.step, index);
-        read<path>(args.layout, x0, quads, x);
-        if (args.eps)
-            read<path>(args.layout, eps, quads, given);
-        else
-            noise_of(stream, quads, z);
-#pragma unroll
-        for (int k = 0; k < width; ++k)
-#pragma unroll
-            for (u32 lane = 0; lane < 4; ++lane) {
-                const Real noise = args.eps ? given[k][0][lane] : z[k][lane];
-                noisy[k][lane] = multiply_add(alpha, x[k][0][lane], sigma * noise);
-                target[k][lane] = multiply_add(p, x[k][0][lane], q * noise);
-            }
-        write<path>(args.layout, args.noisy + start, quads, noisy);
-        write<path>(args.layout, args.target + start, quads, target);
-    }
-}
-
-KERNEL(6) perturb_and_target(Perturb args)
-{
-    const Share share = share_of(args.layout);
-    if (!share.any) return;
-    switch (args.layout.path) {
-        case vector: return perturb<vector>(args, share);
-        case rows: return perturb<rows>(args, share);
-        default: return perturb<scattered>(args, share);
-    }
-}
+KERNEL(7) rademacher(Lincomb args) { lincomb<0, true>(args); }
 
 // ---- sums of squares per sample, in two kernels and always in the same order: no atomics ----
 
-// Each `group` (a power of two) of neighbouring threads leaves two sums of squares in partials[group number]: of
-// a - p x0 - q z (x0 null: no such term; z is eps or, where that is null, noise), and of the noise.
+// Each `group` (a power of two) of neighbouring threads leaves two sums of squares in partials[group number]: of a or
+// a - z (z is eps or, where that is null, noise), and of the noise.
 struct Squares {
     Layout layout;
     u32 group;
     Real (*partials)[2];
-    const Scalar *a, *x0, *eps;
-    Coefficient p, q;
+    const Scalar *a, *eps;
     Noise noise;
 };
 
-// what is squared: a alone, a and the noise, or a - p x0 - q z
+// what is squared: a alone, a and the noise, or a - z
 enum Of { alone, and_noise, residual };
 
 // the sums of a and of b over the group of a thread, in its first thread
@@ -377,30 +322,25 @@ DEVICE void add_squares(const Squares& args, const Share& share, Real& errors, R
     constexpr int width = of == alone && path != scattered ? 4 : in_flight(path, 2);
     const u64 start = static_cast<u64>(share.sample) * args.layout.elements;
     const Scalar* const a[1] = {args.a + start};
-    const Scalar* const x0[1] = {args.x0 ? args.x0 + start : nullptr};
     const Scalar* const eps[1] = {args.eps ? args.eps + start : nullptr};
-    const Real p = of == residual ? value(args.p, share.sample) : 0;
-    const Real q = of == residual ? value(args.q, share.sample) : 0;
     const Stream stream = stream_of(args.noise, share.sample);
 
     for (u32 index = share.first; index < args.layout.quads; index += width * share.step) {
         Quad quads[width];
-        Real x[width][1][4], clean[width][1][4] = {}, given[width][1][4] = {}, z[width][4] = {};
+        Real x[width][1][4], given[width][1][4] = {}, z[width][4] = {};
 #pragma unroll
         for (int k = 0; k < width; ++k) quads[k] = quad_of<path>(args.layout, index + k * share.step, index);
         read<path>(args.layout, a, quads, x);
-        if (of == residual && args.x0) read<path>(args.layout, x0, quads, clean);
         if (of == residual && args.eps)
             read<path>(args.layout, eps, quads, given);
         else if (of != alone)
-            noise_of(stream, quads, z);
+            noise_of<false>(stream, quads, z);
 #pragma unroll
         for (int k = 0; k < width; ++k)
 #pragma unroll
             for (u32 lane = 0; lane < 4; ++lane) {
                 const Real noise = of == residual && args.eps ? given[k][0][lane] : z[k][lane];
-                Real error = x[k][0][lane];
-                if (of == residual) error = multiply_add(-q, noise, multiply_add(-p, clean[k][0][lane], error));
+                const Real error = of == residual ? x[k][0][lane] - noise : x[k][0][lane];
                 if (lane >= quads[k].count) continue;
                 errors = multiply_add(error, error, errors);
                 if (of == and_noise) noises = multiply_add(noise, noise, noises);
@@ -476,38 +416,6 @@ KERNEL(7) finish_loss(Finish args)
     const u32 sample = total(args, errors, noises);
     if (sample >= args.samples) return;
     args.loss[sample] = static_cast<Real>(exact_value(args.factor, sample) * (errors / args.elements));
-}
-
-// ---- rademacher: fills with -1 and 1 ----
-
-struct Signs {
-    Layout layout;
-    Scalar* out;
-    Noise noise;
-};
-
-template <Path path>
-DEVICE void fill_signs(const Signs& args, const Share& share)
-{
-    const u64 start = static_cast<u64>(share.sample) * args.layout.elements;
-    const Stream stream = stream_of(args.noise, share.sample);
-    for (u32 index = share.first; index < args.layout.quads; index += share.step) {
-        const Quad quads[1] = {quad_of<path>(args.layout, index, index)};
-        Real x[1][4];
-        signs(stream, quads[0].number, x[0]);
-        write<path>(args.layout, args.out + start, quads, x);
-    }
-}
-
-KERNEL(7) rademacher(Signs args)
-{
-    const Share share = share_of(args.layout);
-    if (!share.any) return;
-    switch (args.layout.path) {
-        case vector: return fill_signs<vector>(args, share);
-        case rows: return fill_signs<rows>(args, share);
-        default: return fill_signs<scattered>(args, share);
-    }
 }
 
 }  // namespace scoresde

@@ -1,6 +1,8 @@
-"""Whether an op runs by the CUDA kernel or by the torch reference: what the user asked for, and what is possible.
+"""Whether noise, and the ops that use it, run by CUDA kernels: what the user asked for, and what is possible.
 
-Three modes, of the environment variable SCORESDE_KERNELS or of `use`, which wins:
+The kernels are a folder of their own, which nothing imports: the first question about a tensor on a GPU loads it by its
+name, and it registers itself with the ops then. There are three modes, of the environment variable SCORESDE_KERNELS or
+of `use`, which wins:
 
 - "auto": the kernel where it can be had, else the reference; on a GPU one warning says why.
 - "off": the reference.
@@ -10,26 +12,26 @@ Three modes, of the environment variable SCORESDE_KERNELS or of `use`, which win
 from __future__ import annotations
 
 import contextlib
-import ctypes
+import importlib
 import os
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 
-from ..kernels.cubin import KernelWarning
-from ..kernels.driver import driver
-
 MODES = ("auto", "off", "require")
-SCALARS = {torch.float32: "float", torch.float64: "double", torch.float16: "half", torch.bfloat16: "bfloat16"}
-CAPABILITY = (8, 0)  # the first with bfloat16 arithmetic, and the oldest that tests compile for
+BACKEND = "scoresde.kernels.backend"
 
 _lock = threading.RLock()
 _mode: str | None = None
 _decided: dict[tuple[torch.device, torch.dtype], bool] = {}
 _reasons: dict[tuple[torch.device, torch.dtype], str | None] = {}
 _warned: set[str] = set()
+
+
+class KernelWarning(UserWarning):
+    """The library works, but not by its kernels, or not as fast as it could."""
 
 
 def use(mode: str | None) -> None:
@@ -86,18 +88,6 @@ def enabled(device: torch.device, dtype: torch.dtype) -> bool:
     return _decide(device, dtype) if found is None else found
 
 
-def launch(
-    name: str,
-    scalar: str,
-    grid: int,
-    block: int,
-    args: Sequence[ctypes._SimpleCData | ctypes.Structure],
-    device: torch.device,
-) -> None:
-    """`Driver.launch` of this process."""
-    driver().launch(name, scalar, grid, block, args, device)
-
-
 def why_not(device: torch.device, dtype: torch.dtype = torch.float32) -> str | None:
     """What stands between tensors of this device and type and the kernel; None where nothing does.
 
@@ -145,24 +135,8 @@ _decide._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _look(device: torch.device, dtype: torch.dtype) -> str | None:
-    if dtype not in SCALARS:
-        return f"they take {', '.join(str(known) for known in SCALARS)}"
-    if torch.version.hip is not None:
-        return f"this torch ({torch.__version__}) is built for ROCm"
-    if torch.version.cuda is None:
-        return f"this torch ({torch.__version__}) is built without CUDA"
-    count = torch.cuda.device_count()
-    if not count:
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        return "torch sees no GPU" + ("" if visible is None else f" (CUDA_VISIBLE_DEVICES is {visible!r})")
-    if (device.index or 0) >= count:
-        return f"torch sees {count} GPUs, the first of which is cuda:0"
     try:
-        capability = torch.cuda.get_device_capability(device)
-        if capability < CAPABILITY:
-            name, needed = torch.cuda.get_device_name(device), ".".join(map(str, CAPABILITY))
-            return f"{name} has compute capability {'.'.join(map(str, capability))}, and they need {needed}"
-        driver().prepare(SCALARS[dtype], device)
-    except (OSError, RuntimeError) as error:
-        return str(error)
-    return None
+        backend = importlib.import_module(BACKEND)
+    except ImportError as error:
+        return f"they are not installed ({error})"
+    return backend.obstacle(device, dtype)
