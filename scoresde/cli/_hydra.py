@@ -208,14 +208,14 @@ def _no_configuration(error: Exception) -> str:
 
 
 def _unknown_key(key: str, parent: Any) -> str:
-    """Nearest sibling first, then the nearest key anywhere."""
+    """The nearest sibling first, then the nearest key farther down."""
     prefix, _, last = key.rpartition(".")
     siblings = [str(name) for name in parent if name not in ("hydra", "_target_")]
-    everywhere = {path.rpartition(".")[2]: path for path in _paths(parent._get_root())}
+    below = {path.rpartition(".")[2]: path for path in _paths(parent, prefix)}
     if found := closest(last, siblings, 0.6):
         return f"There is no key {key!r}. Did you mean {'.'.join(filter(None, (prefix, found)))!r}?"
-    if not prefix and (found := closest(last, everywhere, 0.7)):
-        return f"There is no key {key!r}. Did you mean {everywhere[found]!r}?"
+    if found := closest(last, below, 0.7):
+        return f"There is no key {key!r}. Did you mean {below[found]!r}?"
     return f"There is no key {key!r}; {prefix or 'the configuration'} has {', '.join(siblings)}."
 
 
