@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ..runs.files import STATES, Run, find, keys, natural, read
-from ..runs.listing import layout, number, wrapped
+from ..runs.files import STATES, Run, count_states, find, keys, measured, natural, read
+from ..runs.listing import layout, number_in, window, wrapped
 
 
 def main() -> None:
@@ -33,8 +32,7 @@ def main() -> None:
     if chosen.json:
         print(json.dumps([_record(run) for run in runs], indent=1))
     elif runs:
-        width = os.get_terminal_size().columns if sys.stdout.isatty() else 120
-        print(describe(runs, chosen.folder, width=max(width, 80)))
+        print(describe(runs, chosen.folder, width=window()))
     else:
         print(f"No runs below {chosen.folder}.")
     if chosen.html:
@@ -51,60 +49,40 @@ def arrange(runs: Sequence[Run], by: str = "bits/dim") -> list[Run]:
         ValueError: no run has it.
     """
     tables, _, _ = keys(runs)
-    fixed: dict[str, Callable[[Run], Any]] = {
-        "run": lambda run: natural(str(run.folder)), "state": lambda run: STATES.index(run.state),
-        "step": lambda run: run.step, "images": lambda run: run.images, "bits/dim": lambda run: run.bits,
-        "loss": lambda run: run.loss,
-    }  # fmt: skip
-    if by not in fixed and runs and not any(by in table for table in tables):
-        raise ValueError(f"no run has {by!r}; sort by {', '.join(fixed)} or a key of the configuration")
-    found = [fixed[by](run) if by in fixed else table.get(by) for run, table in zip(runs, tables, strict=True)]
+    named = ("run", "state", "step", "images", "bits/dim", "loss")
+    if by not in named and runs and not any(by in table for table in tables):
+        raise ValueError(f"no run has {by!r}; sort by {', '.join(named)} or a key of the configuration")
 
-    def rank(i: int) -> tuple[Any, ...]:
-        value = found[i]
-        if isinstance(value, list):
-            return (0, 0, *value)
-        try:
-            size = number(float(value)) if isinstance(value, (int, float, str)) else None
-        except ValueError:
-            size = None
-        return (value is None, size is None, size if size is not None else str(value))
+    def rank(run: Run, table: Mapping[str, Any]) -> tuple[Any, ...]:
+        if by == "run":
+            return tuple(natural(str(run.folder)))
+        if by == "state":
+            return (STATES.index(run.state),)
+        value = run.numbers[by] if by in named else table.get(by)
+        size = number_in(value)
+        return (value is None, size is None, str(value) if size is None else size)
 
-    return [runs[i] for i in sorted(range(len(runs)), key=rank)]
+    order = [rank(run, table) for run, table in zip(runs, tables, strict=True)]
+    return [runs[i] for i in sorted(range(len(runs)), key=order.__getitem__)]
 
 
-def describe(runs: Sequence[Run], root: Path, *, width: int = 120) -> str:
-    """The table: what all share in the lines above it, then one line per run."""
+def describe(runs: Sequence[Run], root: Path, *, width: int | None = None) -> str:
+    """The table: what all share in the lines above it, then one line per run; see `layout`."""
     tables, differ, same = keys(runs)
-    counts = ", ".join(f"{n} {state}" for state in STATES if (n := sum(run.state == state for run in runs)))
-    head = [f"{len(runs)} run{'s' * (len(runs) > 1)} below {root}: {counts}"]
+    head = [f"{len(runs)} run{'s' * (len(runs) > 1)} below {root}: {count_states(runs)}"]
     if same:
         # of a whole configuration the groups and single keys; --json has the rest
         main = [key for key, value in same.items() if len(same) <= 20 or (value is not None and "." not in key)]
         head += wrapped("all: ", [f"{key}={same[key]}" for key in main], width, lines=3)
-    columns = {key: [table.get(key, "–") for table in tables] for key in differ}
-    fixed = {
-        "step": [_count(run.step) for run in runs],
-        "images": [_count(run.images) for run in runs],
-        "bits/dim": [_bits(run) for run in runs],
-        "loss": ["–" if run.loss is None else f"{run.loss:.5g}" for run in runs],
-        "state": [": ".join(filter(None, [run.state, run.reason])) for run in runs],
-    }
-    names = [str(run.folder.relative_to(root)) for run in runs]
-    lines, left_out = layout({"run": names, **columns, **fixed}, width, optional=differ)
+    columns: dict[str, list[Any]] = {"run": [str(run.folder.relative_to(root)) for run in runs]}
+    columns |= {key: [table.get(key) for table in tables] for key in differ}
+    figures = [measured(run) for run in runs]
+    columns |= {name: [row[name] for row in figures] for name in figures[0]}
+    columns["state"] = [": ".join(filter(None, [run.state, run.reason])) for run in runs]
+    table, left_out = layout(columns, width, optional=differ)
     if left_out:
         head += wrapped("also different: ", left_out, width, lines=2)
-    return "\n".join([*head, "", *lines])
-
-
-def _bits(run: Run) -> str:
-    if run.bits is None:
-        return "–"
-    return f"{run.bits:.4f}" + ("" if run.stderr is None else f" ± {run.stderr:.4f}")
-
-
-def _count(value: int | None) -> str:
-    return "–" if value is None else f"{value:,}"
+    return "\n".join([*head, "", table])
 
 
 def _record(run: Run) -> dict[str, Any]:

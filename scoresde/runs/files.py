@@ -7,6 +7,7 @@ import math
 import os
 import re
 import socket
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -51,6 +52,11 @@ class Run:
     config: dict[str, Any] = field(default_factory=dict)
     overrides: dict[str, str] | None = None
     rows: list[dict[str, Any]] = field(default_factory=list, repr=False)
+
+    @property
+    def numbers(self) -> dict[str, float | None]:
+        """What a table shows of it, by column."""
+        return {"step": self.step, "images": self.images, "bits/dim": self.bits, "loss": self.loss}
 
 
 def find(root: Path) -> Iterator[Path]:
@@ -206,6 +212,23 @@ def natural(name: str) -> list[tuple[int, int, str]]:
     """A key that sorts 2 before 10."""
     parts = re.split(r"(\d+)", name)
     return [(1, 0, part) if i % 2 == 0 else (0, int(part), "") for i, part in enumerate(parts)]
+
+
+def measured(run: Run) -> dict[str, str]:
+    """Steps, images, bits/dim and loss of a run as a table shows them."""
+    bits = "–" if run.bits is None else f"{run.bits:.4f}"
+    return {
+        "step": "–" if run.step is None else f"{run.step:,}",
+        "images": "–" if run.images is None else f"{run.images:,}",
+        "bits/dim": bits if run.bits is None or run.stderr is None else f"{bits} ± {run.stderr:.4f}",
+        "loss": "–" if run.loss is None else f"{run.loss:.5g}",
+    }
+
+
+def count_states(runs: Sequence[Run]) -> str:
+    """`2 finished, 1 failed`."""
+    counts = Counter(run.state for run in runs)
+    return ", ".join(f"{counts[state]} {state}" for state in STATES if counts[state])
 
 
 def keys(runs: Sequence[Run]) -> tuple[list[dict[str, Any]], list[str], dict[str, Any]]:

@@ -1,10 +1,17 @@
-"""What differs between configurations, and a table of it that fits a terminal. Needs nothing but Python."""
+"""What differs between configurations, and a table of it that fits a terminal."""
 
 from __future__ import annotations
 
+import io
 import math
+import shutil
+import sys
+import textwrap
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 
 def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
@@ -37,9 +44,8 @@ def differing(tables: Sequence[Mapping[str, Any]]) -> tuple[list[str], dict[str,
             seen.setdefault(alike, set()).add(repr(table.get(key)))
         if any(len(found) > 1 for found in seen.values()):
             differ.append(key)
-    same = {key: value for key, value in full[0].items() if all(key in table and repr(table[key]) == repr(value)
-                                                                for table in full)} if full else {}  # fmt: skip
-    return differ, same
+    shared = set.intersection(*({(key, repr(value)) for key, value in table.items()} for table in full or [{}]))
+    return differ, {key: value for table in full[:1] for key, value in table.items() if (key, repr(value)) in shared}
 
 
 def number(value: Any) -> float | None:
@@ -49,68 +55,89 @@ def number(value: Any) -> float | None:
     return value
 
 
-def fit(text: str, width: int) -> str:
-    """`text` on one line of at most `width` characters, the middle of a longer one left out."""
-    text = " ".join("".join(c if c.isprintable() else " " for c in text).split())
-    if len(text) <= width:
-        return text
+def number_in(value: Any) -> float | None:
+    """The finite number that a value is or that its text says (overrides are text), else None."""
+    try:
+        return number(float(value) if isinstance(value, str) else value)
+    except ValueError:
+        return None
+
+
+def text(value: Any, missing: str = "–") -> str:
+    """A value in a table: six digits of a number, `missing` for None."""
+    return f"{value:.6g}" if isinstance(value, float) else missing if value is None else str(value)
+
+
+def fit(words: str, width: int | None) -> str:
+    """`words` on one line without control characters; of more than `width` characters the middle is left out."""
+    line = " ".join("".join(c if c.isprintable() else " " for c in words).split())
+    if width is None or len(line) <= width:
+        return line
     head = width // 2
-    return f"{text[:head]}…{text[len(text) - (width - 1 - head) :]}"
+    return f"{line[:head]}…{line[len(line) - (width - 1 - head) :]}"
+
+
+def window() -> int | None:
+    """Characters in a line of the terminal, at least 80; None where the output is read by a program or kept."""
+    return max(shutil.get_terminal_size().columns, 80) if sys.stdout.isatty() else None
 
 
 def layout(
-    columns: Mapping[str, Sequence[Any]], width: int, *, optional: Sequence[str] = ()
-) -> tuple[list[str], list[str]]:
-    """Lines of a table of at most `width` characters, and the names of the columns that it has no room for.
+    columns: Mapping[str, Sequence[Any]], width: int | None, *, optional: Sequence[str] = ()
+) -> tuple[str, list[str]]:
+    """A table, and the names of the columns that it has no room for.
 
-    First and last column to the left, the others to the right. The last has what room is left, at least 24; of the
-    others a cell has at most 24. `optional` are left out, last first, until the rest fits.
+    Args:
+        columns: name -> cells. The first and the last column are aligned to the left, the others to the right.
+        width: characters in a line. A cell has at most 24, the last column takes the room that is left, and `optional`
+            columns are left out, last first, until it has 24. None: every cell is shown in full.
+        optional: columns that may be left out, named without their group where the last part alone is clear.
     """
-    shown = dict(columns)
-    left_out: list[str] = []
-    while True:
-        names = _short(list(shown), optional)
-        cells = [
-            [fit(_text(v), 24) for v in (name, *column)] for name, column in zip(names, shown.values(), strict=True)
-        ]
-        last = [names[-1], *(" ".join(_text(v).split()) for v in list(shown.values())[-1])]
-        room = width - sum(max(map(len, column)) + 2 for column in cells[:-1])
-        droppable = [key for key in shown if key in optional]
-        if room >= min(24, max(map(len, last))) or not droppable:
+    from rich.console import Console
+
+    keys = [key for key in columns if key in optional]
+    console = Console(file=io.StringIO(), width=width or 100_000, color_system=None)
+    for count in range(len(keys), -1, -1):
+        shown = {key: column for key, column in columns.items() if key not in keys[count:]}
+        table = _table(dict(zip(_short(list(shown), optional), shown.values(), strict=True)), width and 24)
+        table.columns[-1].max_width = width and 24
+        if console.measure(table, options=console.options.update(width=100_000)).maximum <= console.width:
             break
-        left_out.insert(0, droppable[-1])
-        del shown[droppable[-1]]
-    room = max(room, 24)
-    cells[-1] = [text if len(text) <= room else text[: room - 1] + "…" for text in (fit(t, len(t)) for t in last)]
-    sizes = [max(map(len, column)) for column in cells]
-    cells = [[column[0], "-" * size, *column[1:]] for column, size in zip(cells, sizes, strict=True)]
-    ends = (0, len(cells) - 1)
-    padded = [
-        [cell.ljust(size) if i in ends else cell.rjust(size) for cell in column]
-        for i, (column, size) in enumerate(zip(cells, sizes, strict=True))
-    ]
-    return ["  ".join(row).rstrip() for row in zip(*padded, strict=True)], left_out
+    table.columns[-1].max_width = None
+    with console.capture() as found:
+        console.print(table)
+    return "\n".join(line.rstrip() for line in found.get().splitlines()), keys[count:]
 
 
-def wrapped(head: str, parts: Sequence[str], width: int, *, lines: int) -> list[str]:
-    """`head` and the parts in at most `lines` lines of `width` characters; '…' says that some are left out."""
-    found: list[str] = []
-    line = head
-    for i, part in enumerate(parts):
-        part = fit(part, 60) + (" " if i < len(parts) - 1 else "")
-        if len(line) + len(part) > width:
-            if len(found) == lines - 1:
-                return [*found, line.rstrip()[: width - 2] + " …"]
-            found, line = [*found, line.rstrip()], " " * len(head)
-        line += part
-    return [*found, line.rstrip()]
+def _table(columns: Mapping[str, Sequence[Any]], longest: int | None) -> Table:
+    """One line per row: the last column gives way where the table is too wide, the others never do."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
+    *_, last = columns
+    for place, name in enumerate(columns):
+        left = place == 0 or name == last
+        table.add_column(Text(fit(name, longest)), justify="left" if left else "right", no_wrap=name != last)
+    for row in zip(*columns.values(), strict=True):
+        cells = [fit(text(value), longest) for value in row[:-1]]
+        table.add_row(*map(Text, cells), Text(fit(text(row[-1]), None), no_wrap=True, overflow="ellipsis"))
+    return table
+
+
+def wrapped(head: str, parts: Sequence[str], width: int | None, *, lines: int) -> list[str]:
+    """`head` and the parts in at most `lines` lines of `width` characters; '…' says that some are left out.
+
+    With no width the lines have 120 characters, and nothing is left out.
+    """
+    whole = head + " ".join(fit(part, width and 60) for part in parts)
+    wrap = textwrap.TextWrapper(width or 120, subsequent_indent=" " * len(head), placeholder=" …")
+    wrap.break_on_hyphens, wrap.max_lines = False, lines if width else None
+    return wrap.wrap(whole)
 
 
 def _short(names: Sequence[str], optional: Sequence[str]) -> list[str]:
     """Without the groups where the last part alone is clear: `optim.lr` is `lr`."""
     tails = [name.rpartition(".")[2] if name in optional else name for name in names]
     return [tail if tails.count(tail) == 1 else name for tail, name in zip(tails, names, strict=True)]
-
-
-def _text(value: Any) -> str:
-    return f"{value:.6g}" if isinstance(value, float) else "–" if value is None else str(value)

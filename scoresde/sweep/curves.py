@@ -1,14 +1,14 @@
-"""Learning curves as inline SVG: one line per run, axes that suit the numbers. Needs nothing but Python."""
+"""Learning curves of several runs as one SVG picture, drawn by matplotlib, to be put into a page."""
 
 from __future__ import annotations
 
+import io
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-# Sizes in units of the picture, which is as wide as its place on the page.
-_WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 480, 290, 58, 18, 12, 46
 _POINTS = 300
 
 
@@ -21,114 +21,73 @@ class Curve:
     points: Sequence[tuple[float, float]]
 
 
-@dataclass(frozen=True)
-class Axis:
-    """Numbers from `low` to `high`, placed on a segment of the picture; logarithmic where they span decades.
-
-    Args:
-        low, high: the numbers at the ends; both > 0 if `log`.
-        start, end: where they are, in units of the picture.
-    """
-
-    low: float
-    high: float
-    start: float
-    end: float
-    log: bool
-
-    def place(self, value: float) -> float:
-        """Where `value` is on the picture."""
-        low, high, value = (math.log(v) if self.log else v for v in (self.low, self.high, value))
-        return self.start + (value - low) / (high - low) * (self.end - self.start)
-
-    def ticks(self) -> list[float]:
-        """Three to eight round numbers within the axis."""
-        if self.log:
-            decades = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
-            for parts in ((1,), (1, 3), (1, 2, 5)):
-                found = [part * 10.0**power for power in decades for part in parts]
-                found = [value for value in found if self.low <= value * (1 + 1e-9) and value <= self.high * (1 + 1e-9)]
-                if len(found) >= 3:
-                    return found[:: math.ceil(len(found) / 8)]
-        # 1, 2 or 5 times a power of ten, so that about five steps cover the axis
-        rough = (self.high - self.low) / 5
-        power = 10.0 ** math.floor(math.log10(rough))
-        step = next(part * power for part in (1, 2, 5, 10) if part * power >= rough * 0.999)
-        first, last = math.ceil(self.low / step - 1e-9), math.floor(self.high / step + 1e-9)
-        return [n * step for n in range(first, last + 1)]
-
-
-def axis(values: Sequence[float], start: float, end: float, *, span: float, pad: float = 0.0) -> Axis:
-    """An axis for `values`, logarithmic if all are positive and the largest is `span` times the smallest.
-
-    `pad` is the share of the axis that stays free at both ends.
-    """
-    low, high = min(values), max(values)
-    log = low > 0 and high / low >= span
-    if low == high:
-        low, high = (low - abs(low) / 2, high + abs(high) / 2) if low else (-1.0, 1.0)
-    if log:
-        grow = (high / low) ** pad
-        return Axis(low / grow, high * grow, start, end, True)
-    grow = (high - low) * pad
-    return Axis(low - grow, high + grow, start, end, False)
-
-
 def chart(title: str, curves: Sequence[Curve]) -> str:
-    """A figure of `curves` against images; an empty string if none has a finite point."""
-    curves = [Curve(c.name, c.number, thin(c.points)) for c in curves]
+    """A figure of `curves` against images with its legend; an empty string if none has a finite point.
+
+    Each line and its name in the legend carry the number of their run, as every other element of the page does that
+    belongs to it: the page's style gives them one colour.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    curves = [Curve(curve.name, curve.number, thin(curve.points)) for curve in curves]
     curves = [curve for curve in curves if curve.points]
     if not curves:
         return ""
-    x = axis([p[0] for c in curves for p in c.points], _LEFT, _WIDTH - _RIGHT, span=30)
-    y = axis([p[1] for c in curves for p in c.points], _HEIGHT - _BOTTOM, _TOP, span=10, pad=0.05)
-    parts = [
-        f'<figure class="chart"><figcaption>{escape(title)}<output></output></figcaption>'
-        f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{escape(title)} against images">'
-    ]
-    for value in x.ticks():
-        at = f"{x.place(value):.1f}"
-        parts.append(f'<path class="grid" d="M{at} {_TOP}V{_HEIGHT - _BOTTOM}"/>')
-        parts.append(f'<text x="{at}" y="{_HEIGHT - _BOTTOM + 18}" text-anchor="middle">{short(value)}</text>')
-    for value in y.ticks():
-        at = f"{y.place(value):.1f}"
-        parts.append(f'<path class="grid" d="M{_LEFT} {at}H{_WIDTH - _RIGHT}"/>')
-        parts.append(f'<text x="{_LEFT - 6}" y="{at}" dy=".35em" text-anchor="end">{short(value)}</text>')
-    middle = (_LEFT + _WIDTH - _RIGHT) / 2
-    parts.append(f'<text x="{middle}" y="{_HEIGHT - 7}" text-anchor="middle">images{" (log)" * x.log}</text>')
-    parts += [_line(curve, x, y) for curve in curves]
-    return "".join([*parts, "</svg></figure>"])
-
-
-def _line(curve: Curve, x: Axis, y: Axis) -> str:
-    places = [f"{x.place(a):.1f} {y.place(b):.1f}" for a, b in curve.points]
-    last = curve.points[-1]
-    label = escape(f"{curve.name}: {last[1]:.5g} after {short(last[0])} images")
-    # the second, wide and invisible, is what a mouse can hit
-    line = "M" + "L".join(places)
-    dots = "".join(f'<circle r="3" cx="{p.split()[0]}" cy="{p.split()[1]}"/>' for p in places if len(places) <= 12)
-    return (
-        f'<g class="run" data-run="{curve.number}" data-label="{label}" style="--h:{hue(curve.number)}">'
-        f'<path class="line" d="{line}"/>{dots}<path class="hit" d="{line}"><title>{label}</title></path></g>'
+    entries = "".join(
+        f'<li class="run" {_of(curve.number)}><span class="dot"></span>{escape(curve.name)}: {last:.5g}</li>'
+        for curve in curves
+        for _, last in curve.points[-1:]
     )
+    return (
+        f'<figure class="chart"><figcaption>{escape(title)}</figcaption>'
+        f'<div role="img" aria-label="{escape(title)} against images">{_drawn(title, curves)}</div>'
+        f'<ul class="legend">{entries}</ul></figure>'
+    )
+
+
+def _drawn(title: str, curves: Sequence[Curve]) -> str:
+    """The picture as an `<svg>` element of an HTML page, without addresses and names of its own."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5, 3.2), layout="constrained")
+    axes = figure.subplots()
+    for curve in curves:
+        mark = "o" if len(curve.points) <= 12 else ""
+        axes.plot(*zip(*curve.points, strict=True), marker=mark, markersize=3, gid=f"run-{curve.number}")
+    axes.set(xlabel="images", ylabel=title)
+    axes.set_xscale("log" if spans([x for curve in curves for x, _ in curve.points], 30) else "linear")
+    axes.set_yscale("log" if spans([y for curve in curves for _, y in curve.points], 10) else "linear")
+    axes.grid(alpha=0.3)
+    written = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "scoresde"}):
+        no_facts = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        figure.savefig(written, format="svg", transparent=True, metadata=no_facts)
+    svg = written.getvalue()
+    svg = re.sub(r' (xmlns(:\w+)?|clip-path)="[^"]*"', "", svg[svg.index("<svg") :])
+    svg = re.sub(r'<g id="run-(\d+)">', lambda found: f'<g class="run" {_of(int(found[1]))}>', svg)
+    return re.sub(r'<g id="[^"]*">', "<g>", svg)
+
+
+def _of(number: int) -> str:
+    """The attributes of an element that belongs to a run."""
+    return f'data-run="{number}" style="--h:{hue(number)}"'
+
+
+def spans(values: Sequence[float], times: float) -> bool:
+    """Whether all values are positive and the largest is at least `times` the smallest: a logarithmic axis suits."""
+    return min(values) > 0 and max(values) / min(values) >= times
 
 
 def thin(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     """The finite points; of more than 300, means of neighbours, so that a page of many runs stays small."""
-    points = [(a, b) for a, b in points if math.isfinite(a) and math.isfinite(b)]
-    size = math.ceil(len(points) / _POINTS)
-    groups = [points[i : i + size] for i in range(0, len(points), size)] if size > 1 else [[p] for p in points]
-    return [(sum(a for a, _ in g) / len(g), sum(b for _, b in g) / len(g)) for g in groups]
+    points = [(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y)]
+    size = max(math.ceil(len(points) / _POINTS), 1)
+    groups = [points[i : i + size] for i in range(0, len(points), size)]
+    return [(sum(x for x, _ in group) / len(group), sum(y for _, y in group) / len(group)) for group in groups]
 
 
 def hue(number: int) -> int:
     """Degrees on the colour circle: turning by the golden angle keeps any few colours apart."""
     return round(210 + number * 137.508) % 360
-
-
-def short(value: float) -> str:
-    """`20000` as `20k`."""
-    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= size:
-            return f"{value / size:.4g}{letter}"
-    return f"{value:.4g}"

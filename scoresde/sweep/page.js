@@ -4,13 +4,7 @@ const all = (selector) => [...document.querySelectorAll(selector)];
 function show(number) {
   document.body.classList.toggle("busy", number !== null);
   for (const element of all("[data-run]")) {
-    const hot = element.dataset.run === number;
-    element.classList.toggle("hot", hot);
-    if (element.matches("g")) {
-      const output = element.closest("figure").querySelector("output");
-      if (hot) output.textContent = element.dataset.label;
-      else if (number === null) output.textContent = "";
-    }
+    element.classList.toggle("hot", element.dataset.run === number);
   }
 }
 for (const element of all("[data-run]")) {

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from ..runs.files import STATES, Run, keys
-from ..runs.listing import number
+from ..runs.files import Run, count_states, keys, measured
+from ..runs.listing import number, number_in, text
 from ..runs.publish import publish
 from .curves import Curve, chart, hue
 
@@ -39,16 +39,15 @@ def page(runs: Sequence[Run], *, title: str, base: Path, limit: int = LIMIT) -> 
     """The page as text; see `write_page`."""
     tables, differ, same = keys(runs)
     names = [name_of(run, table, differ) for run, table in zip(runs, tables, strict=True)]
-    counts = ", ".join(f"{n} {state}" for state in STATES if (n := sum(run.state == state for run in runs)))
-    shared = " ".join(f"<code>{escape(f'{key}={_text(value)}')}</code>" for key, value in same.items())
-    charts = "".join(_charts(runs, names))
+    shared = " ".join(f"<code>{escape(f'{key}={text(value)}')}</code>" for key, value in same.items())
+    charts = _charts(runs, names)
     parts = [
         f"<h1>{escape(title)}</h1>",
-        f"<p>{len(runs)} run{'s' * (len(runs) != 1)}: {counts}</p>",
+        f"<p>{len(runs)} run{'s' * (len(runs) != 1)}: {count_states(runs)}</p>",
         f'<p class="dim">What differs: {escape(", ".join(differ)) or "nothing"}</p>',
         f"<details><summary>What is the same in all: {len(same)} keys</summary>{shared}</details>" if same else "",
         _table(runs, tables, differ),
-        f'<h2>Learning curves</h2><div class="charts">{charts}</div>' if charts else "",
+        f"<h2>Learning curves</h2>{charts}" if charts else "",
         f'<h2>Samples</h2><div class="cards">{"".join(_cards(runs, names, base, limit))}</div>' if runs else "",
     ]
     style, script = ((_HERE / f"page.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))
@@ -64,26 +63,24 @@ def page(runs: Sequence[Run], *, title: str, base: Path, limit: int = LIMIT) -> 
 
 def name_of(run: Run, table: dict[str, Any], differ: Sequence[str]) -> str:
     """`3 · sde=vp seed=1`: the folder, and up to four of the keys that set the run apart."""
-    told = [f"{key.rpartition('.')[2]}={_text(table[key])}" for key in differ if key in table][:4]
+    told = [f"{key.rpartition('.')[2]}={text(table[key])}" for key in differ if key in table][:4]
     return " · ".join(filter(None, [run.folder.name, " ".join(told)]))
 
 
 def _table(runs: Sequence[Run], tables: Sequence[dict[str, Any]], differ: Sequence[str]) -> str:
     why = any(run.reason for run in runs)
-    measured = ["bits/dim", "loss", "images"]
-    numeric = {key for key in differ if all(number(_plain(table.get(key))) is not None for table in tables)}
-    heads = ["run", *measured, "state", *differ, *(["note"] if why else [])]
-    tops = "".join(_head(head, numeric=head in numeric or head in measured) for head in heads)
+    figures = ("bits/dim", "loss", "images")
+    numeric = {key for key in differ if all(number_in(table.get(key)) is not None for table in tables)}
+    heads = ["run", *figures, "state", *differ, *(["note"] if why else [])]
+    tops = "".join(_head(head, numeric=head in numeric or head in figures) for head in heads)
     rows = []
     for k, (run, table) in enumerate(zip(runs, tables, strict=True)):
-        bits = "–" if run.bits is None else f"{run.bits:.4f}" + ("" if run.stderr is None else f" ± {run.stderr:.4f}")
-        loss, images = ("–" if v is None else format(v, f) for v, f in ((run.loss, ".5g"), (run.images, ",")))
-        dot = f'<span class="dot" style="--h:{hue(k)}"></span>'
+        dot, shown = f'<span class="dot" style="--h:{hue(k)}"></span>', measured(run)
         cells = [
             _cell(run.folder.name, f'{dot}<a href="#run-{k}">{escape(run.folder.name)}</a>', "name"),
-            *(_cell(v, text, "number") for v, text in ((run.bits, bits), (run.loss, loss), (run.images, images))),
+            *(_cell(run.numbers[head], shown[head], "number") for head in figures),
             _cell(run.state, run.state, run.state),
-            *(_cell(table.get(key), escape(_text(table.get(key))), "number" * (key in numeric)) for key in differ),
+            *(_cell(table.get(key), escape(text(table.get(key), "")), "number" * (key in numeric)) for key in differ),
             *([_cell(run.reason, escape(run.reason), "why")] if why else []),
         ]
         rows.append(f'<tr data-run="{k}">{"".join(cells)}</tr>')
@@ -100,22 +97,24 @@ def _head(name: str, *, numeric: bool) -> str:
 
 def _cell(value: Any, inner: str, kind: str) -> str:
     """A cell that shows `inner`, which is HTML, and is sorted by `value`."""
-    return f'<td class="{kind}" data-value="{escape(_text(value))}">{inner}</td>'
+    return f'<td class="{kind}" data-value="{escape(text(value, ""))}">{inner}</td>'
 
 
-def _charts(runs: Sequence[Run], names: Sequence[str]) -> list[str]:
+def _charts(runs: Sequence[Run], names: Sequence[str]) -> str:
     bits = {key for run in runs for row in run.rows for key in row if key.startswith("eval/bpd") and "std" not in key}
     kinds: list[tuple[str, Callable[[dict[str, Any]], Any]]] = [
         ("training loss", lambda row: row.get("train/loss")),
         ("held-out loss", lambda row: row.get("eval/loss")),
         ("held-out bits/dim", lambda row: next((row[key] for key in sorted(bits) if key in row), None)),
     ]
-    return [
-        chart(
-            title, [Curve(name, k, _points(run, read)) for k, (run, name) in enumerate(zip(runs, names, strict=True))]
-        )
-        for title, read in kinds
-    ]
+    drawn = ""
+    for title, read in kinds:
+        curves = [Curve(name, k, _points(run, read)) for k, (run, name) in enumerate(zip(runs, names, strict=True))]
+        try:
+            drawn += chart(title, curves)
+        except ImportError:
+            return "<p>Learning curves need matplotlib: <code>pip install 'scoresde[plot]'</code>.</p>"
+    return f'<div class="charts">{drawn}</div>' if drawn else ""
 
 
 def _points(run: Run, read: Callable[[dict[str, Any]], Any]) -> list[tuple[float, float]]:
@@ -158,15 +157,3 @@ def _picture(run: Run, name: str, base: Path, left: int) -> tuple[str, int]:
         return f'<p class="none">{escape(path.name)} is damaged.</p>', 0
     data = base64.b64encode(content).decode()
     return f'<img loading="lazy" alt="samples of {escape(name)}" src="data:image/png;base64,{data}">', len(data)
-
-
-def _plain(value: Any) -> Any:
-    """The number in an override, which is text."""
-    try:
-        return float(value) if isinstance(value, str) else value
-    except ValueError:
-        return value
-
-
-def _text(value: Any) -> str:
-    return f"{value:.6g}" if isinstance(value, float) else "" if value is None else str(value)

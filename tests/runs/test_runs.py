@@ -209,10 +209,24 @@ def test_no_line_is_wider_than_the_window(tmp_path: Path, width: int) -> None:
 def test_long_cells_lose_their_middle() -> None:
     assert fit("abcdefghij", 10) == "abcdefghij" and fit("abcdefghijk", 10) == "abcde…hijk"
     assert fit("a\n\x1b[31mb\tc", 20) == "a [31mb c"  # no control character reaches the terminal
-    assert layout({"run": ["a"], "k": ["1"], "state": ["x"]}, 80) == (
-        ["run  k  state", "---  -  -----", "a    1  x"],
-        [],
-    )
+    assert layout({"run": ["a"], "k": ["1"], "state": ["x"]}, 80) == ("run  k  state\n─────────────\na    1  x", [])
+
+
+def test_a_table_that_is_not_for_a_terminal_is_plain_and_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No name, value or reason is cut, no column left out; markup and colours mean nothing, even where forced."""
+    name, reason = "long" * 40, "[bold]reason[/bold] " + "x y " * 200
+    for i in range(2):
+        make(tmp_path / name / f"{i}", lr=f"1e-{i}", failed={"reason": reason})
+    monkeypatch.setattr(sys, "argv", ["scoresde-runs", str(tmp_path)])
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "80")
+    main()
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[-2:]] == [f"{name}/0", f"{name}/1"]
+    assert all(line.endswith(f"failed: {' '.join(reason.split())}") for line in lines[-2:])
+    assert not any("\x1b" in line or line != line.rstrip() for line in lines)
 
 
 def test_json_has_everything_and_is_json(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:

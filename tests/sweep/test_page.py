@@ -6,6 +6,7 @@ import base64
 import json
 import math
 import re
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -14,15 +15,7 @@ import pytest
 from PIL import Image
 
 from scoresde.runs.files import Run, read
-from scoresde.sweep.curves import (
-    Axis,
-    Curve,
-    axis,
-    chart,
-    hue,
-    short,
-    thin,
-)
+from scoresde.sweep.curves import Curve, chart, hue, spans, thin
 from scoresde.sweep.page import page, write_page
 
 VOID = {"meta", "img", "br", "link"}
@@ -95,11 +88,14 @@ def test_the_page_has_every_run_in_table_curves_and_pictures(three: list[Run], t
     assert any("no data" in text for text in found.text["p"])  # where the third picture would be
     charts = [figure for figure in found.all("figure") if figure["class"] == "chart"]
     assert len(charts) == 3
-    lines = found.all("g")
-    assert [(line["data-run"], line["data-label"]) for line in lines[:2]] == [
-        ("0", "0 · sde=vp: 0.4 after 640 images"), ("1", "1 · sde=ve: 1.4 after 640 images")
-    ]  # fmt: skip
-    assert all(line["style"] == f"--h:{hue(int(line['data-run']))}" for line in lines)
+    titles = ["training loss", "held-out loss", "held-out bits/dim"]
+    assert [c for c in found.text["figcaption"] if c in titles] == titles
+    assert [label for label in found.text["text"] if label in titles] == titles  # of the vertical axes
+    assert found.text["text"].count("images") == 3
+    lines, entries = found.all("g", **{"class": "run"}), found.all("li", **{"class": "run"})
+    assert [line["data-run"] for line in lines] == [entry["data-run"] for entry in entries] == ["0", "1"] * 3
+    assert all(element["style"] == f"--h:{hue(int(element['data-run']))}" for element in (*lines, *entries))
+    assert found.text["li"][:2] == ["0 · sde=vp: 0.4", "1 · sde=ve: 1.4"]  # the legend ends with the last value
 
 
 def test_nothing_comes_from_elsewhere(three: list[Run], tmp_path: Path) -> None:
@@ -161,52 +157,39 @@ def test_a_page_of_nothing_is_a_page(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("log", [False, True])
 def test_a_line_is_where_its_axes_say(log: bool) -> None:
-    """Read back from the picture by the labels of its ticks: within the 0.05 units to which places are rounded."""
+    """Places in the picture are linear in the values, or in their logarithms, to the six decimals that are written."""
     points = [(64.0 * i, 5.0 + (1000.0 if log else 10.0) / i) for i in range(1, 65)]
-    text = chart("loss", [Curve("run", 0, points)])
-    found = Page(text)
-    places = [(t, float(a["x"]), float(a["y"])) for t, a in zip(found.text["text"], found.all("text"), strict=True)]
-    xs = [(float(t.replace("k", "e3")), x) for t, x, y in places if t[0].isdigit() and y > 250]
-    ys = [(float(t.replace("k", "e3")), y) for t, x, y in places if t[0].isdigit() and y <= 250]
-    assert len(xs) >= 3 and len(ys) >= 3
-    line = found.all("path", **{"class": "line"})[0]["d"]
-    drawn = [tuple(map(float, place.split())) for place in line.removeprefix("M").split("L")]
+    found = Page(chart("loss", [Curve("run", 7, points)]))
+    (line,) = [place for place, (tag, a) in enumerate(found.elements) if tag == "g" and a.get("data-run") == "7"]
+    drawn = [tuple(map(float, pair)) for pair in re.findall(r"[ML] (\S+) (\S+)", found.elements[line + 1][1]["d"])]
     assert len(drawn) == len(points)
-
-    def back(ticks: list[tuple[float, float]], place: float, log: bool) -> float:
-        (a, at_a), (b, at_b) = ticks[0], ticks[-1]
-        a, b = (math.log(a), math.log(b)) if log else (a, b)
-        value = a + (place - at_a) / (at_b - at_a) * (b - a)
-        return math.exp(value) if log else value
-
-    def step(ticks: list[tuple[float, float]], value: float, log: bool) -> float:
-        """What 0.15 units are: three roundings, of the place and of both ticks, on a segment of ticks this long."""
-        (a, at_a), (b, at_b) = ticks[0], ticks[-1]
-        slope = (math.log(b / a) * value if log else b - a) / abs(at_b - at_a)
-        return 0.15 * abs(slope) * max(1.0, 420 / abs(at_b - at_a))
-
-    for (x, y), (at_x, at_y) in zip(points, drawn, strict=True):
-        assert back(xs, at_x, True) == pytest.approx(x, abs=step(xs, x, True))  # 64 to 4,096: logarithmic
-        assert back(ys, at_y, log) == pytest.approx(y, abs=step(ys, y, log))
+    for axis, is_log in ((0, True), (1, log)):  # 64 to 4,096 images: logarithmic
+        values = [math.log(point[axis]) if is_log else point[axis] for point in points]
+        places = [place[axis] for place in drawn]
+        slope = (places[-1] - places[0]) / (values[-1] - values[0])
+        assert (slope > 0) == (axis == 0)  # SVG counts from the top
+        for value, place in zip(values, places, strict=True):
+            assert place == pytest.approx(places[0] + slope * (value - values[0]), abs=1e-4)
 
 
-@pytest.mark.parametrize(
-    ("low", "high"),
-    [(0, 1), (0.0, 640.0), (-3.2, 4.1), (1.70, 1.93), (64, 200_000), (1e-4, 1.0), (2.0, 25.0), (5.0, 5.0)],
-)
-def test_ticks_are_round_few_and_within(low: float, high: float) -> None:
-    found = axis([low, high], 0, 100, span=10)
-    ticks = found.ticks()
-    assert 2 <= len(ticks) <= 11 and ticks == sorted(ticks)
-    assert all(found.low * 0.999 - 1e-9 <= tick <= found.high * 1.001 + 1e-9 for tick in ticks)
-    assert all(len(short(tick)) <= 7 and float(f"{tick:.3g}") == pytest.approx(tick) for tick in ticks)
-    assert found.log == (low > 0 and high / low >= 10)
+def test_an_axis_is_logarithmic_where_positive_numbers_span_much() -> None:
+    assert spans([1.0, 10.0], 10) and not spans([1.0, 9.9], 10) and not spans([0.0, 10.0], 10)
+    assert not spans([-1.0, 10.0], 10) and not spans([5.0], 10)
 
 
-def test_an_axis_takes_its_ends_to_the_ends() -> None:
-    straight, curved = Axis(2.0, 4.0, 10.0, 30.0, False), Axis(1.0, 100.0, 10.0, 30.0, True)
-    assert [straight.place(v) for v in (2.0, 3.0, 4.0)] == pytest.approx([10.0, 20.0, 30.0])
-    assert [curved.place(v) for v in (1.0, 10.0, 100.0)] == pytest.approx([10.0, 20.0, 30.0])
+def test_names_that_look_like_mathematics_are_names() -> None:
+    """They stand in the legend, which matplotlib does not write: `$` and a leading `_` mean nothing there."""
+    found = Page(chart("loss", [Curve("_a $x^$", 0, [(1.0, 2.0)]), Curve("$\\b$", 1, [(1.0, 2.0), (2.0, 2.0)])]))
+    assert found.text["li"] == ["_a $x^$: 2", "$\\b$: 2"]
+
+
+def test_a_page_without_matplotlib_says_what_curves_need(
+    three: list[Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    found = Page(page(three, title="a sweep", base=tmp_path))
+    assert found.text["p"].count("Learning curves need matplotlib: ") == 1 and not found.all("svg")
+    assert "pip install 'scoresde[plot]'" in found.text["code"] and len(found.all("img")) == 2
 
 
 def test_long_curves_are_means_of_neighbours_and_bad_numbers_are_left_out() -> None:
