@@ -17,13 +17,10 @@ from pathlib import Path
 from types import FunctionType, NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-# Modules whose `__all__` a configuration may build from, and what it may build of a package that is not ours.
-_PUBLISHING = (
-    "scoresde", "scoresde.nn", "scoresde.data", "scoresde.metrics", "scoresde.losses", "scoresde.train",
-    "scoresde.evaluate", "scoresde.runs",
-)  # fmt: skip
+# A configuration may build what `__all__` of scoresde and of these packages of it names, and this of other packages.
+_PUBLISHING = ("nn", "data", "metrics", "losses", "train", "evaluate", "runs")
 _FOREIGN = ("torch.optim.Adam", "torch.optim.AdamW")
-# In run folders of before: modules, and single names, that have moved, and where they are now.
+# Modules, and single names, that stored configurations have from older versions, and where they are now.
 _MOVED = {"scoresde.loss": "scoresde.losses", "scoresde.coupling": "scoresde.losses"}
 _MOVED_NAMES = {
     "scoresde.loss.LogVariance": "scoresde.nn.LogVariance",
@@ -57,15 +54,14 @@ def config_dir() -> str:
     for folder in (here / "conf", here.parent / "conf"):
         if (folder / "train.yaml").is_file():
             return str(folder)
-    raise FileNotFoundError(
-        f"The configuration files of scoresde are in neither {here / 'conf'} nor {here.parent / 'conf'}."
-    )
+    raise FileNotFoundError(f"There is no train.yaml in {here / 'conf'} or {here.parent / 'conf'}.")
 
 
 @functools.cache
 def targets() -> tuple[str, ...]:
     """Every `_target_` that a configuration may name without `allow_targets`: classes and functions."""
-    modules = {name: importlib.import_module(name) for name in _PUBLISHING}
+    paths = ["scoresde", *(f"scoresde.{name}" for name in _PUBLISHING)]
+    modules = {path: importlib.import_module(path) for path in paths}
     ours = [
         f"{path}.{name}"
         for path, module in modules.items()
@@ -75,7 +71,7 @@ def targets() -> tuple[str, ...]:
     return (*ours, *_FOREIGN)
 
 
-def build(node: Any, allow: Sequence[str] = (), *, key: str | None = None, **runtime: Any) -> Any:
+def build(node: Any, allow: Sequence[str] = (), *given: Any, key: str | None = None, **runtime: Any) -> Any:
     """The object that a node with a `_target_` describes.
 
     The whole tree is checked before anything in it is made: each target against the allow-list, each key against
@@ -84,9 +80,9 @@ def build(node: Any, allow: Sequence[str] = (), *, key: str | None = None, **run
     Args:
         node: a mapping with `_target_` (OmegaConf or plain; interpolations are resolved).
         allow: further exact targets, as the user gave them on the command line (`allow_targets=[my_pkg.MyNet]`).
+        given, runtime: arguments known only now (a model, an event shape), by position and by name. Nodes with
+            `_partial_: true` that are given none stay callables.
         key: what to call the node in messages; default its key in the configuration.
-        runtime: arguments known only now (parameters, event shape). Nodes with `_partial_: true` that are given
-            none stay callables.
 
     Raises:
         ConfigError: a target that is not allowed, a key that is not a parameter, or a value its target refuses.
@@ -98,10 +94,10 @@ def build(node: Any, allow: Sequence[str] = (), *, key: str | None = None, **run
     tree = _checked(node, allow, name)
     _check_keys(tree, name, runtime)
     try:
-        if not runtime:
+        if not given and not runtime:
             return hydra.utils.instantiate(tree)
         # by a partial, so that Hydra never copies the runtime objects
-        return hydra.utils.instantiate({**tree, "_partial_": True})(**runtime)
+        return hydra.utils.instantiate({**tree, "_partial_": True})(*given, **runtime)
     except InstantiationException as error:
         raise _explained(error, tree, name) from error
     except (ValueError, TypeError) as error:
@@ -109,33 +105,19 @@ def build(node: Any, allow: Sequence[str] = (), *, key: str | None = None, **run
 
 
 def build_network(node: Any, allow: Sequence[str] = (), *, key: str | None = None, **facts: Any) -> Any:
-    """A network: with `_partial_: true` it is told `facts` (event_shape, classes); without, it is used as it is."""
-    tree = plain(node)
+    """A network: with `_partial_: true` it is built with `facts` (event_shape, classes), else without them."""
+    tree = resolved(node)
     partial = isinstance(tree, dict) and bool(tree.get("_partial_"))
     return build(node, allow, key=key, **facts) if partial else build(node, allow, key=key)
 
 
 def renamed(tree: Any, depth: int = 0) -> Any:
-    """A configuration with every `_target_` of before under its name of today; what is nested too deep is left."""
+    """A configuration with every `_target_` of older versions under its present name, as far down as one may nest."""
     if depth > _DEPTH:
         return tree
     if isinstance(tree, dict):
-        node = {n: _today(value) if n == "_target_" else renamed(value, depth + 1) for n, value in tree.items()}
-        return _with_solver(node) if node.get("_target_") == "scoresde.evaluate.OdeLikelihood" else node
+        return {n: _today(value) if n == "_target_" else renamed(value, depth + 1) for n, value in tree.items()}
     return [renamed(value, depth + 1) for value in tree] if isinstance(tree, list) else tree
-
-
-def _with_solver(node: dict[str, Any]) -> dict[str, Any]:
-    """An `OdeLikelihood` of before, with tolerances or a budget of its own, as one that has a solver."""
-    names = ("rtol", "atol", "backend", "method", "budget")
-    old = {name: node[name] for name in names if name in node}
-    if not old:
-        return node
-    if (calls := old.pop("budget", None)) is not None:
-        solver = {"_target_": "scoresde.Budget", "calls": calls, "grid": None}
-    else:
-        solver = {"_target_": "scoresde.Tolerance", "max_evaluations": 20_000, **old}
-    return {"solver": solver, **{name: value for name, value in node.items() if name not in names}}
 
 
 def _today(target: Any) -> Any:
@@ -145,13 +127,19 @@ def _today(target: Any) -> Any:
     return _MOVED_NAMES.get(target, f"{_MOVED[module]}.{name}" if module in _MOVED else target)
 
 
-def taken(node: Any, allow: Sequence[str] = (), *, key: str) -> tuple[list[str], bool]:
-    """`parameters` of the target of a node, which is refused as by `build` before anything is imported for it."""
-    return parameters(_checked(node, allow, key)["_target_"])
+def leaves_open(node: Any, name: str, allow: Sequence[str] = (), *, key: str) -> bool:
+    """Whether the target of a node takes an argument `name` that the node does not set.
+
+    Raises:
+        ConfigError: a target that `build` refuses; nothing is imported for it.
+    """
+    tree = _checked(node, allow, key)
+    names, open_ended = parameters(tree["_target_"])
+    return name not in tree and (name in names or open_ended)
 
 
-def plain(node: Any) -> Any:
-    """`node` as dicts, lists and scalars, interpolations resolved.
+def resolved(node: Any) -> Any:
+    """`node` as dicts, lists and scalars, its interpolations resolved.
 
     Raises:
         ConfigError: a mandatory value (`???`) is missing.
@@ -187,7 +175,7 @@ def _full_key(node: Any) -> str:
 
 
 def _checked(node: Any, allow: Sequence[str], key: str) -> dict[str, Any]:
-    tree = renamed(plain(node))
+    tree = renamed(resolved(node))
     if not isinstance(tree, dict) or "_target_" not in tree:
         raise ConfigError(f"{key or 'This node'} has no _target_, so there is nothing to build; got {tree!r}.")
     _check(tree, frozenset(allow), key)
@@ -225,7 +213,7 @@ def _check_target(target: Any, allow: frozenset[str], where: str) -> None:
 
 
 def _walk(node: Any, key: str, depth: int = 0) -> Iterator[tuple[str, Any]]:
-    """(key, value) of `node` and all that is below it, from the top down."""
+    """(key, value) of `node` and of everything below it, from the top down."""
     if depth > _DEPTH:
         raise ConfigError(f"{key[:60]}… is nested more than {_DEPTH} deep.")
     yield key, node
@@ -237,30 +225,23 @@ def _walk(node: Any, key: str, depth: int = 0) -> Iterator[tuple[str, Any]]:
             yield from _walk(value, f"{key}[{index}]", depth + 1)
 
 
-def _check_keys(tree: Any, key: str, runtime: Mapping[str, Any] | None = None) -> None:
-    """Refuses keys that are no parameter of their target, and names the nearest that is."""
-    if isinstance(tree, (list, tuple)):
-        for index, value in enumerate(tree):
-            _check_keys(value, f"{key}[{index}]")
-        return
-    if not isinstance(tree, Mapping):
-        return
-    if "_target_" in tree:
-        names, open_ended = parameters(tree["_target_"])
-        for name in [*tree, *(runtime or {})]:
+def _check_keys(tree: Any, key: str, runtime: Mapping[str, Any]) -> None:
+    """Refuses keys that are no parameter of their target and names the nearest that is; and scalars of a wrong type."""
+    for at, node in _walk(tree, key):
+        if not isinstance(node, dict) or "_target_" not in node:
+            continue
+        target, prefix = node["_target_"], f"{at}." if at else ""
+        names, open_ended = parameters(target)
+        for name in [*node, *(runtime if node is tree else ())]:
             if name not in _OWN_KEYS and name not in names and not open_ended:
                 raise ConfigError(
-                    f"{key + '.' if key else ''}{name}: {tree['_target_']} has no parameter {name!r}."
-                    f"{nearest(name, names)} It takes {', '.join(names)}."
+                    f"{prefix}{name}: {target} has no parameter {name!r}.{nearest(name, names)} "
+                    f"It takes {', '.join(names)}."
                 )
-        kinds = _annotations(tree["_target_"])
-        for name in tree.keys() & kinds.keys():
-            if not _fits(tree[name], kinds[name]):
-                raise ConfigError(
-                    f"{key + '.' if key else ''}{name} is {' or '.join(_words(kinds[name]))}; got {tree[name]!r}."
-                )
-    for name, value in tree.items():
-        _check_keys(value, f"{key}.{name}" if key else str(name))
+        kinds = _annotations(target)
+        for name in node.keys() & kinds.keys():
+            if not _fits(node[name], kinds[name]):
+                raise ConfigError(f"{prefix}{name} is {' or '.join(_words(kinds[name]))}; got {node[name]!r}.")
 
 
 def parameters(target: str) -> tuple[list[str], bool]:
@@ -271,7 +252,7 @@ def parameters(target: str) -> tuple[list[str], bool]:
 
 
 def _annotations(target: str) -> dict[str, Any]:
-    """name -> type of the parameters of a target of the allow-list; another's annotations are its own affair."""
+    """name -> type of the parameters of a target that is ours; annotations of other packages are not relied on."""
     if target not in targets():
         return {}
     found = _locate(target)
@@ -289,27 +270,24 @@ def _fits(value: Any, kind: Any) -> bool:
     """Whether a scalar can be what the annotation says. Anything else is left to the constructor."""
     if not isinstance(value, (bool, int, float, str)):
         return True
-    for part in _parts(kind):
-        if get_origin(part) is Literal:
-            fits = value in get_args(part)
-        elif part in _SCALARS:
-            fits = isinstance(value, (int, float) if part is float else part)
-            fits = fits and (part is bool or not isinstance(value, bool))
-        else:  # an object or a function, which no scalar is; a Path may be made from one
-            ours = isinstance(part, type) and part.__module__.split(".")[0] in ("scoresde", "torch")
-            fits = not ours and get_origin(part) is not Callable
-        if fits:
-            return True
-    return False
+    return any(_fits_part(value, part) for part in _parts(kind))
+
+
+def _fits_part(value: bool | int | float | str, part: Any) -> bool:
+    if get_origin(part) is Literal:
+        return value in get_args(part)
+    if part in _SCALARS:
+        fits = isinstance(value, (int, float) if part is float else part)
+        return fits and (part is bool or not isinstance(value, bool))
+    # an object or a function, which no scalar is; a Path may be made from one
+    ours = isinstance(part, type) and part.__module__.split(".")[0] in ("scoresde", "torch")
+    return not ours and get_origin(part) is not Callable
 
 
 def _words(kind: Any) -> list[str]:
-    """The annotation as the user knows it."""
-    return [
-        " or ".join(map(repr, get_args(part))) if get_origin(part) is Literal
-        else _SCALARS.get(part, "a mapping with _target_")
-        for part in _parts(kind)
-    ]  # fmt: skip
+    """The annotation in the words of a user of the configuration."""
+    literal = {part: " or ".join(map(repr, get_args(part))) for part in _parts(kind) if get_origin(part) is Literal}
+    return [literal.get(part) or _SCALARS.get(part, "a mapping with _target_") for part in _parts(kind)]
 
 
 def _locate(target: str) -> Callable[..., Any]:
@@ -317,9 +295,7 @@ def _locate(target: str) -> Callable[..., Any]:
     try:
         found = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(
-            f"{target} cannot be imported: {error}. Is its package installed, and the name right?"
-        ) from error
+        raise ConfigError(f"{target} cannot be imported: {error}. Is its package installed, its name right?") from error
     if not callable(found):
         raise ConfigError(f"{target} is a {type(found).__name__}, which cannot be called; name a class or a function.")
     return found

@@ -1,4 +1,4 @@
-"""What samples are told: as `cond` of a command says, or else what held-out samples are."""
+"""The conditions of samples: those that `cond` of a command says, or else those of held-out samples."""
 
 from __future__ import annotations
 
@@ -9,31 +9,46 @@ import torch
 from torch import Tensor
 
 from ..config import ConfigError
+from ..data import kinds
+from ..data.kinds import NAMES, Kind
+from ..data.readers import HeldOut
 from ..diffusion.denoiser import Cond
 from ..evaluate.conditions import in_turn, told_in_turn
+from ..evaluate.problem import Problem
 from ..runs.load import LoadedRun
-from .kinds import NAMES, Kind, always_told, kinds_of
-from .problem import Problem
+
+
+def always_conditional(run: LoadedRun) -> bool:
+    """Whether the network is known never to have been trained without its condition; a classifier never is."""
+    if not run.draws:
+        return run.conditional
+    gaps = any(bool(values.isnan().flatten(1).all(1).any()) for values in run.dataset.train.told.values())
+    return run.conditional and run.config["network"].get("cond_dropout") == 0 and not gaps
+
+
+def kinds_of(run: LoadedRun) -> dict[str, Kind]:
+    """The conditions that the model was trained with, by name; none for an unconditional one."""
+    return kinds.kinds_of(run.dataset, always=always_conditional(run)) if run.conditional else {}
 
 
 def choose_cond(given: Any, n: int, run: LoadedRun, *, problem: Problem | None = None) -> tuple[Cond, str]:
-    """What samples are told, as `cond` of a command says, rows being gone through again and again; and a sentence
-    about it where more is to be known, else an empty one.
+    """The condition of samples, and a sentence about it where there is more to know, else an empty one.
 
     Args:
-        given: the mapping of that key; or in place of it or of a value, test:0-7, what these held-out samples are told,
-            or input, what each input of a problem is told itself.
+        given: the key `cond` of a command: a mapping by kind, whose rows are repeated in turn. In place of the
+            mapping or of one of its values: test:0-7, the conditions of these held-out samples, or input, those of
+            the inputs of a problem.
         n: number of samples; of a problem, for each of its inputs, which follow one another.
-        run: the model, or whatever is told.
-        problem: is told nothing where nothing is given; without one it is what `in_turn` says.
+        run: the model, or the classifier, that is given the condition.
+        problem: its samples have no condition where nothing is given; others then have those of `in_turn`.
 
     Raises:
         ConfigError, ValueError, OSError: a kind that the model was not trained with, one that is missing, or values
             that are not of the kind; says what was given and what is expected.
     """
-    kinds = kinds_of(run)
-    if given == "input" or (isinstance(given, str) and given.startswith("test:")):
-        given = dict.fromkeys(kinds or NAMES[:1], given)
+    known = kinds_of(run)
+    if given == "input" or HeldOut.named(given):
+        given = dict.fromkeys(known or NAMES[:1], given)
     if not isinstance(given, Mapping) or not set(given) <= set(NAMES):
         raise ConfigError(
             f"cond is a mapping with the keys {', '.join(NAMES)}, as in cond.label=7, or test:0-7 for all that "
@@ -41,27 +56,27 @@ def choose_cond(given: Any, n: int, run: LoadedRun, *, problem: Problem | None =
         )
     given = {name: value for name, value in given.items() if value is not None}
     if not given:
-        return _unsaid(n, run, kinds, problem is None)
-    _check_kinds(given, kinds, run)
-    told, notes, k = {}, [], 1 if problem is None else len(problem.inputs)
-    for name, kind in kinds.items():
+        return _unsaid(n, run, known, problem is None)
+    _check_kinds(given, known, run)
+    cond, notes, inputs = {}, [], 1 if problem is None else len(problem.inputs)
+    for name, kind in known.items():
         if given[name] == "input":
-            told[name] = kind.rows(_held_out_inputs(name, problem, run)).repeat_interleave(n, 0)
+            cond[name] = kind.rows(_held_out_inputs(name, problem, run)).repeat_interleave(n, 0)
             continue
         rows = kind.rows(given[name])
-        told[name] = rows[torch.arange(n).repeat(k) % len(rows)]
+        cond[name] = rows[torch.arange(n).repeat(inputs) % len(rows)]
         if len(rows) > n:
             notes.append(f"cond.{name} has {len(rows):,} rows, of which {n:,} samples are told the first {n:,}.")
-    return (told["label"] if set(told) == {"label"} else told), "\n".join(notes)
+    return (cond["label"] if set(cond) == {"label"} else cond), "\n".join(notes)
 
 
-def _unsaid(n: int, run: LoadedRun, kinds: Mapping[str, Kind], in_turns: bool) -> tuple[Cond, str]:
-    """What samples are told where nothing is given, and the sentence."""
-    if in_turns or not kinds:
+def _unsaid(n: int, run: LoadedRun, known: Mapping[str, Kind], in_turns: bool) -> tuple[Cond, str]:
+    """The condition of samples where nothing is given, and the sentence."""
+    if in_turns or not known:
         said = told_in_turn(run.dataset, run.conditional)
         return in_turn(run.dataset, n, run.conditional), said and f"Samples are{said}."
-    if always_told(run):
-        name = next(iter(kinds))
+    if always_conditional(run):
+        name = next(iter(known))
         raise ConfigError(
             f"{run.folder} was never trained without a {name}; say which: cond.{name}=…, or cond=input for that of "
             "the inputs themselves."
@@ -69,30 +84,31 @@ def _unsaid(n: int, run: LoadedRun, kinds: Mapping[str, Kind], in_turns: bool) -
     return None, ""
 
 
-def _check_kinds(given: Mapping[str, Any], kinds: Mapping[str, Kind], run: LoadedRun) -> None:
+def _check_kinds(given: Mapping[str, Any], known: Mapping[str, Kind], run: LoadedRun) -> None:
     """Refuses a kind that the model was not trained with, and others without one that it was."""
+    listed = " and ".join(map(str, known.values()))
     for name, value in given.items():
-        if not kinds:
+        if not known:
             raise ConfigError(
                 f"cond.{name}={value}: {run.folder} was trained without labels or other conditions; a model that is "
                 "told them is trained with conditional=true."
             )
-        if name not in kinds:
-            raise ConfigError(f"cond.{name}={value}: {run.folder} was trained with {_listed(kinds)}, and no {name}.")
-    if absent := [name for name in kinds if name not in given]:
+        if name not in known:
+            raise ConfigError(f"cond.{name}={value}: {run.folder} was trained with {listed}, and no {name}.")
+    if absent := [name for name in known if name not in given]:
         raise ConfigError(
-            f"{run.folder} was trained with {_listed(kinds)} together: give cond.{absent[0]}=… too, or cond=test:0-7 "
-            "for all that held-out samples are told."
+            f"{run.folder} was trained with {listed} together: give cond.{absent[0]}=… too, or cond=test:0-7 for all "
+            "that held-out samples are told."
         )
 
 
 def _held_out_inputs(kind: str, problem: Problem | None, run: LoadedRun) -> list[str]:
-    """The inputs of a problem, if it is known of them what they are told themselves."""
+    """The inputs of a problem, all of them held-out samples of the run that knows their conditions."""
     if problem is None:
         raise ConfigError(
             f"cond.{kind}=input is the {kind} of what a problem is given; say which: problem=inpaint input=test:0-7, …."
         )
-    if files := [name for name in problem.inputs if not name.startswith("test:")]:
+    if files := [name for name in problem.inputs if not HeldOut.named(name)]:
         raise ConfigError(
             f"cond.{kind}=input: no {kind} is known of {files[0]}, which is a file and no held-out sample; give it: "
             f"cond.{kind}=…."
@@ -108,9 +124,5 @@ def _held_out_inputs(kind: str, problem: Problem | None, run: LoadedRun) -> list
 
 
 def beside(measured: Mapping[str, Tensor], cond: Cond) -> dict[str, Tensor]:
-    """A measurement of each sample, and what else it is told, as one condition."""
+    """One condition of a measurement of each sample and of its other conditions."""
     return {**measured, **({"cond": cond} if isinstance(cond, Tensor) else cond or {})}
-
-
-def _listed(kinds: Mapping[str, Kind]) -> str:
-    return " and ".join(map(str, kinds.values()))

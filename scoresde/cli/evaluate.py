@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from omegaconf import DictConfig
 
-from ..config import build, plain
 from ..evaluate import figures
 from ..evaluate.evaluation import held_out_loss
 from ..evaluate.report import Evaluation, Report, check_samplers, list_files
 from ..evaluate.shards import fresh, share
-from ..runs.load import chosen_run, set_threads
+from ..runs.load import build_loss, chosen_run
 from ..runs.logger import NullLogger
-from ._hydra import allowed, build_samplers, launch, output_folder, refusing
+from ._hydra import launch, read, refusing
 
 
 def main() -> None:
@@ -21,20 +20,18 @@ def main() -> None:
 
 def evaluate(cfg: DictConfig) -> float:
     """Writes samples, pictures and a summary to a new folder; returns the objective (NaN on ranks above 0)."""
-    folder = output_folder()
     with refusing():
+        command = read(cfg)
+        folder, options, allow = command.folder, command.options, command.allow
         if not fresh(folder, "summary.json"):
             return float("nan")
-        allow, options = allowed(cfg), plain(cfg)
-        set_threads(options["threads"])
         evaluation = Evaluation(**options["evaluation"])
         if evaluation.pictures:
             figures.require()
-        samplers = build_samplers(cfg, allow)
-        likelihood = build(cfg.likelihood, allow)
+        samplers, likelihood = command.samplers(), command.build("likelihood")
         run = chosen_run(options, allow)
         check_samplers(samplers, run.denoiser)
-        loss = build(run.config["loss"], allow, key="loss", denoiser=run.denoiser)
+        loss = build_loss(run.config, run.denoiser, allow)
         shards = share(folder, options, run)
     report = Report(run.denoiser, run.dataset, run.conditional, samplers, likelihood, evaluation, seed=options["seed"])
     measured = report.measure(shards)
@@ -50,8 +47,7 @@ def evaluate(cfg: DictConfig) -> float:
     }
     summary = report.write(*measured, folder, facts, NullLogger())
     shards.clear()
-    files = {"samples": "samples.png", "trajectory": "trajectory.png", "arrays": "samples.npz", "summary": "summary.md"}
-    print(list_files(folder, files))
+    print(list_files(folder))
     return summary["bits_per_dim"]["mean"] if evaluation.objective == "bits_per_dim" else value
 
 

@@ -1,4 +1,4 @@
-"""The guidance that a command names, around the model of a run, and whose conditions it is told."""
+"""The guidance that a command names, around the model of a run, and the run whose conditions samples have."""
 
 from __future__ import annotations
 
@@ -8,15 +8,24 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..config import ConfigError, build, taken
+from ..config import ConfigError, build
 from ..diffusion.denoiser import Denoiser, model_device
 from ..runs.load import LoadedRun, load_run
-from .kinds import always_told, kinds_of
+from .conditions import always_conditional, kinds_of
 
-# what `guide` is, by the parameter that takes it
+
+class _Guide(NamedTuple):
+    """The run that a guidance needs: the option, the kind of run in words and in an example, whether a classifier."""
+
+    option: str
+    what: str
+    example: str
+    is_classifier: bool
+
+
 _GUIDES = {
-    "guide": ("auto", "a weaker model", "guide=runs/weak"),
-    "log_prob": ("classifier", "a classifier", "guide=runs/judge"),
+    "scoresde.Auto": _Guide("auto", "a weaker model", "guide=runs/weak", False),
+    "scoresde.Classifier": _Guide("classifier", "a classifier", "guide=runs/judge", True),
 }
 
 
@@ -26,16 +35,16 @@ class Guided(NamedTuple):
     Attributes:
         denoiser: the model, guided.
         digest: of the checkpoint of its guide; None where it has none.
-        told: the run whose conditions samples are told, that of the model or that of a classifier.
+        conditioned: the run whose conditions samples have, that of the model or that of a classifier.
     """
 
     denoiser: Denoiser
     digest: str | None
-    told: LoadedRun
+    conditioned: LoadedRun
 
 
 def check_guidance(node: Any, run: LoadedRun) -> None:
-    """Refuses classifier-free guidance of a model that has no condition, or never was without.
+    """Refuses classifier-free guidance of a model that has no condition, or was never trained without one.
 
     Raises:
         ConfigError: it is one of these; says how to train one that can be guided.
@@ -45,7 +54,7 @@ def check_guidance(node: Any, run: LoadedRun) -> None:
     advice = "Train with conditional=true network.cond_dropout=0.1."
     if not run.conditional:
         raise ConfigError(f"guidance=cfg steers towards a condition, and {run.folder} was trained without. {advice}")
-    if always_told(run):
+    if always_conditional(run):
         raise ConfigError(
             f"guidance=cfg also asks the model without its condition, and {run.folder} never was trained so "
             f"(network.cond_dropout=0). {advice}"
@@ -53,7 +62,7 @@ def check_guidance(node: Any, run: LoadedRun) -> None:
 
 
 def build_guidance(options: Mapping[str, Any], run: LoadedRun, allow: Sequence[str]) -> Guided:
-    """The model of a run, guided as `guidance` and `guide` say, and asked once so that what does not fit is told now.
+    """The model of a run, guided as `guidance` and `guide` say, and called once so that a misfit shows at once.
 
     Raises:
         ConfigError: it cannot be built, or does not suit the model.
@@ -61,43 +70,42 @@ def build_guidance(options: Mapping[str, Any], run: LoadedRun, allow: Sequence[s
     """
     node, folder = options["guidance"], options["guide"]
     check_guidance(node, run)
-    asks = taken(node, allow, key="guidance")[0]
-    part = next((name for name in _GUIDES if name in asks and name not in node), None)
-    if part is None and folder is not None:
-        known = " or ".join(f"{what} of guidance={option}" for option, what, _ in _GUIDES.values())
+    settings = node if isinstance(node, Mapping) else {}
+    kind = _GUIDES.get(settings.get("_target_", ""))
+    if kind is None and folder is not None:
+        known = " or ".join(f"{guide.what} of guidance={guide.option}" for guide in _GUIDES.values())
         raise ConfigError(f"guide={folder} is {known}.")
-    told_too = bool(node.get("conditional", part != "log_prob"))
-    if not told_too and always_told(run):
-        raise ConfigError(
-            f"{run.folder} never was trained without its condition: tell it, too, guidance.conditional=true."
-        )
-    guide = None if part is None else _load_guide(part, options, run, allow, told_too=told_too)
-    parts = {"denoiser": run.denoiser} | ({} if part is None or guide is None else {part: guide.denoiser})
-    guided = build(node, allow, key="guidance", **parts).to(model_device(run.denoiser)).eval()
-    told = run if guide is None or told_too else guide
-    _try(guided, run, told)
-    return Guided(guided, None if guide is None else guide.digest, told)
+    both = bool(settings.get("conditional", kind is None or not kind.is_classifier))
+    if not both and always_conditional(run):
+        raise ConfigError(f"{run.folder} always had its condition: tell it, too, guidance.conditional=true.")
+    guide = None if kind is None else _load_guide(kind, options, run, allow, both=both)
+    parts = [run.denoiser] if guide is None else [run.denoiser, guide.denoiser]
+    guided = build(node, allow, *parts, key="guidance").to(model_device(run.denoiser)).eval()
+    conditioned = run if guide is None or both else guide
+    _try(guided, run, conditioned)
+    return Guided(guided, None if guide is None else guide.digest, conditioned)
 
 
 def _load_guide(
-    part: str, options: Mapping[str, Any], run: LoadedRun, allow: Sequence[str], *, told_too: bool
+    kind: _Guide, options: Mapping[str, Any], run: LoadedRun, allow: Sequence[str], *, both: bool
 ) -> LoadedRun:
-    """The run in `guide`, of which `told_too` is whether both are told the same condition."""
-    folder, (option, what, example) = options["guide"], _GUIDES[part]
+    """The run in `guide`, checked against `run`; `both` have the same condition, or only the guide has one."""
+    folder, (option, what, example, classifier) = options["guide"], kind
     if not isinstance(folder, str):
         raise ConfigError(f"guidance={option} needs {what}, the folder of a run: {example}; got {folder!r}.")
     guide = load_run(Path(folder), allow=allow, device=options["device"])
-    if guide.draws != (part == "guide"):
-        found = "a model of samples" if guide.draws else "a classifier"
-        cure = "One is trained by experiment=digits_classifier." if guide.draws else "Did you mean guidance=classifier?"
-        raise ConfigError(f"guidance={option} needs {what}, and guide={folder} is {found}. {cure}")
+    if guide.draws == classifier:
+        found = "a model of samples. One is trained by experiment=digits_classifier."
+        if not guide.draws:
+            found = "a classifier. Did you mean guidance=classifier?"
+        raise ConfigError(f"guidance={option} needs {what}, and guide={folder} is {found}")
     same = [
         ("samples of shape", run.dataset.event_shape, guide.dataset.event_shape),
         ("data scaled by", run.dataset.scaling, guide.dataset.scaling),
     ]
-    if told_too and part == "log_prob" and not run.conditional:
+    if both and classifier and not run.conditional:
         raise ConfigError(f"guidance.conditional=true tells {run.folder}, too, which was trained without conditions.")
-    if told_too:
+    if both:
         own, other = ({name: str(kind) for name, kind in kinds_of(of).items()} for of in (run, guide))
         same += [("conditional", run.conditional, guide.conditional), ("the conditions", own, other)]
     for name, mine, others in same:
@@ -107,11 +115,12 @@ def _load_guide(
 
 
 @torch.no_grad()
-def _try(guided: Denoiser, run: LoadedRun, told: LoadedRun) -> None:
+def _try(guided: Denoiser, run: LoadedRun, conditioned: LoadedRun) -> None:
     """One call on two samples: energies and the like that do not fit are refused before anything is drawn."""
     device = model_device(guided)
-    x, cond = run.dataset.encode(run.dataset.train.raw[:2]).to(device), told.dataset.train
+    x = run.dataset.encode(run.dataset.train.raw[:2]).to(device)
+    cond = conditioned.dataset.train.cond(slice(2), conditioned.conditional, device)
     try:
-        guided(x, torch.tensor(guided.sde.t_max), cond.cond(slice(2), told.conditional, device))
+        guided(x, torch.tensor(guided.sde.t_max), cond)
     except (RuntimeError, ValueError, TypeError, IndexError, AttributeError, KeyError) as error:
         raise ConfigError(f"guidance: {error}") from error

@@ -1,4 +1,4 @@
-"""YAML files of the user's own (`--config-dir`): read once before Hydra reads them, so that what is wrong is told."""
+"""YAML files of the user's own (`--config-dir`), checked before Hydra reads them, so that a mistake names its file."""
 
 from __future__ import annotations
 
@@ -47,17 +47,18 @@ def _count(node: yaml.Node | None, known: dict[int, int]) -> int:
     Raises:
         ValueError: there are too many, an alias holds itself, a key is there twice, or a tag asks for an object.
     """
-    if not isinstance(node, (yaml.MappingNode, yaml.SequenceNode)):
-        if node is not None and not node.tag.startswith("tag:yaml.org,2002:"):
-            raise ValueError(f"the tag {node.tag} is not plain YAML")
+    if node is None:
+        return 0
+    if "python" in node.tag or not node.tag.startswith("tag:yaml.org,2002:"):
+        asks = ", it asks for a Python object" if "python" in node.tag else ""
+        raise ValueError(f"the tag {node.tag} is not plain YAML{asks}")
+    if isinstance(node, yaml.ScalarNode):
         return 1
     if id(node) in known:
         if not known[id(node)]:
             raise ValueError(f"an alias stands for what it is in, line {node.start_mark.line + 1}")
         return known[id(node)]
     known[id(node)] = 0
-    if "python" in node.tag:
-        raise ValueError(f"the tag {node.tag} asks for a Python object")
     children = node.value
     if isinstance(node, yaml.MappingNode):
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]

@@ -9,20 +9,24 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from ..config import ConfigError, plain
+from ..checks import whole
+from ..config import ConfigError
 from ..diffusion.denoiser import Cond
 from ..evaluate import figures
 from ..evaluate.conditions import told_arrays
 from ..evaluate.evaluation import Samples, digest_of
+from ..evaluate.problem import Problem
 from ..evaluate.report import check_samplers, layout, list_files, sampling_jobs, write_samples
-from ..evaluate.restored import Method, choose_method, measured, write_restored
+from ..evaluate.restored import measured, write_restored
 from ..evaluate.shards import Job, fresh, share
 from ..runs import folder as folders
-from ..runs.load import LoadedRun, chosen_run, set_threads
-from ._hydra import allowed, build_samplers, choice, launch, output_folder, refusing
+from ..runs.load import LoadedRun, chosen_run
+from ._hydra import Command, launch, read, refusing
 from .conditions import beside, choose_cond
 from .guided import build_guidance
-from .problem import Problem, read_problem
+from .problem import Method, choose_method, read_problem
+
+_TITLES = {"residual": "residual", "std": "of noise", "psnr_mean": "PSNR of mean", "psnr_sample": "of a sample"}
 
 
 def main() -> None:
@@ -34,15 +38,14 @@ def choose_seeds(seeds: Any, seed: Any, n: Any) -> list[int]:
     """The given list, or n consecutive ones that start at seed · n.
 
     Raises:
-        ConfigError: seeds that are not a list of whole numbers ≥ 0, or n < 1.
+        ValueError: seeds that are not a list of whole numbers ≥ 0, or n < 1.
     """
-    if seeds is not None:
-        if not isinstance(seeds, list) or not seeds or not all(_whole(value, 0) for value in seeds):
-            raise ConfigError(f"seeds is a list of whole numbers, one per sample, as in seeds=[0,1,2]; got {seeds!r}.")
-        return seeds
-    if not _whole(n, 1) or not _whole(seed, 0):
-        raise ConfigError(f"n is at least 1 and seed at least 0, both whole numbers; got n={n!r}, seed={seed!r}.")
-    return list(range(seed * n, (seed + 1) * n))
+    if seeds is None:
+        n, seed = whole(n, "n"), whole(seed, "seed", 0)
+        return list(range(seed * n, (seed + 1) * n))
+    if not isinstance(seeds, list) or not seeds:
+        raise ConfigError(f"seeds is a list of whole numbers, one per sample, as in seeds=[0,1,2]; got {seeds!r}.")
+    return [whole(value, f"each of seeds={seeds}", 0) for value in seeds]
 
 
 @dataclass(frozen=True)
@@ -50,14 +53,14 @@ class Plan:
     """What a command asks for, read and checked.
 
     Attributes:
-        options: its configuration.
+        options: its values by key.
         run: the model.
         problem: what is to be restored, if that is asked.
         seeds: one per sample, of every input alike.
-        cond: what each sample is told, without measurements.
-        said: a sentence about that, where more is to be known.
+        cond: the condition of each sample, without measurements.
+        said: a sentence about that, where there is more to know.
         method: what is sampled, by what.
-        facts: digests of what the configuration only names, on which the samples depend, too.
+        digests: of what the options only name and the samples depend on.
     """
 
     options: dict[str, Any]
@@ -67,17 +70,22 @@ class Plan:
     cond: Cond
     said: str
     method: Method
-    facts: dict[str, str]
+    digests: dict[str, str]
+
+    @property
+    def inputs(self) -> int | None:
+        """Number of inputs of the problem, None where there is none."""
+        return None if self.problem is None else len(self.problem.inputs)
 
 
 def sample(cfg: DictConfig) -> None:
     """Writes samples.npz and pictures to a new folder, prints what they cost."""
-    folder = output_folder()
     with refusing():
-        if not fresh(folder, "summary.json"):
+        command = read(cfg)
+        if not fresh(command.folder, "summary.json"):
             return
-        plan = read_plan(cfg)
-        shards = share(folder, plan.options | plan.facts, plan.run)
+        plan = make_plan(command)
+        shards = share(command.folder, plan.options | plan.digests, plan.run)
     if plan.said and not shards.rank:
         print(plan.said, flush=True)
     jobs = jobs_of(plan)
@@ -86,61 +94,57 @@ def sample(cfg: DictConfig) -> None:
     if shards.rank:
         return
     made = {name: shards.result(job) for name, job in jobs.items()}
-    table = write(plan, made, folder)
+    table = write(plan, made, command.folder)
     shards.clear()
     print(table)
-    print(list_files(folder, _FILES))
+    print(list_files(command.folder))
 
 
-def read_plan(cfg: DictConfig) -> Plan:
-    """All that is read, built and checked before the first sample.
+def make_plan(command: Command) -> Plan:
+    """Reads, builds and checks everything before the first sample.
 
     Raises:
         ConfigError, ValueError, TypeError, OSError, RuntimeError: something that cannot be carried out.
     """
-    allow, options = allowed(cfg), plain(cfg)
+    options, allow = command.options, command.allow
     seeds = choose_seeds(options["seeds"], options["seed"], options["n"])
-    set_threads(options["threads"])
     if options["pictures"]:
         figures.require()
-    samplers = build_samplers(cfg, allow)
+    samplers = command.samplers()
     run = chosen_run(options, allow)
     check_samplers(samplers, run.denoiser)
     denoiser, guide, whose = build_guidance(options, run, allow)
     problem = read_problem(options, run.dataset, allow)
     cond, said = choose_cond(options["cond"], len(seeds), whose, problem=problem)
-    method = choose_method(
-        problem, options["posterior"], denoiser, samplers, allow,
-        cond=cond, n=len(seeds), batch_size=options["batch_size"],
-    )  # fmt: skip
+    method = Method(denoiser, samplers, options["batch_size"])
+    if problem is not None:
+        method = choose_method(problem, options["posterior"], method, allow, cond=cond, n=len(seeds))
     digests = {
-        "given": problem and problem.digest, "guide_checkpoint": guide,
+        "given": None if problem is None else problem.digest,
+        "guide_checkpoint": guide,
         "told": None if cond is None else digest_of(cond),
-    }  # fmt: skip
-    facts = {name: digest for name, digest in digests.items() if digest}
-    return Plan(options, run, problem, seeds, cond, said, method, facts)
+    }
+    known = {name: digest for name, digest in digests.items() if digest}
+    return Plan(options, run, problem, seeds, cond, said, method, known)
 
 
 def jobs_of(plan: Plan) -> dict[str, Job[Samples]]:
-    """What is to be done, by sampler: a sample for each seed, or for each seed and input."""
-    problem, seeds, cond = plan.problem, plan.seeds, plan.cond
-    if problem is not None:
-        seeds, cond = seeds * len(problem.inputs), beside(problem.told(len(seeds)), cond)
-    return sampling_jobs(
-        plan.method.samplers, plan.method.denoiser, plan.run.dataset.event_shape,
-        seeds=seeds, cond=cond, batch_size=plan.method.batch_size,
-    )  # fmt: skip
+    """The work by sampler: a sample for each seed, or for each seed and input."""
+    seeds, cond, method = plan.seeds, plan.cond, plan.method
+    if plan.problem is not None:
+        cond = beside(plan.problem.told(len(seeds)), cond)
+        seeds = seeds * len(plan.problem.inputs)
+    event = plan.run.dataset.event_shape
+    return sampling_jobs(method.samplers, method.denoiser, event, seeds=seeds, cond=cond, batch_size=method.batch_size)
 
 
 def write(plan: Plan, made: Mapping[str, Samples], folder: Path) -> str:
     """Arrays, pictures and at last `summary.json`. Returns a table of costs, and of how good restored samples are."""
-    dataset, problem, restored = plan.run.dataset, plan.problem, {}
+    dataset, problem, pictures, restored = plan.run.dataset, plan.problem, plan.options["pictures"], {}
     if problem is None:
-        write_samples(made, dataset, folder, seeds=plan.seeds, pictures=plan.options["pictures"])
+        write_samples(made, dataset, folder, seeds=plan.seeds, pictures=pictures)
     else:
-        write_restored(
-            problem, made, dataset, folder, cond=plan.cond, seeds=plan.seeds, pictures=plan.options["pictures"]
-        )
+        write_restored(problem, made, dataset, folder, cond=plan.cond, seeds=plan.seeds, pictures=pictures)
         restored = measured(problem, made, dataset)
     folders.finish(folder / "summary.json", record_of(plan, made, restored))
     return table_of(made, restored)
@@ -148,23 +152,22 @@ def write(plan: Plan, made: Mapping[str, Samples], folder: Path) -> str:
 
 def record_of(plan: Plan, made: Mapping[str, Samples], restored: Mapping[str, Any]) -> dict[str, Any]:
     """What `summary.json` holds."""
-    options, problem = plan.options, plan.problem
-    labels = told_arrays(plan.cond, None if problem is None else len(problem.inputs)).get("labels")
+    options, labels = plan.options, told_arrays(plan.cond, plan.inputs).get("labels")
+    chosen, *others = made
     record = {
-        "run": str(plan.run.folder), "step": plan.run.step, "weights": options["weights"], "seeds": plan.seeds,
-        "guidance": options["guidance"], "guide": options["guide"], "cond": options["cond"],
+        "run": str(plan.run.folder),
+        "step": plan.run.step,
+        "weights": options["weights"],
+        "seeds": plan.seeds,
+        **{name: options[name] for name in ("guidance", "guide", "cond")},
         "labels": None if labels is None else labels.tolist(),
-        "samplers": {
-            name: options["sampler"] if name == choice("sampler") else options["samplers"][name] for name in made
-        },
+        "samplers": {chosen: options["sampler"], **{name: options["samplers"][name] for name in others}},
         "cost": {name: {"nfe": s.evaluations, "seconds": s.seconds} for name, s in made.items()},
-    }  # fmt: skip
-    if problem is None:
+    }
+    if plan.problem is None:
         return record
-    return record | {
-        "problem": options["problem"], "posterior": options["posterior"], "inputs": problem.inputs,
-        "mask": options["mask"], "restored": dict(restored),
-    }  # fmt: skip
+    own = {name: options[name] for name in ("problem", "posterior", "mask")}
+    return record | own | {"inputs": plan.problem.inputs, "restored": dict(restored)}
 
 
 def table_of(made: Mapping[str, Samples], restored: Mapping[str, Mapping[str, float]]) -> str:
@@ -175,18 +178,6 @@ def table_of(made: Mapping[str, Samples], restored: Mapping[str, Mapping[str, fl
         for name, s in made.items()
     ]
     return layout(["sampler", "NFE", "seconds", "samples", *(_TITLES[key] for key in keys)], rows)
-
-
-_TITLES = {
-    "residual": "residual", "std": "of noise", "psnr_mean": "PSNR of mean", "psnr_sample": "of a sample"
-}  # fmt: skip
-_FILES = {
-    "restored": "restored.png", "samples": "samples.png", "trajectory": "trajectory.png", "arrays": "samples.npz"
-}  # fmt: skip
-
-
-def _whole(value: Any, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 if __name__ == "__main__":

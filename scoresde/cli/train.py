@@ -14,18 +14,12 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from ..config import ConfigError, build, plain
+from ..config import ConfigError
 from ..data import EpochOrder
 from ..evaluate import figures
 from ..evaluate.conditions import in_turn
 from ..evaluate.evaluation import OdeLikelihood, drawing, evenly_spaced, held_out
-from ..evaluate.report import (
-    Evaluation,
-    Report,
-    check_samplers,
-    list_files,
-    real_beside,
-)
+from ..evaluate.report import Evaluation, Report, check_samplers, list_files, real_beside
 from ..evaluate.shards import Shards
 from ..noise.rng import Rng
 from ..runs import folder as folders
@@ -39,8 +33,6 @@ from ..runs.load import (
     check_fit,
     choose_device,
     choose_kernels,
-    draws,
-    set_threads,
 )
 from ..runs.logger import JsonlLogger, Logger, NullLogger, RunFacts, Tee, read_rows, run_id
 from ..runs.redact import redacted
@@ -52,13 +44,9 @@ from ..train.signals import Interrupted, Signals, Stopped
 from ..train.state import TrainingState
 from ..train.trainer import Trainer
 from ..train.world import World, join
-from ._hydra import allowed, build_samplers, in_sweep, launch, output_folder, refusing
+from ._hydra import Command, in_sweep, launch, read, refusing
 
 _UNSAVED = ("out", "resume", "overwrite", "allow_targets")
-_RESULTS = {
-    "samples": "samples.png", "trajectory": "trajectory.png", "loss curve": "loss.png", "arrays": "samples.npz",
-    "metrics": "metrics.jsonl", "summary": "summary.md", "checkpoints": "checkpoints", "W&B": "wandb",
-}  # fmt: skip
 
 
 def main() -> None:
@@ -75,112 +63,110 @@ def train(cfg: DictConfig) -> float:
 
 @dataclass
 class Plan:
-    """Everything a run needs, built and checked before a file is written."""
+    """Everything a run needs, built and checked before a file is written.
 
+    Attributes:
+        folder: the output folder.
+        config: the resolved configuration, without secrets.
+        trainer, training: how to train, and what is trained.
+        samplers, likelihood, evaluation: how the model is measured.
+        view: what is kept of the metrics besides `metrics.jsonl`.
+    """
+
+    folder: Path
     config: dict[str, Any]
     trainer: Trainer
     training: TrainingState
     samplers: dict[str, Sampler]
     likelihood: OdeLikelihood
     evaluation: Evaluation
-    logger: Logger
+    view: Logger
+
+    def say(self, text: str) -> None:
+        """Prints, on rank 0."""
+        if self.training.world.rank == 0:
+            print(text, flush=True)
 
 
 def run(cfg: DictConfig) -> dict[str, float]:
     """Trains and evaluates. Returns the objective and what it was made of."""
-    folder = output_folder()
     with refusing():
-        set_threads(cfg.threads)
-        device = choose_device(cfg.device)
-        choose_kernels(cfg.kernels, device)
-        world = join(device, cfg.timeout)
+        command = read(cfg)
+        device = choose_device(command.options["device"])
+        choose_kernels(command.options["kernels"], device)
+        world = join(device, command.options["timeout"])
         if world.size > 1 and in_sweep():
             raise ConfigError("torchrun starts one run; a sweep (-m) starts many: give each of its jobs a GPU instead.")
     # the lock ends last, so that whoever waits for it finds everything written
     with contextlib.closing(world), contextlib.ExitStack() as stack, Signals() as signals:
         with refusing():
-            plan = assemble(cfg, world)
-            world.leader(lambda: stack.enter_context(lock.hold(folder)))
-            checkpoint = find(plan, folder, resume=cfg.resume, overwrite=cfg.overwrite)
+            plan = assemble(command, world)
+            world.leader(lambda: stack.enter_context(lock.hold(plan.folder)))
+            checkpoint = find(plan, command.options["resume"], command.options["overwrite"])
             if checkpoint is not None:
                 plan.training.restore(checkpoint)
-                say(world, f"Resuming {folder} at step {checkpoint.step}.")
-        with folders.blamed(folder, lambda: plan.training.step) if world.rank == 0 else contextlib.nullcontext():
-            return follow(plan, folder, checkpoint, signals)
+                plan.say(f"Resuming {plan.folder} at step {checkpoint.step}.")
+        with folders.blamed(plan.folder, lambda: plan.training.step) if world.rank == 0 else contextlib.nullcontext():
+            return follow(plan, checkpoint, signals)
 
 
-def find(plan: Plan, folder: Path, *, resume: str | bool, overwrite: bool) -> Checkpoint | None:
+def find(plan: Plan, resume: str | bool, overwrite: bool) -> Checkpoint | None:
     """The checkpoint to continue from; rank 0 looks, and the others read the one that it found."""
-    found: Checkpoint | None = None
+    found: list[Checkpoint | None] = []
 
     def look() -> Path | None:
-        nonlocal found
-        found = folders.prepare(folder, plan.config, resume=resume, overwrite=overwrite)
-        return None if found is None else found.path
+        found.append(folders.prepare(plan.folder, plan.config, resume=resume, overwrite=overwrite))
+        return None if found[0] is None else found[0].path
 
     path = plan.training.world.leader(look)
-    return found if found is not None or path is None else load(path)
+    if found:
+        return found[0]
+    return None if path is None else load(path)
 
 
-def follow(plan: Plan, folder: Path, checkpoint: Checkpoint | None, signals: Signals) -> dict[str, float]:
+def follow(plan: Plan, checkpoint: Checkpoint | None, signals: Signals) -> dict[str, float]:
     """The run itself, in a folder that is its own."""
-    world, command = plan.training.world, " ".join(["scoresde-train", *HydraConfig.get().overrides.task])
-    if world.rank == 0:
-        folders.write_config(folder, plan.config, command)
-    logger, failed = start_logger(plan, folder, checkpoint), True
+    command = " ".join(["scoresde-train", *HydraConfig.get().overrides.task])
+    if plan.training.world.rank == 0:
+        folders.write_config(plan.folder, plan.config, command)
+    logger, failed = start_logger(plan, checkpoint), True
     try:
-        result = fit_and_report(plan, folder, logger, signals)
+        result = fit_and_report(plan, logger, signals)
         failed = False
         return result
     except Stopped as stopped:
         failed = False
         again = "" if in_sweep() else f" To go on: {command}{'' if 'resume=auto' in command else ' resume=auto'}"
-        say(world, stopped.message + again)
+        plan.say(stopped.message + again)
         raise
     finally:
         logger.close(failed)
 
 
-def say(world: World, text: str) -> None:
-    """Prints, on rank 0."""
-    if world.rank == 0:
-        print(text, flush=True)
-
-
-def assemble(cfg: DictConfig, world: World) -> Plan:
+def assemble(command: Command, world: World) -> Plan:
     """Builds every object of the configuration.
 
     Raises:
         ConfigError: something in it cannot be built.
         ValueError: parts that do not fit each other, or data that cannot be read.
     """
-    allow = allowed(cfg)
-    config = {name: value for name, value in plain(cfg).items() if name not in _UNSAVED}
-    seed = config["seed"]
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**31:
-        raise ConfigError(f"seed is a whole number from 0 to 2^31 - 1; got {seed!r}.")
-    for name in ("conditional", "evaluate_at_end", "compile", "channels_last"):
-        if not isinstance(config[name], bool):
-            raise ConfigError(f"{name} is true or false; got {config[name]!r}.")
-    if config["parallel"] not in ("ddp", "fsdp"):
-        raise ConfigError(f"parallel is ddp (a copy on each process) or fsdp (slices); got {config['parallel']!r}.")
-    device = choose_device(config["device"])
+    config = {name: value for name, value in command.options.items() if name not in _UNSAVED}
+    seed, conditional, device = config["seed"], config["conditional"], choose_device(config["device"])
+    check_options(config)
     evaluation = Evaluation(**config["evaluation"])
     if evaluation.pictures:
         figures.require()
-    trainer = build(cfg.trainer, allow)
-    samplers = build_samplers(cfg, allow)
+    trainer, samplers = command.build("trainer"), command.samplers()
     torch.manual_seed(seed)  # initial weights and dropout; everything else takes an Rng
-    check_classifier(config, allow)
-    dataset = build_dataset(config, allow)
-    denoiser = build_denoiser(config, dataset, allow).to(device)
-    loss: Any = build_loss(config, denoiser, allow).to(device)
-    check_fit(denoiser, dataset, conditional=config["conditional"])
+    dataset = build_dataset(config, command.allow)
+    denoiser = build_denoiser(config, dataset, command.allow).to(device)
+    loss: Any = build_loss(config, denoiser, command.allow).to(device)
+    check_fit(denoiser, dataset, conditional=conditional)
     check_samplers(samplers, denoiser)
     evenly_spaced(len(dataset.test), evaluation.points)  # refused now rather than after training
     if config["channels_last"]:
         loss = loss.to(memory_format=torch.channels_last)
-    ema = build(cfg.ema, allow, module=loss)
+    ema = command.build("ema", module=loss)
     for average in ema.shadows.values():
         average.denoiser.autocast = None  # averages are measured in full precision, however they are trained
     if trainer.snapshot_every and not ema.sigma_rel:
@@ -188,114 +174,134 @@ def assemble(cfg: DictConfig, world: World) -> Plan:
     parallel = spread_over(world, loss, ema, config["parallel"])
     if config["compile"]:
         cast(torch.nn.Module, denoiser.network).compile()  # in place, so that no name changes
-    optimizer = build(cfg.optim, allow, params=list(loss.parameters()))
+    optimizer = command.build("optim", params=list(loss.parameters()))
     if world.rank:
         torch.manual_seed(seed + world.rank)  # other dropout on each
     training = TrainingState(
-        loss, optimizer, ema, dataset, EpochOrder(len(dataset.train), trainer.batch_size, seed), Rng(seed),
-        conditional=config["conditional"], world=world, parallel=parallel, loss_scale=trainer.loss_scale,
-    )  # fmt: skip
-    likelihood = build(cfg.likelihood, allow)
+        loss,
+        optimizer,
+        ema,
+        dataset,
+        EpochOrder(len(dataset.train), trainer.batch_size, seed),
+        Rng(seed),
+        conditional=conditional,
+        world=world,
+        parallel=parallel,
+        loss_scale=trainer.loss_scale,
+    )
+    likelihood, view = command.build("likelihood"), command.build("logger")
     # what is kept of it, in whatever file, holds no secret
-    return Plan(redacted(config), trainer, training, samplers, likelihood, evaluation, build(cfg.logger, allow))
+    return Plan(command.folder, redacted(config), trainer, training, samplers, likelihood, evaluation, view)
 
 
-def start_logger(plan: Plan, folder: Path, checkpoint: Checkpoint | None) -> Logger:
+def check_options(config: dict[str, Any]) -> None:
+    """Refuses values that are no part of an object.
+
+    Raises:
+        ConfigError: one of another type or outside its range, or a classifier that is to be sampled.
+    """
+    seed, parallel = config["seed"], config["parallel"]
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**31:
+        raise ConfigError(f"seed is a whole number from 0 to 2^31 - 1; got {seed!r}.")
+    for name in ("conditional", "evaluate_at_end", "compile", "channels_last"):
+        if not isinstance(config[name], bool):
+            raise ConfigError(f"{name} is true or false; got {config[name]!r}.")
+    if parallel not in ("ddp", "fsdp"):
+        raise ConfigError(f"parallel is ddp (a copy on each process) or fsdp (slices); got {parallel!r}.")
+    check_classifier(config)
+
+
+def start_logger(plan: Plan, checkpoint: Checkpoint | None) -> Logger:
     """metrics.jsonl, and beside it the view that the configuration asks for."""
-    config, step = plan.config, 0
     if plan.training.world.rank:
         return NullLogger()
+    config, step = plan.config, 0
     if checkpoint is not None:
         config, step = checkpoint.records["config"], checkpoint.step
-    identity = run_id({name: value for name, value in config.items() if name != "logger"}, folder)
-    logger = Tee(JsonlLogger(), plan.logger)
-    logger.start(RunFacts(folder, identity, plan.config, folder.parent.name if in_sweep() else None, step))
+    identity = run_id({name: value for name, value in config.items() if name != "logger"}, plan.folder)
+    sweep = plan.folder.parent.name if in_sweep() else None
+    logger = Tee(JsonlLogger(), plan.view)
+    logger.start(RunFacts(plan.folder, identity, plan.config, sweep, step))
     return logger
 
 
 def measure(plan: Plan, run: TrainingState) -> Mapping[str, float]:
     """Held-out numbers of the average, during training; of a classifier there are no bits/dim."""
-    conditional, points = plan.config["conditional"], min(plan.evaluation.points_during, len(run.dataset.test))
-    found = {
-        f"eval/{name}": value for name, value in held_out(run.average, run.dataset, conditional=conditional).items()
-    }
-    if not draws(run.average.denoiser):
-        return found
-    bits = plan.likelihood(
-        run.average.denoiser, run.dataset, points=points, seed=plan.config["seed"], conditional=conditional
-    )  # fmt: skip
-    name = f"eval/{bits.estimator}"
-    return {**found, name: bits.mean, "eval/bpd_stderr": bits.stderr, "eval/nfe": bits.evaluations}
+    average, dataset, conditional = run.average, run.dataset, plan.config["conditional"]
+    losses = held_out(average, dataset, conditional=conditional)
+    found = {f"eval/{name}": value for name, value in losses.items()}
+    if average.denoiser.draws:
+        points, seed = min(plan.evaluation.points_during, len(dataset.test)), plan.config["seed"]
+        bits = plan.likelihood(average.denoiser, dataset, points=points, seed=seed, conditional=conditional)
+        found[f"eval/{bits.estimator}"] = bits.mean
+        found |= {"eval/bpd_stderr": bits.stderr, "eval/nfe": bits.evaluations}
+    return found
 
 
-def picture(plan: Plan, run: TrainingState, folder: Path) -> Mapping[str, Path]:
+def picture(plan: Plan, run: TrainingState) -> Mapping[str, Path]:
     """Samples of the average beside real ones, during training."""
-    dataset, n = run.dataset, min(plan.evaluation.samples, len(run.dataset.test))
-    cond = in_turn(dataset, n, plan.config["conditional"])
-    sampler = next(iter(plan.samplers.values()))
-    job = drawing(
-        run.average.denoiser, sampler, dataset.event_shape, range(n), cond, batch_size=plan.evaluation.batch_size
-    )
-    real = real_beside(cond, dataset, n)
-    return {"eval/samples": figures.sample_grid(job.run().x, real, folder / "progress" / f"step-{run.step:08d}.png")}
+    dataset, n, size = run.dataset, min(plan.evaluation.samples, len(run.dataset.test)), plan.evaluation.batch_size
+    cond, sampler = in_turn(dataset, n, plan.config["conditional"]), next(iter(plan.samplers.values()))
+    job = drawing(run.average.denoiser, sampler, dataset.event_shape, range(n), cond, batch_size=size)
+    path = plan.folder / "progress" / f"step-{run.step:08d}.png"
+    return {"eval/samples": figures.sample_grid(job.run().x, real_beside(cond, dataset, n), path)}
 
 
-def fit_and_report(plan: Plan, folder: Path, logger: Logger, signals: Signals) -> dict[str, float]:
+def fit_and_report(plan: Plan, logger: Logger, signals: Signals) -> dict[str, float]:
     """Training, then the pictures, the numbers and the table."""
-    training, config, pictures = plan.training, plan.config, plan.evaluation.pictures
-    world, start = training.world, time.monotonic()
+    training, trainer, start = plan.training, plan.trainer, time.monotonic()
     size = sum(p.numel() for p in training.loss.parameters())
-    others = "" if world.size == 1 else f" by {world.size} processes"
-    say(
-        world,
+    others = "" if training.world.size == 1 else f" by {training.world.size} processes"
+    plan.say(
         f"Training {size:,} parameters on {len(training.dataset.train):,} samples of {training.dataset.name}, shape "
-        f"{training.dataset.event_shape}, until {plan.trainer.images:,} have been seen{others}. Run in {folder}",
+        f"{training.dataset.event_shape}, until {trainer.images:,} have been seen{others}. Run in {plan.folder}"
     )
-    plan.trainer.fit(
-        training, logger=logger, folder=folder / "checkpoints", config=config, signals=signals,
+    trainer.fit(
+        training,
+        logger=logger,
+        folder=plan.folder / "checkpoints",
+        config=plan.config,
+        signals=signals,
         evaluate=lambda run: measure(plan, run),
-        sample=(lambda run: picture(plan, run, folder)) if pictures else None,
-        snapshot=(lambda run: run.snapshot(folder / "averages")) if plan.trainer.snapshot_every else None,
-    )  # fmt: skip
+        sample=(lambda run: picture(plan, run)) if plan.evaluation.pictures else None,
+        snapshot=(lambda run: run.snapshot(plan.folder / "averages")) if trainer.snapshot_every else None,
+    )
     seconds = time.monotonic() - start
     training.refresh()
     try:
         with signals.interruptible():
-            return finish(plan, folder, logger, seconds)
+            return finish(plan, logger, seconds)
     except Interrupted:
         raise Stopped(signals.code, "Stopped while measuring; training is complete and saved.") from None
 
 
-def finish(plan: Plan, folder: Path, logger: Logger, seconds: float) -> dict[str, float]:
+def finish(plan: Plan, logger: Logger, seconds: float) -> dict[str, float]:
     """What is measured and drawn at the end, in batches that a stop does not lose, shared by all processes."""
-    training, config, pictures = plan.training, plan.config, plan.evaluation.pictures
+    training, config, folder = plan.training, plan.config, plan.folder
+    average, dataset, world = training.average, training.dataset, training.world
     at = {"step": training.step, "images": training.images}
-    found = held_out(training.average, training.dataset, conditional=config["conditional"])
+    found = held_out(average, dataset, conditional=config["conditional"])
     loss = found["loss"]
     if not config["evaluate_at_end"]:
         logger.log({f"eval/{name}": value for name, value in found.items()} | {"final": 1}, **at)
         said = ", ".join(f"{name} {value:.5g}" for name, value in found.items())
-        say(training.world, f"Held-out {said} after {training.images:,} images. Run in {folder}")
+        plan.say(f"Held-out {said} after {training.images:,} images. Run in {folder}")
         return {"objective": loss, "loss": loss}
-    report = Report(
-        training.average.denoiser, training.dataset, config["conditional"], plan.samplers, plan.likelihood,
-        plan.evaluation, config["seed"],
-    )  # fmt: skip
-    shards = Shards(folder / "batches" / f"step-{training.step:08d}", at, training.world.rank, training.world.size)
-    measured = report.measure(shards)
+    model = (average.denoiser, dataset, config["conditional"])
+    report = Report(*model, plan.samplers, plan.likelihood, plan.evaluation, config["seed"])
+    measured = report.measure(Shards(folder / "batches" / f"step-{training.step:08d}", at, world.rank, world.size))
     if measured is None:
         return {"objective": loss, "loss": loss}
     facts = {"folder": str(folder), **at, "train_seconds": seconds, "loss": loss}
-    summary = report.write(*measured, folder, facts, logger)
-    bits = summary["bits_per_dim"]
+    bits = report.write(*measured, folder, facts, logger)["bits_per_dim"]
     name = f"eval/{bits['estimator']}"
     logger.log({"eval/loss": loss, name: bits["mean"], "eval/bpd_stderr": bits["stderr"], "final": 1}, **at)
-    if pictures:
+    if plan.evaluation.pictures:
         figures.loss_curve(read_rows(folder / "metrics.jsonl"), folder / "loss.png")
         for name in ("samples", "trajectory", "loss"):
             logger.image(f"eval/{name}", folder / f"{name}.png", **at)
     shutil.rmtree(folder / "batches", ignore_errors=True)
-    print(list_files(folder, _RESULTS), flush=True)
+    print(list_files(folder), flush=True)
     objective = bits["mean"] if plan.evaluation.objective == "bits_per_dim" else loss
     return {"objective": objective, "bits_per_dim": bits["mean"], "stderr": bits["stderr"], "loss": loss}
 

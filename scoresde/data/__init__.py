@@ -7,15 +7,7 @@ from .folder import ImageFolder
 from .idx import Idx
 from .order import EpochOrder
 from .sigma_max import suggest_sigma_max
-from .toys import (
-    Checkerboard,
-    EightGaussians,
-    Moons,
-    Pinwheel,
-    SwissRoll,
-    Toy,
-    toy_dataset,
-)
+from .toys import Checkerboard, EightGaussians, Moons, Pinwheel, SwissRoll, Toy, toy_dataset
 
 __all__ = [
     "Arrays", "Checkerboard", "Dataset", "Digits", "EightGaussians", "EpochOrder", "Idx", "ImageFolder", "Moons",

@@ -133,9 +133,7 @@ def _check_labels(split: Split, classes: int, where: str) -> None:
     if labels.dtype != torch.int64:
         raise TypeError(f"{where}: labels hold {labels.dtype}, expected int64 class indices; pass labels.long().")
     if labels.shape != split.raw.shape[:1]:
-        raise ValueError(
-            f"{where}: labels have shape {tuple(labels.shape)}, expected ({len(split.raw)},), one per sample."
-        )
+        raise ValueError(f"{where}: labels have shape {tuple(labels.shape)}, expected ({len(split.raw)},), one each.")
     low, high = (int(value) for value in labels.aminmax())
     if low < 0 or high >= classes:
         raise ValueError(f"{where}: labels span {low} … {high}, expected 0 … {classes - 1} (classes={classes}).")

@@ -30,11 +30,4 @@ def Digits(test_fraction: float = 0.2, seed: int = 0) -> Dataset:
     bunch = load_digits()
     raw = torch.from_numpy(bunch.images).to(torch.uint8)[:, None]
     labels = torch.from_numpy(bunch.target).long()
-    train, test = hold_out(len(raw), test_fraction, seed, labels)
-    return Dataset(
-        "digits",
-        Split(raw[train], labels[train]),
-        Split(raw[test], labels[test]),
-        Scaling(levels=17),
-        classes=10,
-    )
+    return Dataset("digits", *hold_out(Split(raw, labels), test_fraction, seed), Scaling(levels=17), classes=10)

@@ -17,6 +17,8 @@ from .dataset import Dataset, Split
 from .hold_out import hold_out
 from .source import existing, refuse_lfs_pointer
 
+_LABELS = "labels of the samples"  # their name among those of conditions
+
 
 def Arrays(
     path: str,
@@ -57,68 +59,65 @@ def Arrays(
         ValueError: a damaged file, an unknown key, or anything that `Dataset` refuses.
     """
     file = existing(path)
-    told = dict(cond_keys or {})
-    train = _read_split(file, key, label_key, told, channels_last, add_channel)
+    keys = dict(cond_keys or {}) | ({} if label_key is None else {_LABELS: label_key})
+    train = _read_split(file, key, keys, channels_last, add_channel)
     scaling = _scaling(train.raw, levels, raw_low, raw_high, file)
     if test_path is None:
-        here, there = hold_out(len(train.raw), test_fraction, seed, train.labels)
-        train, test = train.take(here), train.take(there)
+        train, test = hold_out(train, test_fraction, seed)
     else:
         other = existing(test_path)
-        test = _read_split(other, key, label_key, told, channels_last, add_channel)
+        test = _read_split(other, key, keys, channels_last, add_channel)
         scaling.check(test.raw, f"{other}: raw")
     classes = 1 + max((int(split.labels.max()) for split in (train, test) if split.labels is not None), default=-1)
-    if classes > len(train.raw) + len(test.raw):  # the network would hold a row for each
+    if classes > len(train) + len(test):  # the network would hold a row for each
         raise ValueError(
-            f"{file}[{label_key}]: expected classes 0, 1, 2 …, found {classes - 1} in {len(train.raw) + len(test.raw)} "
+            f"{file}[{label_key}]: expected classes 0, 1, 2 …, found {classes - 1} in {len(train) + len(test)} "
             "samples. Number the classes without gaps."
         )
     return Dataset(file.stem, train, test, scaling, classes)
 
 
-def _read_split(
-    path: Path, key: str | None, label_key: str | None, told: dict[str, str], channels_last: bool, add_channel: bool
-) -> Split:
-    first, *others = _load(path, key, *([] if label_key is None else [label_key]), *told.values())
-    raw = _oriented(_tensor(first, path), channels_last, add_channel, path)
-    conds = dict(zip(told, others[len(others) - len(told) :], strict=True))
-    for name, values in conds.items():
+def _read_split(path: Path, key: str | None, keys: dict[str, str], channels_last: bool, add_channel: bool) -> Split:
+    """The samples of a file with all that stands beside them: `keys` has the key of the labels and other conditions."""
+    values, others = _load(path, key, keys)
+    raw = _oriented(_tensor(values, path), channels_last, add_channel, path)
+    labels = others.pop(_LABELS, None)
+    for name, values in others.items():
         if values.dtype.kind != "f" or np.isinf(values).any():
             raise ValueError(
-                f"{path}[{told[name]}]: the condition {name!r} is floats, NaN where there is none; found {values.dtype}"
+                f"{path}[{keys[name]}]: the condition {name!r} is floats, NaN where there is none; found {values.dtype}"
                 f"{' with infinite ones' if values.dtype.kind == 'f' else ''}."
             )
-    given = {name: torch.from_numpy(values.astype(np.float32)) for name, values in conds.items()}
-    if label_key is None:
-        return Split(raw, told=given)
-    labels = others[0]
-    if labels.dtype.kind not in "ui" or labels.shape != raw.shape[:1] or (labels.size and labels.min() < 0):
+    conditions = {name: torch.from_numpy(values.astype(np.float32)) for name, values in others.items()}
+    if labels is None:
+        return Split(raw, told=conditions)
+    integers = labels.dtype.kind in "ui"
+    if not integers or labels.shape != raw.shape[:1] or (labels.size and labels.min() < 0):
         raise ValueError(
-            f"{path}[{label_key}]: expected ({len(raw)},) integers ≥ 0, one class per sample; found {labels.dtype} "
-            f"{labels.shape}{f' with minimum {labels.min()}' if labels.size and labels.dtype.kind in 'ui' else ''}."
+            f"{path}[{keys[_LABELS]}]: expected ({len(raw)},) integers ≥ 0, one class per sample; found {labels.dtype} "
+            f"{labels.shape}{f' with minimum {labels.min()}' if labels.size and integers else ''}."
         )
-    return Split(raw, torch.from_numpy(labels.astype(np.int64)), given)
+    return Split(raw, torch.from_numpy(labels.astype(np.int64)), conditions)
 
 
-def _load(path: Path, key: str | None, *others: str) -> list[np.ndarray]:
-    """The array, and what has a key beside it: labels, conditions."""
+def _load(path: Path, key: str | None, keys: dict[str, str]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """The array of samples, and by name what has a key beside it."""
     refuse_lfs_pointer(path)
     with _explained(path):
         content = np.load(path, allow_pickle=False)
     if isinstance(content, np.ndarray):
-        if key is not None or others:
+        if key is not None or keys:
             raise ValueError(f"{path} is one array without keys: leave key and label_key out, or store an .npz.")
-        return [content]
+        return content, {}
     with content:
         names = content.files
         if key is None and len(names) != 1:
             raise ValueError(f"{path} holds {', '.join(names) or 'no array'}; choose one with key=….")
-        wanted = [key or names[0], *others]
-        for name in wanted:
-            if name not in names:
-                raise ValueError(f"{path} has no array {name!r}; found {', '.join(names)}.")
+        first = key or names[0]
+        if absent := [at for at in (first, *keys.values()) if at not in names]:
+            raise ValueError(f"{path} has no array {absent[0]!r}; found {', '.join(names)}.")
         with _explained(path):
-            return [content[name] for name in wanted]
+            return content[first], {name: content[at] for name, at in keys.items()}
 
 
 @contextmanager

@@ -42,26 +42,19 @@ def ImageFolder(
         ValueError: no images, images both in the folder and below, mixed sizes, a file that is not an image or not an
             8-bit one without transparency; path, expected and found are named.
     """
-    try:
-        from PIL import Image
-    except ImportError as error:
-        raise ImportError("ImageFolder needs pillow: pip install 'scoresde[data]'.") from error
-
     if size is not None:
         size = whole(size, "size in pixels", otherwise="None to keep images as they are")
     folder = existing(path, folder=True)
     files, labels, classes = _list(folder)
-    images = [_read(Image, file, size, grey) for file in files]
+    images = [_read(file, size, grey) for file in files]
     for file, image in zip(files, images, strict=True):
         if image.shape != images[0].shape:
             raise ValueError(
                 f"{file}: expected {_size(images[0])} pixels as in {files[0].name}, found {_size(image)}. "
                 "Give size=… to cut and resize all of them."
             )
-    raw = torch.from_numpy(np.stack(images))
-    train, test = hold_out(len(raw), test_fraction, seed, labels)
-    splits = [Split(raw[index], None if labels is None else labels[index]) for index in (train, test)]
-    return Dataset(folder.resolve().name, splits[0], splits[1], Scaling(levels=256), classes)
+    splits = hold_out(Split(torch.from_numpy(np.stack(images)), labels), test_fraction, seed)
+    return Dataset(folder.resolve().name, *splits, Scaling(levels=256), classes)
 
 
 def _list(folder: Path) -> tuple[list[Path], Tensor | None, int]:
@@ -109,32 +102,18 @@ def read_image(path: str | Path, channels: int) -> Tensor:
         FileNotFoundError: no such file.
         ValueError: it is something else; path, expected and found are named.
     """
-    try:
-        from PIL import Image
-    except ImportError as error:
-        raise ImportError("Images are read with pillow: pip install 'scoresde[data]'.") from error
-
     file = existing(path)
-    pixels = torch.from_numpy(_read(Image, file, None, channels == 1))
-    if channels == 1:
-        with Image.open(file) as image:
-            colours = np.asarray(image.convert("RGB"))
-        if (colours != colours[..., :1]).any():
-            raise ValueError(f"{file}: expected a grey image, found colours. Convert it first.")
-    return pixels
+    pixels = _read(file, None, channels == 1)
+    if channels == 1 and (np.asarray(_opened(file).convert("RGB")) != pixels.transpose(1, 2, 0)).any():
+        raise ValueError(f"{file}: expected a grey image, found colours. Convert it first.")
+    return torch.from_numpy(pixels)
 
 
-def _read(pillow: Any, file: Path, size: int | None, grey: bool) -> np.ndarray:
+def _read(file: Path, size: int | None, grey: bool) -> np.ndarray:
     """(C, H, W) uint8."""
-    refuse_lfs_pointer(file)
-    try:
-        with pillow.open(file) as opened:
-            image = opened.copy()
-            transparent = "A" in image.getbands() or "transparency" in image.info
-    except (OSError, ValueError, SyntaxError, pillow.DecompressionBombError) as error:
-        raise ValueError(f"{file}: expected an image, found a damaged or other file ({error}).") from error
-    modes = ("L", "RGB", "P", "1") if grey else ("RGB", "P")
-    if image.mode not in modes or transparent:
+    image = _opened(file)
+    transparent = "A" in image.getbands() or "transparency" in image.info
+    if image.mode not in (("L", "RGB", "P", "1") if grey else ("RGB", "P")) or transparent:
         found = f"mode {image.mode}{' with transparency' if transparent else ''}"
         advice = " Set grey=True for grey images." if image.mode in ("L", "1") else " Convert it first."
         expected = "an 8-bit grey or colour image" if grey else "an 8-bit RGB image"
@@ -144,6 +123,25 @@ def _read(pillow: Any, file: Path, size: int | None, grey: bool) -> np.ndarray:
         side = min(image.size)
         left, top = (image.width - side) // 2, (image.height - side) // 2
         box = (left, top, left + side, top + side)
-        image = image.resize((size, size), pillow.Resampling.LANCZOS, box=box)
+        image = image.resize((size, size), _pillow().Resampling.LANCZOS, box=box)
     pixels = np.array(image, dtype=np.uint8)
     return pixels[None] if grey else pixels.transpose(2, 0, 1)
+
+
+def _opened(file: Path) -> Any:
+    """The image, decoded."""
+    refuse_lfs_pointer(file)
+    pillow = _pillow()
+    try:
+        with pillow.open(file) as image:
+            return image.copy()
+    except (OSError, ValueError, SyntaxError, pillow.DecompressionBombError) as error:
+        raise ValueError(f"{file}: expected an image, found a damaged or other file ({error}).") from error
+
+
+def _pillow() -> Any:
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise ImportError("Images are read with pillow: pip install 'scoresde[data]'.") from error
+    return Image

@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from ..noise.rng import Rng
+from .dataset import Split
 
 
-def hold_out(n: int, fraction: float, seed: int, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """(train, test) indices, disjoint, together 0 … n − 1, each in rising order; a function of the arguments alone.
+def hold_out(samples: Split, fraction: float, seed: int) -> tuple[Split, Split]:
+    """(train, test): each sample is in one of them, in the old order; a function of the arguments alone.
 
     Args:
-        n: number of samples.
+        samples: all of them. Where they have labels, every class is split in the same proportion (stratified).
         fraction: share of the test split, in (0, 1).
         seed: of the permutation.
-        labels: (n,) class indices; every class is then split in the same proportion (stratified).
 
     Raises:
         ValueError: a fraction outside (0, 1), or one that leaves a side of the split empty.
     """
     if not (0 < fraction < 1):
         raise ValueError(f"test_fraction lies in (0, 1); got {fraction}.")
+    n, labels = len(samples), samples.labels
     order = Rng(seed).permutation(n)
     groups = [order] if labels is None else [order[labels[order] == k] for k in labels.unique()]
     counts = [round(fraction * len(group)) for group in groups]
@@ -32,4 +32,4 @@ def hold_out(n: int, fraction: float, seed: int, labels: Tensor | None = None) -
             f"test_fraction={fraction} of {n} samples leaves {len(train)} to train on and {len(test)} to test; "
             "both must be at least 1. Add samples or change the fraction."
         )
-    return train.sort().values, test.sort().values
+    return samples.take(train.sort().values), samples.take(test.sort().values)

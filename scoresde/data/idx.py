@@ -71,17 +71,14 @@ def read_idx(path: Path, dims: int) -> Tensor:
     Raises:
         ValueError: see `Idx`.
     """
-    with path.open("rb") as plain:
-        start = plain.read(32)
-        refuse_lfs_pointer(path, start)
-        plain.seek(0)
-        if not start.startswith(b"\x1f\x8b"):
-            return _parse(plain, path, dims)
-        try:
-            with gzip.open(plain, "rb") as file:
-                return _parse(cast(BinaryIO, file), path, dims)
-        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            raise ValueError(f"{path}: the gzip stream is truncated or damaged ({error}). Fetch it again.") from error
+    refuse_lfs_pointer(path)
+    with path.open("rb") as stored:
+        zipped = stored.read(2) == b"\x1f\x8b"
+    try:
+        with gzip.open(path) if zipped else path.open("rb") as file:
+            return _parse(cast(BinaryIO, file), path, dims)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise ValueError(f"{path}: the gzip stream is truncated or damaged ({error}). Fetch it again.") from error
 
 
 def _parse(file: BinaryIO, path: Path, dims: int) -> Tensor:

@@ -28,9 +28,7 @@ def suggest_sigma_max(data: Tensor, *, sample: int = 2000, rng: Rng | None = Non
     if not data.is_floating_point():
         raise TypeError(f"Expected encoded data in floating point; got {data.dtype}. Use dataset.encode(raw).")
     if data.ndim < 2 or len(data) < 2 or sample < 2:
-        raise ValueError(
-            f"Expected (N, *event) with N ≥ 2 and sample ≥ 2; got shape {tuple(data.shape)}, sample={sample}."
-        )
+        raise ValueError(f"Expected (N ≥ 2, *event) and sample ≥ 2; got shape {tuple(data.shape)}, sample={sample}.")
     rng = Rng(0) if rng is None else rng
     chosen = data[rng.permutation(len(data))[:sample].to(data.device)].flatten(1).double()
     if not bool(chosen.isfinite().all()):

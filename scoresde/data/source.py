@@ -26,15 +26,14 @@ def existing(path: str | Path, *, folder: bool = False) -> Path:
     return path
 
 
-def refuse_lfs_pointer(path: Path, start: bytes | None = None) -> None:
+def refuse_lfs_pointer(path: Path) -> None:
     """Refuses the text stub that a Git-LFS checkout leaves where the file itself was not fetched.
 
     Raises:
         ValueError: it is one, or the file is empty.
     """
-    if start is None:
-        with path.open("rb") as file:
-            start = file.read(len(_LFS))
+    with path.open("rb") as file:
+        start = file.read(len(_LFS))
     if start.startswith(_LFS):
         raise ValueError(f"{path} is a Git-LFS pointer, not the data: run 'git lfs pull' in its repository.")
     if not start:

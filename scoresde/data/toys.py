@@ -105,7 +105,55 @@ class Checkerboard(Toy):
         return x.new_full((len(x),), -math.log(2 * self.half_width**2)).masked_fill(~dark, -torch.inf)
 
 
-class Moons(Toy):
+class NoisyCurves(Toy):
+    """Equal mixture of c(t) + std·ε over curves, t ~ U[low, high], moved to the origin and scaled to variance 1.
+
+    The density is a one-dimensional integral of Gaussians along each curve, by Gauss–Legendre panels of 16 nodes that
+    are at most two standard deviations long: log p is exact to round-off near the curve, and to 1e-7 at 28 standard
+    deviations from it, where an end of the curve may contribute a boundary layer of a few hundredths of std.
+
+    Args:
+        curves: t (n,) -> points (n, 2).
+        low, high: range of t.
+        std: of the noise, in (0, 1).
+    """
+
+    def __init__(self, curves: Sequence[Callable[[Tensor], Tensor]], low: float, high: float, std: float):
+        self.curves, self.low, self.high, self.std = curves, low, high, _checked_std(std)
+        # any fine rule finds mean and scale; the panels then follow from the largest speed along the scaled curves
+        t = torch.linspace(low, high, 4097, dtype=torch.float64)
+        speed = max(float(curve(t).diff(dim=0).norm(dim=1).max()) * 4096 / (high - low) for curve in curves)
+        self.mean, self.scale = torch.zeros(2, dtype=torch.float64), 1.0
+        points, weights = self._nodes(512)
+        self.mean = weights @ points
+        variance = float(weights @ ((points - self.mean) ** 2).sum(1))
+        self.scale = math.sqrt(2 * (1 - std**2) / variance)
+        panels = math.ceil((high - low) * speed * self.scale / (2 * std))
+        self.points, weights = self._nodes(panels)
+        self.log_weights = weights.log()
+
+    def _at(self, curve: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
+        return self.scale * (curve(t) - self.mean)
+
+    def _nodes(self, panels: int) -> tuple[Tensor, Tensor]:
+        """(K, 2) points on the curves and their (K,) probabilities."""
+        u, w = (torch.from_numpy(value) for value in np.polynomial.legendre.leggauss(16))
+        unit = (torch.arange(panels, dtype=torch.float64)[:, None] + (u + 1) / 2).flatten() / panels
+        t = self.low + (self.high - self.low) * unit
+        points = torch.cat([self._at(curve, t) for curve in self.curves])
+        return points, (w / (2 * panels * len(self.curves))).repeat(panels * len(self.curves))
+
+    def sample(self, n: int, *, rng: Rng) -> Tensor:
+        which = rng.integers(len(self.curves), (n,))
+        t = self.low + (self.high - self.low) * rng.uniform((n,), dtype=torch.float64)
+        points = torch.stack([self._at(curve, t) for curve in self.curves])[which, torch.arange(n)]
+        return (points + self.std * rng.normal((n, 2), dtype=torch.float64)).float()
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        return _log_mixture(_checked_points(x), self.points, self.log_weights, self.std)
+
+
+class Moons(NoisyCurves):
     """Two interleaved half circles plus isotropic Gaussian noise (the two moons of scikit-learn, rescaled).
 
     Args:
@@ -115,16 +163,10 @@ class Moons(Toy):
     name = "moons"
 
     def __init__(self, std: float = 0.1):
-        self._curves = _NoisyCurves((_upper_moon, _lower_moon), 0.0, math.pi, _checked_std(std))
-
-    def sample(self, n: int, *, rng: Rng) -> Tensor:
-        return self._curves.sample(n, rng)
-
-    def log_prob(self, x: Tensor) -> Tensor:
-        return self._curves.log_prob(_checked_points(x))
+        super().__init__((_upper_moon, _lower_moon), 0.0, math.pi, std)
 
 
-class SwissRoll(Toy):
+class SwissRoll(NoisyCurves):
     """The spiral (t cos t, t sin t), t ~ U[3π/2, 9π/2], plus isotropic Gaussian noise, rescaled.
 
     Args:
@@ -134,13 +176,7 @@ class SwissRoll(Toy):
     name = "swiss_roll"
 
     def __init__(self, std: float = 0.1):
-        self._curves = _NoisyCurves((_spiral,), 1.5 * math.pi, 4.5 * math.pi, _checked_std(std))
-
-    def sample(self, n: int, *, rng: Rng) -> Tensor:
-        return self._curves.sample(n, rng)
-
-    def log_prob(self, x: Tensor) -> Tensor:
-        return self._curves.log_prob(_checked_points(x))
+        super().__init__((_spiral,), 1.5 * math.pi, 4.5 * math.pi, std)
 
 
 class Pinwheel(Toy):
@@ -196,56 +232,6 @@ def _lower_moon(t: Tensor) -> Tensor:
 
 def _spiral(t: Tensor) -> Tensor:
     return torch.stack([t * t.cos(), t * t.sin()], -1)
-
-
-class _NoisyCurves:
-    """Equal mixture of c(t) + std·ε over curves, t ~ U[low, high], moved to the origin and scaled to variance 1.
-
-    The density is a one-dimensional integral of Gaussians along each curve, by Gauss–Legendre panels of 16 nodes that
-    are at most two standard deviations long: log p is exact to round-off near the curve, and to 1e-7 at 28 standard
-    deviations from it, where an end of the curve may contribute a boundary layer of a few hundredths of std.
-    """
-
-    def __init__(
-        self,
-        curves: Sequence[Callable[[Tensor], Tensor]],
-        low: float,
-        high: float,
-        std: float,
-        nodes: int = 16,
-    ):
-        self.curves, self.low, self.high, self.std = curves, low, high, std
-        # any fine rule finds mean and scale; the panels then follow from the largest speed along the scaled curves
-        t = torch.linspace(low, high, 4097, dtype=torch.float64)
-        speed = max(float(curve(t).diff(dim=0).norm(dim=1).max()) * 4096 / (high - low) for curve in curves)
-        self.mean, self.scale = torch.zeros(2, dtype=torch.float64), 1.0
-        points, weights = self._nodes(512, nodes)
-        self.mean = weights @ points
-        spread = float(weights @ ((points - self.mean) ** 2).sum(1))
-        self.scale = math.sqrt(2 * (1 - std**2) / spread)
-        panels = math.ceil((high - low) * speed * self.scale / (2 * std))
-        self.points, weights = self._nodes(panels, nodes)
-        self.log_weights = weights.log()
-
-    def _at(self, curve: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
-        return self.scale * (curve(t) - self.mean)
-
-    def _nodes(self, panels: int, nodes: int) -> tuple[Tensor, Tensor]:
-        """(K, 2) points on the curves and their (K,) probabilities."""
-        u, w = (torch.from_numpy(value) for value in np.polynomial.legendre.leggauss(nodes))
-        unit = (torch.arange(panels, dtype=torch.float64)[:, None] + (u + 1) / 2).flatten() / panels
-        t = self.low + (self.high - self.low) * unit
-        points = torch.cat([self._at(curve, t) for curve in self.curves])
-        return points, (w / (2 * panels * len(self.curves))).repeat(panels * len(self.curves))
-
-    def sample(self, n: int, rng: Rng) -> Tensor:
-        which = rng.integers(len(self.curves), (n,))
-        t = self.low + (self.high - self.low) * rng.uniform((n,), dtype=torch.float64)
-        points = torch.stack([self._at(curve, t) for curve in self.curves])[which, torch.arange(n)]
-        return (points + self.std * rng.normal((n, 2), dtype=torch.float64)).float()
-
-    def log_prob(self, x: Tensor) -> Tensor:
-        return _log_mixture(x, self.points, self.log_weights, self.std)
 
 
 def _log_mixture(x: Tensor, centres: Tensor, log_weights: Tensor, std: float) -> Tensor:

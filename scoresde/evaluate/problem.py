@@ -1,4 +1,4 @@
-"""An inverse problem in model coordinates, and its parts in units of the raw data."""
+"""An inverse problem in model coordinates: how it is measured, and its parts in units of the raw data."""
 
 from __future__ import annotations
 
@@ -10,7 +10,11 @@ from torch import Tensor
 
 from ..codecs import Scaling
 from ..data import Dataset
+from ..data.readers import HeldOut, SampleFile
 from ..inverse import Observation
+from ..noise.rng import Rng
+
+_NOISE = 2**62  # seeds of the noise in measurements are above those of samples
 
 
 @dataclass(frozen=True)
@@ -42,13 +46,103 @@ class Problem:
         return found.hexdigest()
 
     def told(self, n: int) -> dict[str, Tensor]:
-        """What a posterior denoiser hears of n samples of each input."""
+        """The condition by which a posterior denoiser is given y, of n samples of each input."""
         return {"y": self.y.repeat_interleave(n, 0)}
 
     def residual(self, x: Tensor) -> float:
         """Root mean square of y − A(x) over what is seen, for x (k, n, *event): std if all is well."""
         gap = self.observation(x.flatten(0, 1)) - self.y.repeat_interleave(x.shape[1], 0)
         return float(gap[:, self.seen].double().square().mean().sqrt())
+
+
+class Measurement:
+    """Reads what was measured, or measures clean samples, by one observation.
+
+    Attributes:
+        seen: (*y) bool, the entries of y on which x has any influence.
+
+    Raises:
+        ValueError: an operator that is said to be linear and is not.
+    """
+
+    def __init__(self, dataset: Dataset, observation: Observation):
+        self.dataset, self.observation = dataset, observation
+        event = dataset.event_shape
+        noise = Rng(0).normal((1, *event))
+        observation.near(noise, observation.split({"y": observation(noise)})[0])  # refuses what is not linear
+        self.seen = (observation(noise) != 0)[0]
+        # of the constant 1: an operator that keeps it commutes with the scaling of the data
+        self._unit = observation(torch.ones(1, *event))[0]
+        self._keeps = bool(((self._unit - 1)[self.seen].abs() < 1e-4).all())
+
+    def problem(self, inputs: list[str], mask: Tensor | None, *, simulate: bool, seed: int) -> Problem:
+        """The problem of inputs that are all held-out samples, all clean (`simulate`), or all measured.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: what is in a file does not fit, or inputs of both kinds.
+        """
+        clean = [x for x in (self._clean(name, simulate) for name in inputs) if x is not None]
+        if clean and len(clean) < len(inputs):
+            raise ValueError("Inputs are all test:… (or simulate=true), or all measured; got both.")
+        ys = [self._simulated(x, seed) for x in clean] or [self._read(name) for name in inputs]
+        truth = torch.stack(clean) if clean else None
+        return Problem(self.observation, torch.stack(ys), self.seen, mask, truth, inputs)
+
+    def _clean(self, name: str, simulate: bool) -> Tensor | None:
+        """The sample behind an input that is to be degraded; None for one that is measured."""
+        dataset = self.dataset
+        if HeldOut.named(name):
+            return dataset.encode(dataset.test.raw[HeldOut(name).index(len(dataset.test), f"input={name}")])[0]
+        if not simulate:
+            return None
+        file = SampleFile(name)
+        values = file.read(dataset.event_shape, "a clean sample")
+        self._check_range(file, values)
+        slope, offset = affine(dataset.scaling, file.is_picture)
+        return slope * values + offset
+
+    def _simulated(self, x: Tensor, seed: int) -> Tensor:
+        """y of a clean x (*event): its noise depends on x and the seed alone."""
+        own = int(hashlib.sha256(x.numpy().tobytes()).hexdigest()[:15], 16)
+        seen = self.observation(x[None])
+        noise = Rng(seeds=[_NOISE + (own ^ seed)]).normal_like(seen)
+        return torch.where(self.seen, seen + self.observation.std.to(seen) * noise, 0)[0]
+
+    def _read(self, name: str) -> Tensor:
+        """y from a file, in model coordinates: A of raw values v becomes A of slope · v + offset."""
+        file, shape = SampleFile(name), tuple(self._unit.shape)
+        try:
+            values = file.read(shape, "what was measured")
+        except ValueError as error:
+            if shape == self.dataset.event_shape:
+                raise
+            raise ValueError(f"{error} To degrade a clean sample instead: simulate=true.") from error
+        if file.is_picture and not self._keeps:
+            raise ValueError(f"{name}: what this operator measures is no picture; give its values as .npy.")
+        self._check_range(file, values[self.seen])
+        if not self.observation.linear:
+            return values  # there is no rule: taken to be of model data
+        slope, offset = affine(self.dataset.scaling, file.is_picture)
+        return torch.where(self.seen, slope * values + offset * self._unit, 0)
+
+    def _check_range(self, file: SampleFile, values: Tensor) -> None:
+        """Refuses values that the data cannot have, noise included, and pictures of data that have no range."""
+        scaling = self.dataset.scaling
+        bounded = scaling.levels is not None or scaling.bounded
+        if file.is_picture and not bounded:
+            raise ValueError(f"{file.path}: data without a range are in no picture; give their values as .npy.")
+        if not bool(torch.isfinite(values).all()):
+            raise ValueError(f"{file.path} holds NaN or infinite values.")
+        if file.is_picture or not bounded or not self._keeps:
+            return
+        low, high = (0, scaling.levels - 1) if scaling.levels else (scaling.raw_low, scaling.raw_high)
+        slack = 6 * float(self.observation.std.max()) / affine(scaling)[0] + 1e-6 * (high - low)
+        if float(values.min()) < low - slack or float(values.max()) > high + slack:
+            raise ValueError(
+                f"{file.path}: expected values {low:g} … {high:g} as the data of the run have, found "
+                f"{float(values.min()):g} … {float(values.max()):g}."
+            )
 
 
 def affine(scaling: Scaling, picture: bool = False) -> tuple[float, float]:
@@ -70,7 +164,7 @@ def raw_values(x: Tensor, dataset: Dataset) -> Tensor:
 
 
 def raw_measurement(problem: Problem, dataset: Dataset) -> Tensor:
-    """y (k, *y) in units of the raw data, NaN where nothing is seen; of operators that are not linear, as it is."""
+    """y (k, *y) in units of the raw data, NaN where nothing is seen; unchanged for operators that are not linear."""
     if not problem.observation.linear:
         return problem.y
     slope, offset = affine(dataset.scaling)

@@ -25,6 +25,19 @@ from .conditions import alike, in_turn, told_arrays, told_in_turn
 from .evaluation import BitsPerDim, OdeLikelihood, Samples, drawing, evenly_spaced
 from .shards import Job, Shards
 
+# What a command may leave in its folder, as it is listed at the end.
+_RESULTS = {
+    "restored": "restored.png",
+    "samples": "samples.png",
+    "trajectory": "trajectory.png",
+    "loss curve": "loss.png",
+    "arrays": "samples.npz",
+    "metrics": "metrics.jsonl",
+    "summary": "summary.md",
+    "checkpoints": "checkpoints",
+    "W&B": "wandb",
+}
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -188,7 +201,7 @@ class Report:
         Bits/dim stand in every row: they are the model's, by the probability-flow ODE. Returns what `summary.json`
         holds: `facts` and what was measured.
         """
-        dataset, accuracy = self.dataset, self.likelihood.solver.accuracy
+        dataset, accuracy = self.dataset, self.likelihood.accuracy
         write_samples(made, dataset, folder, seeds=self.seeds, pictures=self.evaluation.pictures)
         distances, exact = distances_of(made, dataset), exact_bits(dataset, self.evaluation.points)
         lines = [
@@ -250,7 +263,7 @@ def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def list_files(folder: Path, what: Mapping[str, str]) -> str:
-    """Lines 'meaning  path' for the files that exist."""
-    lines = [f"  {label:<14} {folder / name}" for label, name in what.items() if (folder / name).exists()]
+def list_files(folder: Path) -> str:
+    """Lines 'meaning  path' for the results that a folder holds."""
+    lines = [f"  {label:<14} {folder / name}" for label, name in _RESULTS.items() if (folder / name).exists()]
     return "\n".join([f"Results in {folder}:", *lines])

@@ -1,11 +1,9 @@
-"""What a command makes of an inverse problem: restored samples, their mean and spread, and how far they are off."""
+"""Restored samples of an inverse problem: their mean and deviation, how far they are off, arrays and pictures."""
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,67 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..config import ConfigError, build, taken
 from ..data import Dataset
-from ..diffusion.denoiser import Cond, Denoiser, model_device
-from ..inverse import WithoutMeasurement
-from ..sampling import Sampler
+from ..diffusion.denoiser import Cond
 from . import figures
-from .conditions import by_name, told_arrays
+from .conditions import told_arrays
 from .evaluation import Samples
 from .problem import Problem, raw_measurement, raw_values
-
-
-@dataclass(frozen=True)
-class Method:
-    """How a problem is solved: what is sampled, by what, and how many at a time."""
-
-    denoiser: Denoiser
-    samplers: dict[str, Sampler]
-    batch_size: int
-
-
-def choose_method(
-    problem: Problem | None, node: Any, denoiser: Denoiser, samplers: Mapping[str, Sampler], allow: Sequence[str], *,
-    cond: Cond, n: int, batch_size: int,
-) -> Method:  # fmt: skip
-    """The posterior method that `node` describes: a denoiser around `denoiser`, or steps around or instead of those of
-    the samplers. Particles of one input move together, in a batch of their own. Without a problem all stays as it is.
-
-    Raises:
-        ConfigError, ValueError: it cannot be built, or does not fit; or n particles are more than a batch, or are told
-            different things by `cond`.
-    """
-    if problem is None:
-        return Method(denoiser, dict(samplers), batch_size)
-    observation = copy.deepcopy(problem.observation).to(model_device(denoiser))
-    asks = taken(node, allow, key="posterior")[0]
-    if "denoiser" in asks:
-        told = build(node, allow, key="posterior", denoiser=denoiser, observation=observation)
-        return Method(told, dict(samplers), batch_size)
-    facts: dict[str, Any] = {}
-    if "particles" in asks:
-        if n > batch_size:
-            raise ConfigError(f"The n={n} particles of an input move together: batch_size is at least {n}.")
-        for name, rows in by_name(cond).items():
-            each = rows.unflatten(0, (-1, n)).nan_to_num()
-            if not torch.equal(each, each[:, :1].expand_as(each)):
-                raise ConfigError(
-                    f"The n={n} particles of an input move together and are told the same: cond.{name} has one row, or "
-                    "is input."
-                )
-        batch_size, facts = n, {} if node.get("particles") else {"particles": n}
-
-    def around(sampler: Sampler) -> Sampler:
-        own = {"step": sampler.step} if "step" in asks else {}
-        step = build(node, allow, key="posterior", observation=observation, **own, **facts)
-        return Sampler(step, sampler.grid, sampler.steps, sampler.denoise)
-
-    return Method(
-        WithoutMeasurement(denoiser, observation),
-        {name: around(sampler) for name, sampler in samplers.items()},
-        batch_size,
-    )
 
 
 def measured(problem: Problem, made: Mapping[str, Samples], dataset: Dataset) -> dict[str, dict[str, float]]:
@@ -94,36 +37,41 @@ def measured(problem: Problem, made: Mapping[str, Samples], dataset: Dataset) ->
 
 
 def write_restored(
-    problem: Problem, made: Mapping[str, Samples], dataset: Dataset, folder: Path, *,
-    cond: Cond, seeds: Sequence[int], pictures: bool,
-) -> None:  # fmt: skip
+    problem: Problem,
+    made: Mapping[str, Samples],
+    dataset: Dataset,
+    folder: Path,
+    *,
+    cond: Cond,
+    seeds: Sequence[int],
+    pictures: bool,
+) -> None:
     """`samples.npz` and pictures, of the first sampler without its name, of others with it.
 
     Arrays, in the coordinates of the raw data: given (k, *y), NaN where nothing is seen; mask (*event); truth
-    (k, *event), where there is one; samples (k, n, *event); mean and std (k, *event), not rounded; and what
-    samples were told, `labels` (k, n), `cond_vector`, `cond_image`, `cond_tokens` (k, n, …).
+    (k, *event), where there is one; samples (k, n, *event); mean and std (k, *event), not rounded; and the conditions
+    of the samples, `labels` (k, n), `cond_vector`, `cond_image`, `cond_tokens` (k, n, …).
     """
     arrays: dict[str, Any] = {
-        "given": raw_measurement(problem, dataset).numpy(), "inputs": np.asarray(problem.inputs),
-        "seeds": np.asarray(list(seeds)), **told_arrays(cond, len(problem.inputs)),
-    }  # fmt: skip
+        "given": raw_measurement(problem, dataset).numpy(),
+        "inputs": np.asarray(problem.inputs),
+        "seeds": np.asarray(seeds),
+        **told_arrays(cond, len(problem.inputs)),
+    }
     if problem.mask is not None:
         arrays["mask"] = problem.mask.numpy()
     if problem.truth is not None:
         arrays["truth"] = dataset.decode(problem.truth).numpy()
+    slope = raw_values(torch.ones(()), dataset) - raw_values(torch.zeros(()), dataset)
+    seen, limits = problem.seen if problem.mask is not None else None, data_range(dataset)
     for index, (name, samples) in enumerate(made.items()):
         suffix, x = f"-{name}" if index else "", _by_input(samples.x, problem)
-        slope = raw_values(torch.ones(()), dataset) - raw_values(torch.zeros(()), dataset)
-        arrays |= {
-            f"samples{suffix}": dataset.decode(x).numpy(),
-            f"mean{suffix}": raw_values(x.mean(1), dataset).numpy(),
-            f"std{suffix}": (slope * x.std(1, correction=0)).numpy(),
-        }
+        arrays[f"samples{suffix}"] = dataset.decode(x).numpy()
+        arrays[f"mean{suffix}"] = raw_values(x.mean(1), dataset).numpy()
+        arrays[f"std{suffix}"] = (slope * x.std(1, correction=0)).numpy()
         if pictures:
-            figures.restored(
-                problem.y, x, problem.truth, folder / f"restored{suffix}.png",
-                seen=problem.seen if problem.mask is not None else None, limits=data_range(dataset),
-            )  # fmt: skip
+            path = folder / f"restored{suffix}.png"
+            figures.restored(problem.y, x, problem.truth, path, seen=seen, limits=limits)
             figures.trajectory(samples.frames, samples.times, folder / f"trajectory{suffix}.png")
     np.savez_compressed(folder / "samples.npz", **arrays)
 

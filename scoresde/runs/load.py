@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ..checks import whole
-from ..config import ConfigError, build, build_network, taken
+from ..config import ConfigError, build, build_network, leaves_open
 from ..data import Dataset
 from ..diffusion.denoiser import Denoiser, model_device
 from ..losses.denoising import DenoisingLoss
@@ -21,6 +21,7 @@ from .checkpoint import CheckpointError, best, latest
 from .posthoc import reconstruct
 
 _NEEDED = {"data", "network", "denoiser", "sde", "parameterization", "conditional"}  # what a model is rebuilt from
+_CLASSIFIER_LOSS = "scoresde.ClassifierLoss"
 
 
 @dataclass(frozen=True)
@@ -46,8 +47,8 @@ class LoadedRun:
 
     @property
     def draws(self) -> bool:
-        """See `draws`."""
-        return draws(self.denoiser)
+        """Whether samples can be drawn from its model, which is no classifier."""
+        return self.denoiser.draws
 
 
 def choose_device(name: str) -> torch.device:
@@ -94,24 +95,18 @@ def build_denoiser(config: Mapping[str, Any], dataset: Dataset, allow: Sequence[
     classes, node = dataset.classes if config["conditional"] else 0, config["denoiser"]
     network = build_network(config["network"], allow, key="network", event_shape=dataset.event_shape, classes=classes)
     facts = {"network": network, "sde": build(config["sde"], allow, key="sde")}
-    asks, others = taken(node, allow, key="denoiser")
-    if others or "parameterization" in asks:
+    if leaves_open(node, "parameterization", allow, key="denoiser"):
         facts["parameterization"] = build(config["parameterization"], allow, key="parameterization")
     return build(node, allow, key="denoiser", **facts)
 
 
-def draws(denoiser: Denoiser) -> bool:
-    """Whether samples can be drawn from it: a classifier has no noise to start from."""
-    return denoiser.draws
-
-
-def check_classifier(config: Mapping[str, Any], allow: Sequence[str]) -> None:
+def check_classifier(config: Mapping[str, Any]) -> None:
     """Refuses a classifier's loss where labels are not told, or where samples or bits/dim are asked for.
 
     Raises:
         ConfigError: it is one of these.
     """
-    if "classifier" not in taken(config["loss"], allow, key="loss")[0]:
+    if _target(config["loss"]) != _CLASSIFIER_LOSS:
         return
     if not config["conditional"]:
         raise ConfigError("A classifier learns labels, which conditional=true tells it.")
@@ -123,19 +118,24 @@ def check_classifier(config: Mapping[str, Any], allow: Sequence[str]) -> None:
 
 
 def build_loss(config: Mapping[str, Any], denoiser: Denoiser, allow: Sequence[str]) -> DenoisingLoss:
-    """The loss of a resolved configuration, by whose parameter one sees what it trains.
+    """The loss of a resolved configuration, around the denoiser or the classifier that it trains.
 
     Raises:
-        ConfigError: it cannot be built; or it is a classifier's, and that is none, or the reverse.
+        ConfigError: it cannot be built, or the loss and the denoiser do not match.
     """
-    node = config["loss"]
-    name = "classifier" if "classifier" in taken(node, allow, key="loss")[0] else "denoiser"
-    if (name == "denoiser") != draws(denoiser):
+    target = _target(config["loss"])
+    trains = {"scoresde.DenoisingLoss": True, _CLASSIFIER_LOSS: False}  # something to draw from
+    if denoiser.draws != trains.get(target, denoiser.draws):
         raise ConfigError(
-            f"{node['_target_']} does not train a {config['denoiser']['_target_']}. A classifier takes "
-            "network=classifier, denoiser=classifier and loss=classifier together, as in experiment=digits_classifier."
+            f"{target} does not train a {_target(config['denoiser'])}. A classifier takes network=classifier, "
+            "denoiser=classifier and loss=classifier together, as in experiment=digits_classifier."
         )
-    return build(node, allow, key="loss", **{name: denoiser})
+    return build(config["loss"], allow, denoiser, key="loss")
+
+
+def _target(node: Any) -> Any:
+    """The target of a part of a configuration; None where there is none."""
+    return node.get("_target_") if isinstance(node, Mapping) else None
 
 
 @torch.no_grad()

@@ -270,8 +270,8 @@ def test_guides_that_do_not_fit_are_refused(
     always = replace(told, config=told.config | {"network": told.config["network"] | {"cond_dropout": 0.0}})
     assert "tell it, too, guidance.conditional=true" in found(always, judge, conditional=False)
     monkeypatch.setattr(scoresde.cli.guided, "load_run", lambda *args, **kwargs: judge)
-    assert build_guidance(options, always, []).told is always
+    assert build_guidance(options, always, []).conditioned is always
     # a label for the classifier alone has the classes of the classifier's data
-    assert build_guidance(options | {"guidance": node | {"conditional": False}}, free, []).told is judge
+    assert build_guidance(options | {"guidance": node | {"conditional": False}}, free, []).conditioned is judge
     cond, _ = choose_cond(dict.fromkeys(("label",)), 4, judge)
     assert isinstance(cond, Tensor) and cond.tolist() == [0, 1, 2, 0]

@@ -36,6 +36,7 @@ from scoresde import (
     Sampler,
     Step,
 )
+from scoresde.cli._hydra import read
 from scoresde.cli.train import assemble
 from scoresde.config import ConfigError, build, build_network, config_dir, parameters, targets
 from scoresde.data import Dataset
@@ -70,7 +71,8 @@ def on_the_command_line() -> Iterator[Callable[..., DictConfig]]:
 
     def start(*overrides: str) -> DictConfig:
         with initialize_config_dir(str(CONF), version_base="1.3"):
-            HydraConfig.instance().set_config(compose("train", list(overrides), return_hydra_config=True))
+            started = [*overrides, "hydra.runtime.output_dir=out"]
+            HydraConfig.instance().set_config(compose("train", started, return_hydra_config=True))
         return composed(*overrides)
 
     yield start
@@ -241,7 +243,7 @@ def test_every_experiment_says_how_to_run_it_and_builds(experiment: str, tmp_pat
     given = files(tmp_path)
     needed = [more for option, more in given.items() if f"override /data: {option}" in text]
     more = given.get(experiment, needed[0] if needed else [])
-    plan = assemble(on_the_command_line(named, *more), Alone())
+    plan = assemble(read(on_the_command_line(named, *more)), Alone())
     assert plan.samplers and all(isinstance(sampler, Sampler) for sampler in plan.samplers.values())
     assert sum(p.numel() for p in plan.training.loss.parameters()) > 0
 
@@ -392,10 +394,10 @@ def test_a_network_of_ones_own_is_allowed_by_its_exact_name(
     (tmp_path / "network" / "own.yaml").write_text("_target_: own_network.Net\n_partial_: true\nsize: 8\n")
     chosen = (f"hydra.searchpath=[file://{tmp_path}]", "network=own", "data=8gaussians")
     with pytest.raises(ConfigError, match=r"network\._target_=own_network\.Net .*'allow_targets=\[own_network\.Net\]'"):
-        assemble(on_the_command_line(*chosen), Alone())
+        assemble(read(on_the_command_line(*chosen)), Alone())
     with pytest.raises(ConfigError, match=r"own_network\.Net is not"):
-        assemble(on_the_command_line(*chosen, "allow_targets=[own_network.Other,own_network]"), Alone())
-    plan = assemble(on_the_command_line(*chosen, "allow_targets=[own_network.Net]"), Alone())
+        assemble(read(on_the_command_line(*chosen, "allow_targets=[own_network.Other,own_network]")), Alone())
+    plan = assemble(read(on_the_command_line(*chosen, "allow_targets=[own_network.Net]")), Alone())
     network = plan.training.loss.denoiser.network
     assert type(network).__name__ == "Net" and network.event_shape == (2,)
     before = network.body.weight.detach().clone()

@@ -28,8 +28,8 @@ from scoresde import (
 )
 from scoresde.cli.conditions import choose_cond
 from scoresde.cli.guided import build_guidance, check_guidance
-from scoresde.cli.problem import Problem
 from scoresde.config import ConfigError
+from scoresde.evaluate.problem import Problem
 from scoresde.inverse import WithoutMeasurement
 from scoresde.runs.load import LoadedRun, load_run
 

@@ -28,7 +28,7 @@ from scoresde import (
 )
 from scoresde.cli.problem import read_mask, read_problem
 from scoresde.codecs import Scaling
-from scoresde.config import config_dir, plain
+from scoresde.config import config_dir, resolved
 from scoresde.data import Dataset, Split
 from scoresde.evaluate.figures import restored
 from scoresde.runs.load import LoadedRun
@@ -247,7 +247,7 @@ COMMANDS = {
     "problem=superres input=test:0 posterior=smc batch_size=4": "The n=16 particles of an input move together",
     "problem=superres input=test:0 guidance=cfg": "guidance=cfg steers towards a condition, and run was",
     "problem=superres input=test:0 cond.label=3": "cond.label=3: run was trained without labels",
-    "problem=superres input=test:0 n=0": "n is at least 1",
+    "problem=superres input=test:0 n=0": "n is a whole number of at least 1; got 0",
 }
 
 
@@ -317,7 +317,7 @@ def test_what_is_wrong_is_told(words: str, tmp_path: Path, monkeypatch: pytest.M
     given = OmegaConf.from_dotlist(words.split())
     node = OmegaConf.load(Path(config_dir(), "problem", f"{given.name}.yaml")).problem
     node = node and OmegaConf.merge(node, {key: given[key] for key in ("operator", "std") if key in given})
-    options = {"input": None, "mask": None, "simulate": False, "seed": 0, **plain(given), "problem": plain(node)}
+    options = {"input": None, "mask": None, "simulate": False, "seed": 0, **resolved(given), "problem": resolved(node)}
     with pytest.raises((ValueError, OSError)) as caught:
         read_problem(options, gaussian(1)[1], [])
     assert all(part.strip() in str(caught.value) for part in WRONG[words].split(".*")), caught.value

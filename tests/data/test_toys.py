@@ -131,7 +131,7 @@ def test_a_toy_dataset_lives_in_model_coordinates(kind):
         (lambda: SwissRoll(std=-1), "std"),
         (lambda: Checkerboard(cells=3), "even"),
         (lambda: Pinwheel(arms=0), "arms"),
-        (lambda: toy_dataset(Moons(), train=0), "train=0"),
+        (lambda: toy_dataset(Moons(), train=0), "train is a whole number of at least 1; got 0"),
         (lambda: Moons().log_prob(torch.zeros(3)), r"\(3,\)"),
     ],
 )
