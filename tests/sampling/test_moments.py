@@ -1,4 +1,4 @@
-"""Every predictor, corrector and SDE in every combination lands on the exact moments of a mixture.
+"""Every predictor, corrector and SDE lands on the exact moments of a mixture, in all combinations of two of them.
 
 Runs go from the prior at t_max to t_min on `KarrasGrid`, whose short steps lie where the density is all noise and the
 errors of a step multiply. `denoise=False`: x at t_min has exactly known moments.
@@ -7,6 +7,7 @@ errors of a step multiply. `denoise=False`: x at t_min has exactly known moments
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -94,9 +95,15 @@ def assert_lands_on_moments(step: Step, sde: SDE, event: tuple[int, ...], n: int
     assert_moments((gain * fine - coarse) / (gain - 1), slack=0.5 * (fine - coarse).mean(0).abs())
 
 
-@pytest.mark.parametrize("sde", ALL)
-@pytest.mark.parametrize("corrector", CORRECTORS)
-@pytest.mark.parametrize("predictor", PREDICTORS)
+def combinations() -> Iterator[tuple[str, str, str]]:
+    """Every predictor on every SDE; with each corrector on two SDEs, so that each of those meets every SDE twice."""
+    for i, predictor in enumerate(PREDICTORS):
+        yield from ((predictor, "none", sde) for sde in ALL)
+        for j, corrector in enumerate(("langevin", "annealed-langevin")):
+            yield from ((predictor, corrector, list(ALL)[(i + 2 * j + k) % len(ALL)]) for k in (0, 4))
+
+
+@pytest.mark.parametrize(("predictor", "corrector", "sde"), list(combinations()))
 def test_predictor_and_corrector_land_on_the_moments(predictor, corrector, sde) -> None:
     step, correct = PREDICTORS[predictor], CORRECTORS[corrector]
     if correct is not None:

@@ -7,6 +7,7 @@ coefficient is smooth, so the error is C h^p (1 + c h) and the measured slope is
 from __future__ import annotations
 
 import math
+from functools import cache
 from itertools import pairwise
 
 import pytest
@@ -58,16 +59,21 @@ def pairs(steps: dict[str, Step]) -> list:
     ]
 
 
+@cache
+def solved(sde: SDE) -> tuple[GaussianMixtureDenoiser, Tensor, Tensor]:
+    """A mixture of full covariances, draws of x at λ = −3, and where the probability-flow ODE takes them."""
+    denoiser, (first, last) = mixture(sde, (2,), seed=1), grid(sde, 1)
+    x = start(denoiser, first)
+    return denoiser, x, AdaptiveODE(1e-10, 1e-10, backend="native").move(denoiser, x, first, last)
+
+
 @pytest.mark.parametrize(("step", "sde"), pairs(DETERMINISTIC))
 def test_ode_steps_converge_at_their_order(step, sde) -> None:
     """RMS distance to the probability-flow ODE solved to 1e-10, on a mixture of full covariances.
 
     The finest Heun error is above 1e-6, so the reference's own error moves a slope by less than 1e-3.
     """
-    denoiser = mixture(sde, (2,), seed=1)
-    times = grid(sde, 1)
-    x = start(denoiser, times[0])
-    exact = AdaptiveODE(1e-10, 1e-10, backend="native").move(denoiser, x, times[0], times[1])
+    denoiser, x, exact = solved(sde)
     errors = []
     for n in COUNTS:
         y = x
