@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import sys
 import time
 from collections import deque
@@ -18,7 +17,7 @@ Item = TypeVar("Item")
 def track(
     items: Iterable[Item], label: str, total: int | None = None, *, show: bool = True, every: float = 30.0
 ) -> Iterator[Item]:
-    """The items as they are, with the rate and the time left: a bar on a terminal, elsewhere a line now and then.
+    """Passes the items on and shows the rate and the time left: a bar on a terminal, elsewhere a line now and then.
 
     Args:
         items, label: what passes and what to call it.
@@ -51,27 +50,27 @@ class Progress:
     """Shows images, loss, rate, time left and peak memory: a bar on a terminal, a line now and then elsewhere.
 
     The rate is that of the last ten intervals between losses, at which the device has finished what it was given; the
-    first step, which may compile, and what is done within `paused` are no part of it.
+    first step, which may compile, and what is done within `paused` are no part of it. Where stderr is no terminal there
+    are `LINES` lines over the run at even distances, and one at the first loss that comes more than `SECONDS` seconds
+    after the last line.
 
     Args:
         total: images of the whole run.
         done: images already behind it.
-        lines: lines printed over the run where stderr is no terminal, at even distances.
-        seconds: a line comes no later than this after the last one, if a loss is known.
         device: whose memory is shown, "cuda" or "cuda:1"; any other stands for the process.
+        show: False for silence, as in every process but the first.
     """
 
-    def __init__(
-        self, total: int, done: int = 0, lines: int = 10, *, seconds: float = 300.0, device: torch.device | str = "cpu"
-    ):
-        self.total, self.done, self.lines, self.seconds = total, done, lines, seconds
-        self.device = torch.device(device)
+    LINES, SECONDS = 10, 300.0
+
+    def __init__(self, total: int, done: int = 0, *, device: torch.device | str = "cpu", show: bool = True):
+        self.total, self.done, self.show, self.device = total, done, show, torch.device(device)
         self._idle = 0.0
         self._start = self._shown = time.monotonic()
         self._marks: deque[tuple[float, int]] = deque(maxlen=11)  # clock and images at the end of each interval
         self._first, self._loss = done, ""
         self._bar = None
-        if sys.stderr.isatty():
+        if show and sys.stderr.isatty():
             from tqdm import tqdm
 
             self._bar = tqdm(total=total, initial=done, dynamic_ncols=True, bar_format="{bar:20} {desc}")
@@ -87,9 +86,9 @@ class Progress:
             if now - self._shown >= 0.1 or images >= self.total:
                 self._bar.n, self._shown = images, now
                 self._bar.set_description_str(self._text(images))
-        elif loss is not None:
+        elif loss is not None and self.show:
             due = self._line(images) > self._line(self.done) or images >= self.total > self.done
-            if due or now - self._shown >= self.seconds:
+            if due or now - self._shown >= self.SECONDS:
                 print(self._text(images), file=sys.stderr, flush=True)
                 self.done, self._shown = images, now
 
@@ -117,29 +116,13 @@ class Progress:
         return time.monotonic() - self._idle
 
     def _line(self, images: int) -> int:
-        return images * self.lines // max(self.total, 1)
+        return images * self.LINES // max(self.total, 1)
 
     def _text(self, images: int) -> str:
         rate = self.rate(images)
         left = duration(max(self.total - images, 0) / max(rate, 1e-9))
         memory = peak_memory(self.device) / 2**30
         return f"train {images:,}/{self.total:,} images{self._loss}  {rate:,.0f} img/s  {left} left  {memory:.1f} GiB"
-
-
-class Silent:
-    """Shows nothing: the progress of every process but the first."""
-
-    def update(self, images: int, loss: float | None = None) -> None:
-        pass
-
-    def paused(self) -> contextlib.AbstractContextManager[None]:
-        return contextlib.nullcontext()
-
-    def rate(self, images: int) -> float:
-        return math.nan
-
-    def close(self) -> None:
-        pass
 
 
 def duration(seconds: float) -> str:

@@ -13,7 +13,7 @@ import torch
 
 from ..checks import whole
 from ..runs.logger import Logger, NullLogger
-from .progress import Progress, Silent
+from .progress import Progress
 from .saver import Saver
 from .signals import Interrupted, Signals, Stopped
 from .slices import local
@@ -77,10 +77,9 @@ class Trainer:
     loss_scale: float | None = None
 
     def __post_init__(self) -> None:
-        for name in ("images", "batch_size", "accumulate", "keep_last", "max_bad_steps"):
-            setattr(self, name, whole(getattr(self, name), name, 1))
-        for name in ("warmup", "cooldown", "keep_best", *(f"{action}_every" for action in ACTIONS)):
-            setattr(self, name, whole(getattr(self, name), name, 0))
+        above = ("images", "batch_size", "accumulate", "keep_last", "max_bad_steps")
+        for name in (*above, "warmup", "cooldown", "keep_best", *(f"{action}_every" for action in ACTIONS)):
+            setattr(self, name, whole(getattr(self, name), name, least=int(name in above)))
         for name in ("clip", "loss_scale"):
             value = getattr(self, name)
             if value is not None and not (isinstance(value, (int, float)) and value > 0):
@@ -164,17 +163,8 @@ class Trainer:
             Stopped: a signal came; the state after the last step is saved.
             CheckpointError: a checkpoint could not be written.
         """
-        _FitLoop(
-            self,
-            state,
-            logger=NullLogger() if logger is None else logger,
-            folder=folder,
-            config=dict(config or {}),
-            evaluate=evaluate,
-            sample=sample,
-            snapshot=snapshot,
-            signals=signals or Signals(),
-        ).run()
+        logger, signals = NullLogger() if logger is None else logger, signals or Signals()
+        _FitLoop(self, state, logger, folder, dict(config or {}), evaluate, sample, snapshot, signals).run()
 
 
 @dataclass
@@ -194,7 +184,7 @@ class _FitLoop:
     def __post_init__(self) -> None:
         trainer, state, leads = self.trainer, self.state, self.state.world.rank == 0
         self.first, self.skipped = state.step, state.tally.averages().skipped
-        self.progress = Progress(trainer.images, state.images, device=state.device) if leads else Silent()
+        self.progress = Progress(trainer.images, state.images, device=state.device, show=leads)
         self.logger = self.logger if leads else NullLogger()
         self.saver = Saver(
             self.folder if leads else None,

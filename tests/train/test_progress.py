@@ -8,7 +8,7 @@ import resource
 
 import pytest
 
-from scoresde.train.progress import Progress, Silent, duration, track
+from scoresde.train.progress import Progress, duration, track
 
 
 class Terminal(io.StringIO):
@@ -116,7 +116,7 @@ def test_durations(seconds: float, text: str) -> None:
 
 
 def test_other_processes_show_nothing(capfd) -> None:
-    progress = Silent()
+    progress = Progress(total=100, show=False)
     with progress.paused():
         progress.update(100, 1.0)
     progress.close()
