@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -13,7 +14,7 @@ import torch
 from child import EVERY_FILE, Job, build, final, newest, nursery, points
 from result import Result
 
-from scoresde.runs.checkpoint import Checkpoint, CheckpointError, latest, load
+from scoresde.runs.checkpoint import Checkpoint, CheckpointError, latest, load, save
 from scoresde.train.saver import Saver
 from scoresde.train.state import TrainingState
 
@@ -48,10 +49,10 @@ def mixed(count: int, scratch: Path) -> Result:
     """Weights, moments and averages change as soon as `save` returns, while the writer is made slow."""
     trainer, run = build(Job(str(scratch)))
     trainer.step(run)  # so that the optimizer has moments
-    saver, problems, inside = Saver(scratch, keep_last=count), list[str](), 0
+    saver, problems, inside = Saver(), list[str](), 0
     for step in range(1, count + 1):
         fill(run, step)
-        saver.save(step, run.tensors(), {**run.records(), **RECORDS})
+        saver.start(partial(save, scratch, step, run.tensors(), {**run.records(), **RECORDS}, keep_last=count))
         fill(run, -step)  # at once
         inside += saver._pending is not None and not saver._pending.done()
     saver.close()
@@ -68,7 +69,7 @@ def one_after_the_other(scratch: Path) -> list[str]:
     """Two saves without a pause: the second waits, both are whole, and nothing unfinished has a name."""
     trainer, run = build(Job(str(scratch)))
     trainer.step(run)
-    saver, seen, rename = Saver(scratch), list[str](), os.rename
+    saver, seen, rename = Saver(), list[str](), os.rename
 
     def watched(old: Any, new: Any) -> None:
         if str(old).endswith(".new"):
@@ -80,7 +81,7 @@ def one_after_the_other(scratch: Path) -> list[str]:
     with mock.patch("os.rename", watched), untouched:
         for step in (1, 2):
             fill(run, step)
-            saver.save(step, run.tensors(), {**run.records(), **RECORDS})
+            saver.start(partial(save, scratch, step, run.tensors(), {**run.records(), **RECORDS}))
         saver.close()
     whole = [steps_in(load(scratch / f"step-{step:08d}")) == {float(step)} for step in (1, 2)]
     alone = seen == [".step-00000001.new", ".step-00000002.new"]
@@ -88,21 +89,23 @@ def one_after_the_other(scratch: Path) -> list[str]:
 
 
 def told(scratch: Path, error: BaseException, go_on: bool, how: str) -> list[str]:
-    """A writer that raises is heard by `check`, by the next `save`, or when the saver is closed."""
+    """A writer that raises is heard by `check`, by the next `start`, or when the saver is closed."""
     trainer, run = build(Job(str(scratch)))
     trainer.step(run)
-    saver = Saver(scratch, go_on=go_on)
+    saver = Saver(go_on=go_on)
     groups, records = run.tensors(), {**run.records(), **RECORDS}
-    saver.save(1, groups, records)
+    saver.start(partial(save, scratch, 1, groups, records))
     saver.wait()
     raising = mock.patch("safetensors.torch.save_file", side_effect=error)
     with raising:
-        saver.save(2, groups, records)
+        saver.start(partial(save, scratch, 2, groups, records))
         if saver._pending is not None:
             saver._pending.exception()
     calls: dict[str, Callable[[], None]] = {
-        "check": saver.check, "save": lambda: saver.save(3, groups, records), "close": saver.close
-    }  # fmt: skip
+        "check": saver.check,
+        "start": lambda: saver.start(partial(save, scratch, 3, groups, records)),
+        "close": saver.close,
+    }
     expected = CheckpointError if isinstance(error, OSError) else type(error)
     try:
         calls[how]()
@@ -115,7 +118,7 @@ def told(scratch: Path, error: BaseException, go_on: bool, how: str) -> list[str
         go_on and isinstance(error, OSError) and how != "close"
     )  # at the end no save follows that could make it good
     last = latest(scratch)
-    whole = last is not None and last.step == (3 if quiet and how == "save" else 1)
+    whole = last is not None and last.step == (3 if quiet and how == "start" else 1)
     return [] if heard == (not quiet) and whole else [f"{error!r}, go_on={go_on}, {how}: heard={heard}, {last}"]
 
 
@@ -141,7 +144,7 @@ def campaign(full: bool, scratch: Path) -> list[Result]:
     problems, tried = one_after_the_other(scratch / "two"), 1
     for error in (OSError(errno.ENOSPC, "No space left on device"), MemoryError("no memory")):
         for go_on in (False, True):
-            for how in ("check", "save", "close"):
+            for how in ("check", "start", "close"):
                 tried += 1
                 problems += told(scratch / f"told-{tried}", error, go_on, how)
     kills, lost = killed_between(full, scratch / "between")

@@ -45,10 +45,10 @@ def inside(job: Job, every: int) -> dict[str, Any]:
     from scoresde.evaluate.evaluation import held_out_loss
     from scoresde.runs import lock
     from scoresde.runs.logger import JsonlLogger, RunFacts
-    from scoresde.train import saver
+    from scoresde.train import trainer as training
     from scoresde.train.signals import Signals
 
-    looks, saves, write = list[dict[str, float]](), list[float](), saver.save
+    looks, saves, write = list[dict[str, float]](), list[float](), training.save
 
     def timed(*args: Any, **options: Any) -> Path:
         start = time.perf_counter()
@@ -63,7 +63,7 @@ def inside(job: Job, every: int) -> dict[str, Any]:
             if step % every == 0 and "train/loss" in values:
                 looks.append(state(Path(job.folder)))
 
-    saver.save = timed
+    training.save = timed
     trainer, run = build(job)
     logger = Looking()
     with Signals() as signals, lock.hold(Path(job.folder)):

@@ -3,64 +3,38 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
-from typing import Any
 
-from torch import Tensor
-
-from ..runs.checkpoint import CheckpointError, save, sweep
+from ..runs.checkpoint import CheckpointError
 
 _log = logging.getLogger(__name__)
 
 
 class Saver:
-    """Writes one checkpoint at a time, in a thread of its own.
+    """Runs one write at a time, in a thread of its own.
 
-    What it is given must not change any more: `TrainingState.tensors` are copies. A write that failed is reported at
-    the next call, or when the writer is closed; training then stops, or goes on with a warning until the next one.
+    A write that failed is reported at the next call, or when the saver is closed; training then stops, or goes on with
+    a warning until the next one.
 
     Args:
-        folder: of the checkpoints; None writes nothing.
-        keep_last, keep_best: see `save`.
-        background: False writes before `save` returns.
+        background: False finishes a write before `start` returns.
         go_on: a write that failed is a warning.
     """
 
-    def __init__(
-        self,
-        folder: Path | None,
-        *,
-        keep_last: int = 2,
-        keep_best: int = 0,
-        background: bool = True,
-        go_on: bool = False,
-    ):
-        self.folder, self.keep_last, self.keep_best = folder, keep_last, keep_best
+    def __init__(self, *, background: bool = True, go_on: bool = False):
         self.background, self.go_on = background, go_on
         self._thread = ThreadPoolExecutor(1, "checkpoint")
-        self._pending: Future[Path] | None = None
-        if folder is not None and folder.is_dir():
-            sweep(folder)  # a run that was killed after its last save makes no other
+        self._pending: Future[object] | None = None
 
-    def save(
-        self,
-        step: int,
-        tensors: Mapping[str, Mapping[str, Tensor]],
-        records: Mapping[str, Any],
-        score: float | None = None,
-    ) -> None:
-        """Waits for the write before this one, and starts.
+    def start(self, write: Callable[[], object]) -> None:
+        """Waits for the write before this one, and starts. What `write` reads must not change any more.
 
         Raises:
             CheckpointError: a write failed and `go_on` is False.
         """
-        if self.folder is None:
-            return
         self.wait()
-        keep = {"keep_last": self.keep_last, "keep_best": self.keep_best}
-        self._pending = self._thread.submit(save, self.folder, step, tensors, records, score=score, **keep)
+        self._pending = self._thread.submit(write)
         if not self.background:
             self.wait()
 
@@ -89,7 +63,7 @@ class Saver:
             self.wait()
 
     def close(self) -> None:
-        """Waits for the last write; there is no later one to make up for it, so its error is raised in any case."""
+        """Waits for the last write; no later one makes up for it, so its error is raised in any case."""
         self.go_on = False
         try:
             self.wait()

@@ -6,12 +6,14 @@ import logging
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..checks import whole
+from ..runs.checkpoint import save, sweep
 from ..runs.logger import Logger, NullLogger
 from .progress import Progress
 from .saver import Saver
@@ -186,13 +188,9 @@ class _FitLoop:
         self.first, self.skipped = state.step, state.tally.averages().skipped
         self.progress = Progress(trainer.images, state.images, device=state.device, show=leads)
         self.logger = self.logger if leads else NullLogger()
-        self.saver = Saver(
-            self.folder if leads else None,
-            keep_last=trainer.keep_last,
-            keep_best=trainer.keep_best,
-            background=trainer.background,
-            go_on=trainer.on_save_error == "warn",
-        )
+        self.saver = Saver(background=trainer.background, go_on=trainer.on_save_error == "warn")
+        if leads and self.folder is not None and self.folder.is_dir():
+            sweep(self.folder)  # a run that was killed after its last save makes no other
 
     def run(self) -> None:
         world = self.state.world
@@ -297,16 +295,19 @@ class _FitLoop:
             return self.state.world.leader(interruptible)
 
     def save(self) -> None:
-        """Hands everything to the writer. Every process calls it, rank 0 writes."""
+        """Hands copies of everything to the writer. Every process calls it, rank 0 writes."""
         if self.folder is None:
             return
-        state = self.state
+        trainer, state = self.trainer, self.state
         state.marks["checkpoint"] = state.images
         with self.progress.paused():
             tensors, records = state.tensors(), {**state.records(), "config": self.config}
             self.logger.sync()  # no checkpoint is ahead of its rows
             score, measured_at = state.score or (None, None)
-            self.saver.save(state.step, tensors, records, score if measured_at == state.images else None)
+            score = score if measured_at == state.images else None
+            keep = {"keep_last": trainer.keep_last, "keep_best": trainer.keep_best}
+            if state.world.rank == 0:
+                self.saver.start(partial(save, self.folder, state.step, tensors, records, score=score, **keep))
 
     def stop(self, code: int) -> None:
         """Saves what is not saved yet, and raises `Stopped`."""
