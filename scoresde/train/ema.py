@@ -20,12 +20,12 @@ class Average(abc.ABC):
     be saved to continue.
 
     Args:
-        module: what is averaged; its buffers are copied as they are.
+        module: what is averaged; its buffers are copied, not averaged.
         names: of the shadows.
 
     Attributes:
-        shadows: name -> averaged copy, in float32 and eval mode. The first, `module`, is what is evaluated.
-        sigma_rel: lengths of the shadows as shares of training, () where they are none.
+        shadows: name -> averaged copy, in float32 and eval mode. The first, `module`, is the one that is evaluated.
+        sigma_rel: lengths of the shadows as shares of training; empty where lengths are counted in images.
     """
 
     sigma_rel: tuple[float, ...] = ()
@@ -37,8 +37,8 @@ class Average(abc.ABC):
         self.relist()
 
     def relist(self) -> None:
-        """Takes note of the shadows' tensors, once for all steps: walking through a module costs as much as averaging
-        it. To be called when they have been replaced (by FSDP).
+        """Lists the tensors of the shadows, once for all steps, because walking through a module costs as much as
+        averaging it. Call it after they have been replaced (by FSDP).
         """
         self._own = [(dict(m.named_parameters()), dict(m.named_buffers())) for m in self.shadows.values()]
         self._source: nn.Module | None = None
@@ -57,15 +57,15 @@ class Average(abc.ABC):
 
     @abc.abstractmethod
     def decays(self, images: int, batch: int) -> list[float]:
-        """d of each shadow, for a step of `batch` images when `images` have been seen with it."""
+        """The decay d of each shadow, for a step of `batch` images that ends at `images` images."""
 
     def decay(self, images: int, batch: int) -> float:
-        """d of the first shadow."""
+        """The decay d of the first shadow."""
         return self.decays(images, batch)[0]
 
     @torch.no_grad()
     def update(self, module: nn.Module, images: int, batch: int, keep: Tensor) -> None:
-        """One step towards `module`; where `keep` (a bool scalar, on the device) is false nothing moves.
+        """One step towards `module`; nothing moves where `keep` (a bool scalar, on the device) is false.
 
         On a GPU nothing waits for `keep`. The tensors of `module` are listed once; after some were replaced (not
         copied into), call `relist`.
@@ -142,8 +142,8 @@ class PowerEMA(Average):
 
 
 def pull(shadow: list[Tensor], weights: list[Tensor], share: float, keep: Tensor) -> None:
-    """shadow += share · (weights − shadow), in place, where `keep`."""
-    if keep.device.type == "cpu":  # read at no cost, and then one pass is enough
+    """shadow += share · (weights − shadow), in place, where `keep` is true."""
+    if keep.device.type == "cpu":  # a CPU tensor is read at no cost, and one pass is then enough
         if keep:
             torch._foreach_lerp_(shadow, weights, share)
         return

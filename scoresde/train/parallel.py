@@ -16,7 +16,7 @@ from .world import World
 
 
 class Parallel:
-    """Runs a loss on this process's share of a batch, so that `.grad` is that of the whole batch.
+    """Runs a loss on this process's share of a batch, so that `.grad` is the gradient of the whole batch.
 
     It is made after the average and before the optimizer, which takes the parameters that it leaves in the loss. What
     is written here serves one process.
@@ -34,11 +34,11 @@ class Parallel:
         return contextlib.nullcontext()
 
     def norms(self, grads: list[Tensor]) -> Tensor:
-        """(P,) norms of the whole gradient by parameter, of this process's part of each."""
+        """(P,) norms of the whole gradient by parameter, given this process's part of each."""
         return torch.stack(torch._foreach_norm(grads))
 
     def blame(self) -> Tensor:
-        """Bool scalar on the device: this process's own part of the last gradient was not finite. Resets it."""
+        """Whether this process's own part of the last gradient was not finite (a bool scalar); resets it."""
         return torch.ones((), dtype=torch.bool)
 
     def view(self, average: Loss) -> Loss:
@@ -120,7 +120,7 @@ class Sharded(Parallel):
         return self.world.sum(torch.stack(torch._foreach_norm(grads)).square()).sqrt()
 
     def blame(self) -> Tensor:
-        # a slice holds every process's part already: the loss alone tells whose it was
+        # a slice already holds the parts of all processes: only the loss says which one was not finite
         return torch.zeros((), dtype=torch.bool)
 
     def view(self, average: Loss) -> Loss:
@@ -131,7 +131,7 @@ class Sharded(Parallel):
 
 
 def spread_over(world: World, loss: Loss, ema: Average, how: str = "ddp") -> Parallel:
-    """What `world` and "ddp" or "fsdp" ask for; one process needs neither."""
+    """The `Parallel` for `world` by "ddp" or "fsdp"; one process needs neither."""
     if world.size == 1:
         return Single(loss)
     return Replicated(loss) if how == "ddp" else Sharded(loss, ema, world)

@@ -20,8 +20,8 @@ def track(
     """Passes the items on and shows the rate and the time left: a bar on a terminal, elsewhere a line now and then.
 
     Args:
-        items, label: what passes and what to call it.
-        total: how many there will be, if that is known.
+        items, label: the items and their name.
+        total: the number of items, if it is known.
         show: False for silence.
         every: seconds between two lines.
     """
@@ -50,13 +50,13 @@ class Progress:
     """Shows images, loss, rate, time left and peak memory: a bar on a terminal, a line now and then elsewhere.
 
     The rate is that of the last ten intervals between losses, at which the device has finished what it was given; the
-    first step, which may compile, and what is done within `paused` are no part of it. Where stderr is no terminal there
+    first step, which may compile, and whatever is done within `paused` do not count. Where stderr is no terminal there
     are `LINES` lines over the run at even distances, and one at the first loss that comes more than `SECONDS` seconds
     after the last line.
 
     Args:
         total: images of the whole run.
-        done: images already behind it.
+        done: images that had been seen before.
         device: whose memory is shown, "cuda" or "cuda:1"; any other stands for the process.
         show: False for silence, as in every process but the first.
     """
@@ -76,7 +76,7 @@ class Progress:
             self._bar = tqdm(total=total, initial=done, dynamic_ncols=True, bar_format="{bar:20} {desc}")
 
     def update(self, images: int, loss: float | None = None) -> None:
-        """`images` in all; the loss is shown when it is known."""
+        """Reports that `images` images have been seen in all, and the loss where it is known."""
         if not self._marks or (loss is not None and images > self._marks[-1][1]):
             self._marks.append((self._clock(), images))
         now = time.monotonic()
@@ -94,7 +94,7 @@ class Progress:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """What is done in here, such as an evaluation, takes no part in the rate."""
+        """The time spent in here, on an evaluation say, does not count for the rate."""
         start = time.monotonic()
         try:
             yield
@@ -102,9 +102,9 @@ class Progress:
             self._idle += time.monotonic() - start
 
     def rate(self, images: int) -> float:
-        """Images per second of late."""
+        """Images per second over the last intervals."""
         (start, first), (end, last) = self._marks[0], self._marks[-1]
-        if last <= first:  # so far the first step is all there is
+        if last <= first:  # there is only the first step so far
             start, first, end, last = self._start, self._first, self._clock(), images
         return (last - first) / max(end - start, 1e-9)
 
@@ -133,7 +133,7 @@ def duration(seconds: float) -> str:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Most bytes in use so far: allocated on a CUDA device, else resident in this process."""
+    """The largest number of bytes in use so far: allocated on a CUDA device, else resident in this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     import resource

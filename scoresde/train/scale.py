@@ -11,9 +11,9 @@ class LossScale:
     doubled after 2,000 steps without (Micikevicius et al. 2018, sec. 3.2). All on the device.
 
     Args:
-        start: first value, > 0. 1 with `fixed`, the null object, leaves everything as it is.
+        start: first value, > 0.
         device: of the parameters.
-        fixed: never change it.
+        fixed: never change the value; with start = 1 the scale then does nothing at all.
     """
 
     GROWTH_STEPS = 2000
@@ -29,11 +29,11 @@ class LossScale:
         return loss if self.fixed else loss * self.value
 
     def factor(self) -> Tensor | None:
-        """What gradients are multiplied by, None for 1."""
+        """The factor that undoes the scale in gradients, None for 1."""
         return None if self.fixed else 1 / self.value
 
     def update(self, keep: Tensor) -> None:
-        """After a step that was kept, or not."""
+        """Adapts the value to a step that was kept (a bool scalar on the device), or was not."""
         if self.fixed:
             return
         self.good = torch.where(keep, self.good + 1, 0.0)

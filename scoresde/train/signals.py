@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 
 class Interrupted(BaseException):
-    """Raised within `Signals.interruptible` when a signal arrives; nothing that it interrupts changes the run."""
+    """Raised within `Signals.interruptible` when a signal arrives. What it interrupts does not change the run."""
 
 
 class Stopped(SystemExit):
@@ -69,14 +69,14 @@ class Signals:
         name = signal.Signals(number).name
         # os.write, because print may be what was interrupted; a Ctrl-C also ends the `tee` that would read it
         with contextlib.suppress(OSError, ValueError):
-            told = f"\n{name}: ending as soon as this step is saved; once more, 2 s from now, ends at once.\n"
-            os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, told.encode())
+            text = f"\n{name}: ending as soon as this step is saved; once more, 2 s from now, ends at once.\n"
+            os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, text.encode())
         if self._raising:
             raise Interrupted
 
     @contextlib.contextmanager
     def interruptible(self) -> Iterator[None]:
-        """Within it a signal raises `Interrupted`: for what takes long and changes nothing of the run."""
+        """A signal raises `Interrupted` in here. It is for work that takes long and does not change the run."""
         self._raising = True
         try:
             if self.code:

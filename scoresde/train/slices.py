@@ -9,17 +9,17 @@ from torch import Tensor, nn
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This process's part of a tensor that may be sliced."""
+    """This process's slice of a tensor; all of it where it is not sliced."""
     return tensor.to_local() if _sliced(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def gathered(tensor: Tensor) -> Tensor:
-    """All of a tensor that may be sliced; every process calls it."""
+    """The whole of a tensor that may be sliced. Every process calls it."""
     return tensor.full_tensor() if _sliced(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def sliced_like(whole: Tensor, template: Tensor) -> Tensor:
-    """`whole` in the slices of `template`; as it is if that is not sliced."""
+    """`whole` in the slices of `template`; unchanged where that is not sliced."""
     if not _sliced(template):
         return whole
     from torch.distributed.tensor import distribute_tensor

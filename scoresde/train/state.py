@@ -1,4 +1,4 @@
-"""Everything that changes while training, and so everything that a checkpoint holds."""
+"""The state of training: everything that changes, and so everything that a checkpoint holds."""
 
 from __future__ import annotations
 
@@ -36,25 +36,25 @@ class TrainingState:
     their number beyond round-off.
 
     Args:
-        loss: what is minimised; its parameters are trained.
+        loss: the objective; its parameters are trained.
         optimizer: over `loss.parameters()`, fused: a step with a gradient that is not finite is then skipped on the
             device, without waiting for it.
         ema: an average of `loss`.
         dataset: encoded batch by batch; its training samples move to the device if they fill less than a quarter of
-            what is free there.
+            its free memory.
         order: of its training samples.
         rng: dequantisation, times and noise.
-        conditional: pass the labels of the data to the denoiser.
+        conditional: pass the conditions of the data to the denoiser.
         world: the processes that train together.
         parallel: how the network is spread over them; made before the optimizer.
         loss_scale: first value of the loss scale, for float16; None for none.
 
     Attributes:
-        average: the averaged copy of `loss`, in eval mode; where that is sliced, all of it as of the last `refresh`.
+        average: the averaged copy of `loss`, in eval mode; where `loss` is sliced, a whole copy made by `refresh`.
         names, parameters: of the loss, in one order.
         step, images: optimizer steps taken, images seen.
         marks: action -> images seen when it was last done.
-        score: what the last measurement gave for `keep_best`, and at how many images; None before.
+        score: the last value of `Trainer.best`, and the images seen by then; None before the first.
 
     Raises:
         ValueError: an optimizer that is not fused, a learning rate that is not finite, labels that are not there, or
@@ -107,22 +107,22 @@ class TrainingState:
         self.score: tuple[float, int] | None = None
 
     def batch(self) -> tuple[Tensor, Cond]:
-        """This process's rows of the next batch: x0 (B/size, *event), what it is told, on the device."""
+        """This process's rows of the next batch: x0 (B/size, *event) and its condition, on the device."""
         index = self.order.next().chunk(self.world.size)[self.world.rank].to(self.train.raw.device)
         x0 = self.dataset.scaling.scale(self.train.raw[index], rng=self.rng).to(self.device)
         return x0, self.train.cond(index, self.conditional, self.device)
 
     def terms(self) -> Terms:
-        """The loss on the next batch."""
+        """The terms of the loss on the next batch."""
         x0, cond = self.batch()
         return self.parallel.terms(x0, cond, rng=self.rng)
 
     def refresh(self) -> None:
-        """Brings `average` up to date where it is a copy. Every process calls it."""
+        """Brings `average` up to date. Every process calls it."""
         self.average = self.parallel.view(cast(Loss, self.ema.module))
 
     def snapshot(self, folder: Path) -> None:
-        """Keeps the averages in `folder`, to make others of them later. Every process calls it.
+        """Writes the averages to `folder`, from which others can be made later. Every process calls it.
 
         Raises:
             ValueError: averages that are not `PowerEMA`.
@@ -155,9 +155,9 @@ class TrainingState:
         return {"counters": counters, "order": self.order.state_dict()}
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Continues where `checkpoint` was written: everything that follows is as if there had been no stop.
+        """Continues where `checkpoint` was written, as if there had been no stop.
 
-        With another number of processes only dropout draws anew.
+        With another number of processes only dropout draws other numbers.
 
         Raises:
             CheckpointError: it belongs to another network, optimizer or data set.
@@ -167,7 +167,7 @@ class TrainingState:
                 load(module, _joined(name, checkpoint.tensors))
             self._restore_optimizer(checkpoint.tensors["optimizer"])
             random = checkpoint.tensors["random"]
-            # bytes are the state of another generator, of before 0.1: noise then begins anew, which is as good
+            # bytes are the state of the generator before 0.1: the noise then begins anew, which is as good
             if random["noise"].dtype != torch.uint8:
                 self.rng.load_state_dict({"streams": random["noise"]})
             self.scale.load_state_dict(random)
@@ -209,7 +209,7 @@ class TrainingState:
 
 
 def _split(name: str, loss: nn.Module) -> dict[str, dict[str, Tensor]]:
-    """The state of a loss: its denoiser's as `name`, anything else as `name-loss`."""
+    """The state of a loss in groups: that of its denoiser as `name`, the rest as `name-loss`."""
     state = loss.state_dict()
     own = {key: value for key, value in state.items() if not key.startswith("denoiser.")}
     inner = {k.removeprefix("denoiser."): v for k, v in state.items() if k not in own}

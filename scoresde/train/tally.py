@@ -1,4 +1,4 @@
-"""What happens in training, summed on the device: no step waits for a number."""
+"""Sums over training steps, kept on the device so that no step waits for a number."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ BINS = 4
 
 @dataclass(frozen=True)
 class Averages:
-    """What happened since the last look: means over the steps that were kept.
+    """Means over the steps that were kept since the last reset.
 
     Attributes:
         loss, grad_norm: means; NaN when no step was kept.
         by_time: mean loss in each quarter of [t_min, t_max], NaN where no t fell.
         skipped: steps left out since the start, because loss or gradient was not finite.
-        streak: length of the row of skipped steps that ends at the last one, 0 if that was kept.
-        blame: where the last such row began, in words; "" if there was none.
+        streak: number of steps skipped in a row up to now, 0 if the last one was kept.
+        blame: where the last such row began, in words; "" if no step was skipped.
     """
 
     loss: float
@@ -36,18 +36,18 @@ class Averages:
 
 
 class Tally:
-    """Sums of one process, which agrees with the others on what to keep.
+    """Sums of one process, which agrees with the others on which steps to keep.
 
     Args:
-        device: where it counts.
-        sde: whose times the losses have.
+        device: of the sums.
+        sde: the SDE in whose time the losses are binned.
         names: of the parameters, in the order of `norms`.
-        world: with whom it agrees.
+        world: the processes that agree.
 
     Attributes:
         sums: (16,) float64, all that is counted. The others are views of it.
-        kept: (3,) loss, gradient norm and number of the steps kept since the last look.
-        skipped, streak: () steps skipped since the start, and length of the row of skipped steps that ends now.
+        kept: (3,) loss, gradient norm and number of the steps kept since the last reset.
+        skipped, streak: () steps skipped since the start, and in a row up to now.
         origin: (3,) step, rank and parameter at which the last such row began.
         by_time: (2, BINS) loss and number of samples by quarter of t.
     """
@@ -64,7 +64,7 @@ class Tally:
 
     @torch.no_grad()
     def add(self, terms: Terms, share: float) -> None:
-        """One pass, which makes up `share` of the batch of its step."""
+        """Adds one pass, which is `share` of the batch of its step."""
         loss = terms.loss.detach().double()
         index = terms.t.sub(self._t_min).mul_(self._per_t).long().clamp_(0, BINS - 1)
         self._loss += share * loss.mean()
@@ -73,7 +73,7 @@ class Tally:
 
     @torch.no_grad()
     def judge(self, norms: Tensor, blame: Tensor, step: int) -> tuple[Tensor, Tensor]:
-        """Ends a step: whether it is kept, the same on every process, and its gradient norm.
+        """Ends a step. Decides whether it is kept, the same on every process.
 
         Args:
             norms: (P,) of the gradient, by parameter.
@@ -81,7 +81,7 @@ class Tally:
             step: its number.
 
         Returns:
-            keep (bool), norm: scalars on the device.
+            keep (bool) and the norm of the whole gradient: scalars on the device.
         """
         norm, total, rank = torch.linalg.vector_norm(norms).double(), self._loss, self._one * self.world.rank
         if self.world.size > 1:
@@ -93,7 +93,7 @@ class Tally:
             total, rank = news[0], torch.where(news[1:].any(), news[1:].argmax(), -1).double()
         keep = (total + norm).isfinite()
         gained = torch.stack([total, norm, self._one])
-        if keep.device.type == "cpu" and keep:  # read at no cost, and then there is little to do
+        if keep.device.type == "cpu" and keep:  # a CPU tensor is read at no cost, and there is then little to do
             self.kept += gained
             self.by_time += self._by_time
             self.streak.zero_()

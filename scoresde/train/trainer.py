@@ -149,14 +149,14 @@ class Trainer:
         """Trains from where `state` stands to the end.
 
         Args:
-            state: what is trained, in place.
+            state: trained in place.
             logger: takes `train/…` and `eval/…` rows.
             folder: where checkpoints go; None for none.
             config: resolved configuration, kept in each checkpoint.
             evaluate: measures numbers to log, every `evaluate_every`.
             sample: draws pictures to log, every `sample_every`.
             snapshot: keeps the averages, every `snapshot_every`.
-            signals: what asks the run to end; None for nothing.
+            signals: ask the run to end; None for no signals.
 
         With several processes all of them call it; rank 0 logs, measures, draws and writes while the others wait.
 
@@ -310,7 +310,7 @@ class _FitLoop:
                 self.saver.start(partial(save, self.folder, state.step, tensors, records, score=score, **keep))
 
     def stop(self, code: int) -> None:
-        """Saves what is not saved yet, and raises `Stopped`."""
+        """Saves unless that is done already, and raises `Stopped`."""
         state = self.state
         if state.step > self.first and state.marks.get("checkpoint", 0) != state.images:
             self.save()
