@@ -7,22 +7,23 @@ from torch import Tensor
 
 
 class LossScale:
-    """The loss is multiplied by `value` before backward and gradients divided by it after: halved when they overflow,
-    doubled after 2,000 steps without (Micikevicius et al. 2018, sec. 3.2). All on the device.
+    """Multiplies the loss by `value` before backward, and gradients by its inverse after.
+
+    The value is halved when a gradient overflows and doubled after 2,000 steps without (Micikevicius et al. 2018, sec.
+    3.2), all on the device.
 
     Args:
-        start: first value, > 0.
+        start: first value, > 0; None for no scaling, where everything here does nothing.
         device: of the parameters.
-        fixed: never change the value; with start = 1 the scale then does nothing at all.
     """
 
     GROWTH_STEPS = 2000
 
-    def __init__(self, start: float, device: torch.device, *, fixed: bool = False):
-        if not start > 0:
+    def __init__(self, start: float | None, device: torch.device):
+        if start is not None and not start > 0:
             raise ValueError(f"loss_scale starts above 0, or is null for none; got {start!r}.")
-        self.fixed = fixed
-        self.value = torch.tensor(float(start), device=device)
+        self.fixed = start is None
+        self.value = torch.tensor(float(start or 1.0), device=device)
         self.good = torch.zeros((), device=device)
 
     def up(self, loss: Tensor) -> Tensor:

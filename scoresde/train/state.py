@@ -100,7 +100,7 @@ class TrainingState:
         self.names, self.parameters = list(named), list(named.values())
         self.device = self.parameters[0].device
         self.train = dataset.train.to(self.device) if _fits(dataset.train.raw, self.device) else dataset.train
-        self.scale = LossScale(loss_scale or 1.0, self.device, fixed=loss_scale is None)
+        self.scale = LossScale(loss_scale, self.device)
         self.tally = Tally(self.device, loss.denoiser.sde, self.names, self.world)
         self.step, self.images = 0, 0
         self.marks: dict[str, int] = {}

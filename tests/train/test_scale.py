@@ -37,7 +37,7 @@ def test_halved_when_gradients_overflow_doubled_after_2000_that_did_not() -> Non
 
 
 def test_the_null_object_leaves_everything_as_it_is() -> None:
-    scale, loss = LossScale(1.0, CPU, fixed=True), torch.tensor(3.0)
+    scale, loss = LossScale(None, CPU), torch.tensor(3.0)
     assert scale.up(loss) is loss and scale.factor() is None and scale.state_dict() == {}
     scale.update(NO)
     assert scale.value == 1
