@@ -14,9 +14,9 @@ from ..config import ConfigError
 from ..diffusion.denoiser import Cond
 from ..evaluate import figures
 from ..evaluate.conditions import told_arrays
-from ..evaluate.evaluation import Samples, digest_of
+from ..evaluate.evaluation import Drawing, Samples, digest_of
 from ..evaluate.problem import Problem
-from ..evaluate.report import check_samplers, layout, list_files, sampling_jobs, write_samples
+from ..evaluate.report import check_samplers, layout, list_files, write_samples
 from ..evaluate.restored import measured, write_restored
 from ..evaluate.shards import Job, fresh, share
 from ..runs import folder as folders
@@ -134,8 +134,8 @@ def jobs_of(plan: Plan) -> dict[str, Job[Samples]]:
     if plan.problem is not None:
         cond = beside(plan.problem.told(len(seeds)), cond)
         seeds = seeds * len(plan.problem.inputs)
-    event = plan.run.dataset.event_shape
-    return sampling_jobs(method.samplers, method.denoiser, event, seeds=seeds, cond=cond, batch_size=method.batch_size)
+    drawing = Drawing(plan.run.dataset.event_shape, seeds, cond, method.batch_size)
+    return drawing.jobs(method.denoiser, method.samplers)
 
 
 def write(plan: Plan, made: Mapping[str, Samples], folder: Path) -> str:

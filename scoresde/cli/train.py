@@ -18,7 +18,7 @@ from ..config import ConfigError
 from ..data import EpochOrder
 from ..evaluate import figures
 from ..evaluate.conditions import in_turn
-from ..evaluate.evaluation import OdeLikelihood, drawing, evenly_spaced, held_out
+from ..evaluate.evaluation import Drawing, OdeLikelihood, evenly_spaced, held_out
 from ..evaluate.report import Evaluation, Report, check_samplers, list_files, real_beside
 from ..evaluate.shards import Shards
 from ..noise.rng import Rng
@@ -240,9 +240,9 @@ def measure(plan: Plan, run: TrainingState) -> Mapping[str, float]:
 
 def picture(plan: Plan, run: TrainingState) -> Mapping[str, Path]:
     """Samples of the average beside real ones, during training."""
-    dataset, n, size = run.dataset, min(plan.evaluation.samples, len(run.dataset.test)), plan.evaluation.batch_size
+    dataset, n = run.dataset, min(plan.evaluation.samples, len(run.dataset.test))
     cond, sampler = in_turn(dataset, n, plan.config["conditional"]), next(iter(plan.samplers.values()))
-    job = drawing(run.average.denoiser, sampler, dataset.event_shape, range(n), cond, batch_size=size)
+    job = Drawing(dataset.event_shape, range(n), cond, plan.evaluation.batch_size).job(run.average.denoiser, sampler)
     path = plan.folder / "progress" / f"step-{run.step:08d}.png"
     return {"eval/samples": figures.sample_grid(job.run().x, real_beside(cond, dataset, n), path)}
 

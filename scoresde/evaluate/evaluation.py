@@ -215,61 +215,65 @@ class Samples:
     seconds: float
 
 
-def drawing(
-    denoiser: Denoiser,
-    sampler: Sampler,
-    event_shape: Sequence[int],
-    seeds: Sequence[int],
-    cond: Cond = None,
-    *,
-    batch_size: int = 128,
-    frames: int = 8,
-    watched: int = 8,
-    name: str = "samples",
-) -> Job[Samples]:
-    """Samples, one per seed. Sample k depends on `seeds[k]` alone.
+@dataclass(frozen=True)
+class Drawing:
+    """Which samples are drawn, one per seed. Sample k depends on `seeds[k]` alone.
 
-    Args:
-        denoiser, sampler: the model and the way back.
+    Attributes:
         event_shape: of one sample.
         seeds: one per sample.
-        cond: the condition of each sample, (n, …) or a mapping of such; None for nothing.
+        cond: the condition of each sample, (n, …) or a mapping of such; None for none.
         batch_size: samples at a time.
-        frames, watched: how many states of how many samples of the first batch to keep for a trajectory.
-        name: of the job, which tells one sampler from another.
+        frames, watched: how many states of how many samples of the first batch are kept, for a trajectory; None watches
+            500 vectors, or 8 of other events.
     """
-    device, seeds = model_device(denoiser), list(seeds)
-    watch = _frame_indices(denoiser, sampler, frames)
 
-    def batch(index: int) -> Iterator[Tensors]:
-        start, part = time.monotonic(), slice(index * batch_size, (index + 1) * batch_size)
-        kept, times = [], []
-        shape = (len(seeds[part]), *event_shape)
-        for trace in sampler.iterate(denoiser, shape, cond=_part(cond, part, device), rng=Rng(seeds=seeds[part])):
-            if index == 0 and trace.index in watch:
-                kept.append(trace.x[:watched].cpu())
-                times.append(trace.t)
-            yield {}
-        made = {"x": trace.x.cpu(), **_cost(trace.evaluations, start)}
-        if index == 0:
-            made |= {"frames": torch.stack(kept), "times": torch.tensor(times, dtype=torch.float64)}
-        yield made
+    event_shape: Sequence[int]
+    seeds: Sequence[int]
+    cond: Cond = None
+    batch_size: int = 128
+    frames: int = 8
+    watched: int | None = None
 
-    def merge(batches: list[Tensors]) -> Samples:
-        x, first = torch.cat([batch["x"] for batch in batches]), batches[0]
-        return Samples(x, cond, first["frames"], first["times"].tolist(), *_costs(batches))
+    def jobs(self, denoiser: Denoiser, samplers: Mapping[str, Sampler]) -> dict[str, Job[Samples]]:
+        """The work of every sampler, all from the same seeds."""
+        return {name: self.job(denoiser, sampler, f"samples-{name}") for name, sampler in samplers.items()}
 
-    settings = {
-        "seeds": seeds,
-        "cond": None if cond is None else digest_of(cond),
-        "event_shape": list(event_shape),
-        "batch_size": batch_size,
-        "steps": sampler.steps,
-        "frames": frames,
-        "watched": watched,
-    }
-    count = math.ceil(len(seeds) / batch_size)
-    return Job(name, count, sampler.steps + 2 + int(sampler.denoise), batch, merge, settings)
+    def job(self, denoiser: Denoiser, sampler: Sampler, name: str = "samples") -> Job[Samples]:
+        """The work of one sampler, under a name that tells it from others."""
+        device, seeds, size = model_device(denoiser), list(self.seeds), self.batch_size
+        watched = self.watched or (8 if len(self.event_shape) > 1 else 500)
+        watch = _frame_indices(denoiser, sampler, self.frames)
+
+        def batch(index: int) -> Iterator[Tensors]:
+            start, part = time.monotonic(), slice(index * size, (index + 1) * size)
+            kept, times = [], []
+            shape, cond = (len(seeds[part]), *self.event_shape), _part(self.cond, part, device)
+            for trace in sampler.iterate(denoiser, shape, cond=cond, rng=Rng(seeds=seeds[part])):
+                if index == 0 and trace.index in watch:
+                    kept.append(trace.x[:watched].cpu())
+                    times.append(trace.t)
+                yield {}
+            made = {"x": trace.x.cpu(), **_cost(trace.evaluations, start)}
+            if index == 0:
+                made |= {"frames": torch.stack(kept), "times": torch.tensor(times, dtype=torch.float64)}
+            yield made
+
+        def merge(batches: list[Tensors]) -> Samples:
+            x, first = torch.cat([batch["x"] for batch in batches]), batches[0]
+            return Samples(x, self.cond, first["frames"], first["times"].tolist(), *_costs(batches))
+
+        settings = {
+            "seeds": seeds,
+            "cond": None if self.cond is None else digest_of(self.cond),
+            "event_shape": list(self.event_shape),
+            "batch_size": size,
+            "steps": sampler.steps,
+            "frames": self.frames,
+            "watched": watched,
+        }
+        count = math.ceil(len(seeds) / size)
+        return Job(name, count, sampler.steps + 2 + int(sampler.denoise), batch, merge, settings)
 
 
 def _part(cond: Cond, part: slice, device: torch.device) -> Cond:

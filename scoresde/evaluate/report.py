@@ -22,7 +22,7 @@ from ..runs.logger import Logger
 from ..sampling import Sampler
 from . import figures
 from .conditions import alike, in_turn, told_arrays, told_in_turn
-from .evaluation import BitsPerDim, OdeLikelihood, Samples, drawing, evenly_spaced
+from .evaluation import BitsPerDim, Drawing, OdeLikelihood, Samples, evenly_spaced
 from .shards import Job, Shards
 
 # What a command may leave in its folder, as it is listed at the end.
@@ -79,24 +79,6 @@ def check_samplers(samplers: Mapping[str, Sampler], denoiser: Denoiser) -> None:
             check_grid(sampler.grid(denoiser.sde, sampler.steps), denoiser.sde)
         except ValueError as error:
             raise ValueError(f"sampler {name}: {error}") from error
-
-
-def sampling_jobs(
-    samplers: Mapping[str, Sampler],
-    denoiser: Denoiser,
-    event_shape: Sequence[int],
-    *,
-    seeds: Sequence[int],
-    cond: Cond,
-    batch_size: int,
-) -> dict[str, Job[Samples]]:
-    """The work of drawing samples by every sampler from the same seeds."""
-    watched = 8 if len(event_shape) > 1 else 500
-    common: dict[str, Any] = {"seeds": seeds, "cond": cond, "batch_size": batch_size, "watched": watched}
-    return {
-        name: drawing(denoiser, sampler, event_shape, name=f"samples-{name}", **common)
-        for name, sampler in samplers.items()
-    }
 
 
 def write_samples(
@@ -166,14 +148,8 @@ class Report:
         """(bits/dim, samples by sampler) on rank 0, which waits for the others; they do their share and get None."""
         points, conditional = self.evaluation.points, self.conditional
         bits = self.likelihood.job(self.denoiser, self.dataset, points=points, seed=self.seed, conditional=conditional)
-        draws = sampling_jobs(
-            self.samplers,
-            self.denoiser,
-            self.dataset.event_shape,
-            seeds=self.seeds,
-            cond=in_turn(self.dataset, len(self.seeds), conditional),
-            batch_size=self.evaluation.batch_size,
-        )
+        event, cond = self.dataset.event_shape, in_turn(self.dataset, len(self.seeds), conditional)
+        draws = Drawing(event, self.seeds, cond, self.evaluation.batch_size).jobs(self.denoiser, self.samplers)
         if shards.rank == 0:
             said = told_in_turn(self.dataset, conditional)
             print(

@@ -31,7 +31,7 @@ from scoresde import (
 )
 from scoresde.codecs import Scaling
 from scoresde.data import Dataset, EightGaussians, Split
-from scoresde.evaluate.evaluation import OdeLikelihood, choose_split, drawing, evenly_spaced, held_out_loss
+from scoresde.evaluate.evaluation import Drawing, OdeLikelihood, choose_split, evenly_spaced, held_out_loss
 from scoresde.losses.denoising import Times
 
 SDES = closed_form_sdes()
@@ -253,16 +253,14 @@ each_sampler = pytest.mark.parametrize("sampler", SAMPLERS.values(), ids=SAMPLER
 def test_a_sample_depends_on_its_seed_alone(sampler: Sampler, sde: SDE) -> None:
     """Batch size and order change nothing but round-off, which 20 float32 steps keep below 1e-4."""
     denoiser, seeds = toy_denoiser(sde), [3, 14, 15, 92, 65, 35, 0]
-    whole = drawing(denoiser, sampler, (2,), seeds=seeds).run().x
+    whole = Drawing((2,), seeds).job(denoiser, sampler).run().x
     assert whole.shape == (7, 2) and len(set(whole[:, 0].tolist())) == 7
     for batch_size in (1, 3):
-        torch.testing.assert_close(
-            drawing(denoiser, sampler, (2,), seeds=seeds, batch_size=batch_size).run().x, whole, rtol=0, atol=1e-4
-        )
-    torch.testing.assert_close(
-        drawing(denoiser, sampler, (2,), seeds=seeds[::-1]).run().x, whole.flip(0), rtol=0, atol=1e-4
-    )
-    assert torch.equal(drawing(denoiser, sampler, (2,), seeds=seeds).run().x, whole)
+        parts = Drawing((2,), seeds, batch_size=batch_size).job(denoiser, sampler).run()
+        torch.testing.assert_close(parts.x, whole, rtol=0, atol=1e-4)
+    reverse = Drawing((2,), seeds[::-1]).job(denoiser, sampler).run()
+    torch.testing.assert_close(reverse.x, whole.flip(0), rtol=0, atol=1e-4)
+    assert torch.equal(Drawing((2,), seeds).job(denoiser, sampler).run().x, whole)
 
 
 @each_sampler
@@ -270,7 +268,7 @@ def test_cost_and_frames_are_those_of_the_run(sampler: Sampler) -> None:
     """Frames go from the prior's own draws to the samples; calls are what the model itself counts per batch."""
     denoiser, seeds = Counted(toy_denoiser(VPSDE())), range(10)
     labels = torch.arange(10) % 3
-    made = drawing(denoiser, sampler, (2,), seeds=seeds, cond=labels, batch_size=4, frames=5, watched=3).run()
+    made = Drawing((2,), seeds, labels, batch_size=4, frames=5, watched=3).job(denoiser, sampler).run()
     assert made.evaluations * 3 == denoiser.calls
     assert sampler.evaluations in (None, made.evaluations)
     assert {4, 2} <= {len(cond) for cond in denoiser.seen} and torch.equal(denoiser.seen[-1], labels[8:])

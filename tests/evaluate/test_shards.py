@@ -25,7 +25,7 @@ import scoresde
 from scoresde import VPSDE, AdaptiveODE, Langevin, PredictorCorrector, ReverseDiffusion, Sampler
 from scoresde.codecs import Scaling
 from scoresde.data import Dataset, Split
-from scoresde.evaluate.evaluation import BitsPerDim, OdeLikelihood, Samples, drawing
+from scoresde.evaluate.evaluation import BitsPerDim, Drawing, OdeLikelihood, Samples
 from scoresde.evaluate.shards import Job, ShardError, Shards, ranks
 from scoresde.train.progress import track
 
@@ -38,7 +38,8 @@ SAMPLERS = {
 
 def samples(name: str = "pc", n: int = 11) -> Job[Samples]:
     """Six batches of 2, the last of 1."""
-    return drawing(mixture(VPSDE(), (2,)), SAMPLERS[name], (2,), seeds=range(7, 7 + n), batch_size=2, frames=3)
+    drawing = Drawing((2,), range(7, 7 + n), batch_size=2, frames=3, watched=8)
+    return drawing.job(mixture(VPSDE(), (2,)), SAMPLERS[name])
 
 
 def bits() -> Job[BitsPerDim]:
