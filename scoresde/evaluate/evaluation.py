@@ -1,4 +1,4 @@
-"""What a trained model is asked for: held-out loss, held-out bits/dim, samples with their cost."""
+"""Measurements of a trained model: held-out loss, held-out bits/dim, samples with their cost."""
 
 from __future__ import annotations
 
@@ -196,11 +196,11 @@ def _costs(batches: list[Tensors]) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class Samples:
-    """What a sampler made, and at what cost.
+    """Samples, and their cost.
 
     Attributes:
         x: (n, *event), model coordinates, on the CPU.
-        cond: what each was told, (n, …) or a mapping of such; None for nothing.
+        cond: the condition of each, (n, …) or a mapping of such; None for none.
         frames: (f, k, *event): states of the first k samples along the way, noise first.
         times: (f,) their times.
         evaluations: network calls per batch, on average.

@@ -1,4 +1,4 @@
-"""Pictures of a run, by matplotlib's object interface: no window, no global state."""
+"""Pictures of a run, by the object interface of matplotlib: there is no window and no global state."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def require() -> None:
-    """Refuses, before anything is computed, to draw without matplotlib.
+    """Refuses to draw without matplotlib, before anything is computed.
 
     Raises:
         ImportError: it is not installed.
@@ -26,7 +26,7 @@ def require() -> None:
 
 
 def sample_grid(made: Tensor, real: Tensor, path: Path, *, columns: int = 8) -> Path:
-    """Generated beside real: images as two blocks, anything else as `scatter`.
+    """Generated samples beside real ones: images as two blocks, anything else as a scatter plot.
 
     Args:
         made, real: (n, *event), in data coordinates.
@@ -44,7 +44,7 @@ def sample_grid(made: Tensor, real: Tensor, path: Path, *, columns: int = 8) -> 
 
 
 def trajectory(frames: Tensor, times: Sequence[float], path: Path) -> Path:
-    """From noise to data: one column per time, one row per sample; a row of scatter plots for vectors.
+    """Samples on their way from noise to data: a column per time, a row per sample; scatter plots for vectors.
 
     Args:
         frames: (f, k, *event).
@@ -70,11 +70,11 @@ def restored(
     seen: Tensor | None = None,
     limits: tuple[float, float] = (-1.0, 1.0),
 ) -> Path:
-    """An inverse problem, one row per input: given, truth, mean, standard deviation, samples; at most 8 inputs of 16.
+    """An inverse problem, a row per input: given, truth, mean, standard deviation, samples. At most 8 inputs of 16.
 
     Args:
         given: (k, *y), what was measured.
-        made: (k, n, *event), samples of each; anything but images as `scatter`.
+        made: (k, n, *event), samples of each; a scatter plot if they are not images.
         truth: (k, *event), or None where it is not known.
         path: the PNG to write.
         seen: (*y) bool, a chequerboard where it is False.
@@ -157,7 +157,7 @@ def _tile(x: Tensor, limits: tuple[float, float]) -> np.ndarray:
 
 
 def _given(y: Tensor, seen: Tensor | None, limits: tuple[float, float]) -> np.ndarray:
-    """What was measured, as it is where it is no picture; grey squares where nothing is seen."""
+    """The picture of a measurement: a strip where it has no two axes, grey squares where nothing is seen."""
     if y.ndim < 2:
         y = y[None, None]
     picture = _tile(y, limits)

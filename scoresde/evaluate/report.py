@@ -41,15 +41,15 @@ _RESULTS = {
 
 @dataclass(frozen=True)
 class Evaluation:
-    """How much to measure at the end.
+    """How much is measured at the end of a run.
 
     Args:
         points: held-out points for bits/dim, None for all.
-        points_during: the same during training.
-        samples: per sampler, ≥ 1.
-        batch_size: samples at a time, ≥ 1.
+        points_during: held-out points for bits/dim during training.
+        samples: number of samples by each sampler, ≥ 1.
+        batch_size: number of samples at a time, ≥ 1.
         pictures: draw PNGs, which needs matplotlib.
-        objective: "bits_per_dim" or "loss", what a sweep is sorted by.
+        objective: "bits_per_dim" or "loss", by which a sweep is sorted.
 
     Raises:
         ValueError: a value outside its range.
@@ -73,7 +73,7 @@ class Evaluation:
 
 
 def check_samplers(samplers: Mapping[str, Sampler], denoiser: Denoiser) -> None:
-    """Refuses, before training, a sampler whose grid does not fit the SDE."""
+    """Refuses a sampler whose grid does not fit the SDE, before anything is computed."""
     for name, sampler in samplers.items():
         try:
             check_grid(sampler.grid(denoiser.sde, sampler.steps), denoiser.sde)
@@ -84,9 +84,11 @@ def check_samplers(samplers: Mapping[str, Sampler], denoiser: Denoiser) -> None:
 def write_samples(
     made: Mapping[str, Samples], dataset: Dataset, folder: Path, *, seeds: Sequence[int], pictures: bool = True
 ) -> None:
-    """Arrays and pictures. `samples.npz` holds `<sampler>` (n, *event) in the coordinates of the raw data, and what the
-    samples were told, `labels`, `cond_vector`, `cond_image`, `cond_tokens`; the first sampler's pictures are
-    `samples.png` and `trajectory.png`, the others carry its name.
+    """Writes arrays and pictures.
+
+    `samples.npz` holds `<sampler>` (n, *event) in the coordinates of the raw data, and the conditions of the samples as
+    `labels`, `cond_vector`, `cond_image`, `cond_tokens`. The pictures of the first sampler are `samples.png` and
+    `trajectory.png`; those of the others have its name besides.
     """
     cond = next(iter(made.values())).cond
     real = real_beside(cond, dataset, len(seeds)) if pictures else None
@@ -100,7 +102,7 @@ def write_samples(
 
 
 def real_beside(cond: Cond, dataset: Dataset, n: int) -> Tensor:
-    """At most n held-out samples, model data, that are told what samples were told, if there are such."""
+    """At most n held-out samples, as model data: those with a condition of `cond` if there are any."""
     real = dataset.test.raw[alike(cond, dataset)]
     return dataset.encode(real[evenly_spaced(len(real), min(n, len(real)))])
 

@@ -1,9 +1,9 @@
-"""Long jobs in batches: shared out between processes, each batch a file, merged in order.
+"""Long jobs in batches that processes share out: each batch is a file, and all are merged in order.
 
-Batch i is done by rank i mod world, alone: no process talks to another, so an adaptive solver that takes longer on one
-rank holds up nobody. A batch is written under a temporary name, synced and renamed, so what is there is whole; whoever
-is killed is started again by the same command and goes on. Rank 0 waits for all files and merges them in order:
-the result depends on the batch size at most by round-off, and on the number of ranks not at all.
+Rank i mod world makes batch i on its own. Processes do not wait for each other, so an adaptive solver that takes longer
+on one rank delays no other. A batch is published whole, so a process that was killed goes on when the same command is
+repeated. Rank 0 waits for all files and merges them in order: the result depends on the batch size at most by
+round-off, and not on the number of ranks.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Job(Generic[Result]):
-    """Something to be done in independent batches.
+    """Work that consists of independent batches.
 
     Attributes:
         name: for the progress bar and the folder of its batches.
         count: number of batches.
         ticks: how often `batch` yields.
-        batch: i -> iterator over the work on batch i. It yields empty dicts as it goes on, and last what was made.
+        batch: i -> iterator over the work on batch i. It yields empty dicts as it goes on, and at last the tensors.
         merge: all batches, in order -> the result.
-        settings: what the batches depend on, as JSON: seeds, points, batch size …
+        settings: everything that the batches depend on, as JSON: seeds, points, batch size …
     """
 
     name: str
@@ -56,7 +56,7 @@ class Job(Generic[Result]):
 
     @functools.cached_property
     def digest(self) -> str:
-        """SHA-256 of what its batches depend on."""
+        """SHA-256 of everything that the batches depend on."""
         return _digest([self.name, self.count, self.settings])
 
     def work(self, indices: Sequence[int], done: Callable[[int, Tensors], object], *, show: bool = True) -> None:
@@ -80,7 +80,7 @@ class Job(Generic[Result]):
 
 
 class ShardError(RuntimeError):
-    """Batches that another rank owes and does not deliver."""
+    """Another rank has not delivered its batches."""
 
 
 class Shards:
@@ -93,9 +93,9 @@ class Shards:
             shards.clear()
 
     Args:
-        folder: shared by all ranks and used by nothing else; made when the first batch is there.
-        settings: what all batches in it depend on besides their job's own settings, as JSON: the model, the sampler.
-        rank, world: this process and how many there are, 0 ≤ rank < world.
+        folder: shared by all ranks and used by nothing else; made with the first batch.
+        settings: what all batches depend on besides the settings of their jobs, as JSON: the model, the sampler.
+        rank, world: this process and the number of processes, 0 ≤ rank < world.
         timeout: seconds > 0 without a new batch after which `result` gives up a rank: more than a batch takes.
 
     Raises:
@@ -131,7 +131,7 @@ class Shards:
             )
 
     def work(self, job: Job[Any]) -> None:
-        """Does this rank's batches that are not there yet; waits for no other rank."""
+        """Makes the batches of this rank that are missing. Does not wait for other ranks."""
         own = range(self.rank, job.count, self.world)
         todo = [index for index in own if not self._whole(job, index)]
         if self.rank == 0 and 0 < len(todo) < len(own):
@@ -140,7 +140,7 @@ class Shards:
         job.work(todo, lambda index, made: self._save(job, index, made), show=self.rank == 0)
 
     def result(self, job: Job[Result]) -> Result:
-        """The merged batches of all ranks: does what is left of this rank's own, and waits for the others.
+        """The merged batches of all ranks: makes what is missing of this rank's own, and waits for the others.
 
         Raises:
             ShardError: a rank delivered nothing for `timeout` seconds; it is named, with what it owes.
@@ -151,7 +151,7 @@ class Shards:
         return job.merge([batches[index] for index in range(job.count)])
 
     def _arrivals(self, job: Job[Any]) -> Iterator[tuple[int, Tensors]]:
-        """(index, batch) as they come."""
+        """(index, batch) in the order in which the files appear."""
         waiting, heard = set(range(job.count)), [time.monotonic()] * self.world
         while waiting:
             for index in sorted(waiting):
@@ -163,11 +163,11 @@ class Shards:
             owing = {index % self.world for index in waiting}
             silent = sorted(rank for rank in owing if time.monotonic() - heard[rank] > self.timeout)
             if silent:
-                raise ShardError(self._reproach(job, silent, waiting))
+                raise ShardError(self._overdue(job, silent, waiting))
             if waiting:
                 time.sleep(min(0.5, self.timeout / 10))
 
-    def _reproach(self, job: Job[Any], silent: Sequence[int], waiting: set[int]) -> str:
+    def _overdue(self, job: Job[Any], silent: Sequence[int], waiting: set[int]) -> str:
         owed = "; ".join(
             f"rank {rank} owes batches {', '.join(str(i) for i in sorted(waiting) if i % self.world == rank)}"
             for rank in silent
@@ -186,7 +186,7 @@ class Shards:
         return self.folder / job.name / f"{index:06d}.safetensors"
 
     def _stamp(self, job: Job[Any], index: int) -> dict[str, str]:
-        """What a file says it is."""
+        """The metadata of the file of a batch."""
         return {"settings": self._digest, "job": job.digest, "batch": str(index)}
 
     def _save(self, job: Job[Any], index: int, batch: Tensors) -> None:
@@ -202,7 +202,7 @@ class Shards:
         publish(path, save(tensors, self._stamp(job, index)))
 
     def _whole(self, job: Job[Any], index: int) -> bool:
-        """Whether a batch is there; one that is damaged or of other settings is not, and says so."""
+        """Whether a batch is there and whole; warns of one that is damaged or was made with other settings."""
         path = self._path(job, index)
         if not path.exists():
             return False
@@ -218,7 +218,7 @@ class Shards:
             with safe_open(self._path(job, index), "pt") as file:
                 if file.metadata() != self._stamp(job, index):
                     return None
-                # copies: what is read is mapped from the file, which `clear` removes
+                # copies, because what is read is mapped from the file, which `clear` removes
                 return {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
         except (OSError, SafetensorError):
             return None
@@ -228,7 +228,7 @@ def ranks() -> tuple[int, int]:
     """(rank, world) of this process: RANK and WORLD_SIZE as `torchrun` sets them, (0, 1) without.
 
     Raises:
-        ValueError: they are no whole numbers.
+        ValueError: they are not whole numbers.
     """
     rank, world = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
     try:
