@@ -72,7 +72,7 @@ def test_training_from_python(capsys: pytest.CaptureFixture[str]) -> None:
     (text,) = [text for language, text in BLOCKS["training.md"] if language == "python"]
     names: dict[str, Any] = {}
     exec(text, names)
-    assert names["run"].images == 640 and names["run"].step == 10
+    assert names["state"].images == 640 and names["state"].step == 10
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
