@@ -65,7 +65,7 @@ def row(name: str, sde: S.SDE) -> list[str]:
     t = torch.tensor(sde.t_min, dtype=torch.float64)
     x0 = denoiser.sample(256, rng=S.Rng(3), dtype=torch.float64)
     x = sde.perturb(x0, t, S.Rng(4).normal_like(x0))
-    result = S.log_likelihood(denoiser, x, divergence=S.Exact(), rtol=1e-5, atol=1e-5)
+    result = S.log_likelihood(denoiser, x, divergence=S.Exact(), solver=S.Tolerance(1e-5, 1e-5))
     error = float((result.log_prob - denoiser.log_prob(x, t)).abs().max()) / 2
     return [*cells, f"{error:.0e} @ {result.evaluations}"]
 

@@ -30,6 +30,7 @@ import scoresde as S
 from scoresde.config import build, build_network
 from scoresde.data import Dataset, EpochOrder, Split
 from scoresde.evaluate.evaluation import OdeLikelihood
+from scoresde.likelihood.budget import Budget
 from scoresde.runs.posthoc import reconstruct, write_snapshot
 from scoresde.train.ema import EMA, PowerEMA
 
@@ -98,7 +99,7 @@ class Measure:
         raw = dataset.test.raw[part::2]
         self.dataset = dataclasses.replace(dataset, test=Split(raw), train=Split(dataset.train.raw), classes=0)
         self.points = min(cfg.points, len(raw))
-        self.likelihood = OdeLikelihood(budget=cfg.budget)
+        self.likelihood = OdeLikelihood(solver=Budget(cfg.budget))
 
     def __call__(self, loss: Any) -> float:
         loss.eval()

@@ -34,11 +34,11 @@ class Way(NamedTuple):
     run: Callable[[S.Denoiser, Tensor], Tensor]  # (denoiser, x) -> log p (B,)
 
 
-def ours(trace: str, divergence: S.Exact | S.Hutchinson, **solver: Any) -> Way:
-    name = ", ".join(f"{key}={value:g}" for key, value in solver.items() if key != "atol")
+def ours(trace: str, divergence: S.Exact | S.Hutchinson, solver: S.Tolerance | S.Budget) -> Way:
+    name = ", ".join(f"{key}={value:g}" for key, value in solver.accuracy.items() if key != "atol")
 
     def run(denoiser: S.Denoiser, x: Tensor) -> Tensor:
-        return S.log_likelihood(denoiser, x, divergence=divergence, rng=S.Rng(0), **solver).log_prob
+        return S.log_likelihood(denoiser, x, divergence=divergence, rng=S.Rng(0), solver=solver).log_prob
 
     return Way("scoresde", name, trace, run)
 
@@ -121,10 +121,10 @@ def k_diffusion(tolerance: float) -> Way:
 
 def ways(cfg: DictConfig) -> list[Way]:
     return [
-        *(ours("exact", S.Exact(), budget=n) for n in cfg.budgets),
-        *(ours("exact", S.Exact(), rtol=tolerance, atol=tolerance) for tolerance in cfg.tolerances),
+        *(ours("exact", S.Exact(), S.Budget(n)) for n in cfg.budgets),
+        *(ours("exact", S.Exact(), S.Tolerance(tolerance, tolerance)) for tolerance in cfg.tolerances),
         *(torchdiffeq_in_t(tolerance, True) for tolerance in cfg.tolerances),
-        *(ours("1 probe", S.Hutchinson(1), budget=n) for n in cfg.budgets),
+        *(ours("1 probe", S.Hutchinson(1), S.Budget(n)) for n in cfg.budgets),
         *(torchdiffeq_in_t(tolerance, False) for tolerance in cfg.tolerances),
         scipy_in_t(1e-5),
         k_diffusion(1e-4),

@@ -116,8 +116,22 @@ def renamed(tree: Any, depth: int = 0) -> Any:
     if depth > _DEPTH:
         return tree
     if isinstance(tree, dict):
-        return {n: _today(value) if n == "_target_" else renamed(value, depth + 1) for n, value in tree.items()}
+        node = {n: _today(value) if n == "_target_" else renamed(value, depth + 1) for n, value in tree.items()}
+        return _with_solver(node) if node.get("_target_") == "scoresde.evaluate.OdeLikelihood" else node
     return [renamed(value, depth + 1) for value in tree] if isinstance(tree, list) else tree
+
+
+def _with_solver(node: dict[str, Any]) -> dict[str, Any]:
+    """An `OdeLikelihood` of before, with tolerances or a budget of its own, as one that has a solver."""
+    names = ("rtol", "atol", "backend", "method", "budget")
+    old = {name: node[name] for name in names if name in node}
+    if not old:
+        return node
+    if (calls := old.pop("budget", None)) is not None:
+        solver = {"_target_": "scoresde.Budget", "calls": calls, "grid": None}
+    else:
+        solver = {"_target_": "scoresde.Tolerance", "max_evaluations": 20_000, **old}
+    return {"solver": solver, **{name: value for name, value in node.items() if name not in names}}
 
 
 def _today(target: Any) -> Any:

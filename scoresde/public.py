@@ -56,11 +56,12 @@ from .inverse import (
     TwistedSMC,
 )
 from .likelihood.bounds import ImportanceBound, elbo, importance_weighted, vlb
-from .likelihood.budget import LikelihoodGrid
+from .likelihood.budget import Budget, LikelihoodGrid
 from .likelihood.classify import Classification, classify
 from .likelihood.divergence import Exact, Hutchinson, HutchPlusPlus
 from .likelihood.ode import LogLikelihood, bits_per_dim, log_likelihood, sample_with_log_prob
 from .likelihood.terms import Bound
+from .likelihood.tolerance import Tolerance
 from .losses.classifier import ClassifierLoss, NoisyClassifier
 from .losses.denoising import DenoisingLoss
 from .noise.rng import Rng
@@ -121,6 +122,7 @@ __all__ = [
     "Blend",
     "Blur",
     "Bound",
+    "Budget",
     "Churn",
     "Classification",
     "Classifier",
@@ -185,6 +187,7 @@ __all__ = [
     "Step",
     "SubVPSDE",
     "TableSDE",
+    "Tolerance",
     "TorchSDE",
     "Trace",
     "TwistedSMC",

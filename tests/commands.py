@@ -27,7 +27,7 @@ TINY = (
     "data=8gaussians", "data.train=256", "data.test=32", "network=mlp", "network.width=8", "network.depth=1",
     "trainer.images=640", "trainer.batch_size=64", "trainer.warmup=0", "trainer.log_every=64",
     "trainer.evaluate_every=0", "trainer.checkpoint_every=192", "evaluation.points=4", "evaluation.samples=4",
-    "evaluation.pictures=false", "likelihood.rtol=1e-3", "likelihood.atol=1e-3", "threads=1",
+    "evaluation.pictures=false", "likelihood.solver.rtol=1e-3", "likelihood.solver.atol=1e-3", "threads=1",
 )  # fmt: skip
 PLAIN = ("logger=jsonl", "sampler=ddim", "sampler.steps=4")
 

@@ -39,6 +39,7 @@ from scoresde import (
     TwistedSMC,
     log_likelihood,
 )
+from scoresde.likelihood.budget import Budget
 
 LABELS = torch.tensor([0, 1, 2, 0])
 X = Rng(0).normal((4, 3), dtype=torch.float64)
@@ -153,7 +154,7 @@ def test_a_compiled_method_is_a_denoiser_like_others() -> None:
     sampler = Sampler(DDIM(), LogSNRGrid(), 6)
     torch.testing.assert_close(sampler(compiled, X, cond=LABELS), sampler(denoiser, X, cond=LABELS))
     assert len(graphs) == 1
-    got, want = (log_likelihood(d, X, cond=LABELS, budget=6, divergence=Exact()) for d in (compiled, denoiser))
+    got, want = (log_likelihood(d, X, cond=LABELS, solver=Budget(6), divergence=Exact()) for d in (compiled, denoiser))
     torch.testing.assert_close(got.log_prob, want.log_prob)
     assert got.evaluations == want.evaluations
 

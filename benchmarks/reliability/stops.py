@@ -37,8 +37,8 @@ ARGUMENTS = (
     "data=8gaussians", "data.train=256", "data.test=32", "network=mlp", "network.width=8", "network.depth=1",
     f"trainer.images={64 * STEPS}", "trainer.batch_size=64", "trainer.warmup=0", "trainer.log_every=64",
     "trainer.evaluate_every=256", "trainer.checkpoint_every=192", "evaluation.points=8", "evaluation.points_during=4",
-    "evaluation.samples=8", "evaluation.batch_size=2", "evaluation.pictures=false", "likelihood.rtol=1e-2",
-    "likelihood.atol=1e-2", "threads=1", "logger=jsonl", "sampler=ddim", "sampler.steps=3", "device=cpu",
+    "evaluation.samples=8", "evaluation.batch_size=2", "evaluation.pictures=false", "likelihood.solver.rtol=1e-2",
+    "likelihood.solver.atol=1e-2", "threads=1", "logger=jsonl", "sampler=ddim", "sampler.steps=3", "device=cpu",
     "resume=auto", "out=run",
 )  # fmt: skip
 

@@ -80,18 +80,15 @@ def _no_option(text: str) -> str:
 
 
 def _unknown_key(key: str, parent: Any) -> str:
-    """Names the nearest key beside it, else the key of this name farther down, else the nearest anywhere, else all."""
+    """Names the nearest key beside it, else the nearest farther down, else all that are beside it."""
     prefix, _, last = key.rpartition(".")
     siblings = [str(name) for name in parent if name not in ("hydra", "_target_")]
-    below = _paths(OmegaConf.to_container(parent), f"{prefix}." if prefix else "")
-    found = closest(last, siblings, 0.6)
-    right = f"{prefix}.{found}" if found and prefix else found
-    right = right or next((path for path in below if path.rpartition(".")[2] == last), None)
-    if not right and not prefix:
-        everywhere = {path.rpartition(".")[2]: path for path in below}
-        right = everywhere.get(closest(last, everywhere, 0.7) or "")
-    if right:
-        return f"There is no key {key!r}. Did you mean {right!r}?"
+    paths = _paths(OmegaConf.to_container(parent), f"{prefix}." if prefix else "")
+    below = {path.rpartition(".")[2]: path for path in paths}
+    if found := closest(last, siblings, 0.6):
+        return f"There is no key {key!r}. Did you mean {'.'.join(filter(None, (prefix, found)))!r}?"
+    if found := closest(last, below, 0.7):
+        return f"There is no key {key!r}. Did you mean {below[found]!r}?"
     return f"There is no key {key!r}; {prefix or 'the configuration'} has {', '.join(siblings)}."
 
 

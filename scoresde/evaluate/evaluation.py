@@ -11,14 +11,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..checks import whole
 from ..data import Dataset, Split
 from ..diffusion.denoiser import Cond, Denoiser, model_device
-from ..likelihood.budget import LEAST_BUDGET
 from ..likelihood.divergence import Divergence
 from ..likelihood.ode import bits_per_dim, log_likelihood
+from ..likelihood.solver import Solver
+from ..likelihood.tolerance import Tolerance
 from ..losses.loss import Loss
 from ..noise.rng import Rng
-from ..ode import check_solver
 from ..sampling import Sampler
 from .shards import Job, Tensors
 
@@ -74,49 +75,24 @@ class OdeLikelihood:
 
     Args:
         divergence: `Hutchinson(probes, kind)`, `Exact()` …; default Hutchinson with one Rademacher probe.
-        rtol, atol: tolerances of the solver, > 0; 1e-5 where there is no budget.
-        budget: network calls per batch, ≥ 4, in place of tolerances.
+        solver: `Tolerance(rtol, atol)`, by default to 1e-5, or `Budget(calls)`.
         batch_size: points per solve, ≥ 1.
-        backend, method: of the solver, see `scoresde.ode.integrate`.
         t_min: likelihood cut-off; None for the SDE's own.
 
     Raises:
-        ValueError: tolerances, a budget, a batch size, a backend or a method that cannot work; tolerances with a
-            budget.
+        ValueError: a batch size below 1.
     """
 
     def __init__(
         self,
         divergence: Divergence | None = None,
         *,
-        rtol: float | None = None,
-        atol: float | None = None,
-        budget: int | None = None,
+        solver: Solver | None = None,
         batch_size: int = 64,
-        backend: str = "native",
-        method: str | None = None,
         t_min: float | None = None,
     ):
-        self.rtol = self.atol = None
-        if budget is None:
-            self.rtol, self.atol = (1e-5 if value is None else value for value in (rtol, atol))
-            method = check_solver(backend, method, self.rtol, self.atol)
-        elif rtol is not None or atol is not None:
-            raise ValueError(f"A budget replaces rtol and atol; set them to null. Got {budget}, {rtol} and {atol}.")
-        elif isinstance(budget, bool) or not isinstance(budget, int) or budget < LEAST_BUDGET:
-            raise ValueError(f"budget is a number of network calls, at least {LEAST_BUDGET}; got {budget!r}.")
-        elif backend != "native" or method is not None:
-            raise ValueError(f"A budget has a method of its own; leave out backend={backend!r}, method={method!r}.")
-        if batch_size < 1:
-            raise ValueError(f"batch_size is at least 1; got {batch_size}.")
-        self.divergence, self.budget, self.batch_size = divergence, budget, batch_size
-        self.backend, self.method, self.t_min = backend, method, t_min
-
-    @property
-    def accuracy(self) -> dict[str, float]:
-        """The tolerances, or the budget: what a number has to be quoted with."""
-        values = {"rtol": self.rtol, "atol": self.atol, "budget": self.budget}
-        return {name: value for name, value in values.items() if value is not None}
+        self.divergence, self.solver, self.t_min = divergence, solver or Tolerance(1e-5, 1e-5), t_min
+        self.batch_size = whole(batch_size, "batch_size")
 
     def __call__(
         self,
@@ -158,11 +134,15 @@ class OdeLikelihood:
         def batch(index: int) -> Iterator[Tensors]:
             part, start = parts[index], time.monotonic()
             result = log_likelihood(
-                denoiser, data.raw[part].to(device), rtol=self.rtol, atol=self.atol, budget=self.budget,
-                divergence=self.divergence, cond=data.cond(part, conditional, device),
+                denoiser,
+                data.raw[part].to(device),
+                self.solver,
+                divergence=self.divergence,
+                cond=data.cond(part, conditional, device),
                 rng=Rng(seeds=[seed * len(data) + i for i in part.tolist()]),
-                scaling=dataset.scaling, t_min=self.t_min, backend=self.backend, method=self.method,
-            )  # fmt: skip
+                scaling=dataset.scaling,
+                t_min=self.t_min,
+            )
             yield {
                 "bits": bits_per_dim(result.log_prob, dataset.event_shape).double().cpu(),
                 "solver_error": bits_per_dim(-result.solver_error, dataset.event_shape).double().cpu(),
@@ -171,8 +151,7 @@ class OdeLikelihood:
 
         settings = {
             "split": split, "points": points, "of": len(data), "seed": seed, "conditional": conditional,
-            "batch_size": self.batch_size, **self.accuracy, "backend": self.backend, "method": self.method,
-            "t_min": self.t_min,
+            "batch_size": self.batch_size, **self.solver.settings, "t_min": self.t_min,
         }  # fmt: skip
         return Job("bits_per_dim", len(parts), 1, batch, _bits_per_dim, settings)
 

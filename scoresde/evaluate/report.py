@@ -179,7 +179,7 @@ class Report:
         Bits/dim stand in every row: they are the model's, by the probability-flow ODE. Returns what `summary.json`
         holds: `facts` and what was measured.
         """
-        dataset, accuracy = self.dataset, self.likelihood.accuracy
+        dataset, accuracy = self.dataset, self.likelihood.solver.accuracy
         write_samples(made, dataset, folder, seeds=self.seeds, pictures=self.evaluation.pictures)
         distances, exact = distances_of(made, dataset), exact_bits(dataset, self.evaluation.points)
         lines = [

@@ -16,13 +16,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ..checks import whole
+from ..diffusion.grids import Grid, check_grid
 from ..diffusion.sde import SDE
 from ..ode import SolverError, lagrange, log_ratio
+from .flow import Flow
+from .solver import Solved, Solver
 
 LEAST_BUDGET = 4
 """A cubic has four nodes."""
@@ -68,20 +73,52 @@ class LikelihoodGrid:
 
 
 @dataclass(frozen=True)
-class Followed:
-    """Where a path ended, and the integrals along it.
+class Budget(Solver):
+    """Solves in exactly `calls` network calls, at the same nodes for every sample.
 
-    Attributes:
-        end: y at the last node (B, D).
-        columns: ∫ rates du (B, C).
-        correction: −∫ s·(dy − v du) (B,), to be added to log p.
-        error: (B,) nats, Σ |cubic − quadratic| over both integrals: the error of the rule one order lower.
+    Args:
+        calls: network calls per batch, ≥ 4, with those that the divergence and the prior need.
+        grid: where they go, (sde, n − 1) -> n falling times from t_max to the likelihood's `t_min`; default
+            `LikelihoodGrid`.
+
+    Raises:
+        ValueError: fewer calls than a path takes.
     """
 
-    end: Tensor
-    columns: Tensor
-    correction: Tensor
-    error: Tensor
+    calls: int
+    grid: Grid | None = None
+
+    def __post_init__(self) -> None:
+        whole(self.calls, "A budget of network calls", LEAST_BUDGET)
+
+    @property
+    def accuracy(self) -> dict[str, float]:
+        return {"budget": self.calls}
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return {"budget": self.calls, "grid": type(self.grid or LikelihoodGrid()).__name__}
+
+    def __call__(self, flow: Flow, y: Tensor, *, up: bool) -> Solved:
+        calls = self.calls - flow.counted.evaluations - flow.counted.prior_evaluations
+        if calls < LEAST_BUDGET:
+            raise ValueError(
+                f"A budget of {self.calls} network calls leaves {calls} beside divergence's and prior's; a path takes "
+                f"{LEAST_BUDGET}."
+            )
+        nodes = self._nodes(flow.sde, flow.start, calls)
+        return follow(flow.field, y, nodes if up else nodes.flip(0), estimate=flow.estimate, time=flow.time)
+
+    def _nodes(self, sde: SDE, start: float, calls: int) -> Tensor:
+        """u at `calls` rising times from the cut-off to t_max."""
+        times = check_grid((self.grid or LikelihoodGrid(start))(sde, calls - 1), sde).double().flip(0)
+        ends = torch.tensor([start, sde.t_max], dtype=torch.float64)
+        if len(times) != calls or not torch.allclose(times[[0, -1]], ends, rtol=1e-6, atol=0):
+            raise ValueError(
+                f"A budget with {calls} calls on its path needs {calls} times from t_max={sde.t_max} to t_min={start}; "
+                f"the grid gave {len(times)} from {float(times[-1])} to {float(times[0])}. Pass t_min= to match it."
+            )
+        return log_ratio(sde, times)
 
 
 @dataclass(frozen=True)
@@ -99,7 +136,7 @@ def follow(
     *,
     estimate: Callable[[Tensor], Tensor],
     time: Callable[[float], float],
-) -> Followed:
+) -> Solved:
     """The path from `y0` (B, D) over `nodes` (n,) of u, monotone, n ≥ 4: one call of `field` at each.
 
     Args:
@@ -130,7 +167,8 @@ def follow(
             new = _interval(window, left, estimate)
             parts = new if parts is None else [total + part for total, part in zip(parts, new, strict=True)]
     assert parts is not None
-    return Followed(y, *parts)
+    columns, correction, error = parts
+    return Solved(y, columns, correction, error.detach())
 
 
 def _weights(nodes: Sequence[float], start: float, stop: float, exponential: bool) -> list[float]:

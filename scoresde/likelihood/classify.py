@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from ..diffusion.denoiser import Cond, Denoiser
-from ..diffusion.grids import Grid
 from ..guidance.conditioned import spread
 from ..noise.rng import Rng
 from .divergence import Divergence
 from .ode import LogLikelihood, RawScaling, log_likelihood
+from .solver import Solver
 
 
 @dataclass(frozen=True)
@@ -43,12 +43,9 @@ def classify(
     denoiser: Denoiser,
     x0: Tensor,
     classes: int | Sequence[Cond],
+    solver: Solver,
     *,
     priors: Tensor | None = None,
-    rtol: float | None = None,
-    atol: float | None = None,
-    budget: int | None = None,
-    grid: Grid | None = None,
     divergence: Divergence | None = None,
     rng: Rng | None = None,
     scaling: RawScaling | None = None,
@@ -67,7 +64,7 @@ def classify(
         x0: data (B, *event), as for `log_likelihood`.
         classes: K ≥ 2 for the labels 0 … K − 1, or the K conditions, each one entry.
         priors: p(y), (K,), positive; normalised here. Default: all equal.
-        rtol, atol, budget, grid, divergence, scaling, t_min: as in `log_likelihood`.
+        solver, divergence, scaling, t_min: as in `log_likelihood`.
         rng: source of noise and probes, the same for every class.
 
     Raises:
@@ -85,10 +82,7 @@ def classify(
             log_likelihood(
                 denoiser,
                 x0,
-                rtol=rtol,
-                atol=atol,
-                budget=budget,
-                grid=grid,
+                solver,
                 divergence=divergence,
                 cond=spread(cond, x0),
                 rng=rng,

@@ -261,7 +261,7 @@ def test_sampling_again_elsewhere_gives_the_same_samples(trained: Path, tmp_path
 def test_likelihood_and_evaluation_elsewhere_give_the_same_numbers(trained: Path, tmp_path: Path) -> None:
     """The same points, seed and tolerances: the run's own bits/dim; its raw weights have others."""
     own = json.loads((trained / "summary.json").read_text())
-    settings = (f"run={trained}", "likelihood.rtol=1e-3", "likelihood.atol=1e-3")
+    settings = (f"run={trained}", "likelihood.solver.rtol=1e-3", "likelihood.solver.atol=1e-3")
     assert command("likelihood", *settings, "n=4", "likelihood.batch_size=3", "out=a", cwd=tmp_path).code == 0
     assert command("likelihood", *settings, "n=4", "weights=weights", "out=b", cwd=tmp_path).code == 0
     first, raw = (json.loads((tmp_path / name / "likelihood.json").read_text()) for name in "ab")

@@ -30,6 +30,7 @@ from scoresde.cli.conditions import choose_cond, kinds_of
 from scoresde.config import ConfigError
 from scoresde.evaluate.problem import Problem
 from scoresde.evaluate.report import real_beside
+from scoresde.likelihood.tolerance import Tolerance
 from scoresde.runs.load import LoadedRun, load_run
 
 DRAW = ("sampler=ddim", "sampler.steps=4", "pictures=false", "threads=1")
@@ -245,7 +246,7 @@ def test_what_no_input_is_known_to_be_told_is_refused(vec: LoadedRun) -> None:
 
 
 def test_held_out_samples_keep_their_own_conditions(folder: Path, vec: LoadedRun) -> None:
-    settings = ("likelihood.rtol=1e-3", "likelihood.atol=1e-3", "n=5", "out=nats", "threads=1")
+    settings = ("likelihood.solver.rtol=1e-3", "likelihood.solver.atol=1e-3", "n=5", "out=nats", "threads=1")
     done = command("likelihood", "run=vec", *settings, cwd=folder)
     assert done.code == 0, done.err
     found, test = np.load(folder / "nats" / "bits_per_dim.npz"), vec.dataset.test
@@ -253,7 +254,7 @@ def test_held_out_samples_keep_their_own_conditions(folder: Path, vec: LoadedRun
 
     def bits(told: Tensor) -> np.ndarray:
         result = log_likelihood(
-            vec.denoiser, test.raw[index], cond={"vector": told}, rtol=1e-3, atol=1e-3, rng=Rng(seeds=index.tolist()),
+            vec.denoiser, test.raw[index], Tolerance(1e-3, 1e-3), cond={"vector": told}, rng=Rng(seeds=index.tolist()),
             scaling=vec.dataset.scaling,
         )  # fmt: skip
         return bits_per_dim(result.log_prob, (2,)).double().numpy()

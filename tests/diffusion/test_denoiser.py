@@ -27,6 +27,7 @@ from scoresde import (
     log_likelihood,
 )
 from scoresde.diffusion.denoiser import CountingDenoiser, default_noise_input
+from scoresde.likelihood.tolerance import Tolerance
 
 ALL = all_sdes()
 each_sde = pytest.mark.parametrize("sde", ALL.values(), ids=ALL.keys())
@@ -157,7 +158,7 @@ def test_foreign_networks_sample_and_score_like_the_exact_denoiser() -> None:
     want = Sampler(DDIM(), steps=12)(exact, start)
 
     def score(denoiser):
-        return log_likelihood(denoiser, x, divergence=Exact(), rtol=1e-4, atol=1e-4, rng=Rng(0)).log_prob
+        return log_likelihood(denoiser, x, divergence=Exact(), solver=Tolerance(1e-4, 1e-4), rng=Rng(0)).log_prob
 
     expected = score(exact)
     for convention in CONVENTIONS:

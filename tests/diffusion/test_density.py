@@ -29,9 +29,10 @@ from scoresde import (
     log_likelihood,
 )
 from scoresde.diffusion.grids import check_grid
-from scoresde.likelihood.budget import LikelihoodGrid
+from scoresde.likelihood.budget import Budget, LikelihoodGrid
 from scoresde.likelihood.divergence import Divergence, HutchPlusPlus
 from scoresde.likelihood.ode import sample_with_log_prob
+from scoresde.likelihood.tolerance import Tolerance
 
 ALL = all_sdes()
 each_sde = pytest.mark.parametrize("sde", ALL.values(), ids=ALL.keys())
@@ -55,7 +56,7 @@ def test_the_ring_is_measured_in_few_calls(sde) -> None:
     denoiser = ring(sde)
     x, exact = at_t_min(denoiser, 128)
     for budget, bound in ((65, 2e-3), (100, 5e-4)):
-        result = log_likelihood(denoiser, x, divergence=Exact(), budget=budget)
+        result = log_likelihood(denoiser, x, divergence=Exact(), solver=Budget(budget))
         assert result.evaluations == budget
         assert bits(result.log_prob - exact, x) < bound
 
@@ -65,7 +66,7 @@ def test_every_process_is_measured(sde) -> None:
     """Mixtures of variance 0.05 to 0.5: under 1e-3 bits/dim in 50 calls, tables with their kinks included."""
     denoiser = mixture(sde, (3, 4), seed=1)
     x, exact = at_t_min(denoiser, 16)
-    result = log_likelihood(denoiser, x, divergence=Exact(), budget=50)
+    result = log_likelihood(denoiser, x, divergence=Exact(), solver=Budget(50))
     assert bits(result.log_prob - exact, x) < 1e-3
     assert result.latent.shape == x.shape and result.evaluations == 50
 
@@ -76,7 +77,7 @@ def test_the_error_falls_as_the_cube_of_the_calls_or_faster(name: str) -> None:
     denoiser = mixture(closed_form_sdes()[name], (2,), seed=1)
     x, exact = at_t_min(denoiser, 32)
     errors = [
-        bits(log_likelihood(denoiser, x, divergence=Exact(), budget=budget).log_prob - exact, x)
+        bits(log_likelihood(denoiser, x, divergence=Exact(), solver=Budget(budget)).log_prob - exact, x)
         for budget in (65, 129, 257)
     ]
     assert math.log2(errors[0] / errors[1]) > 2.7 and math.log2(errors[1] / errors[2]) > 2.7
@@ -88,7 +89,7 @@ def test_the_adjoint_leaves_the_error_of_the_path_in_second_order(monkeypatch) -
     x, exact = at_t_min(denoiser, 64)
 
     def error() -> float:
-        return bits(log_likelihood(denoiser, x, divergence=Exact(), budget=40).log_prob - exact, x)
+        return bits(log_likelihood(denoiser, x, divergence=Exact(), solver=Budget(40)).log_prob - exact, x)
 
     with_it = error()
     monkeypatch.setattr("scoresde.likelihood.budget._TRUST", 1e9)  # defects count by ς²/(ς² + 1e18): not at all
@@ -102,7 +103,7 @@ def test_the_budget_is_what_is_spent(budget: int, divergence: Divergence) -> Non
     network = Tanh(4)
     denoiser = Preconditioned(network, VPSDE(), EDM(1.0))
     x = Rng(0).normal((5, 4))
-    result = log_likelihood(denoiser, x, divergence=divergence, budget=budget)
+    result = log_likelihood(denoiser, x, divergence=divergence, solver=Budget(budget))
     assert result.evaluations == len(network.noises) == budget
     ends = -VPSDE().log_snr(torch.tensor([VPSDE().t_min, VPSDE().t_max], dtype=torch.float64)) / 8
     torch.testing.assert_close(torch.stack([network.noises[0][0], network.noises[-1][0]]).double(), ends)
@@ -136,7 +137,7 @@ def test_a_grid_says_where_the_calls_go(make, cut) -> None:
             return inner(x, t, cond)
 
     grid = make(cut)
-    log_likelihood(Noting(inner.sde), torch.zeros(1, 2), divergence=Exact(), budget=9, grid=grid, t_min=cut)
+    log_likelihood(Noting(inner.sde), torch.zeros(1, 2), divergence=Exact(), solver=Budget(9, grid), t_min=cut)
     torch.testing.assert_close(torch.tensor(seen, dtype=torch.float64), grid(inner.sde, 8).flip(0), rtol=1e-8, atol=0)
 
 
@@ -171,12 +172,12 @@ COVERED = int(binom.ppf(1e-3, 200, 0.95))
     ],
     ids=["exact", "one", "one-gaussian", "two", "five", "hutch++"],
 )
-@pytest.mark.parametrize("solver", [{"budget": 30}, {"rtol": 1e-4, "atol": 1e-4}], ids=["budget", "tolerance"])
+@pytest.mark.parametrize("solver", [Budget(30), Tolerance(1e-4, 1e-4)], ids=["budget", "tolerance"])
 def test_the_interval_covers_the_truth(divergence: Divergence, event, solver) -> None:
     """log p ± 1.96 stderr over 200 samples, each with its own probes, against the exact log-density."""
     denoiser = ring(VPSDE()) if event == (2,) else mixture(VPSDE(), event, seed=3)
     x, exact = at_t_min(denoiser, 200)
-    result = log_likelihood(denoiser, x, divergence=divergence, rng=Rng(5), **solver)
+    result = log_likelihood(denoiser, x, divergence=divergence, rng=Rng(5), solver=solver)
     inside = (result.log_prob - exact).abs() <= 1.96 * result.stderr
     assert int(inside.sum()) >= COVERED
     torch.testing.assert_close(result.stderr, torch.hypot(result.divergence_error, result.solver_error))
@@ -187,12 +188,10 @@ def test_the_solver_error_follows_the_error(solver: str) -> None:
     """Not honest by being vast: it falls with the true error, and stays within a factor of 100 of it."""
     denoiser = ring(VESDE(0.01, 50.0))
     x, exact = at_t_min(denoiser, 64)
-    settings = (
-        [{"budget": n} for n in (40, 80)] if solver == "budget" else [{"rtol": e, "atol": e} for e in (1e-4, 1e-6)]
-    )
+    settings = [Budget(n) for n in (40, 80)] if solver == "budget" else [Tolerance(e, e) for e in (1e-4, 1e-6)]
     stated = []
     for setting in settings:
-        result = log_likelihood(denoiser, x, divergence=Exact(), **setting)
+        result = log_likelihood(denoiser, x, divergence=Exact(), solver=setting)
         true = float((result.log_prob - exact).abs().mean())
         stated.append(float(result.solver_error.mean()))
         assert true < stated[-1] < 100 * true
@@ -203,27 +202,27 @@ def test_the_solver_error_follows_the_error(solver: str) -> None:
 
 
 @each_sde
-@pytest.mark.parametrize("solver", [{"budget": 60}, {"rtol": 1e-6, "atol": 1e-6}], ids=["budget", "tolerance"])
+@pytest.mark.parametrize("solver", [Budget(60), Tolerance(1e-6, 1e-6)], ids=["budget", "tolerance"])
 def test_samples_come_with_their_density(sde, solver) -> None:
     """Against the exact mixture at the samples, and against the likelihood of the samples, solved the other way."""
     denoiser = mixture(sde, (4,), seed=2)
-    x, result = sample_with_log_prob(denoiser, (32, 4), divergence=Exact(), rng=Rng(0), **solver)
+    x, result = sample_with_log_prob(denoiser, (32, 4), divergence=Exact(), rng=Rng(0), solver=solver)
     x = x.double()
     exact = denoiser.log_prob(x, torch.tensor(sde.t_min, dtype=torch.float64))
-    back = log_likelihood(denoiser, x, divergence=Exact(), **solver)
+    back = log_likelihood(denoiser, x, divergence=Exact(), solver=solver)
     # float32 samples: x is rounded by 6e-8, the score is at most 1/σ(t_min) = 1e4 (2e-3 nats for 4 dimensions)
     assert bits(result.log_prob - exact, x) < 2e-3
     assert bits(result.log_prob - back.log_prob, x) < 2e-3
     assert result.latent.shape == (32, 4) and x.shape == (32, 4)
-    if "budget" in solver:
+    if solver == Budget(60):
         assert result.evaluations == 60
 
 
 def test_sampling_from_a_latent_undoes_the_encoding() -> None:
     denoiser = mixture(VPSDE(), (3, 4), seed=2)
     x, exact = at_t_min(denoiser, 8)
-    there = log_likelihood(denoiser, x, divergence=Exact(), rtol=1e-8, atol=1e-8)
-    back, result = sample_with_log_prob(denoiser, there.latent, divergence=Exact(), rtol=1e-8, atol=1e-8)
+    there = log_likelihood(denoiser, x, divergence=Exact(), solver=Tolerance(1e-8, 1e-8))
+    back, result = sample_with_log_prob(denoiser, there.latent, divergence=Exact(), solver=Tolerance(1e-8, 1e-8))
     torch.testing.assert_close(back, x, rtol=0, atol=1e-5)
     torch.testing.assert_close(result.log_prob, exact, rtol=0, atol=1e-4)
 
@@ -244,7 +243,7 @@ class Small(nn.Module):
         return self.outer(torch.tanh(self.inner(x) + noise[:, None]))
 
 
-@pytest.mark.parametrize("solver", [{"budget": 12}, {"rtol": 1e-7, "atol": 1e-7}], ids=["budget", "tolerance"])
+@pytest.mark.parametrize("solver", [Budget(12), Tolerance(1e-7, 1e-7)], ids=["budget", "tolerance"])
 @pytest.mark.parametrize(
     "divergence", [Exact(), Hutchinson(), Hutchinson(2), HutchPlusPlus(1, 2)], ids=["exact", "one", "two", "hutch++"]
 )
@@ -268,7 +267,9 @@ def test_gradients_are_those_of_finite_differences(divergence: Divergence, solve
         divergence = Held(1, 2)
 
     def measure(x: Tensor, differentiable: bool = False) -> Tensor:
-        result = log_likelihood(denoiser, x, divergence=divergence, rng=Rng(3), differentiable=differentiable, **solver)
+        result = log_likelihood(
+            denoiser, x, divergence=divergence, rng=Rng(3), differentiable=differentiable, solver=solver
+        )
         return result.log_prob.sum()
 
     parameters = [x, *network.parameters()]
@@ -285,8 +286,8 @@ def test_gradients_are_those_of_finite_differences(divergence: Divergence, solve
             for p, d in zip(parameters, directions, strict=True):
                 p -= sign * h * d
     found = (values[0] - values[1]) / (2 * h)
-    assert found == pytest.approx(expected, rel=1e-5 if "budget" in solver else 5e-3)
-    assert not log_likelihood(denoiser, x, divergence=divergence, **solver).log_prob.requires_grad
+    assert found == pytest.approx(expected, rel=1e-5 if solver == Budget(12) else 5e-3)
+    assert not log_likelihood(denoiser, x, divergence=divergence, solver=solver).log_prob.requires_grad
 
 
 def test_samples_carry_gradients_when_asked() -> None:
@@ -296,7 +297,7 @@ def test_samples_carry_gradients_when_asked() -> None:
     """
     denoiser = GaussianMixtureDenoiser(torch.zeros(1, 3), torch.tensor(1.0), torch.ones(1), VPSDE())
     z = Rng(0).normal((4, 3), dtype=torch.float64).requires_grad_()
-    x, result = sample_with_log_prob(denoiser, z, divergence=Exact(), budget=200, differentiable=True)
+    x, result = sample_with_log_prob(denoiser, z, divergence=Exact(), solver=Budget(200), differentiable=True)
     (grad,) = torch.autograd.grad(result.log_prob.sum(), z)
     torch.testing.assert_close(grad, -z.detach(), rtol=0, atol=1e-3)
     assert x.requires_grad
@@ -322,19 +323,19 @@ def test_memory_does_not_grow_with_the_evaluations() -> None:
             return inner(x, t, cond)
 
     x = Rng(0).normal((13, 50), dtype=torch.float64)
-    for solver in ({"budget": 80}, {"rtol": 1e-6, "atol": 1e-6}):
+    for solver in (Budget(80), Tolerance(1e-6, 1e-6)):
         alive.clear()
-        log_likelihood(Watching(inner.sde), x, divergence=Hutchinson(2), **solver)
+        log_likelihood(Watching(inner.sde), x, divergence=Hutchinson(2), solver=solver)
         assert len(alive) == 2 and alive[0] > 0 and alive[1] <= alive[0] + 8  # a step's stages: seven, and the sum
 
 
-@pytest.mark.parametrize("solver", [{"budget": 40}, {"rtol": 1e-5, "atol": 1e-5}], ids=["budget", "tolerance"])
+@pytest.mark.parametrize("solver", [Budget(40), Tolerance(1e-5, 1e-5)], ids=["budget", "tolerance"])
 def test_a_hostile_neighbour_changes_nothing(solver) -> None:
     """A sample far out, where the field is steep, beside good ones: they come out as alone, to round-off."""
     denoiser = ring(VPSDE())
     x, _ = at_t_min(denoiser, 4)
-    alone = log_likelihood(denoiser, x, divergence=Exact(), **solver)
-    beside = log_likelihood(denoiser, torch.cat([x, 30 * x[:1]]), divergence=Exact(), **solver)
+    alone = log_likelihood(denoiser, x, divergence=Exact(), solver=solver)
+    beside = log_likelihood(denoiser, torch.cat([x, 30 * x[:1]]), divergence=Exact(), solver=solver)
     torch.testing.assert_close(beside.log_prob[:4], alone.log_prob, rtol=0, atol=1e-8)
     torch.testing.assert_close(beside.stderr[:4], alone.stderr, rtol=0, atol=1e-8)
 
@@ -346,25 +347,38 @@ def test_a_path_that_breaks_names_its_sample() -> None:
 
     x = torch.tensor([[0.0, 0.0], [0.0, 1e4], [1.0, 0.0]], dtype=torch.float64)
     with pytest.raises(SolverError, match="not finite") as caught:
-        log_likelihood(ScoreFunction(score, VPSDE()), x, divergence=Exact(), budget=30)
+        log_likelihood(ScoreFunction(score, VPSDE()), x, divergence=Exact(), solver=Budget(30))
     assert caught.value.samples == [1] and 0.5 < caught.value.t < 0.8 and 0 < caught.value.evaluations < 30
     with pytest.raises(SolverError, match="before the solve") as caught:
-        log_likelihood(ScoreFunction(score, VPSDE()), x * math.inf, divergence=Exact(), budget=30)
+        log_likelihood(ScoreFunction(score, VPSDE()), x * math.inf, divergence=Exact(), solver=Budget(30))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"rtol": 0.0, "atol": 1e-3}, "rtol and atol are positive"),
+        ({"rtol": 1e-3, "atol": -1e-5}, "rtol and atol"),
+        ({"rtol": 1e-3, "atol": 1e-3, "backend": "diffrax"}, "Unknown backend"),
+        ({"rtol": 1e-3, "atol": 1e-3, "method": "rk4"}, "no method 'rk4'"),
+        ({"rtol": 1e-3, "atol": 1e-3, "max_evaluations": 0}, "max_evaluations"),
+        ({"calls": 3}, "at least 4; got 3"),
+        ({"calls": 20.0}, "whole number .* got 20.0"),
+        ({"calls": True}, "whole number .* got True"),
+    ],
+    ids=str,
+)
+def test_solvers_that_cannot_work_are_refused(settings, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        (Budget if "calls" in settings else Tolerance)(**settings)
 
 
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({}, TypeError, "or a budget"),
-        ({"rtol": 1e-3}, TypeError, "rtol and atol"),
-        ({"budget": 20, "rtol": 1e-3, "atol": 1e-3}, TypeError, "replaces the tolerances"),
-        ({"budget": 3}, ValueError, "at least 4"),
-        ({"budget": 20.0}, ValueError, "integer"),
-        ({"budget": 20, "backend": "scipy"}, ValueError, "its own method"),
-        ({"rtol": 1e-3, "atol": 1e-3, "grid": UniformGrid()}, TypeError, "give budget="),
-        ({"budget": 20, "grid": UniformGrid(1e-2)}, ValueError, "Pass t_min="),
-        ({"budget": 20, "grid": lambda sde, n: UniformGrid()(sde, n + 1)}, ValueError, "needs 20 times"),
-        ({"budget": 4, "divergence": HutchPlusPlus()}, ValueError, "leaves 3"),
+        ({}, TypeError, "'solver'"),
+        ({"solver": Budget(20, UniformGrid(1e-2))}, ValueError, "Pass t_min="),
+        ({"solver": Budget(20, lambda sde, n: UniformGrid()(sde, n + 1))}, ValueError, "needs 20 times"),
+        ({"solver": Budget(4), "divergence": HutchPlusPlus()}, ValueError, "leaves 3"),
     ],
 )
 def test_what_cannot_work_is_refused(arguments, error, message: str) -> None:

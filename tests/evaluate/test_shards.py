@@ -27,6 +27,7 @@ from scoresde.codecs import Scaling
 from scoresde.data import Dataset, Split
 from scoresde.evaluate.evaluation import BitsPerDim, Drawing, OdeLikelihood, Samples
 from scoresde.evaluate.shards import Job, ShardError, Shards, ranks
+from scoresde.likelihood.tolerance import Tolerance
 from scoresde.train.progress import track
 
 SETTINGS = {"model": {"name": "mixture", "step": 3}}
@@ -45,7 +46,7 @@ def samples(name: str = "pc", n: int = 11) -> Job[Samples]:
 def bits() -> Job[BitsPerDim]:
     raw = torch.randint(16, (5, 1, 2, 2), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     dataset = Dataset("grey", Split(raw), Split(raw), Scaling(levels=16))
-    return OdeLikelihood(rtol=1e-3, atol=1e-3, batch_size=2).job(mixture(VPSDE(), (1, 2, 2)), dataset, seed=1)
+    return OdeLikelihood(solver=Tolerance(1e-3, 1e-3), batch_size=2).job(mixture(VPSDE(), (1, 2, 2)), dataset, seed=1)
 
 
 def names(folder: Path) -> set[str]:
@@ -238,9 +239,9 @@ def test_the_commands_work_under_torchrun(trained: Path, tmp_path: Path) -> None
 def test_each_command_is_shared_and_resumed(name: str, trained: Path, tmp_path: Path, monkeypatch) -> None:
     """Rank 1, then a rank 0 that is stopped, then rank 0: the numbers of one process that was left alone."""
     arguments = {
-        "likelihood": (f"run={trained}", "n=7", "likelihood.batch_size=2", "likelihood.rtol=1e-3", "threads=1"),
+        "likelihood": (f"run={trained}", "n=7", "likelihood.batch_size=2", "likelihood.solver.rtol=1e-3", "threads=1"),
         "evaluate": (f"run={trained}", "sampler=ddim", "sampler.steps=4", "evaluation.points=5", "likelihood=budget",
-                     "evaluation.samples=5", "likelihood.budget=8", "likelihood.batch_size=2",
+                     "evaluation.samples=5", "likelihood.solver.calls=8", "likelihood.batch_size=2",
                      "evaluation.batch_size=2", "evaluation.pictures=false", "threads=1"),
     }[name]  # fmt: skip
     result, arrays = (

@@ -35,6 +35,8 @@ from scoresde import (
 from scoresde.broadcast import as_time, expand_as_batch
 from scoresde.diffusion.denoiser import DenoiserWrapper
 from scoresde.guidance import Auto, Blend, Classifier, ClassifierFree, Conditioned, Energy
+from scoresde.likelihood.budget import Budget
+from scoresde.likelihood.tolerance import Tolerance
 from scoresde.metrics.sliced import sliced_w2
 from scoresde.nn import MLP, UNet
 
@@ -254,7 +256,7 @@ def test_the_likelihood_of_a_guided_model_is_the_exact_conditional_density(sde, 
     denoiser = Labelled(sde)
     guided = ClassifierFree(denoiser) if method == "free" else Classifier(denoiser, denoiser.classify)
     x0 = denoiser.sample(LABELS, rng=Rng(5))
-    got = log_likelihood(guided, x0, cond=LABELS, rtol=1e-5, atol=1e-5, divergence=Exact())
+    got = log_likelihood(guided, x0, cond=LABELS, solver=Tolerance(1e-5, 1e-5), divergence=Exact())
     exact = denoiser.log_prob(x0, torch.tensor(sde.t_min), LABELS)
     assert ((got.log_prob - exact).abs() / 2).max() < 2e-4
     assert ((exact - denoiser.whole.log_prob(x0, torch.tensor(sde.t_min))).abs() / 2).min() > 0.05
@@ -265,7 +267,9 @@ def test_samples_have_their_conditional_density_and_bounds_bound_it(sde):
     """log p of samples to 2e-4 per dim; bounds to 5e-4 nats of those of the exact conditional, draw by draw."""
     denoiser = Labelled(sde)
     guided = Classifier(denoiser, denoiser.classify)
-    x, got = sample_with_log_prob(guided, (5, 2), cond=LABELS, rtol=1e-5, atol=1e-5, divergence=Exact(), rng=Rng(1))
+    x, got = sample_with_log_prob(
+        guided, (5, 2), cond=LABELS, solver=Tolerance(1e-5, 1e-5), divergence=Exact(), rng=Rng(1)
+    )
     assert ((got.log_prob - denoiser.log_prob(x, torch.tensor(sde.t_min), LABELS)).abs() / 2).max() < 2e-4
     x0, y = denoiser.sample(torch.ones(5, dtype=torch.long), rng=Rng(2)), torch.ones(5, dtype=torch.long)
     for bound in (
@@ -328,7 +332,7 @@ def test_a_prior_of_ones_own_need_not_know_of_conditions(wrapper):
     denoiser, y = Labelled(VPSDE()), torch.tensor([0, 1, 2])
     x = torch.tensor([[0.5, -1.0], [1.0, 0.3], [-0.2, 0.4]])
     for cond in (None, y):
-        plain, mine = (log_likelihood(d, x, cond=cond, budget=12) for d in (denoiser, Mine(denoiser)))
+        plain, mine = (log_likelihood(d, x, cond=cond, solver=Budget(12)) for d in (denoiser, Mine(denoiser)))
         known = denoiser.prior_log_prob_given(plain.latent, cond) - denoiser.prior_log_prob(plain.latent)
         kept = known if wrapper is DenoiserWrapper else 0 * known  # a stranger says nothing of conditions
         torch.testing.assert_close(mine.log_prob, plain.log_prob - known + kept + 1, rtol=0, atol=1e-5)
@@ -340,7 +344,7 @@ def test_the_likelihood_of_stronger_guidance_is_that_of_its_flow():
     y = torch.tensor([0, 1, 1])
     want = gaussian([0.7 * w, 0.7 * w], 0.3, sde)
     x0 = want.sample(3, rng=Rng(0), dtype=torch.float64) * (2.0 * y - 1)[:, None]
-    got = log_likelihood(ClassifierFree(base, w), x0, cond=y, rtol=1e-6, atol=1e-6, divergence=Exact())
+    got = log_likelihood(ClassifierFree(base, w), x0, cond=y, solver=Tolerance(1e-6, 1e-6), divergence=Exact())
     flipped = x0 * (2.0 * y - 1)[:, None]
     # the flow starts from the prior of the base; what 0.7 w is of N(0, 1) at t_max, α_T z w m, is put on top
     shifted = want.prior_log_prob(got.latent * (2.0 * y - 1)[:, None]) - base.prior_log_prob(got.latent)
@@ -362,7 +366,7 @@ def test_mixtures_and_energies_of_x0_have_their_own_prior_too():
     ):
         want = gaussian(mean, 0.4, sde)
         x0 = want.sample(4, rng=Rng(0), dtype=torch.float64)
-        got = log_likelihood(guided, x0, rtol=1e-6, atol=1e-6, divergence=Exact())
+        got = log_likelihood(guided, x0, solver=Tolerance(1e-6, 1e-6), divergence=Exact())
         exact = want.log_prob(x0, torch.tensor(sde.t_min))
         torch.testing.assert_close(got.log_prob, exact, rtol=0, atol=1e-3)
         assert (want.prior_log_prob(got.latent) - base.prior_log_prob(got.latent)).abs().max() > 5e-3
@@ -376,9 +380,9 @@ def test_a_network_in_single_precision_is_asked_about_the_prior_in_it():
     head = nn.Linear(2, CLASSES)
     guided = Classifier(denoiser, lambda x, t, y: head(x).log_softmax(1).gather(1, y[:, None])[:, 0])
     x = denoiser.sample(LABELS, rng=Rng(5)).float()
-    got = log_likelihood(guided, x, cond=LABELS, budget=12, divergence=Exact())
+    got = log_likelihood(guided, x, cond=LABELS, solver=Budget(12), divergence=Exact())
     head.double()
-    want = log_likelihood(guided, x.double(), cond=LABELS, budget=12, divergence=Exact())
+    want = log_likelihood(guided, x.double(), cond=LABELS, solver=Budget(12), divergence=Exact())
     torch.testing.assert_close(got.log_prob, want.log_prob, rtol=1e-4, atol=1e-4)
 
 
@@ -647,7 +651,7 @@ def test_a_method_from_outside_the_package_takes_thirty_lines_and_goes_everywher
         torch.testing.assert_close(*outs, rtol=1e-4, atol=1e-4)
     x0 = denoiser.sample(LABELS, rng=Rng(5))
     same_as = [
-        log_likelihood(g, x0, cond=LABELS, rtol=1e-5, atol=1e-5, divergence=Exact()).log_prob
+        log_likelihood(g, x0, cond=LABELS, solver=Tolerance(1e-5, 1e-5), divergence=Exact()).log_prob
         for g in (Projected(denoiser, 2.0, parallel=1.0), ClassifierFree(denoiser, 2.0))
     ]
     # the second counts what the condition makes of the prior, w times 0.005 of z and of the labels

@@ -57,6 +57,8 @@ from scoresde.inverse import (
     TwistedSMC,
 )
 from scoresde.inverse.particles import _systematic
+from scoresde.likelihood.budget import Budget
+from scoresde.likelihood.tolerance import Tolerance
 
 ALL = all_sdes()
 each_sde = pytest.mark.parametrize("sde", ALL.values(), ids=ALL.keys())
@@ -419,11 +421,11 @@ def test_the_likelihood_of_a_told_denoiser_is_the_posteriors(sde) -> None:
     x0 = exact.sample(4, rng=Rng(0), dtype=torch.float64)
     inside, t = CountingDenoiser(prior), torch.tensor(sde.t_min, dtype=torch.float64)
     told = MMPS(inside, seen)
-    found = log_likelihood(told, x0, divergence=Exact(), rtol=1e-5, atol=1e-5)
+    found = log_likelihood(told, x0, divergence=Exact(), solver=Tolerance(1e-5, 1e-5))
     torch.testing.assert_close(found.log_prob, exact.log_prob(x0, t), rtol=0, atol=1e-3)
     assert inside.evaluations == found.evaluations
     inside.evaluations = 0
-    x, drawn = sample_with_log_prob(told, (4, 3), divergence=Exact(), budget=60, rng=Rng(1))
+    x, drawn = sample_with_log_prob(told, (4, 3), divergence=Exact(), solver=Budget(60), rng=Rng(1))
     torch.testing.assert_close(drawn.log_prob, exact.log_prob(x.double(), t), rtol=0, atol=3e-3)
     assert inside.evaluations == drawn.evaluations == 60
     # a y for each, beside what else there is, in a bound that is then one of the posterior

@@ -25,6 +25,7 @@ from scoresde import (
 )
 from scoresde.codecs import Scaling
 from scoresde.likelihood.bounds import elbo, importance_weighted, vlb
+from scoresde.likelihood.budget import Budget
 from scoresde.likelihood.terms import Bound
 
 ALL = all_sdes()
@@ -136,7 +137,7 @@ def test_the_bound_and_the_ode_agree_where_the_model_is_exact() -> None:
     denoiser = mixture(VPSDE(), (4,), seed=5)
     x = denoiser.sample(32, rng=Rng(0), dtype=torch.float64)
     bound = elbo(denoiser, x, samples=300, rng=Rng(1))
-    flow = log_likelihood(denoiser, x, divergence=Exact(), budget=60)
+    flow = log_likelihood(denoiser, x, divergence=Exact(), solver=Budget(60))
     difference = bits_per_dim(bound.log_prob, (4,)) - bits_per_dim(flow.log_prob, (4,))
     error = float(bound.stderr.square().sum().sqrt()) / 32 / (4 * math.log(2))
     assert abs(float(difference.mean())) < 4 * error + 2e-3 and error < 0.05

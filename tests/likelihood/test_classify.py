@@ -21,6 +21,8 @@ from scoresde import (
 )
 from scoresde.diffusion.denoiser import DenoiserWrapper
 from scoresde.guidance import Classifier, ClassifierFree
+from scoresde.likelihood.budget import Budget
+from scoresde.likelihood.tolerance import Tolerance
 from scoresde.losses.denoising import LogNormalTimes, UniformTimes
 from scoresde.nn import Classifier as Network
 
@@ -35,7 +37,13 @@ def test_bayes_rule_gives_the_exact_posterior(name):
     denoiser = Labelled(SDES[name])
     x = denoiser.whole.sample(6, rng=Rng(0), dtype=torch.float64)
     got = classify(
-        denoiser, x, CLASSES, priors=denoiser.priors[:-1] * 5, rtol=1e-4, atol=1e-4, divergence=Exact(), rng=Rng(1)
+        denoiser,
+        x,
+        CLASSES,
+        priors=denoiser.priors[:-1] * 5,
+        solver=Tolerance(1e-4, 1e-4),
+        divergence=Exact(),
+        rng=Rng(1),
     )
     want = denoiser.posterior(x, torch.tensor(denoiser.sde.t_min))
     # log p(x|y) is solved to about 1e-3; where a sample is far from a class, the density is less certain
@@ -45,7 +53,7 @@ def test_bayes_rule_gives_the_exact_posterior(name):
     torch.testing.assert_close(got.log_posterior.exp().sum(1), torch.ones(6).double())
     assert len(denoiser.calls) == got.evaluations
     # equal priors by default
-    flat = classify(denoiser, x, [torch.tensor(k) for k in range(3)], budget=32, divergence=Exact())
+    flat = classify(denoiser, x, [torch.tensor(k) for k in range(3)], solver=Budget(32), divergence=Exact())
     torch.testing.assert_close(
         flat.log_posterior[near], (want - denoiser.priors[:-1].log()).log_softmax(1)[near], rtol=0, atol=5e-2
     )
@@ -66,13 +74,13 @@ def test_probes_are_common_so_what_classes_share_cancels():
     cov = 0.1 * draw @ draw.mT + 0.05 * torch.eye(8).double()
     base = GaussianMixtureDenoiser(torch.zeros(1, 8), cov[None], torch.ones(1), sde)
     x = base.sample(6, rng=Rng(0), dtype=torch.float64)
-    one = classify(Shifted(base), x, 2, budget=16, rng=Rng(2))
-    exact = classify(Shifted(base), x, 2, budget=16, divergence=Exact())
+    one = classify(Shifted(base), x, 2, solver=Budget(16), rng=Rng(2))
+    exact = classify(Shifted(base), x, 2, solver=Budget(16), divergence=Exact())
     error = one.log_prob - exact.log_prob
     assert error.abs().mean() > 0.3  # nats, and the same for both
     torch.testing.assert_close(error[:, 0], error[:, 1], rtol=0, atol=1e-6)
     torch.testing.assert_close(one.log_posterior, exact.log_posterior, rtol=0, atol=1e-6)
-    assert torch.equal(classify(Shifted(base), x, 2, budget=16, rng=Rng(2)).log_prob, one.log_prob)
+    assert torch.equal(classify(Shifted(base), x, 2, solver=Budget(16), rng=Rng(2)).log_prob, one.log_prob)
 
 
 def test_the_error_bar_covers_what_one_probe_leaves_open():
@@ -80,7 +88,7 @@ def test_the_error_bar_covers_what_one_probe_leaves_open():
     denoiser = Labelled(SDES["vp"], event_shape=event)
     denoiser.means.mul_(0.1)  # classes that overlap: the posterior is undecided, and nats of error move it
     x = denoiser.means[torch.arange(24) % 6] + 0.3 * Rng(0).normal((24, *event), dtype=torch.float64)
-    noisy = classify(denoiser, x, CLASSES, budget=16, priors=denoiser.priors[:-1], rng=Rng(2))
+    noisy = classify(denoiser, x, CLASSES, solver=Budget(16), priors=denoiser.priors[:-1], rng=Rng(2))
     want = denoiser.posterior(x, torch.tensor(denoiser.sde.t_min))
     assert noisy.stderr.median() > 0.1
     inside = (noisy.log_posterior - want).abs() < 1.96 * noisy.stderr
@@ -92,9 +100,14 @@ def test_a_classifier_guided_model_classifies_as_its_classifier_does():
     denoiser = Labelled(SDES["vp"])
     x = denoiser.whole.sample(5, rng=Rng(0), dtype=torch.float64)
     got = classify(
-        Classifier(denoiser, denoiser.classify), x, 3, priors=denoiser.priors[:-1], budget=12, divergence=Exact()
+        Classifier(denoiser, denoiser.classify),
+        x,
+        3,
+        priors=denoiser.priors[:-1],
+        solver=Budget(12),
+        divergence=Exact(),
     )
-    want = classify(ClassifierFree(denoiser), x, 3, priors=denoiser.priors[:-1], budget=12, divergence=Exact())
+    want = classify(ClassifierFree(denoiser), x, 3, priors=denoiser.priors[:-1], solver=Budget(12), divergence=Exact())
     torch.testing.assert_close(got.log_posterior, want.log_posterior, rtol=1e-3, atol=2e-3)
 
 
@@ -108,7 +121,7 @@ def test_a_classifier_guided_model_classifies_as_its_classifier_does():
 )
 def test_a_choice_that_is_none_is_refused(arguments, words):
     with pytest.raises(ValueError, match=words):
-        classify(Labelled(SDES["vp"]), torch.zeros(2, 2), budget=8, **arguments)
+        classify(Labelled(SDES["vp"]), torch.zeros(2, 2), solver=Budget(8), **arguments)
 
 
 # A classifier of noisy samples

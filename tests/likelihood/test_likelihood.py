@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -28,10 +29,11 @@ from scoresde import (
     log_likelihood,
 )
 from scoresde.codecs import Scaling
+from scoresde.likelihood.tolerance import Tolerance
 
 ALL = all_sdes()
 each_sde = pytest.mark.parametrize("sde", ALL.values(), ids=ALL.keys())
-TIGHT = {"rtol": 1e-5, "atol": 1e-5}
+TIGHT = Tolerance(1e-5, 1e-5)
 
 
 def at_t_min(denoiser: GaussianMixtureDenoiser, n: int, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -53,7 +55,7 @@ def test_mixtures_are_measured_to_1e_3_nats_per_dim(sde, event, n) -> None:
     """
     denoiser = mixture(sde, event, seed=1)
     x, exact = at_t_min(denoiser, n)
-    result = log_likelihood(denoiser, x, divergence=Exact(chunk=192), **TIGHT)
+    result = log_likelihood(denoiser, x, divergence=Exact(chunk=192), solver=TIGHT)
     assert float((result.log_prob - exact).abs().max()) < 2e-4 * math.prod(event)
     assert float(result.divergence_error.abs().max()) == 0
     assert torch.equal(result.stderr, result.solver_error) and result.name == "bpd/ode"
@@ -68,7 +70,7 @@ def test_the_error_follows_the_tolerance(name: str) -> None:
     x, exact = at_t_min(denoiser, 16)
     errors = []
     for tolerance in (1e-3, 1e-5, 1e-7):
-        result = log_likelihood(denoiser, x, divergence=Exact(), rtol=tolerance, atol=tolerance)
+        result = log_likelihood(denoiser, x, divergence=Exact(), solver=Tolerance(tolerance, tolerance))
         errors.append(float((result.log_prob - exact).abs().max()))
     assert errors[1] < 0.1 * errors[0] and errors[2] < 0.1 * errors[1] and errors[2] < 1e-5
 
@@ -83,7 +85,7 @@ def test_float32_costs_little(sde) -> None:
     x, _ = at_t_min(denoiser, 16)
     x = x.float()
     exact = denoiser.log_prob(x.double(), torch.tensor(sde.t_min, dtype=torch.float64))
-    result = log_likelihood(denoiser, x, divergence=Exact(), **TIGHT)
+    result = log_likelihood(denoiser, x, divergence=Exact(), solver=TIGHT)
     assert result.latent.dtype == torch.float32 and result.log_prob.dtype == torch.float64
     assert float((result.log_prob - exact).abs().max()) < 4e-3
 
@@ -100,7 +102,7 @@ def test_hutchinson_is_within_its_stated_error(sde, kind: str, probes: int) -> N
     denoiser = mixture(sde, (3, 4, 4) if probes == 1 else (6,), seed=3, covariance="diagonal")
     n = 16 if probes == 1 else 64
     x, exact = at_t_min(denoiser, n)
-    result = log_likelihood(denoiser, x, divergence=Hutchinson(probes, kind), rng=Rng(5), **TIGHT)
+    result = log_likelihood(denoiser, x, divergence=Hutchinson(probes, kind), rng=Rng(5), solver=TIGHT)
     error, solver = result.log_prob - exact, 2e-4 * x[0].numel()
     assert float(result.stderr.min()) >= 0 and bool((error.abs() > 1e-6).any())
     if probes == 1:
@@ -114,7 +116,7 @@ def test_more_probes_shrink_the_error_as_one_over_root() -> None:
     x, exact = at_t_min(denoiser, 200)
     rms = []
     for probes in (1, 4, 16):
-        result = log_likelihood(denoiser, x, divergence=Hutchinson(probes), rng=Rng(1), rtol=1e-4, atol=1e-4)
+        result = log_likelihood(denoiser, x, divergence=Hutchinson(probes), rng=Rng(1), solver=Tolerance(1e-4, 1e-4))
         rms.append(float((result.log_prob - exact).square().mean().sqrt()))
     for more, fewer in zip(rms[1:], rms[:-1], strict=True):
         assert 0.7 < 2 * more / fewer < 1.3
@@ -124,7 +126,7 @@ def test_rademacher_probes_are_exact_for_a_diagonal_jacobian() -> None:
     """One isotropic Gaussian: ∂ε̂/∂x = c I, so eᵀJe = tr J for e in {±1}^D, and the stated error is 0."""
     denoiser = GaussianMixtureDenoiser(torch.ones(1, 8), torch.tensor(0.3), torch.ones(1), VPSDE())
     x, exact = at_t_min(denoiser, 8)
-    result = log_likelihood(denoiser, x, divergence=Hutchinson(), **TIGHT)
+    result = log_likelihood(denoiser, x, divergence=Hutchinson(), solver=TIGHT)
     assert float((result.log_prob - exact).abs().max()) < 2e-4 * 8
     assert float(result.divergence_error.max()) < 1e-3
 
@@ -140,7 +142,7 @@ def test_a_sample_does_not_depend_on_its_batch_mates(sde) -> None:
     seeds = list(range(6))
 
     def measure(index: list[int], batch: Tensor) -> Tensor:
-        return log_likelihood(denoiser, batch, rng=Rng(seeds=index), **TIGHT).log_prob
+        return log_likelihood(denoiser, batch, rng=Rng(seeds=index), solver=TIGHT).log_prob
 
     together = measure(seeds, x)
     torch.testing.assert_close(measure(seeds[::-1], x.flip(0)).flip(0), together, rtol=0, atol=1e-9)
@@ -154,8 +156,8 @@ def test_probes_stay_fixed_over_a_solve_and_follow_the_rng() -> None:
     """Redrawn probes would feed noise to the step-size control: the count of evaluations would explode."""
     denoiser = mixture(VPSDE(), (8,), seed=5)
     x, _ = at_t_min(denoiser, 4)
-    exact = log_likelihood(denoiser, x, divergence=Exact(), **TIGHT)
-    first, again, other = (log_likelihood(denoiser, x, rng=Rng(seed), **TIGHT) for seed in (1, 1, 2))
+    exact = log_likelihood(denoiser, x, divergence=Exact(), solver=TIGHT)
+    first, again, other = (log_likelihood(denoiser, x, rng=Rng(seed), solver=TIGHT) for seed in (1, 1, 2))
     assert torch.equal(first.log_prob, again.log_prob)
     assert not torch.equal(first.log_prob, other.log_prob)
     assert first.evaluations < 1.5 * exact.evaluations
@@ -182,16 +184,18 @@ def test_evaluations_are_network_forwards(divergence) -> None:
     network = Recorder(4)
     denoiser = Preconditioned(network, VPSDE(), EDM(1.0))
     x, cond = Rng(0).normal((5, 4)), torch.arange(5.0)
-    result = log_likelihood(denoiser, x, divergence=divergence, cond=cond, rtol=1e-3, atol=1e-3)
+    result = log_likelihood(denoiser, x, divergence=divergence, cond=cond, solver=Tolerance(1e-3, 1e-3))
     assert result.evaluations == len(network.calls) > 20
     assert network.mix.grad is None and not result.log_prob.requires_grad
     for noise, seen in network.calls:  # samples that have arrived leave the batch, with their condition
         assert seen is not None and len(seen) == len(noise) <= 5 and set(seen.tolist()) <= set(cond.tolist())
     alone = [
-        log_likelihood(denoiser, x[k : k + 1], divergence=Exact(), cond=cond[k : k + 1], rtol=1e-6, atol=1e-6).log_prob
+        log_likelihood(
+            denoiser, x[k : k + 1], divergence=Exact(), cond=cond[k : k + 1], solver=Tolerance(1e-6, 1e-6)
+        ).log_prob
         for k in range(5)
     ]
-    exact = log_likelihood(denoiser, x, divergence=Exact(), cond=cond, rtol=1e-6, atol=1e-6).log_prob
+    exact = log_likelihood(denoiser, x, divergence=Exact(), cond=cond, solver=Tolerance(1e-6, 1e-6)).log_prob
     torch.testing.assert_close(exact, torch.cat(alone), rtol=0, atol=1e-3)
 
 
@@ -200,7 +204,7 @@ def test_evaluations_are_network_forwards(divergence) -> None:
 def test_reference_backends_agree(sde, backend: str) -> None:
     denoiser = mixture(sde, (3,), seed=6)
     x, exact = at_t_min(denoiser, 4)
-    result = log_likelihood(denoiser, x, divergence=Exact(), backend=backend, rtol=1e-6, atol=1e-6)
+    result = log_likelihood(denoiser, x, divergence=Exact(), solver=Tolerance(1e-6, 1e-6, backend=backend))
     assert float((result.log_prob - exact).abs().max()) < 1e-3
     assert bool(result.solver_error.isnan().all()) and not result.stderr.any()  # unknown is not zero
 
@@ -220,7 +224,7 @@ def test_a_standard_normal_is_the_zero_network_under_edm(event) -> None:
         scale = (0.25 * alpha**2 + sigma**2).sqrt()
         exact = torch.distributions.Normal(0.0, scale).log_prob(x).flatten(1).sum(1)
         for divergence in (Exact(), Hutchinson()):
-            result = log_likelihood(denoiser, x, divergence=divergence, **TIGHT)
+            result = log_likelihood(denoiser, x, divergence=divergence, solver=TIGHT)
             torch.testing.assert_close(result.log_prob, exact, rtol=0, atol=2e-4 * math.prod(event))
 
 
@@ -231,7 +235,7 @@ def test_the_cut_off_is_part_of_the_answer() -> None:
     x0 = denoiser.sample(64, rng=Rng(0), dtype=torch.float64)
     gaps = []
     for t_min in (1e-2, 1e-3, 1e-4):
-        result = log_likelihood(denoiser, x0, divergence=Exact(), t_min=t_min, rtol=1e-7, atol=1e-7)
+        result = log_likelihood(denoiser, x0, divergence=Exact(), t_min=t_min, solver=Tolerance(1e-7, 1e-7))
         exact = denoiser.log_prob(x0, torch.tensor(t_min, dtype=torch.float64))
         assert float((result.log_prob - exact).abs().max()) < 1e-5
         gaps.append(float((result.log_prob - denoiser.log_prob(x0)).abs().mean()))
@@ -264,12 +268,12 @@ def test_uniform_noise_of_8_bits_is_8_bits_per_dim() -> None:
     denoiser.data_mean, denoiser.data_var = 0.5, 1 / 12
     scaling = Scaling(0.0, 1.0, levels=256)
     raw = Rng(0).integers(256, (64, 1, 4, 4)).to(torch.uint8)
-    result = log_likelihood(denoiser, raw, divergence=Exact(), scaling=scaling, rng=Rng(1), **TIGHT)
+    result = log_likelihood(denoiser, raw, divergence=Exact(), scaling=scaling, rng=Rng(1), solver=TIGHT)
     bits = bits_per_dim(result.log_prob, (1, 4, 4))
     assert abs(float(bits.mean()) - 8.0) < 2e-3
     # the same from data encoded by hand, with the volume passed apart
     x = scaling.encode(raw, rng=Rng(1))
-    apart = log_likelihood(denoiser, x, divergence=Exact(), **TIGHT)
+    apart = log_likelihood(denoiser, x, divergence=Exact(), solver=TIGHT)
     by_hand = bits_per_dim(apart.log_prob, (1, 4, 4), log_volume=scaling.log_volume((1, 4, 4)))
     torch.testing.assert_close(by_hand, bits, rtol=0, atol=1e-6)
 
@@ -292,7 +296,7 @@ def test_a_failed_solve_returns_no_number(backend: str) -> None:
 
     x = torch.tensor([[0.0, 0.0], [0.0, 1e4], [1.0, 0.0]], dtype=torch.float64)
     with pytest.raises(SolverError) as caught:
-        log_likelihood(ScoreFunction(score, sde), x, divergence=Exact(), backend=backend, **TIGHT)
+        log_likelihood(ScoreFunction(score, sde), x, divergence=Exact(), solver=replace(TIGHT, backend=backend))
     assert caught.value.evaluations > 0 and caught.value.reason
     if backend == "native":
         assert caught.value.samples == [1] and 0.4 < caught.value.t < 0.6
@@ -302,7 +306,7 @@ def test_too_few_evaluations_are_an_error() -> None:
     denoiser = mixture(VPSDE(), (2,))
     x, _ = at_t_min(denoiser, 3)
     with pytest.raises(SolverError, match="max_evaluations=20") as caught:
-        log_likelihood(denoiser, x, max_evaluations=20, **TIGHT)
+        log_likelihood(denoiser, x, solver=replace(TIGHT, max_evaluations=20))
     assert caught.value.evaluations == 20 and 0 < caught.value.t < 1
 
 
@@ -310,19 +314,19 @@ def test_bad_input_is_refused() -> None:
     denoiser = mixture(VPSDE(), (2,))
     good = torch.zeros(3, 2)
     with pytest.raises(TypeError, match="scaling"):
-        log_likelihood(denoiser, good.long(), **TIGHT)
+        log_likelihood(denoiser, good.long(), solver=TIGHT)
     for bad in (torch.zeros(2), torch.zeros(0, 2)):
         with pytest.raises(ValueError, match="batch"):
-            log_likelihood(denoiser, bad, **TIGHT)
+            log_likelihood(denoiser, bad, solver=TIGHT)
     for t_min in (0.0, 1.0, 2.0):
         with pytest.raises(ValueError, match="cut-off"):
-            log_likelihood(denoiser, good, t_min=t_min, **TIGHT)
+            log_likelihood(denoiser, good, t_min=t_min, solver=TIGHT)
     with pytest.raises(ValueError, match="Tolerances"):
-        log_likelihood(denoiser, good, rtol=0.0, atol=1e-5)
+        log_likelihood(denoiser, good, solver=Tolerance(0.0, 1e-5))
     with pytest.raises(ValueError, match="backend"):
-        log_likelihood(denoiser, good, backend="diffrax", **TIGHT)
-    with pytest.raises(TypeError, match="rtol"):
+        Tolerance(1e-5, 1e-5, backend="diffrax")
+    with pytest.raises(TypeError, match="solver"):
         log_likelihood(denoiser, good)  # type: ignore[call-arg]
     with pytest.raises(SolverError, match="not finite") as caught:
-        log_likelihood(denoiser, torch.tensor([[0.0, 0.0], [math.nan, 0.0]]), **TIGHT)
+        log_likelihood(denoiser, torch.tensor([[0.0, 0.0], [math.nan, 0.0]]), solver=TIGHT)
     assert caught.value.samples == [1]

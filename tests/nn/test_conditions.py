@@ -24,6 +24,7 @@ from scoresde import (
 from scoresde.codecs import Scaling
 from scoresde.data import Arrays, Dataset, EpochOrder, Split
 from scoresde.guidance import ClassifierFree
+from scoresde.likelihood.tolerance import Tolerance
 from scoresde.losses.classifier import ClassifierLoss, NoisyClassifier
 from scoresde.losses.denoising import EDMWeighting, LogNormalTimes
 from scoresde.nn import MLP, Classifier, UNet
@@ -130,7 +131,7 @@ def test_solvers_that_ask_for_parts_of_a_batch_find_the_conditions_of_those():
     sampler = Sampler(AdaptiveODE(1e-2, 1e-2))
     together = sampler(guided, x, cond=cond)
     torch.testing.assert_close(sampler(guided, x[1:2], cond=only)[0], together[1], rtol=1e-8, atol=1e-8)
-    settings = {"rtol": 1e-2, "atol": 1e-2, "divergence": Exact()}
+    settings = {"solver": Tolerance(1e-2, 1e-2), "divergence": Exact()}
     density = log_likelihood(guided, x, cond=cond, **settings).log_prob
     alone = log_likelihood(guided, x[1:2], cond=only, **settings).log_prob
     torch.testing.assert_close(alone[0], density[1], rtol=1e-8, atol=1e-8)

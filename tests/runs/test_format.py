@@ -45,7 +45,7 @@ def test_it_is_sampled(old: Path) -> None:
 
 
 def test_it_is_measured(old: Path) -> None:
-    tolerances = ("likelihood=hutchinson", "likelihood.rtol=1e-4", "likelihood.atol=1e-4")
+    tolerances = ("likelihood=hutchinson", "likelihood.solver.rtol=1e-4", "likelihood.solver.atol=1e-4")
     done = command("likelihood", "run=run", "n=6", "threads=1", *tolerances, "out=measured", cwd=old)
     assert done.code == 0, done.err
     found = json.loads((old / "measured" / "likelihood.json").read_text(encoding="utf-8"))
