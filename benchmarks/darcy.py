@@ -27,7 +27,8 @@ from torch import Tensor
 
 import scoresde as S
 from scoresde.config import build, build_network
-from scoresde.inverse import Observation, Operator
+from scoresde.inverse import Observation
+from scoresde.inverse.operators import Operator
 from scoresde.losses.denoising import EDMWeighting
 from scoresde.train.ema import EMA
 

@@ -16,7 +16,7 @@ from ..data.readers import HeldOut, Hole, MaskFile
 from ..diffusion.denoiser import Cond, Denoiser, model_device
 from ..evaluate.conditions import by_name
 from ..evaluate.problem import Measurement, Problem
-from ..inverse import WithoutMeasurement
+from ..inverse.observation import WithoutMeasurement
 from ..sampling import Sampler
 
 

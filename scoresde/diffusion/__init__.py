@@ -1,1 +1,54 @@
 """The theory: a forward SDE, what a network's output means, and the estimate (x̂_0, ε̂) of where a path began."""
+
+from .denoiser import Cond, Denoiser, DenoiserFunction, Preconditioned, ScoreFunction
+from .grids import (
+    CosineGrid,
+    FittedGrid,
+    Grid,
+    KarrasGrid,
+    LogisticGrid,
+    LogSNRGrid,
+    QuadraticGrid,
+    SavedGrid,
+    UniformGrid,
+)
+from .mixture import GaussianMixtureDenoiser
+from .parameterization import EDM, X0, Eps, Parameterization, Score, V, Velocity
+from .prediction import Prediction
+from .sde import EDMSDE, SDE, VESDE, VPSDE, CosineSDE, RectifiedFlow, Scales, SubVPSDE
+from .table import TableSDE
+
+__all__ = [
+    "EDM",
+    "EDMSDE",
+    "SDE",
+    "VESDE",
+    "VPSDE",
+    "X0",
+    "Cond",
+    "CosineGrid",
+    "CosineSDE",
+    "Denoiser",
+    "DenoiserFunction",
+    "Eps",
+    "FittedGrid",
+    "GaussianMixtureDenoiser",
+    "Grid",
+    "KarrasGrid",
+    "LogSNRGrid",
+    "LogisticGrid",
+    "Parameterization",
+    "Preconditioned",
+    "Prediction",
+    "QuadraticGrid",
+    "RectifiedFlow",
+    "SavedGrid",
+    "Scales",
+    "Score",
+    "ScoreFunction",
+    "SubVPSDE",
+    "TableSDE",
+    "UniformGrid",
+    "V",
+    "Velocity",
+]

@@ -7,30 +7,10 @@ Which one? `MMPS` where its backward passes can be paid for, `PiGDM` where not, 
 `TwistedSMC` around one of them where the posterior has to be right.
 """
 
-from .conjugate import conjugate_gradients
-from .gaussian import (
-    DPS,
-    MMPS,
-    TMPD,
-    DiffPIR,
-    Matched,
-    PiGDM,
-    Posterior,
-    PosteriorPrediction,
-)
-from .observation import Linear, Measured, Observation, WithoutMeasurement
-from .operators import (
-    Blur,
-    ColourMix,
-    Compose,
-    DownSample,
-    Magnitude,
-    Mask,
-    Operator,
-    RandomProjection,
-    grey,
-)
-from .particles import Particles, TwistedSMC
+from .gaussian import DPS, MMPS, TMPD, DiffPIR, PiGDM
+from .observation import Observation
+from .operators import Blur, ColourMix, Compose, DownSample, Magnitude, Mask, RandomProjection
+from .particles import TwistedSMC
 from .replacement import RePaint, Replacement
 
 __all__ = [
@@ -42,22 +22,12 @@ __all__ = [
     "Compose",
     "DiffPIR",
     "DownSample",
-    "Linear",
     "Magnitude",
     "Mask",
-    "Matched",
-    "Measured",
     "Observation",
-    "Operator",
-    "Particles",
     "PiGDM",
-    "Posterior",
-    "PosteriorPrediction",
     "RandomProjection",
     "RePaint",
     "Replacement",
     "TwistedSMC",
-    "WithoutMeasurement",
-    "conjugate_gradients",
-    "grey",
 ]

@@ -4,6 +4,7 @@ from .adaptive import AdaptiveODE
 from .adaptive_sde import AdaptiveSDE
 from .churn import Churn
 from .default import default_sampler, sample
+from .edit import attribute, interpolate, sdedit
 from .fit import fit_grid
 from .multistep import (
     DEIS,
@@ -56,7 +57,10 @@ __all__ = [
     "TorchSDE",
     "Trace",
     "UniPC",
+    "attribute",
     "default_sampler",
     "fit_grid",
+    "interpolate",
     "sample",
+    "sdedit",
 ]

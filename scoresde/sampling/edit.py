@@ -15,7 +15,7 @@ from ..diffusion.denoiser import Cond, Denoiser
 from ..diffusion.grids import Grid
 from ..diffusion.sde import SDE
 from ..noise.rng import Rng
-from . import Sampler
+from .sampler import Sampler
 
 
 class From:

@@ -30,7 +30,7 @@ from scoresde.cli.conditions import choose_cond
 from scoresde.cli.guided import build_guidance, check_guidance
 from scoresde.config import ConfigError
 from scoresde.evaluate.problem import Problem
-from scoresde.inverse import WithoutMeasurement
+from scoresde.inverse.observation import WithoutMeasurement
 from scoresde.runs.load import LoadedRun, load_run
 
 DRAW = ("run=run", "sampler=ddim", "sampler.steps=4", "pictures=false", "threads=1")

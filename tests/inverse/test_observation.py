@@ -20,10 +20,9 @@ from scoresde.inverse import (
     Mask,
     Observation,
     RandomProjection,
-    conjugate_gradients,
-    grey,
 )
-from scoresde.inverse.conjugate import solve
+from scoresde.inverse.conjugate import conjugate_gradients, solve
+from scoresde.inverse.operators import grey
 
 IMAGE = (3, 8, 8)
 
