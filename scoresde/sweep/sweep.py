@@ -21,7 +21,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
 from ..runs.files import natural, read, values
-from ..runs.listing import differing, layout
+from ..runs.listing import differing, layout, window
 from .job import AGAIN, STOP, objective_of, read_job, working, write_job
 from .page import write_page
 
@@ -169,9 +169,8 @@ class Sweep:
         write_page(self.folder / "report.html", runs, title=self.folder.name)
         swept = [name for name in rows[0] if name not in (*_FIXED, *_MEASURED)]
         names = [*_FIXED, *swept, *(["error"] if any(row["error"] for row in rows) else [])]
-        width = os.get_terminal_size().columns if sys.stdout.isatty() else 120
-        lines, _ = layout({name: [_cell(row[name]) for row in rows] for name in names}, max(width, 80), optional=swept)
-        print("\n" + "\n".join(lines))
+        table, _ = layout({name: [_cell(row[name]) for row in rows] for name in names}, window(), optional=swept)
+        print(f"\n{table}")
         print(f"Sweep in {self.folder / 'sweep.csv'}, pictures in {self.folder / 'report.html'}", flush=True)
         return self._verdict([row["status"] for row in rows])
 
