@@ -2,8 +2,11 @@
 // thread of a block. Threads take turns at __syncthreads, blocks follow one another, all in one thread of the system.
 #include <ucontext.h>
 
+#include <math.h>
+
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <vector>
 
 struct Dim {
@@ -18,6 +21,66 @@ static Dim threadIdx, blockIdx;
 #define __forceinline__ inline
 #define __launch_bounds__(threads, blocks)
 void __syncthreads();
+
+// ---- what a GPU does in one instruction ----
+
+static inline unsigned __float_as_uint(float x)
+{
+    unsigned bits;
+    memcpy(&bits, &x, sizeof bits);
+    return bits;
+}
+
+static inline float __uint_as_float(unsigned bits)
+{
+    float x;
+    memcpy(&x, &bits, sizeof x);
+    return x;
+}
+
+static inline unsigned __umulhi(unsigned a, unsigned b)
+{
+    return static_cast<unsigned>(static_cast<unsigned long long>(a) * b >> 32);
+}
+
+namespace scoresde {
+namespace instructions {
+
+static inline float fast_sqrt(float x) { return sqrtf(x); }
+
+static inline float widen_half(unsigned short x)
+{
+    const unsigned sign = (x & 0x8000u) << 16, magnitude = x & 0x7fffu;
+    if (magnitude >= 0x7c00u) return __uint_as_float(sign | 0x7f800000u | (magnitude & 0x3ffu) << 13);
+    if (magnitude >= 0x400u) return __uint_as_float(sign | ((magnitude << 13) + 0x38000000u));
+    // subnormal: a multiple of 2^-24
+    return __uint_as_float(sign | __float_as_uint(static_cast<float>(magnitude) * 0x1p-24f));
+}
+
+static inline unsigned half_of(float x)
+{
+    const unsigned sign = __float_as_uint(x) >> 16 & 0x8000u, magnitude = __float_as_uint(x) & 0x7fffffffu;
+    if (magnitude > 0x7f800000u) return sign | 0x7e00u;
+    // 65520 is nearer to 2^16 than to the largest half, 65504
+    if (magnitude >= 0x477ff000u) return sign | 0x7c00u;
+    if (magnitude >= 0x38800000u)
+        return sign | (magnitude + 0xfffu + (magnitude >> 13 & 1u) - 0x38000000u) >> 13;
+    // below 2^-14: the floats of [1/2, 1) have the spacing of the subnormal halves, 2^-24
+    return sign | (__float_as_uint(__uint_as_float(magnitude) + 0.5f) - 0x3f000000u);
+}
+
+static inline unsigned bfloat16_of(float x)
+{
+    const unsigned bits = __float_as_uint(x);
+    if ((bits & 0x7fffffffu) > 0x7f800000u) return bits >> 16 | 0x40u;
+    return (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
+}
+
+static inline unsigned narrow_half(float low, float high) { return half_of(low) | half_of(high) << 16; }
+static inline unsigned narrow_bfloat16(float low, float high) { return bfloat16_of(low) | bfloat16_of(high) << 16; }
+
+}  // namespace instructions
+}  // namespace scoresde
 
 #include "kernels.cu"
 
@@ -124,11 +187,10 @@ EMULATE(rademacher, Lincomb)
 extern "C" void philox_words(const u64* seed, const u32* counter, u32* words)
 {
     const Stream stream = {*seed, counter[2] | static_cast<u64>(counter[3]) << 32, counter[1]};
-    const Words result = philox(stream, counter[0]);
-    for (int i = 0; i < 4; ++i) words[i] = result.w[i];
+    philox(stream, counter[0], *reinterpret_cast<u32(*)[4]>(words));
 }
 
-extern "C" void box_muller_pairs(size_t n, const u32* words, float* z)
+extern "C" void box_muller_pairs(size_t n, const u32* words, Real* z)
 {
     for (size_t i = 0; i < n; ++i) box_muller(words[2 * i], words[2 * i + 1], z[2 * i], z[2 * i + 1]);
 }
@@ -145,5 +207,5 @@ extern "C" void widen_all(size_t n, const Scalar* from, Real* to)
 
 extern "C" void narrow_all(size_t n, const Real* from, Scalar* to)
 {
-    for (size_t i = 0; i < n; ++i) narrow(from[i], to[i]);
+    for (size_t i = 0; i < n; ++i) to[i] = narrow(from[i]);
 }

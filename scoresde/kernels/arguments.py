@@ -1,7 +1,8 @@
-"""The arguments of the kernels in csrc/kernels.cu: its structs, field by field, and how a batch is shared out.
+"""The arguments of the kernels in csrc/kernels.cu: its structs, field by field, and how threads divide a batch.
 
-Tensors come from `ops.py`, which has checked them: one device, one dtype, one dense memory format (contiguous or
-channels-last), batch first; coefficients in float64 of shape (B,), or () there or on the CPU, or None for 1.
+`backend.py` has checked the tensors: they have one device, one dtype and one dense memory format (contiguous or
+channels-last), and the batch comes first. A coefficient is float64 and has shape (B,) on that device or () on it or on
+the CPU; None stands for 1.
 """
 
 from __future__ import annotations
@@ -16,14 +17,14 @@ from torch import Tensor
 from ..noise.address import Noise
 
 BLOCK = 128  # threads
-# 2^19 threads fill a GPU (an H200 holds 132 · 2048 ≈ 2^18 at once). Beyond that a thread takes more quads, up to 8:
-# what it does once (find its sample, read coefficients, start the noise) costs about as much as a quad.
+# 2^19 threads fill a GPU (an H200 holds 132 · 2048 ≈ 2^18 at once). In larger batches a thread takes up to 8 quads,
+# as its start (to find the sample, read coefficients and start the noise) costs about as much as a quad.
 FULL, MOST_QUADS = 2**19, 8
-# `Path` in kernels.cu: how the elements of a quad are read and written
+# `Path` in kernels.cu: how a thread reads and writes the elements of a quad.
 VECTOR, ROWS, SCATTERED = range(3)
-# neighbouring threads of one sample, where it has as many quads: a warp, which then reads without gaps
+# A warp works on one sample if that has enough quads: it then reads without gaps.
 WARP = 32
-# Threads, and elements of a sample, are counted in 31 bits, as `Division` needs; a grid may round up by a block.
+# Threads, and the elements of a sample, are counted in 31 bits, as `Division` needs; a grid may round up by a block.
 LIMIT = 2**31 - BLOCK
 
 
@@ -54,7 +55,7 @@ class Coefficient(ctypes.Structure):
 
 
 class Counters(ctypes.Structure):
-    """`Noise` as the kernels know it."""
+    """`Noise` in C."""
 
     _fields_ = (
         ("seeds", c_void_p),
@@ -101,7 +102,7 @@ def quads_of(like: Tensor) -> int:
 
 
 def quads_per_thread(samples: int, quads: int) -> int:
-    """1 to `MOST_QUADS`, of samples of `quads` each: as many as leave the GPU full and a warp to each sample."""
+    """As many as keep the GPU full and a warp busy with each sample, from 1 to `MOST_QUADS`."""
     return max(1, min(MOST_QUADS, samples * quads // FULL, quads // WARP))
 
 
@@ -118,7 +119,7 @@ class Layout(ctypes.Structure):
 
     @classmethod
     def of(cls, tensors: Sequence[Tensor], quads: int, threads: int) -> Layout:
-        """Of tensors of one shape (B, *event) and memory format, with `threads` for the `quads` of each sample."""
+        """The layout of tensors of one shape (B, *event) and format, with `threads` for the `quads` of a sample."""
         like = tensors[0]
         elements = like.numel() // like.shape[0]
         channels = 1 if like.is_contiguous() else like.shape[1]

@@ -7,7 +7,7 @@ on any other device.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -77,16 +77,22 @@ def _dsm_loss(prediction: Tensor, weight: Tensor, eps: Tensor | None, *address: 
     return loss
 
 
-def _drawn(kernel: str, otherwise: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    def draw(shape: Sequence[int], dtype: torch.dtype, *address: Any) -> Tensor:
-        noise = Noise(*address)
-        if not enabled(noise.seeds.device, dtype):
-            return otherwise(shape, dtype, *address)
-        out = torch.empty(tuple(shape), dtype=dtype, device=noise.seeds.device)
-        cuda.draw(driver().launch, kernel, out if out.ndim else out[None], noise)
-        return out
+def _normal(shape: Sequence[int], dtype: torch.dtype, *address: Any) -> Tensor:
+    noise = Noise(*address)
+    if not enabled(noise.seeds.device, dtype):
+        return draws.numpy_normal(shape, dtype, *address)
+    out = torch.empty(tuple(shape), dtype=dtype, device=noise.seeds.device)
+    cuda.lincomb(driver().launch, out if out.ndim else out[None], [], [], None, noise)
+    return out
 
-    return draw
+
+def _rademacher(shape: Sequence[int], dtype: torch.dtype, *address: Any) -> Tensor:
+    noise = Noise(*address)
+    if not enabled(noise.seeds.device, dtype):
+        return draws.numpy_rademacher(shape, dtype, *address)
+    out = torch.empty(tuple(shape), dtype=dtype, device=noise.seeds.device)
+    cuda.rademacher(driver().launch, out if out.ndim else out[None], noise)
+    return out
 
 
 def _fit(x: Tensor, *others: Tensor) -> bool:
@@ -106,7 +112,7 @@ for _name, _kernel in (
     ("lincomb", _lincomb),
     ("langevin", _langevin),
     ("dsm_loss", _dsm_loss),
-    ("normal", _drawn("lincomb_0", draws.numpy_normal)),
-    ("rademacher", _drawn("rademacher", draws.numpy_rademacher)),
+    ("normal", _normal),
+    ("rademacher", _rademacher),
 ):
     LIBRARY.impl(_name, _kernel)

@@ -1,9 +1,9 @@
 """Compiled kernels kept on disk, so that each is compiled once per machine and not once per process.
 
-A cubin is code, and runs. So the folder must be the user's own and closed to others, and a file is used only if it
-bears the checksum of its key and content: a file that was cut short, damaged, or put there under another's name is
-compiled again and replaced. Any number of processes may work in one folder: a file appears whole, by renaming. Where
-the folder cannot be had the kernels are compiled for this process alone, and one warning says why.
+A cubin is code that will run. So the folder must belong to the user and be closed to others, and a file is used only if
+it has the checksum of its key and content: a file that was cut short, damaged, or renamed is compiled again and
+replaced. Any number of processes may work in one folder, because a file appears whole, by renaming. If the folder
+cannot be used, the kernels are compiled for this process alone, and one warning says why.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from ..noise.switch import KernelWarning
 FORMAT = b"scoresde cubin 1"  # 16 bytes; then 8 of length, 32 of sha256, and the cubin
 HEADER = len(FORMAT) + 8 + 32
 UNFINISHED = re.compile(r"\.[0-9a-f]{64}\.[0-9a-f]{16}\.part")
-ABANDONED = 3600.0  # seconds after which an unfinished file cannot be a living writer's: one takes milliseconds
+ABANDONED = 3600.0  # seconds after which no process can still be writing a file: that takes milliseconds
 
 
 def key(source: str, headers: Mapping[str, str], flags: Sequence[str], architecture: str, version: str) -> str:
-    """Hexadecimal sha256 of everything that a cubin depends on: a change of any makes another key."""
+    """Hexadecimal sha256 of everything that a cubin depends on."""
     parts = [FORMAT.decode(), source, *(part for item in sorted(headers.items()) for part in item)]
     digest = hashlib.sha256()
     for part in [*parts, "", *flags, "", architecture, version]:
@@ -41,7 +41,7 @@ def folder() -> Path:
     """`$SCORESDE_CACHE`, else `$XDG_CACHE_HOME/scoresde`, else `~/.cache/scoresde`.
 
     Raises:
-        OSError: none of them is set and there is no home folder.
+        OSError: neither variable is set, and the user has no home folder.
     """
     if os.environ.get("SCORESDE_CACHE"):
         return Path(os.path.abspath(os.path.expanduser(os.environ["SCORESDE_CACHE"])))
@@ -57,7 +57,7 @@ class Cache:
     """Cubins by key, in memory and in a folder.
 
     Args:
-        path: the folder, made at the first write. Default: `folder()`, asked at the first use.
+        path: the folder, which the first write makes. Default: `folder()` at the first use.
     """
 
     def __init__(self, path: Path | None = None) -> None:
@@ -66,7 +66,7 @@ class Cache:
         self._warned = False
 
     def get(self, name: str, make: Callable[[], bytes]) -> bytes:
-        """The cubin of that key: of this process, else of the folder, else `make`'s, which is then kept in both."""
+        """The cubin of the key `name`: from memory, else from the folder, else from `make`, and then kept in both."""
         if name not in self._memory:
             found = None
             with self._forgiving("read from"):
@@ -79,12 +79,12 @@ class Cache:
         return self._memory[name]
 
     def folder(self) -> Path:
-        """Where it is. Raises OSError as the function `folder` does."""
+        """Its path. Raises OSError if the user has no home folder and no variable names another."""
         self._path = self._path or folder()
         return self._path
 
     def _read(self, name: str) -> bytes | None:
-        """None where there is no such file, or it is not what `_write` would have written."""
+        """None if there is no such file, or `_write` would not have written it so."""
         place = self.folder()
         try:
             refuse_shared(place)
@@ -118,7 +118,7 @@ class Cache:
 
     @contextlib.contextmanager
     def _forgiving(self, done: str) -> Iterator[None]:
-        """Without a cache the kernels are compiled again by each process: slower, and worth one warning, no more."""
+        """Without a cache each process compiles the kernels again, which is slower: worth one warning, and no error."""
         try:
             yield
         except OSError as error:
@@ -133,12 +133,12 @@ class Cache:
 
 
 def _header(name: str, cubin: bytes) -> bytes:
-    """It binds the content to its key, so that a whole file under another's name is noticed as well."""
+    """It binds the content to its key, so that a file under the name of another is refused as well."""
     return FORMAT + len(cubin).to_bytes(8, "little") + hashlib.sha256(name.encode() + cubin).digest()
 
 
 def _plain(path: str, flags: int) -> int:
-    """Follows no link, and does not wait for the other end of a pipe."""
+    """Opens for reading without following links or waiting for the other end of a pipe."""
     return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
 
 
@@ -147,7 +147,7 @@ def _private(path: str, flags: int) -> int:
 
 
 def refuse_shared(path: Path) -> None:
-    """Raises PermissionError where another user could have put the files, which would then run as this one."""
+    """Raises PermissionError if another user could have put files there, which would then run as this user."""
     found = os.stat(path)
     if not stat.S_ISDIR(found.st_mode):
         raise NotADirectoryError("it is not a folder")
@@ -161,7 +161,7 @@ def refuse_shared(path: Path) -> None:
 
 
 def _sweep(path: Path) -> None:
-    """Removes what killed writers have left."""
+    """Removes the unfinished files of processes that were killed."""
     for left in path.iterdir():
         with contextlib.suppress(OSError):
             if UNFINISHED.fullmatch(left.name) and time.time() - left.lstat().st_mtime > ABANDONED:

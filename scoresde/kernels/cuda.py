@@ -1,7 +1,7 @@
-"""Calls of the kernels in csrc/kernels.cu: which, on what grid, with what in between.
+"""Calls of the kernels in csrc/kernels.cu: which kernel, on what grid, with which tensors in between.
 
-Tensors are as `arguments.py` says. Nothing is launched for a batch without elements, and ValueError is raised where a
-batch or a sample is too large for one launch.
+Tensors are as `arguments.py` says. Nothing is launched for a batch without elements, and every function raises
+ValueError if a batch or a sample is too large for one launch.
 """
 
 from __future__ import annotations
@@ -28,19 +28,15 @@ from .arguments import (
 )
 from .driver import SCALARS
 
-# (kernel, scalar, grid, block, arguments, device): `driver.Driver.launch`, or the emulator of the tests
+# takes (kernel, scalar, grid, block, arguments, device): `driver.Driver.launch`, or the emulator of the tests
 Launch = Callable[[str, str, int, int, Sequence[ctypes.Structure], torch.device], None]
 
-# partial sums of a batch: enough blocks for any GPU, few enough to add up in no time
+# Partial sums of a batch: enough blocks for any GPU, and few enough that adding them up costs nothing.
 PARTIALS = 2**15
 
 
 def _run(launch: Launch, name: str, like: Tensor, threads: int, args: ctypes.Structure) -> None:
     launch(name, SCALARS[like.dtype], -(-like.shape[0] * threads // BLOCK), BLOCK, [args], like.device)
-
-
-def _either(noise: Noise | Tensor | None) -> tuple[Tensor | None, Noise | None]:
-    return (noise, None) if isinstance(noise, Tensor) else (None, noise)
 
 
 def lincomb(
@@ -50,25 +46,13 @@ def lincomb(
     coefficients: Sequence[Tensor | None],
     std: Tensor | None,
     noise: Noise | None,
+    name: str | None = None,
 ) -> None:
-    """`out = Σ coefficients[i] inputs[i] + std z` (B, *event), of at most five inputs; `out` may be one of them."""
-    _combine(launch, f"lincomb_{len(inputs)}", out, inputs, coefficients, std, noise)
+    """`out = Σ coefficients[i] inputs[i] + std z` (B, *event), of at most five inputs; `out` may be one of them.
 
-
-def draw(launch: Launch, name: str, out: Tensor, noise: Noise) -> None:
-    """Fills `out` (B, *event) with the draw of kernel `name`: "lincomb_0" for normals, "rademacher" for −1 and 1."""
-    _combine(launch, name, out, [], [], None, noise)
-
-
-def _combine(
-    launch: Launch,
-    name: str,
-    out: Tensor,
-    inputs: Sequence[Tensor],
-    coefficients: Sequence[Tensor | None],
-    std: Tensor | None,
-    noise: Noise | None,
-) -> None:
+    Args:
+        name: of the kernel. Default: that of so many inputs.
+    """
     if not out.numel():
         return
     quads = quads_of(out)
@@ -81,12 +65,17 @@ def _combine(
     )
     for i, (x, c) in enumerate(zip(inputs, coefficients, strict=True)):
         args.inputs[i], args.coefficients[i] = x.data_ptr(), Coefficient.of(c)
-    _run(launch, name, out, threads, args)
+    _run(launch, name or f"lincomb_{len(inputs)}", out, threads, args)
+
+
+def rademacher(launch: Launch, out: Tensor, noise: Noise) -> None:
+    """Fills `out` (B, *event) with the −1 and 1 of a draw."""
+    lincomb(launch, out, [], [], None, noise, "rademacher")
 
 
 def _squares(launch: Launch, name: str, a: Tensor, noise: Noise | Tensor | None = None) -> Tensor:
     """(B, parts, 2): the two sums of kernel `name` for each sample, in parts."""
-    eps, counters = _either(noise)
+    eps, counters = (noise, None) if isinstance(noise, Tensor) else (None, noise)
     samples, quads = a.shape[0], quads_of(a)
     most = quads_per_thread(samples, quads)
     # threads that add up together: a power of two, and a warp where the sample has as many quads
@@ -106,7 +95,7 @@ def _squares(launch: Launch, name: str, a: Tensor, noise: Noise | Tensor | None 
 
 
 def _finish(launch: Launch, name: str, like: Tensor, sums: Tensor, factor: Tensor, **fields: float) -> None:
-    """Adds up `sums` (B, parts, 2) and lets kernel `name` make of them what it makes, with one `factor` () or (B,)."""
+    """Runs kernel `name`, which adds up `sums` (B, parts, 2) and computes its result with `factor`, () or (B,)."""
     samples, parts, _ = sums.shape
     group = min(BLOCK, 1 << (parts - 1).bit_length())
     args = Finish(
@@ -130,7 +119,7 @@ def langevin(
 
     Args:
         sigma: () or (B,), not None.
-        measured: ‖z‖² of this noise in the numerator of h, where `Langevin` has its mean D (Song et al. 2021, alg. 4).
+        measured: h has ‖z‖² of this noise in its numerator, in place of its mean D (Song et al. 2021, alg. 4).
     """
     if not x.numel():
         return
@@ -142,13 +131,13 @@ def langevin(
 
 
 def dsm_loss(launch: Launch, loss: Tensor, a: Tensor, weight: Tensor, noise: Noise | Tensor) -> None:
-    """`loss[k] = weight Σ (a − z)²/D`, for each sample: (B,) in float32, or in float64 where `a` is.
+    """`loss[k] = weight Σ (a − z)²/D` for each sample: (B,), in float64 if `a` is, else in float32.
 
-    NaN where samples have no elements, as their mean is.
+    It is NaN where samples have no elements, like their mean.
 
     Args:
         weight: () or (B,), not None.
-        noise: where z is to be found, or z (B, *event) itself.
+        noise: the address of z, or z (B, *event) itself.
     """
     if not a.numel():
         loss.fill_(math.nan)

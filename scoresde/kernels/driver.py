@@ -1,4 +1,4 @@
-"""Kernels on the GPU: loaded and launched by the CUDA driver's own C interface, in torch's context, on its stream."""
+"""Loads and launches kernels by the C interface of the CUDA driver, in torch's context and on torch's stream."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from . import nvrtc
 from .cubin import Cache, key
 
 SCALARS = {torch.float32: "float", torch.float64: "double", torch.float16: "half", torch.bfloat16: "bfloat16"}
-FLAGS = ("--std=c++17",)
+FLAGS = ("--std=c++17", "--device-as-default-execution-space")  # the latter for the lambdas in kernels.cu
 CSRC = Path(__file__).with_name("csrc")
 MAJOR, MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, _MINOR
 RELAXED = 2  # CU_STREAM_CAPTURE_MODE_RELAXED
@@ -33,14 +33,14 @@ class Function(NamedTuple):
 class Driver:
     """Launches kernels by name.
 
-    A module holds all kernels for one scalar on one device; it is loaded at its first use, or by `prepare`, and kept.
-    Loading needs memory on the device, which a CUDA graph in the making would refuse: it is done in the thread's
-    relaxed mode, which allows it. A launch allocates nothing and waits for nothing, so a graph captures it.
+    A module holds all kernels for one scalar on one device. It is loaded at its first use, or by `prepare`, and kept.
+    Loading allocates memory on the device, which is refused while a CUDA graph is captured, except in the thread's
+    relaxed mode: loading switches to that. A launch allocates nothing and waits for nothing, so a graph can capture it.
 
     Args:
         cuda: the driver, `libcuda.so.1`.
-        cubin: (scalar, (major, minor) of the device) to machine code.
-        stream: device index to the handle of the stream to launch on; torch's current one by default.
+        cubin: gives the machine code for a scalar and the capability (major, minor) of a device.
+        stream: gives the handle of the stream to launch on for a device index. Default: torch's current one.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class Driver:
     ) -> None:
         self._cuda = cuda
         self._cubin = cubin
-        # The handle without the object around it: 0.1 µs in place of 2. It is what torch's own compiled code calls.
+        # Torch's own compiled code calls this too: 0.1 µs, where the stream as an object costs 2.
         self._stream: Any = stream or getattr(torch._C, "_cuda_getCurrentRawStream", _current_stream)
         self._lock = threading.RLock()
         self._pid: int | None = None
@@ -75,15 +75,15 @@ class Driver:
         """Enqueues one kernel on the current stream of `device` and returns.
 
         Args:
-            name: of an `extern "C" __global__` function.
-            scalar: "float", "double", "half" or "bfloat16", for which of them the module is compiled.
+            name: an `extern "C" __global__` function.
+            scalar: the type the module is compiled for: "float", "double", "half" or "bfloat16".
             grid: number of blocks, in [1, 2^31).
-            block: number of threads of each, in [1, 1024].
-            args: of the kernel, in order and of its types. They are copied before this returns.
-            device: of type "cuda".
+            block: number of threads in a block, in [1, 1024].
+            args: the arguments of the kernel, in order and of its types. They are copied before this returns.
+            device: a CUDA device.
 
         Raises:
-            RuntimeError: what the compiler or the driver refused, by its name, and what was being done.
+            RuntimeError: the compiler or the driver refused; the message has their error and what was being done.
         """
         index = torch.cuda.current_device() if device.index is None else device.index
         function = self._functions.get((name, scalar, index)) or self._function(name, scalar, index)
@@ -99,7 +99,7 @@ class Driver:
             self._raise(f"launching {name} for {scalar} on cuda:{index} with {grid} blocks of {block} threads", code)
 
     def prepare(self, scalar: str, device: torch.device) -> None:
-        """Compiles and loads the kernels for `scalar` on `device` now, so that the first launch costs what others do.
+        """Compiles and loads the kernels for `scalar` on `device` now, so that the first launch is as fast as others.
 
         Raises:
             RuntimeError: as `launch`.
@@ -111,8 +111,7 @@ class Driver:
 
     @contextlib.contextmanager
     def _loading(self, index: int) -> Iterator[int]:
-        """Inside the context of the device: one thread at a time, in the process that began, and with leave to load
-        while a stream is being captured."""
+        """Enters the context of the device to load something: one thread at a time, even while a stream is captured."""
         if self._pid not in (None, os.getpid()):  # before the lock: another thread may have held it at the fork
             raise RuntimeError(
                 f"this process was forked from {self._pid} after that had used the GPU, and CUDA does not survive a "
@@ -161,7 +160,7 @@ class Driver:
         return self._modules[scalar, index]
 
     def _context(self, index: int) -> int:
-        """The device's primary context: the one that torch works in."""
+        """The device's primary context, in which torch works."""
         if index not in self._contexts:
             context = c_void_p()
             doing = f"taking the context of cuda:{index}"
@@ -199,7 +198,7 @@ def _current_stream(index: int) -> int:
 
 
 def libcuda() -> ctypes.CDLL:
-    """The driver's library, which no package brings: it comes with the driver itself.
+    """The driver's library. No package contains it: it is installed with the driver.
 
     Raises:
         OSError: the system's loader does not find it.
@@ -236,8 +235,10 @@ def machine_code(
     scalar: str,
     capability: tuple[int, int],
 ) -> bytes:
-    """The kernels for one scalar and the best that `compiler` knows for a device of this capability, from the cache if
-    they are there."""
+    """The kernels for one scalar, compiled for the newest architecture that `compiler` knows and the device can run.
+
+    They come from the cache if they are in it.
+    """
     flags = (*FLAGS, f"-DSCORESDE_SCALAR={list(SCALARS.values()).index(scalar)}")
     architecture = compiler.architecture(*capability)
     return cache.get(

@@ -1,4 +1,4 @@
-"""NVRTC, NVIDIA's compiler as a library: it comes with every CUDA wheel of torch, so no toolkit has to be installed."""
+"""NVRTC, NVIDIA's compiler as a library. Every CUDA wheel of torch brings it, so no toolkit has to be installed."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ class Compiler:
     """A loaded NVRTC.
 
     Args:
-        library: path or name, as the system's loader takes it. OSError where it cannot be loaded.
+        library: a path or name for the system's loader. If it cannot be loaded, OSError is raised.
 
     Attributes:
-        path: what was loaded.
+        path: the library that was loaded.
         version: such as "13.0".
         architectures: compute capabilities that it compiles for, rising, such as (75, 80, …, 120).
     """
@@ -39,7 +39,7 @@ class Compiler:
         self.architectures = tuple(sorted(found))
 
     def architecture(self, major: int, minor: int) -> str:
-        """Name of what to compile for, such as "sm_90": code for x.y runs on every x.z with z ≥ y, on no other x."""
+        """The architecture to compile for, such as "sm_90". Code for x.y runs on x.z if z ≥ y, and on no other x."""
         fitting = [arch for arch in self.architectures if arch // 10 == major and arch % 10 <= minor]
         if not fitting:
             raise RuntimeError(
@@ -51,7 +51,7 @@ class Compiler:
     def compile(
         self, source: str, headers: Mapping[str, str], flags: Sequence[str], architecture: str
     ) -> tuple[bytes, str]:
-        """Machine code of one architecture ("cubin"), and what the compiler had to say.
+        """Machine code for one architecture (a "cubin"), and the compiler's log.
 
         Args:
             source: CUDA C++. It includes `headers` by their names; nothing is read from disk.
@@ -103,8 +103,11 @@ class Compiler:
 
 
 def places(major: int) -> Iterator[str]:
-    """Where NVRTC of CUDA `major` may be, in the order in which it is looked for: what the system's loader finds (and
-    so what torch itself has loaded), torch's own wheels, a conda environment, a toolkit."""
+    """Where NVRTC of CUDA `major` may be, in the order of the search.
+
+    The system's loader comes first, which finds what torch itself has loaded; then torch's own wheels, a conda
+    environment, and a toolkit.
+    """
     name = f"nvrtc64_{major}0_0.dll" if WINDOWS else f"libnvrtc.so.{major}"
     yield name
     yield str(Path(torch.__file__).parent / "lib" / name)
@@ -118,10 +121,10 @@ def places(major: int) -> Iterator[str]:
 
 
 def find(major: int) -> Compiler:
-    """NVRTC of CUDA `major` (torch's: code for the driver that torch runs on).
+    """NVRTC of CUDA `major`, which is torch's, so that its code runs on the driver that torch runs on.
 
     Raises:
-        OSError: there is none; the message names the places, and what is wrong with those that are there.
+        OSError: there is none. The message names all places, and what is wrong with a library that is there.
     """
     tried = []
     for place in places(major):

@@ -1,4 +1,4 @@
-"""Where noise is to be found, for those who make it only when they need it."""
+"""The address of a draw, for those who make its numbers only when they need them."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from torch import Tensor
 
 
 class Noise(NamedTuple):
-    """Standard normals of one draw for a batch (B, *event): not numbers, but all that fixes them.
+    """Standard normals of one draw for a batch (B, *event), given not as numbers but by all that determines them.
 
-    Entry `element` of sample k is `philox.normals` of seed k, row k, draw k and `element`, so it can be made anywhere,
-    in any order, and again. State is in device tensors, so a CUDA graph that was captured with them replays with what
-    they hold then.
+    Entry `element` of sample k is that of `philox.normals` for the seed, row and draw of sample k, so it can be made
+    anywhere, in any order, and again. The state is in device tensors, so a CUDA graph that was captured with them draws
+    by what they hold when it is replayed.
 
     Attributes:
-        seeds: (1,) or (B,) int64, seed of all samples or of each, on the device of the batch.
-        draws: (1,) or (B,) int64 on that device: number of a first draw.
+        seeds: (1,) or (B,) int64, one seed for all samples or one for each, on the device of the batch.
+        draws: (1,) or (B,) int64 on that device, the number of a first draw.
         draw: ≥ 0, added to `draws`.
-        row: row of the first sample. With one seed sample k has row `row` + k; with one seed each, all have `row`.
+        row: row of the first sample. With one seed, sample k has row `row` + k; with one seed each, all have `row`.
     """
 
     seeds: Tensor

@@ -1,11 +1,11 @@
 r"""Counter-based random bits: Philox4x32-10 (Salmon et al. 2011, *Parallel random numbers: as easy as 1, 2, 3*).
 
-A block of 128 bits is a function of a 64-bit key, the seed, and a 128-bit counter: where the block is needed, by the
-number of the block in its sample, the row of the sample and the number of the draw. So every number of every sample can
-be made alone, in any order, on any device and again, and there is no state but the number of the draw.
+A block of 128 bits is a function of a 64-bit key, the seed, and of a 128-bit counter: the number of the block in its
+sample, the row of the sample and the number of the draw. So every number of every sample can be made alone, in any
+order, on any device and again, and the only state is the number of the draw.
 
-`csrc/scoresde_math.h` says the same in C. This is NumPy, as torch has no unsigned 64-bit arithmetic, in blocks that
-stay in the processor's cache.
+It is NumPy, as torch has no unsigned 64-bit arithmetic, and works in pieces that stay in the processor's cache. The
+kernels have the same function in C (`csrc/scoresde_math.h`).
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ _MULTIPLIERS = np.array([0xD2511F53, 0xCD9E8D57], np.uint64)[:, None, None]
 _WEYL = np.array([0x9E3779B9, 0xBB67AE85], np.uint64)[:, None, None]
 _LOW, _HALF = np.uint64(0xFFFFFFFF), np.uint64(32)
 _CACHED = 8192
-"""Blocks that are made at once: their two arrays of 128 KiB fit in a second-level cache."""
+"""Blocks made at once: their two arrays of 128 KiB fit in a second-level cache."""
 _TINY, _TWICE, _TURN = np.float32(2.0**-32), np.float32(-2), np.float32(math.pi * 2.0**-31)
 
 
 class Streams(NamedTuple):
-    """S samples whose numbers are wanted, uint64 (S,) each."""
+    """Seed, row and draw of S samples whose numbers are wanted, uint64 (S,) each."""
 
     seeds: np.ndarray
     rows: np.ndarray  # below 2^32
@@ -96,7 +96,7 @@ def _words(where: Streams, n: int) -> np.ndarray:
 
 
 def _parts(where: Streams, n: int) -> Iterator[tuple[tuple[slice, slice], np.ndarray]]:
-    """(samples, blocks) and both words of each, (2, samples, blocks), a cacheful at a time; the array is used again."""
+    """Yields (samples, blocks) and both words of each, (2, samples, blocks), a cacheful at a time in one array."""
     seeds, rows, draws = where
     shared = len(seeds) < 2 or bool((seeds == seeds[0]).all())
     width = max(min(n, _CACHED), 1)

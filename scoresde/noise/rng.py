@@ -18,7 +18,7 @@ from .position import DevicePosition, Position
 from .switch import enabled
 
 _AHEAD = 2**15
-"""Small draws are made ahead, this many blocks at once: a call of NumPy costs as much as thousands of numbers."""
+"""Small draws are made ahead, so many blocks at once, because a call of NumPy costs as much as thousands of numbers."""
 
 
 @dataclass(frozen=True)
@@ -35,23 +35,23 @@ class _Ahead:
 class Rng:
     r"""A source of random numbers that is passed, saved and restored like any other value.
 
-    Numbers are made by counting (`philox`): entry k of a draw follows from a seed, its row, the number of the draw and
-    the place within the sample, and from nothing else. So a seed means the same on every device, and
+    Numbers are made by counting (`philox`): each is a function of a seed, its row, the number of the draw and its place
+    within the sample alone. So a seed means the same on every device, and
 
     * `Rng(seed)` numbers its rows: sample k is the same in a batch of any size;
-    * `Rng(seed).share(rank, world)` makes one process's rows only, so a batch that is divided among processes meets the
-      same noise as one that is not;
-    * `Rng(seeds=[…])` gives every sample a seed of its own: it depends on that and on how often it was asked before,
-      never on its neighbours, so a sample can be made again alone (and is row 0 of `Rng(seed)`).
+    * `Rng(seed).share(rank, world)` makes the rows of one process only, so a batch has the same noise whether it is
+      divided among processes or not;
+    * `Rng(seeds=[…])` gives every sample a seed of its own: its noise depends on that seed and on the number of draws
+      before, never on its neighbours, so a sample can be made again alone (it is row 0 of `Rng(seed)`).
 
-    Normals are those of float32, widened for float64.
+    Normals have the precision of float32, in float64 too.
 
     Args:
         seed: seed of the single stream, an integer in [0, 2^63).
         seeds: one seed per sample; exclusive with `seed`.
 
     Raises:
-        ValueError: neither or both given, no seeds, or a seed out of range.
+        ValueError: neither or both are given, there are no seeds, or a seed is out of range.
     """
 
     def __init__(self, seed: int | None = None, *, seeds: Sequence[int] | None = None):
@@ -76,28 +76,28 @@ class Rng:
 
     @property
     def layout(self) -> tuple[bool, int, int]:
-        """(one stream per sample, number of streams, rank of a share): what a CUDA graph's noise is bound to."""
+        """(whether there is one stream per sample, number of streams, rank of a share), which a CUDA graph fixes."""
         return self.per_sample, len(self), self._position.rank
 
     def share(self, rank: int, world: int) -> Rng:
-        """The same stream, of which each draw of n rows gives rows rank·n … (rank+1)·n − 1 of a draw of world·n.
+        """This stream for one of `world` processes: n rows drawn are rows rank·n … (rank+1)·n − 1 of a draw of world·n.
 
-        Every process has to draw the same shapes in the same order; all streams then stand at the same place.
+        Every process has to draw the same shapes in the same order, so that their streams move on together.
 
         Raises:
-            ValueError: per-sample seeds, which need no sharing, or a rank outside 0 … world − 1.
+            ValueError: there are per-sample seeds, which need no sharing, or the rank is outside 0 … world − 1.
         """
         return self._at(self._position.share(rank, world))
 
     def rows(self, rows: Tensor) -> Rng:
-        """The streams of the samples `rows` (n,), shared with this Rng: a draw moves those on and no others.
+        """The streams of the samples `rows` (n,) alone, shared with this Rng: a draw moves these on, here and there.
 
         A single stream is returned unchanged.
         """
         return self._at(self._position.rows(rows)) if self.per_sample else self
 
     def skip(self, draws: int) -> None:
-        """Moves on by `draws` ≥ 0 draws that were made elsewhere."""
+        """Moves on by `draws` ≥ 0, which were made elsewhere."""
         self._position.skip(draws)
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -109,11 +109,11 @@ class Rng:
         self._ahead = {}
 
     def captured(self, device: torch.device | str) -> CapturedRng:
-        """These streams with their position in device memory, for a CUDA graph."""
+        """An Rng that starts here and has its position in device memory, for a CUDA graph."""
         return CapturedRng(self, torch.device(device))
 
     def noise(self, x: Tensor) -> Tensor | Noise:
-        """Standard normals for a batch like x (B, *event); where kernels make them as they go, only their address.
+        """Standard normals for a batch like x (B, *event), or their address if kernels make them when they are needed.
 
         This is for `scoresde.ops`. The numbers are those that `normal_like(x)` would have given.
         """
@@ -156,16 +156,18 @@ class Rng:
         return self._draw("rademacher", x.shape, philox.signs).to(x.device, x.dtype)
 
     def stratified(self, n: int, *, device: torch.device | str | None = None) -> Tensor:
-        """n float64 numbers in [0, 1), one in each n-th, in random order: each is uniform, their mean varies far less.
+        """n float64 numbers in [0, 1), one in each interval of length 1/n, in random order.
 
-        For a share, the strata are those of the whole batch.
+        Each is uniform, and their mean varies far less than that of independent ones.
+
+        For a share, the intervals are those of the whole batch.
         """
-        whole = n * self._position.world
-        strata = self.permutation(whole)[n * self._position.rank : n * (self._position.rank + 1)]
-        return ((strata + self.uniform((n,), dtype=torch.float64)) / whole).to(device)
+        total, first = n * self._position.world, n * self._position.rank
+        strata = self.permutation(total)[first : first + n]
+        return ((strata + self.uniform((n,), dtype=torch.float64)) / total).to(device)
 
     def permutation(self, n: int) -> Tensor:
-        """A random order of 0 … n − 1, from the single stream: the same for every share."""
+        """A random order of 0 … n − 1 from the single stream, equal for every share."""
         if self.per_sample:
             raise ValueError("A permutation is one draw for all samples; use Rng(seed), not Rng(seeds=[…]).")
         return self._draw("permutation", (1, n), philox.bits, everybody=True).flatten().argsort(stable=True)
@@ -176,7 +178,7 @@ class Rng:
         return part
 
     def _by_op(self, device: torch.device, dtype: torch.dtype) -> bool:
-        """Whether a torch op draws; else it is NumPy directly, which makes small draws ahead."""
+        """Whether a torch op draws, in place of NumPy, which makes small draws ahead."""
         return torch.compiler.is_compiling() or _in_kernels(device, dtype)
 
     def _words(self, kind: str, shape: Sequence[int]) -> Tensor:
@@ -196,7 +198,7 @@ class Rng:
             many = max(min(_AHEAD // (rows * (n // 2 + 1) or 1), 64), 1) if again else 1
             numbers = make(philox.streams(seeds, row, torch.arange(draw, draw + many)[:, None], rows), n)
             ahead = _Ahead(row, rows, n, draw, numbers.unflatten(0, (many, rows)))
-            # what is asked for once, or is large, is not kept
+            # a draw that is large, or comes for the first time, is not kept
             self._ahead[kind] = ahead if many > 1 else _Ahead(row, rows, n)
         one = ahead.numbers[draw - ahead.first]
         return (one.clone() if len(ahead.numbers) > 1 else one).reshape(tuple(shape))
@@ -209,9 +211,9 @@ def _in_kernels(device: torch.device, dtype: torch.dtype) -> bool:
 class CapturedRng(Rng):
     """An `Rng` whose position lies in device memory, for the capture of a CUDA graph.
 
-    Draws inside the graph are numbered from what its device tensors hold when it is replayed. `load(rng)` before a
-    replay lets it start where `rng` stands, and moves that on as if it had drawn itself. A graph that ends with
-    `advance()` moves on by itself, so that every replay has fresh noise without it.
+    A replay numbers its draws from what the device tensors hold. `load(rng)` before a replay lets it start where `rng`
+    stands, and moves `rng` on as if it had drawn. A graph that ends with `advance()` moves on by itself, so that every
+    replay has fresh noise.
     """
 
     _position: DevicePosition
@@ -220,7 +222,7 @@ class CapturedRng(Rng):
         self._position, self._ahead = DevicePosition(rng._position, device), {}
 
     def load(self, rng: Rng) -> None:
-        """Start where `rng` stands, which moves on by the draws of the graph.
+        """Starts where `rng` stands, which moves on by the draws of the graph.
 
         Raises:
             ValueError: `rng` has another number of streams.
@@ -230,11 +232,11 @@ class CapturedRng(Rng):
         self._position.load(rng._position)
 
     def rewind(self) -> None:
-        """The next draw is the first of the graph again: before it is captured, after what warmed it up."""
+        """Makes the next draw the first of the graph again: after the runs that warm it up, before its capture."""
         self._position.rewind()
 
     def advance(self) -> None:
-        """Inside a graph, after its last draw."""
+        """Ends a graph, after its last draw."""
         self._position.advance()
 
     def _by_op(self, device: torch.device, dtype: torch.dtype) -> bool:

@@ -1,12 +1,12 @@
 """Whether noise, and the ops that use it, run by CUDA kernels: what the user asked for, and what is possible.
 
-The kernels are a folder of their own, which nothing imports: the first question about a tensor on a GPU loads it by its
-name, and it registers itself with the ops then. There are three modes, of the environment variable SCORESDE_KERNELS or
-of `use`, which wins:
+Nothing imports the kernels. The first question about a tensor on a GPU loads them by their name, and they then register
+themselves as the CUDA implementation of the ops. The environment variable SCORESDE_KERNELS sets the mode, and `use`
+overrides it:
 
-- "auto": the kernel where it can be had, else the reference; on a GPU one warning says why.
+- "auto": the kernel if possible, else the reference; on a GPU, one warning says why.
 - "off": the reference.
-- "require": the kernel, or a RuntimeError that says why not. So a figure measured so is the kernel's.
+- "require": the kernel, or a RuntimeError that says why not, so a benchmark cannot measure the reference by mistake.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ _warned: set[str] = set()
 
 
 class KernelWarning(UserWarning):
-    """The library works, but not by its kernels, or not as fast as it could."""
+    """The library works, but without its kernels, or more slowly than it could."""
 
 
 def use(mode: str | None) -> None:
-    """Sets the mode of this process, whatever the environment says, and looks again for what could not be had before.
+    """Sets the mode of this process over that of the environment. What could not be loaded before is tried again.
 
     Args:
-        mode: "auto", "off" or "require"; None gives it back to the environment.
+        mode: "auto", "off" or "require"; None leaves the mode to the environment again.
 
     Raises:
-        ValueError: it is none of them.
+        ValueError: for any other mode.
     """
     global _mode, _decided, _reasons
     if mode is not None:
@@ -51,7 +51,7 @@ def use(mode: str | None) -> None:
 
 @contextlib.contextmanager
 def using(mode: str) -> Iterator[None]:
-    """`use` for a while: `with using("off"): …` runs the reference, to compare with."""
+    """Sets the mode within a `with` block: `with using("off"): …` runs the reference, for comparison."""
     before = _mode
     use(mode)
     try:
@@ -61,10 +61,10 @@ def using(mode: str) -> Iterator[None]:
 
 
 def mode() -> str:
-    """The mode: of `use`, else of SCORESDE_KERNELS, else "auto".
+    """The mode set by `use`, else by SCORESDE_KERNELS, else "auto".
 
     Raises:
-        ValueError: the variable holds none of the three.
+        ValueError: the variable holds another word.
     """
     if _mode is not None:
         return _mode
@@ -74,13 +74,13 @@ def mode() -> str:
 
 
 def enabled(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether tensors of this device and type go through the kernel. Asked at every op: 0.15 µs once it is decided.
+    """Whether tensors of this device and dtype go through the kernels. Every op asks: 0.15 µs once it is decided.
 
-    Compiled code keeps the answer of when it was compiled, and is compiled anew after `use` with another mode.
+    Compiled code keeps the answer from its compilation, and is compiled again after `use` with another mode.
 
     Raises:
-        RuntimeError: the mode is "require" and they cannot.
-        ValueError: SCORESDE_KERNELS holds no mode.
+        RuntimeError: the mode is "require", and the tensors cannot have kernels.
+        ValueError: SCORESDE_KERNELS does not hold a mode.
     """
     if torch.compiler.is_compiling():
         return _decide(device, dtype, _mode)  # which makes compiled code depend on the mode
@@ -89,10 +89,10 @@ def enabled(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def why_not(device: torch.device, dtype: torch.dtype = torch.float32) -> str | None:
-    """What stands between tensors of this device and type and the kernel; None where nothing does.
+    """Why tensors of this device and dtype cannot have kernels; None if they can.
 
-    The first question about a device and type compiles and loads the kernels for them (about 0.2 s, less when they are
-    in the cache); the answer is kept until `use` is called.
+    The first question about a device and dtype compiles and loads its kernels (about 0.2 s, less when they are in the
+    cache). The answer is kept until the next call of `use`.
     """
     if device.type != "cuda":
         return f"they run on CUDA devices, not on {device.type}"

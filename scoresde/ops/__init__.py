@@ -4,8 +4,8 @@ r"""The arithmetic of samplers and losses: a few ops that are one pass over memo
 
     x = ops.lincomb(((1 - a, x), (b, score)), (std, rng.noise(x)))
 
-On CUDA noise is made inside the kernel and never stored. Nothing is compiled, loaded or looked up before the first
-tensor on a GPU comes; `python -m scoresde.kernels` says what there is. `SCORESDE_KERNELS` or `use` choose between
+On CUDA, noise is made inside the kernel and never stored. Nothing is compiled, loaded or looked up before the first
+tensor on a GPU; `python -m scoresde.kernels` shows what this machine has. `SCORESDE_KERNELS` or `use` choose between
 "auto", "off" and "require".
 """
 
@@ -37,7 +37,7 @@ __all__ = [
 ]
 
 _MOST = 5
-"""Tensors that the kernel reads at once."""
+"""Most tensors that a kernel reads at once."""
 
 
 def lincomb(
@@ -46,7 +46,7 @@ def lincomb(
     r"""Σ c_i x_i + std z: every update of a sampler, and the perturbation x_t = α x_0 + σ ε.
 
     Args:
-        terms: pairs of a coefficient, a number or a tensor () or (B,), and a tensor (B, *event). Five are read at once.
+        terms: pairs of a coefficient, a number or a tensor () or (B,), and a tensor (B, *event).
         noise: (std, z): z from `Rng.noise`, or any tensor of the shape of the sum. None: no noise.
 
     Returns:
@@ -76,16 +76,17 @@ def lincomb(
 def langevin(
     x: Tensor, eps: Tensor, sigma: Tensor, snr: float, noise: Tensor | Noise, *, measured: bool = False
 ) -> Tensor:
-    r"""The Langevin corrector x + h score + √(2h) z with score = −ε̂/σ, and of every sample
+    r"""The Langevin corrector x + h score + √(2h) z with score = −ε̂/σ.
 
-    `h = σ² min(1, 2 snr² (N + 64)/(‖ε̂‖² + 64))`, where N is D, the number of dimensions, or ‖z‖² if `measured`.
+    Every sample has its step `h = σ² min(1, 2 snr² (N + 64)/(‖ε̂‖² + 64))`, where N is its number of dimensions D, or
+    ‖z‖² if `measured`.
 
     Args:
         x, eps: x_t and ε̂, (B, *event).
         sigma: σ_t, () or (B,).
         snr: > 0.
         noise: z from `Rng.noise`, or a tensor (B, *event).
-        measured: take ‖z‖² of the noise itself, as Song et al. 2021, alg. 4, do for a batch.
+        measured: take ‖z‖² of the noise itself, as Song et al. 2021, alg. 4, do for the batch.
     """
     if not enabled(x.device, x.dtype) or isinstance(noise, Tensor):
         return reference.langevin(x, eps, _tensor(noise, x), sigma, snr, measured)
@@ -95,7 +96,7 @@ def langevin(
 def dsm_loss(prediction: Tensor, noise: Tensor | Noise, weight: Tensor) -> Tensor:
     r"""Denoising score matching, w ‖ε̂ − ε‖²/D of every sample.
 
-    The noise is that which made x_t: on CUDA it is made again here and in the backward pass instead of being kept.
+    `noise` is that of x_t: on CUDA it is made again here and in the backward pass, so that it need not be kept.
 
     Args:
         prediction: ε̂, (B, *event).
@@ -112,7 +113,7 @@ def dsm_loss(prediction: Tensor, noise: Tensor | Noise, weight: Tensor) -> Tenso
 
 
 def _either(noise: Tensor | Noise, like: Tensor) -> tuple[Tensor | None, Noise | None]:
-    """As numbers, or as where to find them."""
+    """Noise as (numbers, None) or as (None, their address)."""
     return (noise.to(like.dtype), None) if isinstance(noise, Tensor) else (None, noise)
 
 
@@ -121,7 +122,7 @@ def _tensor(noise: Tensor | Noise, like: Tensor) -> Tensor:
 
 
 def _factor(value: Coefficient, like: Tensor) -> Tensor:
-    """On the device; or a number on the CPU, which goes along with the launch: no copy, and no kernel that fills it."""
+    """`value` on the device, or as a number on the CPU, which is an argument of the launch and needs no copy."""
     if not isinstance(value, Tensor):
         return torch.tensor(value, dtype=torch.float64)
     return value if value.ndim == 0 and value.device.type == "cpu" else value.to(like.device)

@@ -1,6 +1,6 @@
-r"""Gradients of the ops, written with the ops: they can be differentiated again, and draw their noise again.
+r"""Gradients of the ops, written with the ops, so that they can be differentiated again and draw their noise again.
 
-Coefficients are differentiable too, by sums over the samples that share one.
+Coefficients have gradients too: sums over the samples that share one.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from . import library as ops
 
 
 def _dot(a: Tensor, b: Tensor, like: Tensor) -> Tensor:
-    """∂/∂c of a sum with terms c·b: ⟨a, b⟩ in the shape of `like`, () or (B,)."""
+    """⟨a, b⟩ in the shape of `like`, () or (B,): the gradient by c of a sum with terms c b, if a is that of the sum."""
     product = a.to(torch.promote_types(a.dtype, torch.float32)) * b
     return (product[:, None].flatten(1).sum(1) if like.ndim else product.sum()).to(like)
 
@@ -49,7 +49,7 @@ def _keep_langevin(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _langevin(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    r"""x − r σ ε̂ + √(2r) σ z with r = min(1, c/(S + 64)), S = ‖ε̂‖²: r reaches the loss by both coefficients."""
+    r"""The op is x − r σ ε̂ + √(2r) σ z with r = min(1, c/(‖ε̂‖² + 64)); r reaches the loss by both coefficients."""
     eps, sigma, seeds, draws = ctx.saved_tensors
     z = normal_like(eps, Noise(seeds, draws, ctx.draw, ctx.row))
     size = z.flatten(1).square().sum(1) if ctx.measured else eps.shape[1:].numel()

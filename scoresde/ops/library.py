@@ -1,4 +1,4 @@
-r"""The ops of `torch.ops.scoresde` that have a kernel: their schemas, and their shapes for `torch.compile`.
+r"""The fused ops of `torch.ops.scoresde`: their schemas, and their shapes for `torch.compile`.
 
 They are the formulas of `reference` here; on a GPU, kernels may be registered in their place. Noise is given by its
 address, so the backward pass makes it again and nobody stores it.
@@ -27,7 +27,7 @@ def lincomb(
 
 
 def langevin(x: Tensor, eps: Tensor, sigma: Tensor, snr: float, measured: bool, noise: Noise) -> Tensor:
-    """`reference.langevin` with z drawn as it is needed."""
+    """`reference.langevin` with z drawn from `noise`."""
     return _OPS.langevin(x, eps, sigma, snr, measured, *noise)
 
 

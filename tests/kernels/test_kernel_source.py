@@ -417,7 +417,7 @@ def test_rademacher(emulator: Emulator, dtype: torch.dtype, monkeypatch: pytest.
         noise = some_noise(samples, 1 + case % 2)
         assert noise
         out = Batch(torch.full((samples, *event), torch.nan, dtype=dtype), channels_last, shift)
-        cuda.draw(emulator.launch, "rademacher", out.tensor, noise)
+        cuda.rademacher(emulator.launch, out.tensor, noise)
         elements = out.tensor[0].numel()
         words = words_of(noise, samples, -(-elements // 128)).reshape(samples, -1)
         bits = words[:, :, None] >> np.arange(32, dtype=np.uint64) & np.uint64(1)
@@ -440,8 +440,8 @@ def test_noise_is_that_of_the_reference(emulator: Emulator, dtype: torch.dtype) 
         noise = noise._replace(row=7)
         where = reference.streams(noise.seeds, noise.row, noise.draws + noise.draw, 5)
         z, signs = torch.empty(5, 1001, dtype=dtype), torch.empty(5, 1001, dtype=dtype)
-        cuda.draw(emulator.launch, "lincomb_0", z, noise)
-        cuda.draw(emulator.launch, "rademacher", signs, noise)
+        cuda.lincomb(emulator.launch, z, [], [], None, noise)
+        cuda.rademacher(emulator.launch, signs, noise)
         assert torch.equal(signs.float(), reference.signs(where, 1001))
         _, r = normals_of(noise, 5, 1001)
         assert ((z.double() - reference.normals(where, 1001).double()).abs() <= r * (NORMAL + 10 * 2**-24)).all()
@@ -449,7 +449,7 @@ def test_noise_is_that_of_the_reference(emulator: Emulator, dtype: torch.dtype) 
 
 def draw_normals(emulator: Emulator, noise: Noise, *shape: int) -> Tensor:
     out = torch.empty(shape)
-    cuda.draw(emulator.launch, "lincomb_0", out, noise)
+    cuda.lincomb(emulator.launch, out, [], [], None, noise)
     return out
 
 
@@ -542,7 +542,7 @@ def test_nothing_is_launched_for_nothing(emulator: Emulator) -> None:
         x, loss = torch.empty(shape), torch.zeros(shape[0])
         cuda.lincomb(emulator.launch, x, [x], [one], one, noise)
         cuda.langevin(emulator.launch, x, x, x, one, 0.16, noise, False)
-        cuda.draw(emulator.launch, "rademacher", x, noise)
+        cuda.rademacher(emulator.launch, x, noise)
         cuda.dsm_loss(emulator.launch, loss, x, one, noise)
         assert loss.isnan().all()
     assert emulator.launches == []

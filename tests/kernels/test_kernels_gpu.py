@@ -168,9 +168,7 @@ def test_normals_are_those_of_philox(device: torch.device, shape: tuple[int, ...
 @each_dtype
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
 @pytest.mark.parametrize("terms", [1, 2, 5, 7])
-def test_lincomb(
-    device: torch.device, terms: int, layout: Callable[[Tensor], Tensor], dtype: torch.dtype
-) -> None:  # fmt: skip
+def test_lincomb(device: torch.device, terms: int, layout: Callable[[Tensor], Tensor], dtype: torch.dtype) -> None:
     data = Data(device, (3, 6, 5, 4), dtype)
     xs = [layout(data.tensor()) for _ in range(terms)]
     factors = [data.factor(k % 2 == 0) for k in range(terms)]

@@ -38,8 +38,11 @@ def block(counter: tuple[int, ...], key: tuple[int, ...]) -> tuple[int, ...]:
     for _ in range(10):
         first, second = 0xD2511F53 * counter[0], 0xCD9E8D57 * counter[2]
         counter = (
-            (second >> 32) ^ counter[1] ^ key[0], second & LOW, (first >> 32) ^ counter[3] ^ key[1], first & LOW,
-        )  # fmt: skip
+            (second >> 32) ^ counter[1] ^ key[0],
+            second & LOW,
+            (first >> 32) ^ counter[3] ^ key[1],
+            first & LOW,
+        )
         key = (key[0] + 0x9E3779B9) & LOW, (key[1] + 0xBB67AE85) & LOW
     return counter
 
@@ -169,12 +172,18 @@ def test_what_is_made_is_contiguous(n: int) -> None:
 def test_streams_number_rows_or_seeds() -> None:
     one, draws = torch.tensor([7]), torch.tensor([[3], [4]])
     assert [part.tolist() for part in streams(one, 10, draws, 3)] == [
-        [7] * 6, [10, 11, 12] * 2, [3, 3, 3, 4, 4, 4],
-    ]  # fmt: skip
+        [7] * 6,
+        [10, 11, 12] * 2,
+        [3, 3, 3, 4, 4, 4],
+    ]
     assert [part.tolist() for part in streams(torch.tensor([7, 8, 2**63 - 1]), 0, draws, 3)] == [
-        [7, 8, 2**63 - 1] * 2, [0] * 6, [3, 3, 3, 4, 4, 4],
-    ]  # fmt: skip
+        [7, 8, 2**63 - 1] * 2,
+        [0] * 6,
+        [3, 3, 3, 4, 4, 4],
+    ]
     assert [part.tolist() for part in streams(torch.tensor([7, 8]), 0, torch.tensor([5, 2**62]), 2)] == [
-        [7, 8], [0, 0], [5, 2**62],
-    ]  # fmt: skip
+        [7, 8],
+        [0, 0],
+        [5, 2**62],
+    ]
     assert streams(one, 2**32 - 2, torch.tensor([0]), 2).rows.tolist() == [2**32 - 2, 2**32 - 1]

@@ -188,9 +188,12 @@ def test_devices_and_default_types() -> None:
 def test_what_was_drawn_is_the_callers() -> None:
     """Draws that were made ahead lie side by side: to write into one changes neither itself later nor the next."""
     asks = (
-        lambda rng: rng.normal((2, 3)), lambda rng: rng.uniform((2, 3)), lambda rng: rng.integers(9, (2, 3)),
-        lambda rng: rng.rademacher_like(torch.zeros(2, 3)), lambda rng: rng.permutation(3),
-    )  # fmt: skip
+        lambda rng: rng.normal((2, 3)),
+        lambda rng: rng.uniform((2, 3)),
+        lambda rng: rng.integers(9, (2, 3)),
+        lambda rng: rng.rademacher_like(torch.zeros(2, 3)),
+        lambda rng: rng.permutation(3),
+    )
     for ask in asks:
         rng, other = Rng(1), Rng(1)
         mine = [ask(rng) for _ in range(4)]
@@ -412,9 +415,10 @@ def test_a_captured_stream_draws_what_the_rng_would_have_drawn(make) -> None:
 def test_a_captured_stream_refuses_what_the_processor_makes() -> None:
     held = Rng(0).captured("cpu")
     for kind, ask in (
-        ("uniform", lambda: held.uniform((2,))), ("integers", lambda: held.integers(2, (2,))),
+        ("uniform", lambda: held.uniform((2,))),
+        ("integers", lambda: held.integers(2, (2,))),
         ("permutation", lambda: held.permutation(2)),
-    ):  # fmt: skip
+    ):
         with pytest.raises(RuntimeError, match=f"'{kind}' are made on the CPU"):
             ask()
     with pytest.raises(ValueError, match="captured for 1 streams; this Rng has 2"):
@@ -434,12 +438,25 @@ def test_the_global_generator_is_left_alone() -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [{}, {"seed": 1, "seeds": [1]}, {"seeds": []}, {"seed": -1}, {"seed": True}, {"seed": 1.0}, {"seed": 2**63},
-     {"seeds": [1, "2"]}],
-)  # fmt: skip
+    [
+        {},
+        {"seed": 1, "seeds": [1]},
+        {"seeds": []},
+        {"seed": -1},
+        {"seed": True},
+        {"seed": 1.0},
+        {"seed": 2**63},
+        {"seeds": [1, "2"]},
+    ],
+)
 def test_bad_seeds_are_refused(arguments) -> None:
     with pytest.raises(ValueError, match="seed"):
         Rng(**arguments)
+
+
+def test_seeds_may_be_numpys() -> None:
+    assert torch.equal(Rng(np.int64(2**40)).normal((3,)), Rng(2**40).normal((3,)))
+    assert torch.equal(Rng(seeds=np.arange(3)).normal((3,)), Rng(seeds=[0, 1, 2]).normal((3,)))
 
 
 @pytest.mark.parametrize("shape", [(), (3,), (4, 2)])
@@ -464,9 +481,13 @@ def test_shares_are_rows_of_the_whole_draw(world: int) -> None:
 
     def draws(rng: Rng, n: int) -> list[torch.Tensor]:
         return [
-            rng.normal((n, 3)), rng.uniform((n,), dtype=torch.float64), rng.stratified(n), rng.integers(9, (n, 2)),
-            rng.rademacher_like(torch.zeros(n, 5)), rng.normal((n,)),
-        ]  # fmt: skip
+            rng.normal((n, 3)),
+            rng.uniform((n,), dtype=torch.float64),
+            rng.stratified(n),
+            rng.integers(9, (n, 2)),
+            rng.rademacher_like(torch.zeros(n, 5)),
+            rng.normal((n,)),
+        ]
 
     whole, parts = draws(Rng(3), 8), [draws(Rng(3).share(rank, world), 8 // world) for rank in range(world)]
     for index, expected in enumerate(whole):

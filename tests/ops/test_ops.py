@@ -110,10 +110,12 @@ def test_opcheck_of_numbers(dtype: torch.dtype, event: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("layout", ["contiguous", "channels last", "transposed", "strided", "expanded"])
 def test_fake_tensors_have_the_shape_and_strides_of_real_ones(name: str, per_sample: bool, layout: str) -> None:
     change = {
-        "contiguous": lambda x: x, "channels last": lambda x: x.to(memory_format=torch.channels_last),
+        "contiguous": lambda x: x,
+        "channels last": lambda x: x.to(memory_format=torch.channels_last),
         "transposed": lambda x: x.transpose(2, 3).contiguous().transpose(2, 3),
-        "strided": lambda x: x.repeat_interleave(2, 3)[..., ::2], "expanded": lambda x: x[:, :1].expand(-1, 3, -1, -1),
-    }[layout]  # fmt: skip
+        "strided": lambda x: x.repeat_interleave(2, 3)[..., ::2],
+        "expanded": lambda x: x[:, :1].expand(-1, 3, -1, -1),
+    }[layout]
     real: list[Any] = []
     for fake in (False, True):
         op, args = calls(torch.float32, per_sample, drawn=True, event=(3, 4, 5))[name]
@@ -196,9 +198,11 @@ def test_lincomb_takes_the_widest_type_of_its_terms(dtype: torch.dtype, per_samp
         got = ops.lincomb(terms, (c, found()))
         z = numbers(found())
         check_sum(
-            got, [*(column(a, b) * b.double() for a, b in terms), column(c, z) * z],
-            torch.promote_types(dtype, torch.float32), 5,
-        )  # fmt: skip
+            got,
+            [*(column(a, b) * b.double() for a, b in terms), column(c, z) * z],
+            torch.promote_types(dtype, torch.float32),
+            5,
+        )
 
 
 @each_dtype

@@ -7,24 +7,7 @@
 
 namespace scoresde {
 
-#if SCORESDE_SCALAR == 0
-typedef float Scalar;
-#elif SCORESDE_SCALAR == 1
-typedef double Scalar;
-#elif SCORESDE_SCALAR == 2
-typedef Half Scalar;
-#elif SCORESDE_SCALAR == 3
-typedef Bfloat16 Scalar;
-#endif
-
-#if SCORESDE_SCALAR == 1
-typedef double Real;
-#else
-typedef float Real;
-#endif
-
 #define BLOCK 128
-#define DEVICE static __device__ __forceinline__
 // blocks that a multiprocessor is to hold at once, which is what its 65,536 registers are shared out to
 #define KERNEL(blocks) extern "C" __global__ void __launch_bounds__(BLOCK, sizeof(Real) == 8 ? 4 : blocks)
 
@@ -92,6 +75,24 @@ DEVICE Stream stream_of(const Noise& noise, u32 sample)
 // scattered: element by element. Everything else, so it is there to be right rather than fast.
 enum Path { vector, rows, scattered };
 
+template <Path value>
+struct At {
+    static constexpr Path path = value;
+};
+
+// Calls `body` with the path of a layout as a constant, and the share of this thread, if it has one.
+template <class Body>
+DEVICE void by_path(const Layout& layout, Body body)
+{
+    const Share share = share_of(layout);
+    if (!share.any) return;
+    switch (layout.path) {
+        case vector: return body(At<vector>(), share);
+        case rows: return body(At<rows>(), share);
+        default: return body(At<scattered>(), share);
+    }
+}
+
 // a quad of a sample, and how many of its elements there are: 0 for a thread that has none left
 struct Quad {
     u32 number, count;
@@ -125,7 +126,6 @@ DEVICE constexpr int in_flight(Path path, int n)
 DEVICE void offsets_of(const Layout& layout, const Quad& quad, u32 (&offsets)[4])
 {
     u32 channel = divide(4 * quad.number, layout.inner), hw = 4 * quad.number - channel * layout.inner.divisor;
-#pragma unroll
     for (u32 lane = 0; lane < 4; ++lane) {
         offsets[lane] = hw * layout.channels.divisor + channel;
         if (++hw == layout.inner.divisor) {
@@ -141,33 +141,23 @@ DEVICE void read(
     const Layout& layout, const Scalar* const (&samples)[n], const Quad (&quads)[width], Real (&x)[width][n][4])
 {
     if (path == vector) {
-        Packed<Scalar> packed[width][n];
-#pragma unroll
+        Packed packed[width][n];
         for (int k = 0; k < width; ++k)
-#pragma unroll
             for (int i = 0; i < n; ++i)
-                packed[k][i] = reinterpret_cast<const Packed<Scalar>*>(samples[i])[quads[k].number];
-#pragma unroll
+                packed[k][i] = reinterpret_cast<const Packed*>(samples[i])[quads[k].number];
         for (int k = 0; k < width; ++k)
-#pragma unroll
             for (int i = 0; i < n; ++i) unpack(packed[k][i], x[k][i]);
     } else if (path == rows) {
-#pragma unroll
         for (int k = 0; k < width; ++k)
-#pragma unroll
             for (int i = 0; i < n; ++i) {
                 const Scalar* const first = samples[i] + quads[k].offset;
-#pragma unroll
                 for (u32 lane = 0; lane < 4; ++lane) x[k][i][lane] = widen(first[lane * layout.channels.divisor]);
             }
     } else {
-#pragma unroll
         for (int k = 0; k < width; ++k) {
             u32 offsets[4];
             offsets_of(layout, quads[k], offsets);
-#pragma unroll
             for (int i = 0; i < n; ++i)
-#pragma unroll
                 for (u32 lane = 0; lane < 4; ++lane)
                     x[k][i][lane] = lane < quads[k].count ? widen(samples[i][offsets[lane]]) : 0;
         }
@@ -178,28 +168,23 @@ template <Path path, int width>
 DEVICE void write(const Layout& layout, Scalar* sample, const Quad (&quads)[width], const Real (&x)[width][4])
 {
     if (path == vector) {
-#pragma unroll
         for (int k = 0; k < width; ++k) {
-            Packed<Scalar> packed;
+            Packed packed;
             pack(x[k], packed);
-            if (quads[k].count) reinterpret_cast<Packed<Scalar>*>(sample)[quads[k].number] = packed;
+            if (quads[k].count) reinterpret_cast<Packed*>(sample)[quads[k].number] = packed;
         }
     } else if (path == rows) {
-#pragma unroll
         for (int k = 0; k < width; ++k) {
             if (!quads[k].count) continue;
             Scalar* const first = sample + quads[k].offset;
-#pragma unroll
-            for (u32 lane = 0; lane < 4; ++lane) narrow(x[k][lane], first[lane * layout.channels.divisor]);
+            for (u32 lane = 0; lane < 4; ++lane) first[lane * layout.channels.divisor] = narrow(x[k][lane]);
         }
     } else {
-#pragma unroll
         for (int k = 0; k < width; ++k) {
             u32 offsets[4];
             offsets_of(layout, quads[k], offsets);
-#pragma unroll
             for (u32 lane = 0; lane < 4; ++lane)
-                if (lane < quads[k].count) narrow(x[k][lane], sample[offsets[lane]]);
+                if (lane < quads[k].count) sample[offsets[lane]] = narrow(x[k][lane]);
         }
     }
 }
@@ -207,13 +192,8 @@ DEVICE void write(const Layout& layout, Scalar* sample, const Quad (&quads)[widt
 template <bool of_signs, int width>
 DEVICE void noise_of(const Stream& stream, const Quad (&quads)[width], Real (&z)[width][4])
 {
-#pragma unroll
-    for (int k = 0; k < width; ++k) {
-        float normal[4];
-        of_signs ? signs(stream, quads[k].number, normal) : normals(stream, quads[k].number, normal);
-#pragma unroll
-        for (u32 lane = 0; lane < 4; ++lane) z[k][lane] = normal[lane];
-    }
+    for (int k = 0; k < width; ++k)
+        of_signs ? signs(stream, quads[k].number, z[k]) : normals(stream, quads[k].number, z[k]);
 }
 
 // ---- lincomb: out = sum of coefficients[i] inputs[i] + std z; out may be one of the inputs; z: normals or signs ----
@@ -233,7 +213,6 @@ DEVICE void combine(const Lincomb& args, const Share& share)
     const u64 start = static_cast<u64>(share.sample) * args.layout.elements;
     const Scalar* inputs[slots] = {};
     Real c[slots] = {};
-#pragma unroll
     for (int i = 0; i < n; ++i) {
         inputs[i] = args.inputs[i] + start;
         c[i] = value(args.coefficients[i], share.sample);
@@ -245,16 +224,12 @@ DEVICE void combine(const Lincomb& args, const Share& share)
     for (u32 index = share.first; index < args.layout.quads; index += width * share.step) {
         Quad quads[width];
         Real x[width][slots][4], sum[width][4] = {};
-#pragma unroll
         for (int k = 0; k < width; ++k) quads[k] = quad_of<path>(args.layout, index + k * share.step, index);
         if (n > 0) read<path>(args.layout, inputs, quads, x);
         if (noisy) noise_of<of_signs>(stream, quads, sum);
-#pragma unroll
         for (int k = 0; k < width; ++k)
-#pragma unroll
             for (u32 lane = 0; lane < 4; ++lane) {
                 sum[k][lane] *= std;
-#pragma unroll
                 for (int i = 0; i < n; ++i) sum[k][lane] = multiply_add(c[i], x[k][i][lane], sum[k][lane]);
             }
         write<path>(args.layout, args.out + start, quads, sum);
@@ -264,13 +239,7 @@ DEVICE void combine(const Lincomb& args, const Share& share)
 template <int n, bool of_signs = false>
 DEVICE void lincomb(const Lincomb& args)
 {
-    const Share share = share_of(args.layout);
-    if (!share.any) return;
-    switch (args.layout.path) {
-        case vector: return combine<n, of_signs, vector>(args, share);
-        case rows: return combine<n, of_signs, rows>(args, share);
-        default: return combine<n, of_signs, scattered>(args, share);
-    }
+    by_path(args.layout, [&](auto at, const Share& share) { combine<n, of_signs, at.path>(args, share); });
 }
 
 KERNEL(7) lincomb_0(Lincomb args) { lincomb<0>(args); }
@@ -328,16 +297,13 @@ DEVICE void add_squares(const Squares& args, const Share& share, Real& errors, R
     for (u32 index = share.first; index < args.layout.quads; index += width * share.step) {
         Quad quads[width];
         Real x[width][1][4], given[width][1][4] = {}, z[width][4] = {};
-#pragma unroll
         for (int k = 0; k < width; ++k) quads[k] = quad_of<path>(args.layout, index + k * share.step, index);
         read<path>(args.layout, a, quads, x);
         if (of == residual && args.eps)
             read<path>(args.layout, eps, quads, given);
         else if (of != alone)
             noise_of<false>(stream, quads, z);
-#pragma unroll
         for (int k = 0; k < width; ++k)
-#pragma unroll
             for (u32 lane = 0; lane < 4; ++lane) {
                 const Real noise = of == residual && args.eps ? given[k][0][lane] : z[k][lane];
                 const Real error = of == residual ? x[k][0][lane] - noise : x[k][0][lane];
@@ -351,18 +317,11 @@ DEVICE void add_squares(const Squares& args, const Share& share, Real& errors, R
 template <Of of>
 DEVICE void squares(const Squares& args)
 {
-    const Share share = share_of(args.layout);
     Real errors = 0, noises = 0;
-    if (share.any) {
-        switch (args.layout.path) {
-            case vector: add_squares<of, vector>(args, share, errors, noises); break;
-            case rows: add_squares<of, rows>(args, share, errors, noises); break;
-            default: add_squares<of, scattered>(args, share, errors, noises);
-        }
-    }
+    by_path(args.layout, [&](auto at, const Share& share) { add_squares<of, at.path>(args, share, errors, noises); });
     reduce(errors, noises, args.group);
     const u32 thread = blockIdx.x * BLOCK + threadIdx.x;
-    if (share.any && thread % args.group == 0) {
+    if (share_of(args.layout).any && thread % args.group == 0) {
         args.partials[thread / args.group][0] = errors;
         args.partials[thread / args.group][1] = noises;
     }
@@ -406,7 +365,7 @@ KERNEL(7) finish_langevin(Finish args)
     const double sigma = exact_value(args.factor, sample);
     const double ratio = langevin_ratio(args.snr, args.measured ? noises : args.elements, errors);
     args.eps[sample] = -ratio * sigma;
-    args.std[sample] = exact_sqrt(2 * ratio) * sigma;
+    args.std[sample] = sqrt(2 * ratio) * sigma;
 }
 
 // the mean square of a sample times its weight; factor: weight
