@@ -32,7 +32,7 @@ for _ in range(60):
 assert sum(losses[-20:]) < sum(losses[:20]), losses
 step = S.PredictorCorrector(S.ReverseDiffusion(), S.Langevin())
 assert S.Sampler(step, steps=10)(model, (8, 2), rng=S.Rng(1)).isfinite().all()
-assert S.log_likelihood(model, data[:4], rtol=1e-3, atol=1e-3).log_prob.isfinite().all()
+assert S.log_likelihood(model, data[:4], S.Tolerance(1e-3, 1e-3)).log_prob.isfinite().all()
 
 gpu = torch.device("cuda", 0)
 with warnings.catch_warnings(record=True) as said:
