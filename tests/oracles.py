@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor
 
@@ -55,6 +57,17 @@ def all_sdes() -> dict[str, SDE]:
     """Every SDE by a short name: the closed forms, a DDPM table of ᾱ and an NCSN table of σ."""
     tables: dict[str, SDE] = {"ddpm": TableSDE(ddpm_alpha_bar()), "ncsn": TableSDE(sigmas=ncsn_sigmas())}
     return closed_form_sdes() | tables
+
+
+def in_turn(sdes: dict[str, SDE], values: Sequence[Any], each: int) -> list[Any]:
+    """Parameters (SDE, value): `each` of the values with every SDE, and other ones with the next SDE.
+
+    For a test of two things that meet nowhere in the code: both vary in full, their combinations in part.
+    """
+    stride = len(values) // each
+    chosen = [(name, (i + k * stride) % len(values)) for i, name in enumerate(sdes) for k in range(each)]
+    ids = [value if isinstance(value, str) else str(v) for v, value in enumerate(values)]
+    return [pytest.param(sdes[name], values[v], id=f"{name}-{ids[v]}") for name, v in chosen]
 
 
 def times(sde: SDE, n: int = 7, *, ends: bool = False) -> Tensor:

@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from oracles import all_sdes, closed_form_sdes, mixture, ring
+from oracles import all_sdes, closed_form_sdes, in_turn, mixture, ring
 from scipy.stats import binom
 from torch import Tensor, nn
 
@@ -201,8 +201,7 @@ def test_the_solver_error_follows_the_error(solver: str) -> None:
 # Both directions
 
 
-@each_sde
-@pytest.mark.parametrize("solver", [Budget(60), Tolerance(1e-6, 1e-6)], ids=["budget", "tolerance"])
+@pytest.mark.parametrize(("sde", "solver"), in_turn(ALL, [Budget(60), Tolerance(1e-6, 1e-6)], each=1))
 def test_samples_come_with_their_density(sde, solver) -> None:
     """Against the exact mixture at the samples, and against the likelihood of the samples, solved the other way."""
     denoiser = mixture(sde, (4,), seed=2)

@@ -1,6 +1,6 @@
 """W&B over a network, and a process, that fail: the run never notices, and one line says how to upload what is left.
 
-`benchmarks/reliability/wandb_faults.py` runs the same cases with larger counts and measures the seconds.
+`benchmarks/reliability/views.py` runs the same cases with larger counts and measures the seconds.
 """
 
 from __future__ import annotations
