@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor
 
@@ -27,15 +25,6 @@ def expand_as_batch(value: Tensor, like: Tensor) -> Tensor:
 def coefficient(value: Tensor, like: Tensor) -> Tensor:
     """`value` (() or (B,)), computed in any precision, in the dtype of `like` (float32 for half types) and expanded."""
     return expand_as_batch(value.to(torch.promote_types(like.dtype, torch.float32)), like)
-
-
-def select(cond: Tensor | Mapping[str, Tensor] | None, rows: Tensor) -> Tensor | Mapping[str, Tensor] | None:
-    """The condition of the samples `rows` (n,): the same rows of every tensor in it."""
-    if cond is None:
-        return None
-    if isinstance(cond, Tensor):
-        return cond[rows]
-    return {name: value[rows] for name, value in cond.items()}
 
 
 def as_time(t: Tensor | float, like: Tensor) -> Tensor:

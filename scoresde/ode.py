@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .broadcast import select
-from .diffusion.denoiser import Cond, Denoiser
+from .diffusion.conditions import Cond, take
+from .diffusion.denoiser import Denoiser
 from .diffusion.sde import SDE
 
 Rhs = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -81,7 +81,7 @@ def probability_flow(denoiser: Denoiser, like: Tensor, cond: Cond) -> Rhs:
     def rhs(u: Tensor, y: Tensor, rows: Tensor) -> Tensor:
         t, alpha, sigma = point(denoiser.sde, u)
         x = (alpha[:, None] * y).to(like.dtype).reshape(-1, *like.shape[1:])
-        eps = denoiser(x, t, select(cond, rows)).eps
+        eps = denoiser(x, t, take(cond, rows)).eps
         return (sigma / alpha)[:, None] * eps.flatten(1).double()
 
     return rhs

@@ -6,7 +6,7 @@ import pytest
 import torch
 from oracles import EVENT_SHAPES
 
-from scoresde.broadcast import as_time, coefficient, expand_as_batch, select
+from scoresde.broadcast import as_time, coefficient, expand_as_batch
 
 
 @pytest.mark.parametrize("event", [(), *EVENT_SHAPES])
@@ -56,12 +56,3 @@ def test_times_are_real_and_at_least_float32() -> None:
 def test_integer_times_are_refused(dtype) -> None:
     with pytest.raises(TypeError, match="noise_input"):
         as_time(torch.ones(3, dtype=dtype), torch.zeros(3, 2))
-
-
-def test_select_takes_the_same_rows_of_every_condition() -> None:
-    rows = torch.tensor([2, 0])
-    label, text = torch.tensor([10, 11, 12]), torch.arange(6.0).reshape(3, 2)
-    assert select(None, rows) is None
-    assert select(label, rows).tolist() == [12, 10]
-    both = select({"label": label, "text": text}, rows)
-    assert both["label"].tolist() == [12, 10] and both["text"].tolist() == [[4.0, 5.0], [0.0, 1.0]]

@@ -12,7 +12,7 @@ from ..config import ConfigError
 from ..data import kinds
 from ..data.kinds import NAMES, Kind
 from ..data.readers import HeldOut
-from ..diffusion.denoiser import Cond
+from ..diffusion.conditions import Cond, named, unnamed
 from ..evaluate.conditions import in_turn, told_in_turn
 from ..evaluate.problem import Problem
 from ..runs.load import LoadedRun
@@ -67,7 +67,7 @@ def choose_cond(given: Any, n: int, run: LoadedRun, *, problem: Problem | None =
         cond[name] = rows[torch.arange(n).repeat(inputs) % len(rows)]
         if len(rows) > n:
             notes.append(f"cond.{name} has {len(rows):,} rows, of which {n:,} samples are told the first {n:,}.")
-    return (cond["label"] if set(cond) == {"label"} else cond), "\n".join(notes)
+    return unnamed(cond), "\n".join(notes)
 
 
 def _unsaid(n: int, run: LoadedRun, known: Mapping[str, Kind], in_turns: bool) -> tuple[Cond, str]:
@@ -125,4 +125,4 @@ def _held_out_inputs(kind: str, problem: Problem | None, run: LoadedRun) -> list
 
 def beside(measured: Mapping[str, Tensor], cond: Cond) -> dict[str, Tensor]:
     """One condition of a measurement of each sample and of its other conditions."""
-    return {**measured, **({"cond": cond} if isinstance(cond, Tensor) else cond or {})}
+    return {**measured, **named(cond, "cond")}

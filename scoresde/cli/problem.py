@@ -13,8 +13,8 @@ from torch import Tensor
 from ..config import ConfigError, build, leaves_open
 from ..data import Dataset
 from ..data.readers import HeldOut, Hole, MaskFile
-from ..diffusion.denoiser import Cond, Denoiser, model_device
-from ..evaluate.conditions import by_name
+from ..diffusion.conditions import Cond, named
+from ..diffusion.denoiser import Denoiser, model_device
 from ..evaluate.problem import Measurement, Problem
 from ..inverse.observation import WithoutMeasurement
 from ..sampling import Sampler
@@ -129,7 +129,7 @@ def choose_method(problem: Problem, node: Any, plain: Method, allow: Sequence[st
 def _check_particles(cond: Cond, n: int, batch_size: int) -> None:
     if n > batch_size:
         raise ConfigError(f"The n={n} particles of an input move together: batch_size is at least {n}.")
-    for name, rows in by_name(cond).items():
+    for name, rows in named(cond).items():
         each = rows.unflatten(0, (-1, n)).nan_to_num()
         if not torch.equal(each, each[:, :1].expand_as(each)):
             raise ConfigError(

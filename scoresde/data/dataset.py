@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..codecs.scaling import Scaling
-from ..diffusion.denoiser import Cond
+from ..diffusion.conditions import Cond, move, take, unnamed
 from ..noise.rng import Rng
 
 
@@ -47,11 +47,8 @@ class Split:
         """
         if not conditional:
             return None
-        label = None if self.labels is None else self.labels[index].to(device)
-        if not self.told:
-            return label
-        others = {name: values[index].to(device) for name, values in self.told.items()}
-        return others if label is None else {"label": label, **others}
+        labels = {} if self.labels is None else {"label": self.labels}
+        return move(take(unnamed({**labels, **self.told}), index), device)
 
     def _each(self, fn: Callable[[Tensor], Tensor]) -> Split:
         labels = None if self.labels is None else fn(self.labels)

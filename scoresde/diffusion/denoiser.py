@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import abc
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from ..broadcast import per_sample
+from .conditions import Cond as Cond
 from .parameterization import Parameterization
 from .prediction import Prediction
 from .sde import EDMSDE, SDE
-
-Cond = Tensor | Mapping[str, Tensor] | None
-"""A condition, passed unread from the caller to the network; None is unconditional."""
 
 
 class Denoiser(nn.Module, abc.ABC):
@@ -50,7 +48,7 @@ class Denoiser(nn.Module, abc.ABC):
         """The prediction at x (B, *event) and t (() or (B,)); a t of shape () may lie on the CPU (`shapes.beside`)."""
 
     def null(self, cond: Cond) -> Cond:
-        """A condition like `cond` that says nothing, one entry for all samples; None where there is no such."""
+        """The null condition: one entry like those of `cond` that says nothing. None of None, or if there is none."""
         return None
 
     def prior_sample(self, shape: tuple[int, ...], *, rng, dtype: torch.dtype | None = None, device=None) -> Tensor:

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from ..broadcast import as_time, beside
 from ..noise.rng import Rng
-from .denoiser import Cond, Denoiser
+from .conditions import Cond
+from .denoiser import Denoiser
 from .prediction import Prediction
 from .sde import SDE
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..data import Dataset
-from ..diffusion.denoiser import Cond
+from ..diffusion.conditions import Cond, named
 
 _CPU = torch.device("cpu")
 
@@ -44,22 +43,17 @@ def alike(cond: Cond, dataset: Dataset) -> Tensor:
     return torch.ones(len(dataset.test), dtype=torch.bool)
 
 
-def by_name(cond: Cond) -> dict[str, Tensor]:
-    """A condition by the names of its kinds; labels have none where they are all."""
-    return {"label": cond} if isinstance(cond, Tensor) else dict(cond or {})
-
-
 def told_arrays(cond: Cond, inputs: int | None = None) -> dict[str, Any]:
     """What samples were told, by its names in `samples.npz`: `labels`, `cond_vector`, `cond_image`, `cond_tokens`, each
     (n, …); of the k inputs of a problem (k, n, …).
     """
-    rows = {"labels" if name == "label" else f"cond_{name}": value for name, value in by_name(cond).items()}
+    rows = {"labels" if name == "label" else f"cond_{name}": value for name, value in named(cond).items()}
     return {
         name: (value if inputs is None else value.unflatten(0, (inputs, -1))).numpy() for name, value in rows.items()
     }
 
 
-def _entries(cond: Tensor | Mapping[str, Tensor]) -> list[bytes]:
+def _entries(cond: Cond) -> list[bytes]:
     """What each sample is told, to be compared."""
-    parts = [cond] if isinstance(cond, Tensor) else [cond[name] for name in sorted(cond)]
+    parts = [value for _, value in sorted(named(cond).items())]
     return [b"".join(part[k].numpy().tobytes() for part in parts) for k in range(len(parts[0]))]

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from ..checks import whole
 from ..data import Dataset, Split
-from ..diffusion.denoiser import Cond, Denoiser, model_device
+from ..diffusion.conditions import Cond, move, named, take
+from ..diffusion.denoiser import Denoiser, model_device
 from ..likelihood.divergence import Divergence
 from ..likelihood.ode import bits_per_dim, log_likelihood
 from ..likelihood.solver import Solver
@@ -227,7 +228,7 @@ class Drawing:
         def batch(index: int) -> Iterator[Tensors]:
             start, part = time.monotonic(), slice(index * size, (index + 1) * size)
             kept, times = [], []
-            shape, cond = (len(seeds[part]), *self.event_shape), _part(self.cond, part, device)
+            shape, cond = (len(seeds[part]), *self.event_shape), move(take(self.cond, part), device)
             for trace in sampler.iterate(denoiser, shape, cond=cond, rng=Rng(seeds=seeds[part])):
                 if index == 0 and trace.index in watch:
                     kept.append(trace.x[:watched].cpu())
@@ -255,19 +256,11 @@ class Drawing:
         return Job(name, count, sampler.steps + 2 + int(sampler.denoise), batch, merge, settings)
 
 
-def _part(cond: Cond, part: slice, device: torch.device) -> Cond:
-    """The condition of some of the samples, on the device."""
-    if isinstance(cond, Mapping):
-        return {name: value[part].to(device) for name, value in cond.items()}
-    return None if cond is None else cond[part].to(device)
-
-
 def digest_of(cond: Cond) -> str:
     """SHA-256 of the numbers in a condition, their shapes and names."""
     found = hashlib.sha256()
-    for name, value in sorted(({"": cond} if not isinstance(cond, Mapping) else cond).items()):
-        if value is not None:
-            found.update(f"{name} {value.dtype} {tuple(value.shape)}".encode() + value.cpu().numpy().tobytes())
+    for name, value in sorted(named(cond, "").items()):
+        found.update(f"{name} {value.dtype} {tuple(value.shape)}".encode() + value.cpu().numpy().tobytes())
     return found.hexdigest()
 
 

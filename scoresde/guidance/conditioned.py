@@ -1,13 +1,13 @@
-"""A condition that is filled in, and what becomes of conditions when batches are."""
+"""A condition that is filled in."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
-from ..diffusion.denoiser import Cond, Denoiser, DenoiserWrapper
+from ..diffusion.conditions import Cond, expand, one_entry
+from ..diffusion.denoiser import Denoiser, DenoiserWrapper
 from ..diffusion.prediction import Prediction
 
 
@@ -32,55 +32,12 @@ class Conditioned(DenoiserWrapper):
         return None
 
     def forward(self, x: Tensor, t: Tensor, cond: Cond = None) -> Prediction:
-        if callable(self.cond):
-            return self.denoiser(x, t, self.cond(cond))
-        if cond is not None:
+        if cond is not None and not callable(self.cond):
             raise ValueError("This denoiser has its condition already; leave cond out.")
-        return self.denoiser(x, t, spread(self.cond, x))
+        return self.denoiser(x, t, self._filled_in(cond, x))
 
     def prior_log_prob_given(self, z: Tensor, cond: Cond) -> Tensor:
-        return self.denoiser.prior_log_prob_given(z, self.cond(cond) if callable(self.cond) else spread(self.cond, z))
+        return self.denoiser.prior_log_prob_given(z, self._filled_in(cond, z))
 
-
-def spread(cond: Cond, like: Tensor) -> Cond:
-    """A condition with one entry, for all samples of `like` (B, *event); others are returned as they are."""
-    if cond is None:
-        return None
-    if isinstance(cond, Mapping):
-        return {name: _spread(value, like) for name, value in cond.items()}
-    return _spread(cond, like)
-
-
-def join(first: Cond, second: Cond) -> Cond:
-    """The conditions of two batches, one behind the other.
-
-    Raises:
-        ValueError: conditions of different kinds.
-    """
-    if isinstance(first, Mapping) and isinstance(second, Mapping) and set(first) == set(second):
-        return {name: torch.cat([first[name], value]) for name, value in second.items()}
-    if isinstance(first, Tensor) and isinstance(second, Tensor):
-        return torch.cat([first, second])
-    raise ValueError(
-        f"Conditions of one batch are all tensors, or mappings with the same names; got {_kind(first)} and "
-        f"{_kind(second)}."
-    )
-
-
-def _kind(cond: Cond) -> str:
-    return f"names {sorted(cond)}" if isinstance(cond, Mapping) else "nothing" if cond is None else "a tensor"
-
-
-def _spread(value: Tensor, like: Tensor) -> Tensor:
-    value = (value[None] if value.ndim == 0 else value).to(like.device)
-    return value.expand(len(like), *value.shape[1:]) if len(value) == 1 else value
-
-
-def one_entry(cond: Cond) -> Cond:
-    for value in cond.values() if isinstance(cond, Mapping) else [] if cond is None else [cond]:
-        if value.ndim and len(value) != 1:
-            raise ValueError(
-                f"A condition that is kept has one entry, (1, …), for all samples; got shape {tuple(value.shape)}. "
-                "What differs from sample to sample is given to the sampler, and picked by a function here."
-            )
-    return cond
+    def _filled_in(self, cond: Cond, like: Tensor) -> Cond:
+        return self.cond(cond) if callable(self.cond) else expand(self.cond, like)

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from ..broadcast import as_time, expand_as_batch, per_sample
-from ..diffusion.denoiser import Cond, Denoiser, DenoiserWrapper
+from ..diffusion.conditions import Cond
+from ..diffusion.denoiser import Denoiser, DenoiserWrapper
 from ..diffusion.prediction import Prediction
 from .mixing import check_same
 from .scale import Scale, checked, strength

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import cast
 
 import torch
 from torch import Tensor
 
 from ..broadcast import as_time, expand_as_batch
-from ..diffusion.denoiser import Cond, Denoiser, DenoiserWrapper
+from ..diffusion.conditions import Cond, expand, join, one_entry, override
+from ..diffusion.denoiser import Denoiser, DenoiserWrapper
 from ..diffusion.prediction import Prediction
 from ..diffusion.sde import SDE
-from .conditioned import join, one_entry, spread
 from .scale import Scale, checked, number, strength
 
 
@@ -55,22 +55,24 @@ class ClassifierFree(DenoiserWrapper):
             raise ValueError(f"rescale is a share in [0, 1]; got {rescale}.")
         self.scale = checked(scale)
         self.interval = None if (low, high) == (0, math.inf) or self.scale == 1 else (float(low), float(high))
-        self.rescale, self.nothing = float(rescale), null if callable(null) else one_entry(null)
+        self.rescale, self.given_null = float(rescale), null if callable(null) else one_entry(null)
         self.prior_evaluations *= 2
 
     def null(self, cond: Cond) -> Cond:
-        return self.denoiser.null(cond) if self.nothing is None else self._nothing(cond)
+        """The condition of the unconditional branch beside `cond`: the null that was given, over the denoiser's own."""
+        given = self.given_null(cond) if callable(self.given_null) else self.given_null
+        return override(self.denoiser.null(cond), given)
 
     def forward(self, x: Tensor, t: Tensor, cond: Cond = None) -> Prediction:
-        cond, t = spread(cond, x), as_time(t, x)
+        cond, t = expand(cond, x), as_time(t, x)
         if cond is None:
-            return self.denoiser(x, t, spread(self._nothing(None), x))
+            return self.denoiser(x, t, expand(self.null(None), x))
         weight = self.weight(self.sde.log_snr(t))
         known = self.scale if self.interval is None and not callable(self.scale) else number(weight)
         if known == 1:
             return self.denoiser(x, t, cond)
         if known == 0 and self.rescale == 0:
-            return self.denoiser(x, t, spread(self._null(cond), x))
+            return self.denoiser(x, t, expand(self.null(cond), x))
         plain, asked = self._both(x, t, cond)
         guided = plain.blend(asked, weight)
         return guided if self.rescale == 0 else self._rescaled(guided, asked)
@@ -85,31 +87,19 @@ class ClassifierFree(DenoiserWrapper):
         return torch.where(inside, weight, torch.ones_like(weight))
 
     def prior_log_prob_given(self, z: Tensor, cond: Cond) -> Tensor:
-        null = self._nothing(None) if cond is None else self._null(cond)
-        plain = self.denoiser.prior_log_prob_given(z, spread(null, z))
+        plain = self.denoiser.prior_log_prob_given(z, expand(self.null(cond), z))
         if cond is None:
             return plain
-        told = self.denoiser.prior_log_prob_given(z, spread(cond, z))
+        told = self.denoiser.prior_log_prob_given(z, expand(cond, z))
         return plain + self.weight(self.sde.log_snr(self.sde.terminal)).to(z.device) * (told - plain)
-
-    def _nothing(self, cond: Cond) -> Cond:
-        """The null that was given, if one was."""
-        return self.nothing(cond) if callable(self.nothing) else self.nothing
-
-    def _null(self, cond: Cond) -> Cond:
-        """What the unconditional branch beside `cond` is told, one entry; None where it is asked by itself."""
-        null, own = self._nothing(cond), self.denoiser.null(cond)
-        if isinstance(null, Mapping) and isinstance(own, Mapping):
-            return {**own, **null}
-        return own if null is None else null
 
     def _both(self, x: Tensor, t: Tensor, cond: Cond) -> tuple[Prediction, Prediction]:
         """(unconditional, conditional)."""
-        null = self._null(cond)
+        null = self.null(cond)
         if null is None:
             return self.denoiser(x, t, None), self.denoiser(x, t, cond)
         n, times = len(x), t if t.ndim == 0 else torch.cat([t, t])
-        both = self.denoiser(torch.cat([x, x]), times, join(spread(null, x), cond))
+        both = self.denoiser(torch.cat([x, x]), times, join(expand(null, x), cond))
         scales = self.sde.at(t, x)
         return Prediction(both.x0[:n], both.eps[:n], scales), Prediction(both.x0[n:], both.eps[n:], scales)
 

@@ -2,13 +2,14 @@ r"""What was measured: y = A(x_0) + std · noise, and A near a guess of x_0."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ..diffusion.denoiser import Cond, Denoiser, DenoiserWrapper
+from ..diffusion.conditions import Cond, named, unnamed
+from ..diffusion.denoiser import Denoiser, DenoiserWrapper
 from ..diffusion.prediction import Prediction
 from .conjugate import conjugate_gradients
 
@@ -85,22 +86,26 @@ class Observation(nn.Module):
         """What was measured, and the condition that is left for the denoiser inside."""
         if self.y is not None:
             return Measured(self.y, self.std), cond
-        if not isinstance(cond, Mapping) or "y" not in cond:
+        rest = named(cond, "cond")
+        if "y" not in rest:
             raise ValueError('This Observation has no y; give it as cond={"y": y}, or to Observation(y, …).')
-        rest = {name: value for name, value in cond.items() if name not in ("y", "std")}
-        y, std = cond["y"], torch.as_tensor(cond.get("std", self.std))
-        if std.ndim == 1 and "std" in cond:
+        y = rest.pop("y")
+        std = torch.as_tensor(rest.get("std", self.std))
+        if std.ndim == 1 and "std" in rest:
             std = std.reshape(-1, *[1] * (y.ndim - 1))
-        measured = Measured(y, std)
-        return measured, (rest["cond"] if set(rest) == {"cond"} else rest or None)
+        rest.pop("std", None)
+        return Measured(y, std), unnamed(rest, "cond")
 
     def null(self, cond: Cond, denoiser: Denoiser) -> Cond:
         """A condition with the same measurement, and nothing of what else `denoiser` is told inside."""
-        if self.y is not None or not isinstance(cond, Mapping) or "y" not in cond:
+        if not self.within(cond):
             return denoiser.null(cond)
-        own = denoiser.null(self.split(cond)[1])
-        measured = {name: cond[name] for name in ("y", "std") if name in cond}
-        return measured | ({} if own is None else dict(own) if isinstance(own, Mapping) else {"cond": own})
+        measured = {name: value for name, value in named(cond, "cond").items() if name in ("y", "std")}
+        return measured | named(denoiser.null(self.split(cond)[1]), "cond")
+
+    def within(self, cond: Cond) -> bool:
+        """Whether y comes with the condition."""
+        return self.y is None and "y" in named(cond, "cond")
 
     def near(self, x0: Tensor, measured: Measured) -> Linear:
         """The observation linearised at x̂_0 (B, *event)."""
@@ -240,5 +245,4 @@ class WithoutMeasurement(DenoiserWrapper):
         return self.denoiser.prior_log_prob_given(z, self._rest(cond))
 
     def _rest(self, cond: Cond) -> Cond:
-        told = isinstance(cond, Mapping) and "y" in cond
-        return self.observation.split(cond)[1] if told else cond
+        return self.observation.split(cond)[1] if self.observation.within(cond) else cond

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ..broadcast import coefficient
 from ..checks import whole
-from ..diffusion.denoiser import Cond, Denoiser
+from ..diffusion.conditions import Cond, named
+from ..diffusion.denoiser import Denoiser
 from ..diffusion.prediction import Prediction
 from ..diffusion.sde import SDE
 from ..noise.rng import Rng
@@ -106,8 +107,8 @@ class TwistedSMC(Step):
         measured, rest = self.observation.split(cond)
         if not bool((measured.std > 0).all()):
             raise ValueError("Particles are weighted by a density of y, which needs std > 0.")
-        told = {} if rest is None else dict(rest) if isinstance(rest, Mapping) else {"cond": rest}
-        for name, value in {**told, **({"y": measured.y} if self.observation.y is None else {})}.items():
+        each = named(rest, "cond") | ({"y": measured.y} if self.observation.y is None else {})
+        for name, value in each.items():
             if value.ndim and len(value) == n:
                 self._check(name, value)
 

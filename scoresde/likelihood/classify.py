@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..diffusion.denoiser import Cond, Denoiser
-from ..guidance.conditioned import spread
+from ..diffusion.conditions import Cond, expand
+from ..diffusion.denoiser import Denoiser
 from ..noise.rng import Rng
 from .divergence import Divergence
 from .ode import LogLikelihood, RawScaling, log_likelihood
@@ -84,7 +84,7 @@ def classify(
                 x0,
                 solver,
                 divergence=divergence,
-                cond=spread(cond, x0),
+                cond=expand(cond, x0),
                 rng=rng,
                 scaling=scaling,
                 t_min=t_min,

@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from ..broadcast import select
-from ..diffusion.denoiser import Cond, CountingDenoiser, Denoiser
+from ..diffusion.conditions import Cond, take
+from ..diffusion.denoiser import CountingDenoiser, Denoiser
 from ..noise.rng import Rng
 from ..ode import log_ratio, point
 from .divergence import Divergence
@@ -64,7 +64,7 @@ class Flow:
         """ε̂ (n, D) and σ · divergence columns (n, C) at u (n,) and y (n, D), float64."""
         t, alpha, sigma = point(self.sde, u)
         x = (alpha[:, None] * y).to(self.like.dtype).reshape(-1, *self.like.shape[1:])
-        cond, probes = (self.cond, self.probes) if rows is None else (select(self.cond, rows), self.probes[rows])
+        cond, probes = (self.cond, self.probes) if rows is None else (take(self.cond, rows), self.probes[rows])
         eps, rates = self.divergence(
             lambda value: self.counted(value, t, cond).eps, x, probes, differentiable=self.differentiable
         )

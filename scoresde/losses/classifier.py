@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..broadcast import per_sample
-from ..diffusion.denoiser import Cond, default_noise_input
+from ..diffusion.conditions import Cond, named
+from ..diffusion.denoiser import default_noise_input
 from ..diffusion.sde import SDE
 from ..noise.rng import Rng
 from .denoising import LogSNRTimes, Times
@@ -108,7 +109,7 @@ def labels(cond: Cond, n: int) -> Tensor:
     Raises:
         ValueError: there are none, or they are no integers (n,).
     """
-    label = cond if cond is None or isinstance(cond, Tensor) else cond.get("label")
+    label = named(cond).get("label")
     if label is None or label.shape != (n,) or label.is_floating_point():
         got = "none" if label is None else f"{label.dtype} of shape {tuple(label.shape)}"
         raise ValueError(f"A classifier is asked about integer labels ({n},), one per sample; got {got}.")

@@ -11,7 +11,8 @@ import abc
 import torch
 from torch import Tensor, nn
 
-from ..diffusion.denoiser import Cond, Denoiser
+from ..diffusion.conditions import Cond
+from ..diffusion.denoiser import Denoiser
 from ..diffusion.sde import SDE
 from ..noise.rng import Rng
 from ..ops import dsm_loss

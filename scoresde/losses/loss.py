@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..diffusion.denoiser import Cond
+from ..diffusion.conditions import Cond
 from ..noise.rng import Rng
 
 

@@ -1,8 +1,9 @@
 """Networks F(x, c_noise, cond): they see a noise level as one number per sample, never an SDE."""
 
+from ..diffusion.conditions import Cond
 from .classifier import Classifier
 from .conditioning import Conditioning
-from .conditions import Cond, Conditions
+from .conditions import Conditions
 from .embedding import FourierEmbedding, SinusoidalEmbedding
 from .log_variance import LogVariance
 from .mlp import MLP

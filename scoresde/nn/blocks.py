@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .conditions import filled
+from ..diffusion.conditions import filled
 from .layers import conv, group_norm, linear
 
 

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .conditions import Cond, Conditions, filled
+from ..diffusion.conditions import Cond, filled
+from .conditions import Conditions
 from .embedding import FourierEmbedding, SinusoidalEmbedding
 from .encoder import ConvEncoder
 from .layers import linear

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-Cond = Tensor | Mapping[str, Tensor] | None
+from ..diffusion.conditions import Cond, each, named, nothing
 
 
 class Conditions(nn.Module):
@@ -76,19 +76,18 @@ class Conditions(nn.Module):
         told = {name: value.long() if name == "label" else value.to(like.dtype) for name, value in told.items()}
         if told and self.training and self.dropout:
             keep = torch.rand(len(like), device=like.device) >= self.dropout
-            null = {name: self.classes if name == "label" else torch.nan for name in told}
             told = {
-                name: torch.where(keep.reshape(-1, *[1] * (value.ndim - 1)), value, null[name])
+                name: torch.where(keep.reshape(-1, *[1] * (value.ndim - 1)), value, nothing(value, self.classes))
                 for name, value in told.items()
             }
         return told
 
     def null(self, cond: Cond) -> Cond:
-        """One entry like those of `cond` that says nothing: a condition of the same kinds; None of None."""
-        if cond is None:
-            return None
-        parts = {name: self._null(name, value) for name, value in self._parts(cond).items()}
-        return next(iter(parts.values())) if isinstance(cond, Tensor) else parts
+        """The null condition: one entry like those of `cond` that says nothing. None of None."""
+        for name, value in self._parts(cond).items():
+            if name != "label" and not value.is_floating_point():
+                raise ValueError(f"The condition {name!r} is floating-point; got {value.dtype}.")
+        return each(lambda value: nothing(value, self.classes), cond)
 
     def _parts(self, cond: Cond) -> dict[str, Tensor]:
         if cond is None:
@@ -99,22 +98,13 @@ class Conditions(nn.Module):
                 "This network is unconditional: leave cond out, or build it with classes, cond_dim, cond_image or "
                 "cond_tokens."
             )
-        if isinstance(cond, Tensor):
-            if len(names) > 1:
-                many, shown = ("two", "three", "four")[len(names) - 2], ", ".join(f'"{name}": …' for name in names)
-                raise ValueError(f"This network has {many} conditions: pass cond={{{shown}}}.")
-            return {names[0]: cond}
-        unknown = sorted(set(cond) - set(names))
-        if unknown:
+        parts = named(cond, names[0] if len(names) == 1 else "")
+        if "" in parts:
+            many, shown = ("two", "three", "four")[len(names) - 2], ", ".join(f'"{name}": …' for name in names)
+            raise ValueError(f"This network has {many} conditions: pass cond={{{shown}}}.")
+        if unknown := sorted(parts.keys() - set(names)):
             raise ValueError(f"This network's conditions are {names}; got also {unknown}.")
-        return dict(cond)
-
-    def _null(self, name: str, value: Tensor) -> Tensor:
-        if name == "label":
-            return value.new_full((1,), self.classes)
-        if not value.is_floating_point():
-            raise ValueError(f"The condition {name!r} is floating-point; got {value.dtype}.")
-        return value.new_full((1, *value.shape[1:]), torch.nan)
+        return parts
 
     def _checked(self, name: str, value: Tensor, batch: int) -> Tensor:
         if name == "label":
@@ -155,9 +145,3 @@ class Conditions(nn.Module):
 def _readable(value: Tensor) -> bool:
     """Whether its numbers can be looked at without waiting for a device or breaking a compiled graph."""
     return not torch.compiler.is_compiling() and value.device.type == "cpu" and value.numel() > 0
-
-
-def filled(value: Tensor, start: int = 1) -> tuple[Tensor, Tensor]:
-    """(`value` with 0 for NaN entries, which of them are there): an entry is all that lies behind dimension `start`."""
-    there = ~value.isnan().flatten(start).all(start)
-    return value.masked_fill(~there.reshape(*there.shape, *[1] * (value.ndim - start)), 0), there

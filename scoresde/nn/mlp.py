@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..diffusion.conditions import Cond
 from .conditioning import Conditioning
-from .conditions import Cond
 from .layers import linear
 
 
@@ -86,5 +86,5 @@ class MLP(nn.Module):
         return self.outlet(F.silu(h)).reshape(x.shape).to(x.dtype)
 
     def null(self, cond: Cond) -> Cond:
-        """One entry like those of `cond` that says nothing, see `Conditions`."""
+        """The null condition, see `Conditions`."""
         return self.conditioning.conditions.null(cond)

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..diffusion.conditions import Cond, filled
 from .blocks import Attention, CrossAttention, ResampleConv, ResidualBlock, Stack, TokenEmbedding
 from .conditioning import Conditioning
-from .conditions import Cond, filled
 from .layers import conv, group_norm
 from .resample import Downsample, Upsample
 
@@ -172,7 +172,7 @@ class UNet(nn.Module):
         return self.outlet(F.silu(self.norm(h))).to(x.dtype)
 
     def null(self, cond: Cond) -> Cond:
-        """One entry like those of `cond` that says nothing, see `Conditions`."""
+        """The null condition, see `Conditions`."""
         return self.conditioning.conditions.null(cond)
 
     def _joined(self, image: Tensor | None, x: Tensor) -> Tensor:

@@ -11,9 +11,10 @@ import math
 import torch
 from torch import Tensor
 
-from ..broadcast import coefficient, expand_as_batch, select
+from ..broadcast import coefficient, expand_as_batch
 from ..checks import whole
-from ..diffusion.denoiser import Cond, Denoiser
+from ..diffusion.conditions import Cond, take
+from ..diffusion.denoiser import Denoiser
 from ..diffusion.prediction import Prediction
 from ..diffusion.sde import SDE
 from ..noise.rng import Rng
@@ -144,7 +145,7 @@ def _solve(step: AdaptiveSDE, denoiser: Denoiser, x: Tensor, t: Tensor, s: Tenso
         if evaluations >= step.max_evaluations:
             fail(f"The solver used its max_evaluations={step.max_evaluations}", torch.ones_like(rows, dtype=torch.bool))
         evaluations += 1
-        return denoiser(x, t, select(cond, which))
+        return denoiser(x, t, take(cond, which))
 
     def fail(reason: str, which: Tensor) -> None:
         raise SolverError(reason, t=float(t[which][0]), evaluations=evaluations, samples=rows[which].tolist())

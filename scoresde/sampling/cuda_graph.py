@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -19,7 +19,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from ..diffusion.denoiser import Cond, Denoiser
+from ..diffusion.conditions import Cond, each, named
+from ..diffusion.denoiser import Denoiser
 from ..noise.rng import CapturedRng, Rng
 from ..ops import enabled, why_not
 
@@ -85,7 +86,7 @@ class Recorded:
 
     def __init__(self, run: Run, x: Tensor, cond: Cond, rng: Rng):
         graph = CudaGraph(x)
-        self.x, self.cond = x.clone(), _clone(cond)
+        self.x, self.cond = x.clone(), each(Tensor.clone, cond)
         self.rng: CapturedRng = rng.captured(x.device)
 
         def once() -> Tensor:
@@ -127,7 +128,8 @@ class Graphs:
                     f"cuda_graph=True needs the condition where the samples are, on {x.device}; got {tensor.device}."
                 )
         with torch.inference_mode(False), torch.no_grad():
-            bound = (fixed, _layout(x), _names(cond), [*map(_layout, _tensors(cond))], rng.layout, _state(denoiser, x))
+            layouts = [(name, _layout(value)) for name, value in sorted(named(cond, "").items())]
+            bound = (fixed, _layout(x), layouts, rng.layout, _state(denoiser, x))
             kept = self._kept.get(denoiser)
             if kept is None or kept[0] != bound:
                 self._kept.pop(denoiser, None)  # its memory first
@@ -152,19 +154,7 @@ def explained(error: BaseException) -> str:
 
 
 def _tensors(cond: Cond) -> list[Tensor]:
-    if cond is None:
-        return []
-    return [cond] if isinstance(cond, Tensor) else [cond[name] for name in sorted(cond)]
-
-
-def _names(cond: Cond) -> list[str] | None:
-    return sorted(cond) if isinstance(cond, Mapping) else None
-
-
-def _clone(cond: Cond) -> Cond:
-    if cond is None or isinstance(cond, Tensor):
-        return None if cond is None else cond.clone()
-    return {name: value.clone() for name, value in cond.items()}
+    return [value for _, value in sorted(named(cond, "").items())]
 
 
 def _layout(x: Tensor) -> tuple[Any, ...]:

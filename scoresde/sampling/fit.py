@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..broadcast import select
-from ..diffusion.denoiser import Cond, Denoiser
+from ..diffusion.conditions import Cond, take
+from ..diffusion.denoiser import Denoiser
 from ..diffusion.grids import FittedGrid, Grid, KarrasGrid, LogisticGrid, LogSNRGrid
 from ..noise.rng import Rng
 from ..ode import SolverError
@@ -99,7 +99,7 @@ class _Fit:
         """
         inner = self.denoiser.sde.time(knots)
         times = torch.cat([self.times[:1], inner, self.times[1:]])
-        *_, y = _run(self.denoiser, self.step, self.x[rows], times, select(self.cond, rows))
+        *_, y = _run(self.denoiser, self.step, self.x[rows], times, take(self.cond, rows))
         return (y - self.end[rows]).square().flatten(1).mean(1).add(1e-12).sqrt().mean()
 
     def held_out_distance(self, knots: Tensor) -> float:

@@ -1,0 +1,110 @@
+"""Conditions: what a model is given beside x_t, and everything that is done with it.
+
+A caller gives a tensor, a mapping of tensors by name ("label", "vector", "image", "tokens"), or None for nothing. It
+reaches the network, and every function of the caller's own, in the form in which it was given; whoever reads it or
+makes another of it works on the mapping that `named` makes. The first dimension of every tensor counts samples.
+
+A sample may be without a condition in the midst of others: its floats are all NaN, its label is one more than the last.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+Cond = Tensor | Mapping[str, Tensor] | None
+"""A condition, passed unread from the caller to the network; None is unconditional."""
+
+
+def named(cond: Cond, bare: str = "label") -> dict[str, Tensor]:
+    """The tensors of a condition by name; a tensor by itself is called `bare`. Nothing is an empty mapping."""
+    if cond is None:
+        return {}
+    return {bare: cond} if isinstance(cond, Tensor) else dict(cond)
+
+
+def unnamed(parts: Mapping[str, Tensor], bare: str = "label") -> Cond:
+    """A condition of these parts: the tensor itself where `bare` is all there is, None where there is nothing."""
+    return parts[bare] if parts.keys() == {bare} else parts or None
+
+
+def each(fn: Callable[[Tensor], Tensor], cond: Cond) -> Cond:
+    """The condition of the same form that `fn` makes of every tensor."""
+    return unnamed({name: fn(value) for name, value in named(cond, "").items()}, "")
+
+
+def take(cond: Cond, rows: Tensor | slice) -> Cond:
+    """The condition of the samples `rows`, a slice or indices (n,)."""
+    return each(lambda value: value[rows], cond)
+
+
+def move(cond: Cond, device: torch.device) -> Cond:
+    """The condition on `device`."""
+    return each(lambda value: value.to(device), cond)
+
+
+def expand(cond: Cond, like: Tensor) -> Cond:
+    """A condition with one entry, () or (1, *), for all samples of `like` (B, *event) and on its device.
+
+    One that has B entries is only moved.
+    """
+
+    def expanded(value: Tensor) -> Tensor:
+        value = (value[None] if value.ndim == 0 else value).to(like.device)
+        return value.expand(len(like), *value.shape[1:]) if len(value) == 1 else value
+
+    return each(expanded, cond)
+
+
+def join(first: Cond, second: Cond) -> Cond:
+    """The conditions of two batches, one behind the other.
+
+    Raises:
+        ValueError: conditions of different kinds.
+    """
+    one, two = named(first, ""), named(second, "")
+    if not one or one.keys() != two.keys():
+        raise ValueError(
+            f"Conditions of one batch are all tensors, or mappings with the same names; got {_described(first)} and "
+            f"{_described(second)}."
+        )
+    return unnamed({name: torch.cat([one[name], value]) for name, value in two.items()}, "")
+
+
+def override(first: Cond, second: Cond) -> Cond:
+    """`second` in place of `first`; where both are mappings, name by name. None replaces nothing."""
+    if isinstance(first, Mapping) and isinstance(second, Mapping):
+        return {**first, **second}
+    return first if second is None else second
+
+
+def one_entry(cond: Cond) -> Cond:
+    """`cond`, which is to be kept for all samples.
+
+    Raises:
+        ValueError: it has several entries.
+    """
+    for value in named(cond).values():
+        if value.ndim and len(value) != 1:
+            raise ValueError(
+                f"A condition that is kept has one entry, (1, …), for all samples; got shape {tuple(value.shape)}. "
+                "What differs from sample to sample is given to the sampler, and picked by a function here."
+            )
+    return cond
+
+
+def nothing(value: Tensor, label: int) -> Tensor:
+    """The entry (1, *) like those of `value` (n, *) that says nothing: NaN, or among integers `label`."""
+    return value.new_full((1, *value.shape[1:]), torch.nan if value.is_floating_point() else label)
+
+
+def filled(value: Tensor, start: int = 1) -> tuple[Tensor, Tensor]:
+    """(`value` with 0 in place of NaN entries, which entries are there); an entry is all behind dimension `start`."""
+    there = ~value.isnan().flatten(start).all(start)
+    return value.masked_fill(~there.reshape(*there.shape, *[1] * (value.ndim - start)), 0), there
+
+
+def _described(cond: Cond) -> str:
+    return f"names {sorted(cond)}" if isinstance(cond, Mapping) else "nothing" if cond is None else "a tensor"
