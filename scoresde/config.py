@@ -15,7 +15,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FunctionType, NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, Unpack, get_args, get_origin, get_type_hints
 
 # A configuration may build what `__all__` of scoresde and of these packages of it names, and this of other packages.
 _PUBLISHING = ("nn", "data", "metrics", "losses", "train", "evaluate", "runs")
@@ -260,13 +260,26 @@ def _check_keys(tree: Any, key: str, runtime: Mapping[str, Any]) -> None:
 
 def parameters(target: str) -> tuple[list[str], bool]:
     """(names of the parameters of `target`, whether it takes any others)."""
-    signature = inspect.signature(_locate(target))
-    kinds = [p.kind for p in signature.parameters.values()]
-    return [n for n in signature.parameters if n != "self"], inspect.Parameter.VAR_KEYWORD in kinds
+    found = inspect.signature(_locate(target)).parameters
+    names = [n for n, p in found.items() if n != "self" and p.kind is not inspect.Parameter.VAR_KEYWORD]
+    listed = _listed(_hints(target))
+    return [*names, *listed], len(names) < len(found.keys() - {"self"}) and not listed
 
 
 def _annotations(target: str) -> dict[str, Any]:
-    """name -> type of the parameters of a target that is ours; annotations of other packages are not relied on."""
+    """name -> type of the parameters of a target of the allow-list, keyword arguments of a `TypedDict` included."""
+    hints = _hints(target)
+    return hints | _listed(hints)
+
+
+def _listed(hints: Mapping[str, Any]) -> dict[str, Any]:
+    """name -> type of the keyword arguments that a `**kwargs: Unpack[SomeTypedDict]` lists."""
+    dicts = [get_args(kind)[0] for kind in hints.values() if get_origin(kind) is Unpack]
+    return {name: kind for found in dicts for name, kind in get_type_hints(found).items()}
+
+
+def _hints(target: str) -> dict[str, Any]:
+    """The annotations of a target that is ours; annotations of other packages are not relied on."""
     if target not in targets():
         return {}
     found = _locate(target)

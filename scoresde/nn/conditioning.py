@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import Unpack
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..diffusion.conditions import Cond, filled
-from .conditions import Conditions
+from .conditions import Conditions, Kinds
 from .embedding import FourierEmbedding, SinusoidalEmbedding
 from .encoder import ConvEncoder
 from .layers import linear
 
 _EMBEDDINGS = {"fourier": FourierEmbedding, "sinusoidal": SinusoidalEmbedding}
+
+
+class Options(Kinds, total=False):
+    """The arguments of `Conditioning` that every network takes and hands on."""
+
+    embedding: str
+    embedding_scale: float
 
 
 class Conditioning(nn.Module):
@@ -28,8 +35,8 @@ class Conditioning(nn.Module):
         width: size of the result (B, width), even.
         embedding: "fourier" or "sinusoidal".
         embedding_scale: frequency scale of the embedding, > 0; 1 suits c_noise in about [−3, 3].
-        classes, cond_dim, cond_image, cond_tokens, cond_dropout: what the network is told, see `Conditions`.
         encode_image: False leaves the image, too, to the network.
+        kinds: classes, cond_dim, cond_image, cond_tokens and cond_dropout, the conditions there are: see `Conditions`.
 
     Raises:
         ValueError: at construction for arguments out of range; in forward for conditions that do not fit.
@@ -41,29 +48,26 @@ class Conditioning(nn.Module):
         *,
         embedding: str = "fourier",
         embedding_scale: float = 1.0,
-        classes: int = 0,
-        cond_dim: int = 0,
-        cond_image: Sequence[int] = (),
-        cond_tokens: int = 0,
-        cond_dropout: float = 0.0,
         encode_image: bool = True,
+        **kinds: Unpack[Kinds],
     ):
         super().__init__()
         if embedding not in _EMBEDDINGS:
             raise ValueError(f"embedding is one of {', '.join(map(repr, _EMBEDDINGS))}; got {embedding!r}.")
         if not embedding_scale > 0:
             raise ValueError(f"embedding_scale is a frequency scale, > 0; got {embedding_scale}.")
-        self.conditions = Conditions(classes, cond_dim, cond_image, cond_tokens, cond_dropout)
-        self.encode_image = bool(cond_image) and encode_image
+        self.conditions = Conditions(**kinds)
+        shapes = self.conditions.shapes
+        self.encode_image = "image" in shapes and encode_image
         self.waves = _EMBEDDINGS[embedding](width, embedding_scale)
         self.inner, self.outer = linear(width, width), linear(width, width)
-        if classes:
-            self.label = nn.Embedding(classes + 1, width)
-        if cond_dim:
-            self.vector = linear(cond_dim, width)
+        if "label" in shapes:
+            self.label = nn.Embedding(self.conditions.classes + 1, width)
+        if "vector" in shapes:
+            self.vector = linear(shapes["vector"][0], width)
             self.null_vector = nn.Parameter(torch.randn(width))
         if self.encode_image:
-            self.image = ConvEncoder(cond_image, width)
+            self.image = ConvEncoder(shapes["image"], width)
             self.image_out = linear(self.image.outputs, width)
             self.null_image = nn.Parameter(torch.randn(width))
 

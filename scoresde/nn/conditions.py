@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypedDict
 
 import torch
 from torch import Tensor, nn
 
 from ..diffusion.conditions import Cond, each, named, nothing
+
+
+class Kinds(TypedDict, total=False):
+    """The arguments of `Conditions`, as networks hand them on."""
+
+    classes: int
+    cond_dim: int
+    cond_image: Sequence[int]
+    cond_tokens: int
+    cond_dropout: float
 
 
 class Conditions(nn.Module):
@@ -19,8 +30,8 @@ class Conditions(nn.Module):
         "tokens"   (B, L, cond_tokens) floats, any L; rows of NaN are padding
 
     Floats of a sample that are all NaN say nothing of it, as the label `classes` does, and so does what is left out:
-    the network has learned nulls for each. With `dropout` p, a forward in training mode makes the whole condition of
-    each sample null with probability p (Ho & Salimans 2022, alg. 1); it draws from torch's global generator, as
+    the network has learned nulls for each. With `cond_dropout` p, a forward in training mode makes the whole condition
+    of each sample null with probability p (Ho & Salimans 2022, alg. 1); it draws from torch's global generator, as
     `nn.Dropout` does, and evaluation mode draws nothing.
 
     Args:
@@ -28,7 +39,7 @@ class Conditions(nn.Module):
         cond_dim: size of the vector ≥ 0; 0 for none.
         cond_image: shape (C, *sizes) of the image, one to three sizes; () for none.
         cond_tokens: size of one token ≥ 0; 0 for none.
-        dropout: p in [0, 1).
+        cond_dropout: p in [0, 1).
 
     Raises:
         ValueError: at construction for arguments out of range; in forward for a condition that the network was not
@@ -42,7 +53,7 @@ class Conditions(nn.Module):
         cond_dim: int = 0,
         cond_image: Sequence[int] = (),
         cond_tokens: int = 0,
-        dropout: float = 0.0,
+        cond_dropout: float = 0.0,
     ):
         super().__init__()
         if classes < 0 or cond_dim < 0 or cond_tokens < 0:
@@ -53,9 +64,9 @@ class Conditions(nn.Module):
         image = tuple(int(size) for size in cond_image)
         if image and (not 2 <= len(image) <= 4 or min(image) < 1):
             raise ValueError(f"cond_image is (C, L), (C, H, W) or (C, D, H, W), or () for none; got {image}.")
-        if not 0 <= dropout < 1:
-            raise ValueError(f"cond_dropout is a probability in [0, 1); got {dropout}.")
-        self.classes, self.dropout = int(classes), float(dropout)
+        if not 0 <= cond_dropout < 1:
+            raise ValueError(f"cond_dropout is a probability in [0, 1); got {cond_dropout}.")
+        self.classes, self.dropout = int(classes), float(cond_dropout)
         self.shapes: dict[str, tuple[int, ...]] = {}  # of one sample; −1 is any length
         if classes:
             self.shapes["label"] = ()
@@ -65,9 +76,10 @@ class Conditions(nn.Module):
             self.shapes["image"] = image
         if cond_tokens:
             self.shapes["tokens"] = (-1, int(cond_tokens))
-        if dropout and not self.shapes:
+        if cond_dropout and not self.shapes:
             raise ValueError(
-                f"cond_dropout={dropout} has no condition to drop: set classes, cond_dim, cond_image or cond_tokens."
+                f"cond_dropout={cond_dropout} has no condition to drop: "
+                "set classes, cond_dim, cond_image or cond_tokens."
             )
 
     def forward(self, cond: Cond, like: Tensor) -> dict[str, Tensor]:

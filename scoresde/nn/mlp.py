@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Unpack
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..diffusion.conditions import Cond
-from .conditioning import Conditioning
+from .conditioning import Conditioning, Options
 from .layers import linear
 
 
@@ -32,8 +33,9 @@ class MLP(nn.Module):
         event_shape: shape of one sample, any number of dimensions; it is flattened inside.
         width: hidden width, even.
         depth: number of residual blocks, two dense layers each, ≥ 1.
-        embedding, embedding_scale: waves that carry c_noise, see `Conditioning`.
-        classes, cond_dim, cond_image, cond_dropout: what it is told, see `Conditions`; an image through an encoder.
+        conditioning: embedding and embedding_scale, the waves that carry c_noise, see `Conditioning`; classes,
+            cond_dim, cond_image and cond_dropout, the conditions there are, see `Conditions`. An image is read by an
+            encoder.
 
     Raises:
         ValueError: arguments out of range, or inputs of another shape.
@@ -45,12 +47,7 @@ class MLP(nn.Module):
         *,
         width: int = 128,
         depth: int = 3,
-        embedding: str = "fourier",
-        embedding_scale: float = 1.0,
-        classes: int = 0,
-        cond_dim: int = 0,
-        cond_image: Sequence[int] = (),
-        cond_dropout: float = 0.0,
+        **conditioning: Unpack[Options],
     ):
         super().__init__()
         self.event_shape = tuple(int(size) for size in event_shape)
@@ -59,15 +56,9 @@ class MLP(nn.Module):
         if depth < 1:
             raise ValueError(f"depth counts residual blocks, at least 1; got {depth}.")
         size = math.prod(self.event_shape)
-        self.conditioning = Conditioning(
-            width,
-            embedding=embedding,
-            embedding_scale=embedding_scale,
-            classes=classes,
-            cond_dim=cond_dim,
-            cond_image=cond_image,
-            cond_dropout=cond_dropout,
-        )
+        self.conditioning = Conditioning(width, **conditioning)
+        if "tokens" in self.conditioning.conditions.shapes:
+            raise ValueError("An MLP has no attention to read tokens with: take cond_tokens=0, or a UNet.")
         # torch's own start, whose random biases put the bends off the origin: without them the features of symmetric
         # data, normalised, say nothing about the zero output's error, and training stays where it started
         self.inlet = nn.Linear(size, width)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import partial
+from typing import NamedTuple, Unpack
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..diffusion.conditions import Cond, filled
 from .blocks import Attention, CrossAttention, ResampleConv, ResidualBlock, Stack, TokenEmbedding
-from .conditioning import Conditioning
+from .conditioning import Conditioning, Options
 from .layers import conv, group_norm
 from .resample import Downsample, Upsample
 
@@ -33,16 +33,16 @@ class UNet(nn.Module):
             way down and after the last one on the way up. Unless empty, the middle has one more.
         heads: attention heads, dividing the channels of every level with attention.
         head_width: channels per head instead of `heads`; None for `heads`.
-        embedding, embedding_scale: waves that carry c_noise, see `Conditioning`.
         residual_scaling: sums of two branches are divided by √2, which keeps their variance.
         fir: resample with the (1, 3, 3, 1) filter; False averages pairs and repeats.
         resnet_resample: resample inside residual blocks (BigGAN); False by a convolution of its own.
         progressive_input: "residual" adds resampled, convolved x to each level (NCSN++); "none".
         dropout: probability in [0, 1), in every residual block, in training mode.
-        classes, cond_dim, cond_image, cond_tokens, cond_dropout: what it is told, see `Conditions`. Tokens are attended
-            to where there is self-attention, after it, and always in the middle.
         encode_image: False joins the image to x as further channels, brought to its size by linear interpolation, and
             one that says whether there is an image; True reads it by an encoder, for images that are no maps of x.
+        conditioning: embedding and embedding_scale, the waves that carry c_noise, see `Conditioning`; classes,
+            cond_dim, cond_image, cond_tokens and cond_dropout, the conditions there are, see `Conditions`. Tokens are
+            attended to where there is self-attention, after it, and always in the middle.
 
     Raises:
         ValueError: arguments out of range, sizes that cannot be halved, attention at a resolution that never
@@ -59,89 +59,75 @@ class UNet(nn.Module):
         attention: Sequence[int] = (),
         heads: int = 1,
         head_width: int | None = None,
-        embedding: str = "fourier",
-        embedding_scale: float = 1.0,
         residual_scaling: bool = True,
         fir: bool = False,
         resnet_resample: bool = True,
         progressive_input: str = "none",
         dropout: float = 0.0,
-        classes: int = 0,
-        cond_dim: int = 0,
-        cond_image: Sequence[int] = (),
-        cond_tokens: int = 0,
-        cond_dropout: float = 0.0,
         encode_image: bool = False,
+        **conditioning: Unpack[Options],
     ):
         super().__init__()
         self.event_shape = tuple(int(size) for size in event_shape)
         _check(width, multipliers, blocks, progressive_input, dropout)
         sizes = _sizes(self.event_shape, len(multipliers))
-        unknown = sorted(set(attention) - set(sizes))
-        if unknown:
+        if unknown := sorted(set(attention) - set(sizes)):
             raise ValueError(f"The resolutions are {sizes}; attention at {unknown} would never happen.")
-
         dims, channels = len(self.event_shape) - 1, self.event_shape[0]
         widths = [width * multiplier for multiplier in multipliers]
+        attends = [size in attention for size in sizes]
         self.scaling = math.sqrt(0.5) if residual_scaling else 1.0
-        self.conditioning = Conditioning(
-            4 * width,
-            embedding=embedding,
-            embedding_scale=embedding_scale,
-            classes=classes,
-            cond_dim=cond_dim,
-            cond_image=cond_image,
-            cond_tokens=cond_tokens,
-            cond_dropout=cond_dropout,
-            encode_image=encode_image,
-        )
-        block = partial(ResidualBlock, dims, emb=4 * width, dropout=dropout, scaling=self.scaling)
+        self.conditioning = Conditioning(4 * width, encode_image=encode_image, **conditioning)
+        shapes = self.conditioning.conditions.shapes
+        tokens = "tokens" in shapes
+        make = _Layers(dims, 4 * width, heads, head_width, tokens, fir, resnet_resample, dropout, self.scaling)
 
-        def attend(c: int, itself: bool = True) -> list[nn.Module]:
-            n = _heads(c, heads, head_width)
-            own: list[nn.Module] = [Attention(dims, c, heads=n, scaling=self.scaling)] if itself else []
-            told = [CrossAttention(dims, c, 4 * width, heads=n, scaling=self.scaling)] if cond_tokens else []
-            return [*own, *told]
-
-        def stage(inputs: int, level: int, attends: bool = True) -> Stack:
-            own = attend(widths[level]) if attends and sizes[level] in attention else []
-            return Stack([block(inputs, widths[level]), *own])
-
-        def resample(c: int, module: nn.Module) -> nn.Module:
-            return block(c, c, resample=module) if resnet_resample else ResampleConv(dims, c, c, module)
-
+        # the order of these lines is that of the parameters, and of the random numbers they start from
         self.inlet = conv(dims, channels, width, 3)
         self.encoder, self.downs = nn.ModuleList(), nn.ModuleList()
         self.decoder, self.ups = nn.ModuleList(), nn.ModuleList()
         self.pyramid = nn.ModuleList()
-        skips, c = [width], width
-        for level in range(len(widths)):
+        skips = self._build_encoder(make, width, widths, attends, blocks, progressive_input == "residual")
+        c = widths[-1]
+        self.middle = Stack([make.block(c, c), *make.attention(c, itself=bool(attention)), make.block(c, c)])
+        self._build_decoder(make, widths, attends, blocks, skips)
+        self.norm, self.outlet = group_norm(widths[0]), conv(dims, widths[0], channels, 3, zero=True)
+        self.tokens = TokenEmbedding(shapes["tokens"][1], 4 * width) if tokens else None
+        self.joint = None if encode_image else _joint(self.event_shape, shapes.get("image", ()), width)
+
+    def _build_encoder(
+        self, make: _Layers, inputs: int, widths: list[int], attends: list[bool], blocks: int, residual: bool
+    ) -> list[int]:
+        """The way down from `inputs` channels; with `residual`, its pyramid too. Returns the channels of the skips."""
+        skips, c = [inputs], inputs
+        for level, outputs in enumerate(widths):
             if level:
-                self.downs.append(resample(c, Downsample(fir)))
+                self.downs.append(make.resample(c, Downsample(make.fir)))
                 skips.append(c)
-                if progressive_input == "residual":
-                    inputs = channels if level == 1 else widths[level - 2]
-                    self.pyramid.append(ResampleConv(dims, inputs, c, Downsample(fir)))
+                if residual:
+                    above = self.event_shape[0] if level == 1 else widths[level - 2]
+                    self.pyramid.append(ResampleConv(make.dims, above, c, Downsample(make.fir)))
             stages = nn.ModuleList()
             for _ in range(blocks):
-                stages.append(stage(c, level))
-                c = widths[level]
+                stages.append(make.stage(c, outputs, attends[level]))
+                c = outputs
                 skips.append(c)
             self.encoder.append(stages)
-        self.middle = Stack(
-            [block(c, c), *(attend(c, itself=bool(attention)) if attention or cond_tokens else []), block(c, c)]
-        )
+        return skips
+
+    def _build_decoder(
+        self, make: _Layers, widths: list[int], attends: list[bool], blocks: int, skips: list[int]
+    ) -> None:
+        """The way up, each stage taking the last of `skips`; attention comes after the last stage of a level."""
+        c = widths[-1]
         for level in reversed(range(len(widths))):
             if level < len(widths) - 1:
-                self.ups.append(resample(c, Upsample(fir)))
+                self.ups.append(make.resample(c, Upsample(make.fir)))
             stages = nn.ModuleList()
             for index in range(blocks + 1):
-                stages.append(stage(c + skips.pop(), level, attends=index == blocks))
+                stages.append(make.stage(c + skips.pop(), widths[level], attends[level] and index == blocks))
                 c = widths[level]
             self.decoder.append(stages)
-        self.norm, self.outlet = group_norm(c), conv(dims, c, channels, 3, zero=True)
-        self.tokens = TokenEmbedding(cond_tokens, 4 * width) if cond_tokens else None
-        self.joint = None if encode_image else _joint(self.event_shape, tuple(cond_image), width)
 
     def forward(self, x: Tensor, c_noise: Tensor, cond: Cond = None) -> Tensor:
         """F (B, *event_shape) at x (B, *event_shape) and c_noise (B,)."""
@@ -185,6 +171,45 @@ class UNet(nn.Module):
             image = F.interpolate(image, sizes, mode=("linear", "bilinear", "trilinear")[len(sizes) - 1])
         flag = there.to(image.dtype).reshape(-1, 1, *[1] * len(sizes)).expand(-1, 1, *sizes)
         return torch.cat([image, flag], 1)
+
+
+class _Layers(NamedTuple):
+    """How the layers of one U-Net are made."""
+
+    dims: int
+    emb: int
+    heads: int
+    head_width: int | None
+    tokens: bool
+    fir: bool
+    resnet_resample: bool
+    dropout: float
+    scaling: float
+
+    def block(self, inputs: int, outputs: int, resample: nn.Module | None = None) -> ResidualBlock:
+        return ResidualBlock(
+            self.dims, inputs, outputs, self.emb, dropout=self.dropout, scaling=self.scaling, resample=resample
+        )
+
+    def attention(self, channels: int, itself: bool = True) -> list[nn.Module]:
+        """To all positions, where `itself`, and then to the tokens, where there are any."""
+        if not (itself or self.tokens):
+            return []
+        n, layers = _heads(channels, self.heads, self.head_width), nn.ModuleList()
+        if itself:
+            layers.append(Attention(self.dims, channels, heads=n, scaling=self.scaling))
+        if self.tokens:
+            layers.append(CrossAttention(self.dims, channels, self.emb, heads=n, scaling=self.scaling))
+        return list(layers)
+
+    def stage(self, inputs: int, outputs: int, attends: bool) -> Stack:
+        attention = self.attention(outputs) if attends else []  # first: it has the first of the random numbers
+        return Stack([self.block(inputs, outputs), *attention])
+
+    def resample(self, channels: int, module: nn.Module) -> nn.Module:
+        if self.resnet_resample:
+            return self.block(channels, channels, module)
+        return ResampleConv(self.dims, channels, channels, module)
 
 
 def _check(width: int, multipliers: Sequence[int], blocks: int, progressive_input: str, dropout: float) -> None:

@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack, get_args, get_origin, get_type_hints
 
 import numpy as np
 import pytest
@@ -198,8 +198,12 @@ def test_every_key_is_a_parameter_of_its_target(path: Path) -> None:
     tree.pop("hydra", None)  # Hydra's own callbacks
     for at, node in nodes(tree):
         module, _, name = node["_target_"].rpartition(".")
-        names = inspect.signature(getattr(importlib.import_module(module), name)).parameters
-        assert set(node) - {"_target_", "_partial_"} <= set(names), at
+        made = getattr(importlib.import_module(module), name)
+        names = set(inspect.signature(made).parameters)
+        for kind in get_type_hints(made.__init__).values():
+            if get_origin(kind) is Unpack:  # **kwargs whose names are listed
+                names |= get_args(kind)[0].__annotations__.keys()
+        assert set(node) - {"_target_", "_partial_"} <= names, at
         assert node["_target_"] in targets()
 
 
