@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..checks import whole
 from ..noise.rng import Rng
 
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
@@ -50,8 +51,8 @@ class Scaling:
         for low, high, name in ((self.low, self.high, ""), (self.raw_low, self.raw_high, "raw_")):
             if not (-math.inf < low < high < math.inf):
                 raise ValueError(f"Expected finite {name}low < {name}high; got {name}low={low}, {name}high={high}.")
-        if self.levels is not None and (not isinstance(self.levels, int) or self.levels < 2):
-            raise ValueError(f"levels is an integer of at least 2, or None for continuous data; got {self.levels!r}.")
+        if self.levels is not None:
+            whole(self.levels, "levels", 2, otherwise="None for continuous data")
 
     @classmethod
     def identity(cls) -> Scaling:

@@ -45,7 +45,7 @@ class Denoiser(nn.Module, abc.ABC):
 
     @abc.abstractmethod
     def forward(self, x: Tensor, t: Tensor, cond: Cond = None) -> Prediction:
-        """The prediction at x (B, *event) and t (() or (B,)); a t of shape () may lie on the CPU (`shapes.beside`)."""
+        """The prediction at x (B, *event) and t (() or (B,)); a t of shape () may lie on the CPU."""
 
     def null(self, cond: Cond) -> Cond:
         """The null condition: one entry like those of `cond` that says nothing. None of None, or if there is none."""
@@ -60,9 +60,10 @@ class Denoiser(nn.Module, abc.ABC):
         return self.sde.prior_log_prob(z, mean=self.data_mean, var=self.data_var)
 
     def prior_log_prob_given(self, z: Tensor, cond: Cond) -> Tensor:
-        """log p_T(z | cond) in nats, (B,): that of the prior, and what conditions make of it, as far as it is known.
+        """log p_T(z | cond) in nats, (B,): that of the prior, corrected for the condition where that is known.
 
-        Guidance and posterior methods know it up to second order in what σ_T leaves of the data (`guidance/tilt.py`).
+        Guidance and posterior methods know it up to second order in the trace of the data that σ_T leaves, see
+        `guidance/tilt.py`.
         """
         return self.prior_log_prob(z)
 
@@ -134,7 +135,7 @@ class Preconditioned(Denoiser):
 
 
 def _takes_cond(network: Callable[..., Tensor]) -> bool:
-    """Whether it can be called with a third positional argument; True where it does not say."""
+    """Whether it can be called with a third positional argument; True where its signature is unknown."""
     try:
         inspect.signature(getattr(network, "forward", network)).bind(None, None, None)
     except TypeError:
@@ -193,10 +194,10 @@ class DenoiserFunction(Denoiser):
 
 
 class DenoiserWrapper(Denoiser):
-    """A denoiser around a denoiser: of the same SDE, with the same prior; what it says is up to `forward`.
+    """A denoiser around another, of the same SDE and with the same prior; a subclass defines `forward`.
 
     Args:
-        denoiser: what is inside.
+        denoiser: the one inside.
     """
 
     def __init__(self, denoiser: Denoiser):
@@ -221,7 +222,7 @@ class DenoiserWrapper(Denoiser):
 
 
 class CountingDenoiser(DenoiserWrapper):
-    """Counts network calls: what a benchmark should report, not what a solver thinks it asked for.
+    """Counts network calls: a benchmark reports these, and not what a solver thinks that it made.
 
     Attributes:
         evaluations: forward calls so far.

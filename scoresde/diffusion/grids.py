@@ -22,7 +22,7 @@ Grid = Callable[[SDE, int], Tensor]
 
 
 def check_grid(times: Tensor, sde: SDE) -> Tensor:
-    """`times` if it is a grid for `sde`, or a ValueError that says what is wrong: order, ends, or length."""
+    """`times` if it is a grid for `sde`, or a ValueError that names the fault: order, ends, or length."""
     if times.ndim != 1 or len(times) < 2 or not times.is_floating_point():
         raise ValueError(
             f"A grid holds at least two floating-point times; got shape {tuple(times.shape)}, {times.dtype}."
@@ -156,7 +156,7 @@ class FittedGrid:
     """Steps that were fitted to a model (`scoresde.fit_grid`): log-SNR from t_max to the data, for any SDE.
 
     For another number of steps than the fitted one the knots are read off between those that were fitted. The ends are
-    the SDE's own, so a grid fitted under one SDE serves the same network under another (ς = σ/α is what it sees).
+    the SDE's own, so a grid fitted under one SDE serves the same network under another: it sees ς = σ/α alone.
 
     Args:
         log_snr: rising λ of the knots (n + 1,), n ≥ 1.
@@ -201,7 +201,7 @@ class SavedGrid(FittedGrid):
         path: of the file.
 
     Raises:
-        ValueError: a file that is none, with what was found.
+        ValueError: the file holds no such grid; the message has the cause.
     """
 
     def __init__(self, path: str | os.PathLike[str]):

@@ -1,4 +1,4 @@
-"""What a denoiser says about x_t: both end points of its line, x̂_0 and ε̂."""
+"""The estimate of a denoiser at x_t: both end points of its line, x̂_0 and ε̂."""
 
 from __future__ import annotations
 

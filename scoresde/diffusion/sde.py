@@ -1,4 +1,4 @@
-r"""Linear SDEs `dx = f(t) x dt + g(t) dw`, told by their marginal `x_t = α_t x_0 + σ_t ε`.
+r"""Linear SDEs `dx = f(t) x dt + g(t) dw`, given by their marginal `x_t = α_t x_0 + σ_t ε`.
 
 One letter, one meaning, everywhere: t runs from data (`t_min`) to noise (`t_max`); α scales the data, σ the noise;
 λ = log α²/σ² is the log signal-to-noise ratio (`log_snr`), which falls with t.
@@ -143,16 +143,12 @@ class SDE(abc.ABC):
             )
 
 
-def _check_betas(beta_min: float, beta_max: float) -> None:
-    if not (0 < beta_min <= beta_max < math.inf):
-        raise ValueError(f"Expected 0 < beta_min <= beta_max; got beta_min={beta_min}, beta_max={beta_max}.")
-
-
 class _LinearBeta(SDE, abc.ABC):
     """β(t) = β_min + t (β_max − β_min) on (0, 1], α = exp(−½∫β) (Song et al. 2021, eq. 32)."""
 
     def __init__(self, beta_min: float = 0.1, beta_max: float = 20.0, *, t_min: float = 1e-5):
-        _check_betas(beta_min, beta_max)
+        if not (0 < beta_min <= beta_max < math.inf):
+            raise ValueError(f"Expected 0 < beta_min <= beta_max; got beta_min={beta_min}, beta_max={beta_max}.")
         self.beta_min, self.beta_max = float(beta_min), float(beta_max)
         self.t_min, self.t_max = float(t_min), 1.0
         self._check_times()

@@ -16,7 +16,7 @@ class Conditioned(DenoiserWrapper):
 
     Args:
         denoiser: of P(x, t, cond).
-        cond: what it is asked for, one entry, for all samples (in a CUDA graph: on the device); or a function of the
+        cond: the condition of all samples, one entry (in a CUDA graph: on the device); or a function of the
             sampler's own condition, which is per sample: `lambda cond: {"label": cond["first"]}`.
 
     Raises:

@@ -31,7 +31,7 @@ class Energy(DenoiserWrapper):
         energy: (z (B, *event), t (B,), cond) -> (B,), differentiable, in nats.
         scale: s, a number or a function of λ.
         of: "xt", z is x_t; or "x0", z is x̂_0.
-        conditional: whether the denoiser is told the condition too.
+        conditional: whether the denoiser is given the condition too.
 
     Raises:
         ValueError: `of` is neither; or, when called, an energy that is not (B,).
@@ -67,14 +67,14 @@ class Energy(DenoiserWrapper):
 
     def _pull(self, x: Tensor, t: Tensor, cond: Cond) -> tuple[Prediction, Tensor]:
         """The prediction inside, and δ."""
-        told = cond if self.conditional else None
+        inner = cond if self.conditional else None
         times = per_sample(t, x)
         if self.of == "xt":
-            slope, p = _slope(lambda z: self.energy(z, times, cond), x), self.denoiser(x, t, told)
+            slope, p = _slope(lambda z: self.energy(z, times, cond), x), self.denoiser(x, t, inner)
         else:
 
             def total(z: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-                p = self.denoiser(z, t, told)
+                p = self.denoiser(z, t, inner)
                 return _summed(self.energy(p.x0, times, cond), z), (p.x0, p.eps)
 
             slope, (x0, eps) = torch.func.grad(total, has_aux=True)(x)
@@ -89,13 +89,13 @@ class Classifier(DenoiserWrapper):
     about those: for s > 1 they crowd where the classifier is sure. Without a condition it is the denoiser unguided.
 
     Args:
-        denoiser: of p(x); told nothing of y unless `conditional`.
+        denoiser: of p(x); it is given y only if `conditional`.
         log_prob: (x_t (B, *event), t (B,), y) -> log p(y | x_t) (B,) in nats, such as a `NoisyClassifier`.
         scale: s, a number or a function of λ.
-        conditional: whether the denoiser is told y too.
+        conditional: whether the denoiser is given y too.
 
     Raises:
-        ValueError: a classifier that says it is of another SDE, by an attribute `sde`; when called, a log-probability
+        ValueError: a classifier whose attribute `sde` is another SDE; when called, a log-probability
             that is not (B,).
     """
 
@@ -108,7 +108,7 @@ class Classifier(DenoiserWrapper):
         conditional: bool = False,
     ):
         super().__init__(denoiser)
-        check_same(denoiser.sde, getattr(log_prob, "sde", denoiser.sde))  # a function has none
+        check_same(denoiser.sde, getattr(log_prob, "sde", denoiser.sde))  # a plain function has none
         self.log_prob, self.scale, self.conditional = log_prob, checked(scale), bool(conditional)
 
     def null(self, cond: Cond) -> Cond:

@@ -21,8 +21,8 @@ class ClassifierFree(DenoiserWrapper):
     r"""(1 − w) P(x, t, ∅) + w P(x, t, cond) (Ho & Salimans 2022, eq. 6, with w for their 1 + w).
 
     w = 1 is the conditional model itself and, without rescaling, w = 0 the unconditional one, bit for bit and at the
-    cost of one, also where a function or the interval makes it so. Elsewhere both are asked in one batch of 2B if the
-    network has a null. For w > 1 the guided score is not that of any noised density: samples are sharper and less
+    cost of one, also where a function or the interval makes it so. Elsewhere both are evaluated in one batch of 2B if
+    the network has a null. For w > 1 the guided score is not that of any noised density: samples are sharper and less
     various than p(x|cond), and their likelihood is the one of the guided flow.
 
     Args:
@@ -31,7 +31,7 @@ class ClassifierFree(DenoiserWrapper):
         interval: (low, high) of σ/α, 0 ≤ low < high, in which to guide; elsewhere w is 1 (Kynkäänniemi et al. 2024).
         rescale: φ in [0, 1]: how far x̂_0 is brought back to the standard deviation, over one sample, of the
             conditional x̂_0 (Lin et al. 2023, eq. 15–16, there on their own prediction).
-        null: a condition that means none, one entry, for networks that do not know their own; or a function of the
+        null: the null condition, one entry, for networks that do not know their own; or a function of the
             condition, `lambda cond: {"image": cond["image"]}` for guidance by what else is in it.
 
     Raises:
@@ -73,9 +73,9 @@ class ClassifierFree(DenoiserWrapper):
             return self.denoiser(x, t, cond)
         if known == 0 and self.rescale == 0:
             return self.denoiser(x, t, expand(self.null(cond), x))
-        plain, asked = self._both(x, t, cond)
-        guided = plain.blend(asked, weight)
-        return guided if self.rescale == 0 else self._rescaled(guided, asked)
+        plain, conditional = self._both(x, t, cond)
+        guided = plain.blend(conditional, weight)
+        return guided if self.rescale == 0 else self._rescaled(guided, conditional)
 
     def weight(self, log_snr: Tensor) -> Tensor:
         """w at λ () or (B,)."""
@@ -90,8 +90,8 @@ class ClassifierFree(DenoiserWrapper):
         plain = self.denoiser.prior_log_prob_given(z, expand(self.null(cond), z))
         if cond is None:
             return plain
-        told = self.denoiser.prior_log_prob_given(z, expand(cond, z))
-        return plain + self.weight(self.sde.log_snr(self.sde.terminal)).to(z.device) * (told - plain)
+        conditional = self.denoiser.prior_log_prob_given(z, expand(cond, z))
+        return plain + self.weight(self.sde.log_snr(self.sde.terminal)).to(z.device) * (conditional - plain)
 
     def _both(self, x: Tensor, t: Tensor, cond: Cond) -> tuple[Prediction, Prediction]:
         """(unconditional, conditional)."""
@@ -103,10 +103,10 @@ class ClassifierFree(DenoiserWrapper):
         scales = self.sde.at(t, x)
         return Prediction(both.x0[:n], both.eps[:n], scales), Prediction(both.x0[n:], both.eps[n:], scales)
 
-    def _rescaled(self, guided: Prediction, asked: Prediction) -> Prediction:
+    def _rescaled(self, guided: Prediction, conditional: Prediction) -> Prediction:
         if guided.x0[0].numel() < 2:
             raise ValueError("rescale compares standard deviations over one sample, and these are one number each.")
-        wide, narrow = (p.x0.flatten(1).std(1) for p in (guided, asked))
+        wide, narrow = (p.x0.flatten(1).std(1) for p in (guided, conditional))
         factor = expand_as_batch(1 - self.rescale + self.rescale * narrow / wide.clamp(min=1e-12), guided.x0)
         # ε̂ from x_t = α x̂_0 + σ ε̂, as a change: nothing is lost where σ is small
         change = guided.scales.alpha / guided.scales.sigma * (1 - factor) * guided.x0
@@ -155,9 +155,9 @@ class Blend(DenoiserWrapper):
 
 
 class Auto(DenoiserWrapper):
-    """(1 − w) P_guide + w P, away from what a weaker model of the same data says (Karras et al. 2024b, eq. 3).
+    """(1 − w) P_guide + w P, away from a weaker model of the same data (Karras et al. 2024b, eq. 3).
 
-    Its bias is that of classifier-free guidance at the same w: samples crowd where P is surer than the guide.
+    Its bias is that of classifier-free guidance at the same w: samples crowd where P is more certain than the guide.
 
     Args:
         denoiser: P.
@@ -190,7 +190,7 @@ def check_same(a: SDE, b: SDE) -> None:
     t = torch.linspace(a.t_min, a.t_max, 5, dtype=torch.float64)
     if b.t_min > a.t_min or b.t_max < a.t_max or not all(map(torch.allclose, a.marginal(t), b.marginal(t))):
         raise ValueError(
-            "A denoiser and its guides are asked at one x_t and t, so they need the same SDE; got "
+            "A denoiser and its guides are evaluated at one x_t and t, so they need the same SDE; got "
             f"{type(a).__name__} on [{a.t_min}, {a.t_max}] and {type(b).__name__} on [{b.t_min}, {b.t_max}], or other "
             "constants."
         )

@@ -21,13 +21,13 @@ def checked(scale: Scale) -> Scale:
 
 
 def strength(scale: Scale, log_snr: Tensor) -> Tensor:
-    """Its value at λ () or (B,), of the same shape."""
+    """The scale at λ () or (B,), of the same shape."""
     if callable(scale):
         return torch.as_tensor(scale(log_snr)).to(log_snr).expand_as(log_snr)
     return torch.full_like(log_snr, scale)
 
 
 def number(weight: Tensor) -> float | None:
-    """A weight of all samples that can be read without waiting for a device or breaking a compiled graph."""
+    """One weight for all samples, if it can be read without waiting for a device or breaking a compiled graph."""
     known = weight.ndim == 0 and weight.device.type == "cpu" and not torch.compiler.is_compiling()
     return float(weight) if known else None

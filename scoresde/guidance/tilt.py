@@ -1,4 +1,4 @@
-r"""What a factor e^f makes of the prior: log e^{f(z)}/E e^f at t_max, where σ_T leaves f next to flat.
+r"""Log-normaliser of a tilted prior: log e^{f(z)}/E e^f at t_max, where noise has made f nearly flat.
 
 E is over the prior N(c, ς²) of x_T, per dimension, and the mean of e^f is that of its second-order expansion about c,
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from ..diffusion.denoiser import Denoiser
 from ..noise.rng import Rng
 
-_ALL, _SOME = 64, 16  # up to so many dimensions curvature is taken in all of them, beyond in some directions
+_ALL, _SOME = 64, 16  # curvature is taken in every dimension up to _ALL of them, and in _SOME directions of more
 
 
 def by_value(denoiser: Denoiser, f: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from .loss import Loss, Terms, fresh
 class NoisyClassifier(nn.Module):
     r"""log p(y | x_t) of a network of logits: what `guidance.Classifier` takes.
 
-    The network is asked as a denoiser's is: with c_in x_t, c_in = 1/√(α²σ_d² + σ²), and c_noise = −λ/8.
+    Its inputs are those of a denoiser's network: c_in x_t with c_in = 1/√(α²σ_d² + σ²), and c_noise = −λ/8.
 
     Args:
         network: (x (B, *event), c_noise (B,)) -> logits (B, K), such as `nn.Classifier`.
@@ -48,7 +48,7 @@ class NoisyClassifier(nn.Module):
         """log p(y | x_t) (B,) in nats of labels y (B,), or of a condition with y["label"].
 
         Raises:
-            ValueError: labels that are no integers (B,).
+            ValueError: labels that are not integers (B,).
         """
         return self.logits(x, t).log_softmax(1).gather(1, labels(y, len(x))[:, None])[:, 0]
 
@@ -57,7 +57,7 @@ class ClassifierLoss(Loss):
     """Per-sample cross-entropy −log p(y | x_t) in nats, x_t = α x_0 + σ ε at drawn t; to be averaged by the caller.
 
     Its least mean is the conditional entropy of y at each noise level, reached by the exact posterior only (the
-    logarithmic score is proper), whatever the times: they say where a small network does its best.
+    logarithmic score is proper), whatever the times: these decide where a small network does its best.
 
     Args:
         classifier: what is trained.
@@ -104,10 +104,10 @@ class ClassifierLoss(Loss):
 
 
 def labels(cond: Cond, n: int) -> Tensor:
-    """The labels (n,) int64 of a condition that is one or has some.
+    """The labels (n,) int64 of a condition.
 
     Raises:
-        ValueError: there are none, or they are no integers (n,).
+        ValueError: it has none, or they are not integers (n,).
     """
     label = named(cond).get("label")
     if label is None or label.shape != (n,) or label.is_floating_point():

@@ -111,7 +111,7 @@ class Weighting(abc.ABC):
 class Simple(Weighting):
     """w = 1: the ε-loss (Ho et al. 2020, eq. 14).
 
-    The same as the score loss weighted by σ², σ²‖s_θ − s‖² (Song et al. 2021, eq. 7 with λ = σ²).
+    Equal to the score loss weighted by σ², σ²‖s_θ − s‖² (Song et al. 2021, eq. 7 with λ = σ²).
     """
 
     def weight(self, sde: SDE, t: Tensor, dims: int, span: float) -> Tensor:

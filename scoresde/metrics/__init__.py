@@ -5,6 +5,4 @@ from .frechet import Frechet, FrechetRecord, frechet_distance
 from .kernel import energy_distance, mmd
 from .sliced import sliced_w2
 
-__all__ = [
-    "C2ST", "Frechet", "FrechetRecord", "c2st", "energy_distance", "frechet_distance", "mmd", "sliced_w2",
-]  # fmt: skip
+__all__ = ["C2ST", "Frechet", "FrechetRecord", "c2st", "energy_distance", "frechet_distance", "mmd", "sliced_w2"]

@@ -4,23 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..codecs.scaling import Scaling
 from .pairs import paired
-
-
-class Quantizer(Protocol):
-    """`scoresde.codecs.Scaling`, as far as it is needed here."""
-
-    @property
-    def levels(self) -> int | None: ...
-
-    def encode(self, raw: Tensor) -> Tensor: ...
-
-    def decode(self, x: Tensor) -> Tensor: ...
 
 
 def frechet_distance(features_x: Tensor, features_y: Tensor) -> float:
@@ -104,7 +94,7 @@ class Frechet:
         extractor: nn.Module,
         name: str,
         *,
-        scaling: Quantizer | None = None,
+        scaling: Scaling | None = None,
         batch_size: int = 256,
         min_samples: int = 2048,
         allow_small: bool = False,

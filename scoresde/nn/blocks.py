@@ -1,6 +1,6 @@
 """The layers of a U-Net, for 1 to 3 spatial dimensions: each is (h (B, C, *sizes), emb (B, E), tokens) -> h.
 
-`tokens` are what the network was told as a sequence, None where it was built without; only `CrossAttention` looks.
+`tokens` are the sequence that the network is conditioned on, None without one; only `CrossAttention` reads them.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Tokens(NamedTuple):
 
 
 class Stack(nn.ModuleList):
-    """Layers one after another, all told the same."""
+    """Layers one after another, all with the same embedding and tokens."""
 
     def forward(self, h: Tensor, emb: Tensor, tokens: Tokens | None = None) -> Tensor:
         for layer in self:
@@ -120,8 +120,8 @@ class Attention(nn.Module):
 class TokenEmbedding(nn.Module):
     """Tokens (B, L, inputs), NaN where padded, as `Tokens` of 1 + L: before them a learned one that is always there.
 
-    It is the null token: all that a sample without tokens attends to. Order is not seen; where it matters the tokens
-    carry it (positions added by whoever made them).
+    That is the null token, the only one that a sample without tokens attends to. Attention does not see the order of
+    tokens; where it matters, add positions to them.
     """
 
     def __init__(self, inputs: int, width: int):
@@ -139,13 +139,13 @@ class TokenEmbedding(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """(h + proj(attention(norm(h) asks, tokens answer))) · scaling; `heads` divides `channels`; emb is unused.
+    """(h + proj(attention(norm(h), tokens))) · scaling, queries from h, keys and values from the tokens; emb is unused.
 
     Args:
         dims: spatial dimensions, 1 to 3.
         channels: of h.
         width: of the tokens.
-        heads: number of heads.
+        heads: number of heads, dividing `channels`.
         scaling: factor on the sum.
     """
 

@@ -18,7 +18,7 @@ class Classifier(nn.Module):
     r"""Logits of K classes at every noise level, all equal at the start.
 
     Samples with sizes go through convolutions that end at 4 or fewer per side (`ConvEncoder`), points through dense
-    residual blocks; both told the noise level.
+    residual blocks; the noise level modulates both.
 
     Args:
         event_shape: shape of one sample: (D,), or (C, L), (C, H, W), (C, D, H, W).

@@ -29,13 +29,13 @@ class Conditioning(nn.Module):
 
     What is absent is replaced by a learned null: the label `classes`, or a vector in place of the embedded one. An
     image is read by a small convolutional encoder that keeps a coarse map of what is where. Tokens are checked and
-    dropped with the rest, but are for the network to look at.
+    dropped with the rest; to attend to them is left to the network.
 
     Args:
         width: size of the result (B, width), even.
         embedding: "fourier" or "sinusoidal".
         embedding_scale: frequency scale of the embedding, > 0; 1 suits c_noise in about [−3, 3].
-        encode_image: False leaves the image, too, to the network.
+        encode_image: False leaves the image to the network, too.
         kinds: classes, cond_dim, cond_image, cond_tokens and cond_dropout, the conditions there are: see `Conditions`.
 
     Raises:
@@ -75,27 +75,27 @@ class Conditioning(nn.Module):
         """The embedding (B, width) in the dtype of `like` (B, *)."""
         return self.embed(c_noise, self.conditions(cond, like), like)
 
-    def embed(self, c_noise: Tensor, told: dict[str, Tensor], like: Tensor) -> Tensor:
-        """The same, of what `conditions` made of cond."""
+    def embed(self, c_noise: Tensor, given: dict[str, Tensor], like: Tensor) -> Tensor:
+        """The embedding (B, width) of conditions that `conditions` has read already."""
         batch = like.shape[0]
         if c_noise.shape != (batch,):
             raise ValueError(f"c_noise has shape ({batch},), one number per sample; got {tuple(c_noise.shape)}.")
         h = noise = self.inner(self.waves(c_noise).to(like.dtype))
         if "label" in self.conditions.shapes:
-            label = told.get("label")
+            label = given.get("label")
             if label is None:
                 label = torch.full((batch,), self.conditions.classes, device=like.device)
             h = h + self.label(label)
         if "vector" in self.conditions.shapes:
-            h = h + _read(told.get("vector"), self.vector, self.null_vector, batch)
+            h = h + _read(given.get("vector"), self.vector, self.null_vector, batch)
         if self.encode_image:
             encode = lambda image: self.image_out(self.image(image, F.silu(noise)))  # noqa: E731
-            h = h + _read(told.get("image"), encode, self.null_image, batch)
+            h = h + _read(given.get("image"), encode, self.null_image, batch)
         return F.silu(self.outer(F.silu(h)))
 
 
 def _read(value: Tensor | None, encode, null: Tensor, batch: int) -> Tensor:
-    """encode(value) (B, width), or `null` (width,) for samples of which nothing is said."""
+    """encode(value) (B, width), or `null` (width,) for samples without a value."""
     if value is None:
         return null.expand(batch, -1)
     value, there = filled(value)

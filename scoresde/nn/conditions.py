@@ -1,4 +1,4 @@
-"""What a network may be told beside x, read and checked: labels, vectors, images, token sequences; and none of them."""
+"""The conditions of a network, read and checked: labels, vectors, images and token sequences."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ class Conditions(nn.Module):
         "image"    (B, *cond_image) floats
         "tokens"   (B, L, cond_tokens) floats, any L; rows of NaN are padding
 
-    Floats of a sample that are all NaN say nothing of it, as the label `classes` does, and so does what is left out:
-    the network has learned nulls for each. With `cond_dropout` p, a forward in training mode makes the whole condition
-    of each sample null with probability p (Ho & Salimans 2022, alg. 1); it draws from torch's global generator, as
-    `nn.Dropout` does, and evaluation mode draws nothing.
+    A sample is without a condition where its floats are all NaN, where its label is `classes`, and where the kind is
+    left out: the network has learned a null for each kind. With `cond_dropout` p, a forward in training mode makes
+    the whole condition of each sample null with probability p (Ho & Salimans 2022, alg. 1); it draws from torch's
+    global generator, as `nn.Dropout` does, and evaluation mode draws nothing.
 
     Args:
         classes: number of labels K ≥ 0; 0 for none.
@@ -83,16 +83,16 @@ class Conditions(nn.Module):
             )
 
     def forward(self, cond: Cond, like: Tensor) -> dict[str, Tensor]:
-        """The kinds given, by name, for a batch `like` (B, *): labels int64, floats in its dtype, dropped where so."""
-        told = {name: self._checked(name, value, len(like)) for name, value in self._parts(cond).items()}
-        told = {name: value.long() if name == "label" else value.to(like.dtype) for name, value in told.items()}
-        if told and self.training and self.dropout:
+        """The kinds given, by name, for a batch `like` (B, *): labels int64, floats in its dtype."""
+        given = {name: self._checked(name, value, len(like)) for name, value in self._parts(cond).items()}
+        given = {name: value.long() if name == "label" else value.to(like.dtype) for name, value in given.items()}
+        if given and self.training and self.dropout:
             keep = torch.rand(len(like), device=like.device) >= self.dropout
-            told = {
+            given = {
                 name: torch.where(keep.reshape(-1, *[1] * (value.ndim - 1)), value, nothing(value, self.classes))
-                for name, value in told.items()
+                for name, value in given.items()
             }
-        return told
+        return given
 
     def null(self, cond: Cond) -> Cond:
         """The null condition: one entry like those of `cond` that says nothing. None of None."""
@@ -130,7 +130,7 @@ class Conditions(nn.Module):
                 f"got {value.dtype} of shape {tuple(value.shape)}."
             )
         if _readable(value):
-            # NaN is told from numbers by a whole entry, and by a whole token
+            # an entry, or of a sequence a token, is NaN as a whole or not at all
             gaps = value.isnan().flatten(2 if name == "tokens" else 1)
             if bool((gaps.any(-1) & ~gaps.all(-1)).any()):
                 raise ValueError(

@@ -1,4 +1,4 @@
-"""An image as one vector: what conditions and classifiers look through."""
+"""An image as one vector, for conditions and classifiers."""
 
 from __future__ import annotations
 
@@ -10,13 +10,7 @@ from torch import Tensor, nn
 
 from .blocks import ResidualBlock, Stack
 from .layers import conv, group_norm
-
-
-class _Halve(nn.Module):
-    """Pair averages along every size; an odd one keeps its last sample."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)[x.ndim - 3](x, 2, ceil_mode=True)
+from .resample import Downsample
 
 
 class ConvEncoder(nn.Module):
@@ -40,7 +34,7 @@ class ConvEncoder(nn.Module):
         layers: list[nn.Module] = []
         c = width
         while max(sizes) > 4:
-            layers.append(ResidualBlock(dims, c, 2 * width, emb, scaling=math.sqrt(0.5), resample=_Halve()))
+            layers.append(ResidualBlock(dims, c, 2 * width, emb, scaling=math.sqrt(0.5), resample=Downsample()))
             c, sizes = 2 * width, [-(-size // 2) for size in sizes]
         layers.append(ResidualBlock(dims, c, 2 * width, emb, scaling=math.sqrt(0.5)))
         self.blocks, self.norm = Stack(layers), group_norm(2 * width)

@@ -1,4 +1,4 @@
-"""The three layers with parameters that everything else is made of, and how they start."""
+"""The three layers with parameters that everything else is made of, and their initialisation."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ class Block(nn.Module):
 
 
 class MLP(nn.Module):
-    r"""Dense residual blocks, each told the noise level and the condition; zero output at the start.
+    r"""Dense residual blocks, modulated by the noise level and the condition; zero output at the start.
 
     Args:
         event_shape: shape of one sample, any number of dimensions; it is flattened inside.
@@ -59,8 +59,8 @@ class MLP(nn.Module):
         self.conditioning = Conditioning(width, **conditioning)
         if "tokens" in self.conditioning.conditions.shapes:
             raise ValueError("An MLP has no attention to read tokens with: take cond_tokens=0, or a UNet.")
-        # torch's own start, whose random biases put the bends off the origin: without them the features of symmetric
-        # data, normalised, say nothing about the zero output's error, and training stays where it started
+        # torch's own initialisation, whose random biases move the bends off the origin: without them the features of
+        # symmetric, normalised data do not correlate with the error of a zero output, and training does not move
         self.inlet = nn.Linear(size, width)
         self.blocks = nn.ModuleList(Block(width) for _ in range(depth))
         self.outlet = linear(width, size)

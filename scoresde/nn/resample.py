@@ -35,7 +35,10 @@ def fir_up(x: Tensor) -> Tensor:
 
 
 class Downsample(nn.Module):
-    """Half of every spatial size: pair averages, or with `fir` the smoother (1, 3, 3, 1)/8 (Zhang 2019)."""
+    """Half of every spatial size: pair averages, or with `fir` the smoother (1, 3, 3, 1)/8 (Zhang 2019).
+
+    Of an odd size, pair averages keep the last sample; `fir` takes even sizes only.
+    """
 
     def __init__(self, fir: bool = False):
         super().__init__()
@@ -44,7 +47,7 @@ class Downsample(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.fir:
             return fir_down(x)
-        return (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)[x.ndim - 3](x, 2)
+        return (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)[x.ndim - 3](x, 2, ceil_mode=True)
 
 
 class Upsample(nn.Module):

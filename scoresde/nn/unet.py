@@ -39,7 +39,7 @@ class UNet(nn.Module):
         progressive_input: "residual" adds resampled, convolved x to each level (NCSN++); "none".
         dropout: probability in [0, 1), in every residual block, in training mode.
         encode_image: False joins the image to x as further channels, brought to its size by linear interpolation, and
-            one that says whether there is an image; True reads it by an encoder, for images that are no maps of x.
+            one that says whether there is an image; True reads it by an encoder, for images that do not align with x.
         conditioning: embedding and embedding_scale, the waves that carry c_noise, see `Conditioning`; classes,
             cond_dim, cond_image, cond_tokens and cond_dropout, the conditions there are, see `Conditions`. Tokens are
             attended to where there is self-attention, after it, and always in the middle.
@@ -133,12 +133,12 @@ class UNet(nn.Module):
         """F (B, *event_shape) at x (B, *event_shape) and c_noise (B,)."""
         if tuple(x.shape[1:]) != self.event_shape:
             raise ValueError(f"This UNet is for samples {self.event_shape}; got {tuple(x.shape[1:])}.")
-        told = self.conditioning.conditions(cond, x)
-        emb = self.conditioning.embed(c_noise, told, x)
-        tokens = None if self.tokens is None else self.tokens(told.get("tokens"), x)
+        given = self.conditioning.conditions(cond, x)
+        emb = self.conditioning.embed(c_noise, given, x)
+        tokens = None if self.tokens is None else self.tokens(given.get("tokens"), x)
         h, pyramid = self.inlet(x), x
         if self.joint is not None:  # a convolution of all channels together, in two parts
-            h = h + self.joint(self._joined(told.get("image"), x))
+            h = h + self.joint(self._joined(given.get("image"), x))
         skips = [h]
         for level, stages in enumerate(self.encoder):
             if level:
