@@ -183,6 +183,9 @@ def test_a_null_may_be_given_as_an_entry_or_as_a_function_of_the_condition():
     want = both(x, t, {"vector": cond["vector"]}).blend(both(x, t, cond), 3.0)
     same(got, want)
     same(ClassifierFree(both, 0.0, null=keep_vector)(x, t, cond), both(x, t, {"vector": cond["vector"]}))
+    # a guide around it has the same null, with the network's own for the label
+    around = ClassifierFree(ClassifierFree(both, 1.0, null=keep_vector), 3.0)
+    same(around(x, t, cond), want, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("kind", ["label", "vector", "image", "tokens"])
