@@ -13,6 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ..checks import whole
 from ..noise.rng import Rng
 
 Field = Callable[[Tensor], Tensor]
@@ -35,7 +36,6 @@ class Divergence(abc.ABC):
     def columns(self, dims: int) -> tuple[int, int]:
         """(columns carried, how many of the leading ones are log-densities under error control) for D = `dims`."""
 
-    @abc.abstractmethod
     def __call__(
         self, field: Field, x: Tensor, probes: Tensor, *, differentiable: bool = False
     ) -> tuple[Tensor, Tensor]:
@@ -43,6 +43,13 @@ class Divergence(abc.ABC):
 
         Neither carries gradients, unless `differentiable`: then both do, to x and to the parameters of the field.
         """
+        x, value = _forward(field, x, differentiable)
+        rates = self.rates(value, x, probes, differentiable)
+        return (value if differentiable else value.detach()), rates
+
+    @abc.abstractmethod
+    def rates(self, value: Tensor, x: Tensor, probes: Tensor, differentiable: bool) -> Tensor:
+        """What is integrated (B, columns), float64, by backward passes from `value` = field(x) to x."""
 
     @abc.abstractmethod
     def summarise(self, columns: Tensor, probes: Tensor) -> tuple[Tensor, Tensor]:
@@ -74,9 +81,7 @@ class Exact(Divergence):
     """
 
     def __init__(self, chunk: int = 32):
-        if chunk < 1:
-            raise ValueError(f"Exact needs chunk >= 1; got {chunk}.")
-        self.chunk = int(chunk)
+        self.chunk = whole(chunk, "Exact's chunk")
 
     def probes(self, x: Tensor, rng: Rng, denoised: Denoised | None = None) -> Tensor:
         return x.new_empty(len(x), 0, *x.shape[1:])
@@ -84,10 +89,7 @@ class Exact(Divergence):
     def columns(self, dims: int) -> tuple[int, int]:
         return 1, 1
 
-    def __call__(
-        self, field: Field, x: Tensor, probes: Tensor, *, differentiable: bool = False
-    ) -> tuple[Tensor, Tensor]:
-        x, value = _forward(field, x, differentiable)
+    def rates(self, value: Tensor, x: Tensor, probes: Tensor, differentiable: bool) -> Tensor:
         dims = x[0].numel()
         trace = torch.zeros(len(x), dtype=torch.float64, device=x.device)
         for start in range(0, dims, self.chunk):
@@ -101,7 +103,7 @@ class Exact(Divergence):
             )
             diagonal = grads.reshape(len(rows), len(x), dims)[torch.arange(len(rows)), :, rows]
             trace = trace + diagonal.double().sum(0)
-        return (value if differentiable else value.detach()), trace[:, None]
+        return trace[:, None]
 
     def summarise(self, columns: Tensor, probes: Tensor) -> tuple[Tensor, Tensor]:
         return columns[:, 0], torch.zeros_like(columns[:, 0])
@@ -124,11 +126,9 @@ class Hutchinson(Divergence):
     """
 
     def __init__(self, probes: int = 1, kind: str = "rademacher"):
-        if probes < 1:
-            raise ValueError(f"Hutchinson needs at least one probe; got {probes}.")
         if kind not in ("rademacher", "gaussian"):
             raise ValueError(f"kind is 'rademacher' or 'gaussian'; got {kind!r}.")
-        self.count, self.kind = int(probes), kind
+        self.count, self.kind = whole(probes, "Hutchinson's number of probes"), kind
 
     def probes(self, x: Tensor, rng: Rng, denoised: Denoised | None = None) -> Tensor:
         like = x[:, None].expand(-1, self.count, *x.shape[1:])
@@ -137,14 +137,10 @@ class Hutchinson(Divergence):
     def columns(self, dims: int) -> tuple[int, int]:
         return (1 + dims if self.count == 1 else self.count), self.count
 
-    def __call__(
-        self, field: Field, x: Tensor, probes: Tensor, *, differentiable: bool = False
-    ) -> tuple[Tensor, Tensor]:
-        x, value = _forward(field, x, differentiable)
+    def rates(self, value: Tensor, x: Tensor, probes: Tensor, differentiable: bool) -> Tensor:
         products = _products(value, x, probes, differentiable)
         estimates = (products * probes.flatten(2)).sum(2)
-        columns = torch.cat([estimates, products[:, 0]], 1) if self.count == 1 else estimates
-        return (value if differentiable else value.detach()), columns
+        return torch.cat([estimates, products[:, 0]], 1) if self.count == 1 else estimates
 
     def summarise(self, columns: Tensor, probes: Tensor) -> tuple[Tensor, Tensor]:
         if self.count > 1:
@@ -184,11 +180,10 @@ class HutchPlusPlus(Divergence):
     """
 
     def __init__(self, sketch: int = 4, probes: int = 4, level: float = 0.3):
-        if sketch < 1 or probes < 2 or not level > 0:
-            raise ValueError(
-                f"HutchPlusPlus needs sketch >= 1, probes >= 2 and level > 0; got {sketch}, {probes} and {level}."
-            )
-        self.sketch, self.count, self.level = int(sketch), int(probes), float(level)
+        if not level > 0:
+            raise ValueError(f"HutchPlusPlus's level is a noise σ/α > 0; got {level}.")
+        self.sketch, self.level = whole(sketch, "HutchPlusPlus's sketch"), float(level)
+        self.count = whole(probes, "HutchPlusPlus's number of probes", 2)
 
     def probes(self, x: Tensor, rng: Rng, denoised: Denoised | None = None) -> Tensor:
         if denoised is None:
@@ -204,15 +199,12 @@ class HutchPlusPlus(Divergence):
         total = self.count + min(self.sketch, dims) ** 2
         return total, total
 
-    def __call__(
-        self, field: Field, x: Tensor, probes: Tensor, *, differentiable: bool = False
-    ) -> tuple[Tensor, Tensor]:
-        x, value = _forward(field, x, differentiable)
+    def rates(self, value: Tensor, x: Tensor, probes: Tensor, differentiable: bool) -> Tensor:
         products, flat = _products(value, x, probes, differentiable), probes.flatten(2)
         k = flat.shape[1] - self.count
         forms = (products[:, k:] * flat[:, k:]).sum(2)
         inner = products[:, :k] @ flat[:, :k].mT  # QᵀMQ
-        return (value if differentiable else value.detach()), torch.cat([forms, inner.flatten(1)], 1)
+        return torch.cat([forms, inner.flatten(1)], 1)
 
     def summarise(self, columns: Tensor, probes: Tensor) -> tuple[Tensor, Tensor]:
         flat = probes.flatten(2)

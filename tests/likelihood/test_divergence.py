@@ -234,14 +234,18 @@ def test_a_constant_field_has_no_divergence() -> None:
 
 
 def test_arguments_are_checked() -> None:
-    with pytest.raises(ValueError, match="chunk >= 1"):
+    with pytest.raises(ValueError, match="Exact's chunk is a whole number of at least 1; got 0"):
         Exact(0)
-    with pytest.raises(ValueError, match="at least one probe"):
+    with pytest.raises(ValueError, match="Hutchinson's number of probes is a whole number of at least 1; got 0"):
         Hutchinson(0)
     with pytest.raises(ValueError, match="'rademacher' or 'gaussian'"):
         Hutchinson(1, "uniform")
-    for wrong in ({"sketch": 0}, {"probes": 1}, {"level": 0.0}):
-        with pytest.raises(ValueError, match="HutchPlusPlus needs"):
-            HutchPlusPlus(**wrong)
+    for wrong, message in (
+        ({"sketch": 0}, "at least 1; got 0"),
+        ({"probes": 1}, "at least 2"),
+        ({"level": 0.0}, "> 0"),
+    ):
+        with pytest.raises(ValueError, match=f"HutchPlusPlus's .*{message}"):
+            HutchPlusPlus(**{name: value})
     with pytest.raises(ValueError, match="looks at the model first"):
         HutchPlusPlus().probes(torch.zeros(2, 3), Rng(0))
