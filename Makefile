@@ -6,15 +6,29 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 LOCKED := $(PIP) --require-hashes --no-deps --no-build-isolation --requirement requirements
 
-.PHONY: demo test lint lock reliability clean
+.PHONY: demo check test lint lock reliability clean
 
 # Train, sample and evaluate on scikit-learn's digits; ends by printing where the results are.
 demo: $(VENV)/.installed
 	$(BIN)/scoresde-train experiment=demo
 
-# A worker a core; one that has nothing left takes tests from another.
+# A worker for every core; one that has nothing left takes tests from another.
+PYTEST := $(BIN)/python -m pytest -n auto --dist worksteal
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest -n auto --dist worksteal
+	$(PYTEST)
+
+# For the inner loop, about a minute: lint, and the part of the tests that CONTRIBUTING.md describes.
+CHECKED := test_architecture.py test_broadcast.py test_ode.py noise ops diffusion/test_denoiser.py diffusion/test_grids.py \
+	diffusion/test_mixture.py diffusion/test_parameterization.py diffusion/test_prediction.py diffusion/test_sde.py \
+	diffusion/test_table.py nn/test_nn.py losses/test_loss.py guidance/test_tilt.py likelihood/test_classify.py \
+	likelihood/test_divergence.py likelihood/test_likelihood.py::test_the_error_follows_the_tolerance \
+	inverse/test_observation.py data/test_data.py sampling/test_sampler.py sampling/test_steps.py sampling/test_edit.py \
+	sampling/test_moments.py::test_images_land_on_the_moments runs/test_checkpoint.py runs/test_runs.py \
+	runs/test_posthoc.py train/test_trainer.py train/test_tally.py train/test_ema.py train/test_scale.py \
+	evaluate/test_figures.py sweep/test_page.py cli/test_train_command.py::test_the_best_checkpoints_stay \
+	kernels/test_kernel_launcher.py kernels/test_kernel_switch.py
+check: lint
+	$(PYTEST) $(addprefix tests/,$(CHECKED))
 
 lint: $(VENV)/.linters
 	$(BIN)/ruff check .

@@ -75,7 +75,6 @@ SDE_STEPS: dict[str, Multistep] = {
     }.items()
 }
 each_ode = pytest.mark.parametrize("step", ODES.values(), ids=ODES.keys())
-each_noisy = pytest.mark.parametrize("step", SDE_STEPS.values(), ids=SDE_STEPS.keys())
 # Every method on every SDE, and at every eta on one of them: the etas change from SDE to SDE.
 noisy_in_turn = pytest.mark.parametrize(
     ("name", "step"),
@@ -154,8 +153,7 @@ def test_gaussian_data_of_the_assumed_spread_are_exact_in_one_step(name, eta) ->
     assert (std > 0) == (eta > 0)
 
 
-@each_sde
-@each_noisy
+@noisy_in_turn
 def test_mean_and_variance_converge(name, step) -> None:
     """On a Gaussian the end point is affine in x_T and in the noise of every step, so its moments are exact sums.
 
