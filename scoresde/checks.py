@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from typing import Any
 
@@ -22,3 +23,14 @@ def whole(value: Any, name: str, least: int = 1, *, otherwise: str = "") -> int:
     if number < least:
         raise ValueError(f"{name} is {expected}; got {number}.")
     return number
+
+
+def positive(value: Any, name: str, what: str = "a number") -> float:
+    """`value` as a float, where it is finite and above 0.
+
+    Raises:
+        ValueError: it is not; the message calls it `name`, and says `what` it is.
+    """
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name} is {what}, > 0 and finite; got {value}.")
+    return float(value)

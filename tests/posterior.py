@@ -58,7 +58,7 @@ def _log_normal(residual: Tensor, cov: Tensor) -> Tensor:
     return -0.5 * (white**2).sum(0) - factor.diagonal().log().sum() - 0.5 * len(cov) * math.log(2 * math.pi)
 
 
-class Told(Denoiser):
+class Shifted(Denoiser):
     """The prior's prediction, shifted by the exact ∇ log p(y | x_t)."""
 
     def __init__(self, prior: GaussianMixtureDenoiser, a: Tensor, y: Tensor, std: float):

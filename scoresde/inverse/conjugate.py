@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..broadcast import expand_as_batch
+from ..checks import whole
 
 Product = Callable[[Tensor], Tensor]
 """S v for v (B, *y), linear and symmetric within each sample."""
@@ -18,17 +19,17 @@ def conjugate_gradients(
 ) -> Tensor:
     r"""u with S u = b for a symmetric S ⪰ 0, from u = 0, in float64 (Hestenes & Stiefel 1952).
 
-    In exact arithmetic done after as many iterations as S has distinct eigenvalues. A sample rests when its residual
-    is below `tolerance` ‖b‖, or where vᵀS v ≤ 0. A network's Jacobian need be neither symmetric nor positive; then
-    iterates lead anywhere, so that of the least residual is returned. Under `torch.compile` the loop is unrolled, with
-    all its iterations; a strict solve breaks the graph instead, as it has to look at its numbers.
+    In exact arithmetic it ends after as many iterations as S has distinct eigenvalues. A sample stops when its residual
+    is below `tolerance` ‖b‖, or where vᵀS v ≤ 0. A network's Jacobian need be neither symmetric nor positive, and then
+    iterates can go anywhere, so the one with the least residual is returned. Under `torch.compile` the loop is unrolled
+    with all its iterations; a strict solve breaks the graph instead, because it has to look at its numbers.
 
     Args:
         product: S v.
         b: (B, *y).
-        iterations: the most of them, ≥ 1.
-        tolerance: of ‖S u − b‖/‖b‖, ≥ 0.
-        strict: raise where that is not reached.
+        iterations: the most that are made, ≥ 1.
+        tolerance: on ‖S u − b‖/‖b‖, ≥ 0.
+        strict: raise an error where the tolerance is not reached.
 
     Returns:
         u, float64 (B, *y).
@@ -43,7 +44,7 @@ def conjugate_gradients(
     best, least = u, size
     for _ in range(iterations):
         moving = moving & (size > goal)
-        # a compiled graph has no way out of a loop; there all iterations are made, but for a strict solve
+        # a compiled graph has no way out of a loop, so there all iterations are made, except in a strict solve
         if (strict or not torch.compiler.is_compiling()) and not bool(moving.any()):
             break
         image = product(direction).double()
@@ -68,18 +69,19 @@ def conjugate_gradients(
 
 
 def checked(iterations: int, tolerance: float) -> tuple[int, float]:
-    """The arguments of a solve, or a ValueError."""
-    if iterations < 1 or iterations != int(iterations) or not 0 < tolerance < 1:
-        raise ValueError(f"iterations >= 1, whole, and 0 < tolerance < 1; got {iterations} and {tolerance}.")
-    return int(iterations), float(tolerance)
+    """Both arguments of a solve, or a ValueError."""
+    if not 0 < tolerance < 1:
+        raise ValueError(f"A relative residual needs 0 < tolerance < 1; got {tolerance}.")
+    return whole(iterations, "iterations"), float(tolerance)
 
 
 def solve(product: Product, variance: Tensor, b: Tensor, *, iterations: int, tolerance: float) -> tuple[Tensor, Tensor]:
     r"""u = (diag(variance) + P)⁻¹ b and log det of that matrix.
 
-    Where y has at most `iterations` entries, P is written out by as many products, its symmetric part is taken, and
-    both are exact. Else u is by conjugate gradients, and log det that of diag(variance), its limit as P → 0. What it
-    leaves out is the same for all samples of a Gaussian prior; a guess from b or a probe would be noise between them.
+    Where b has at most `iterations` entries, P is written out by as many products, its symmetric part is taken, and
+    both results are exact. Otherwise u comes from conjugate gradients, and log det is that of diag(variance), its limit
+    as P → 0. What this leaves out is the same for all samples of a Gaussian prior; an estimate from b or from a probe
+    would differ between samples by its noise.
 
     Args:
         product: P v, P ⪰ 0.
@@ -98,10 +100,10 @@ def solve(product: Product, variance: Tensor, b: Tensor, *, iterations: int, tol
     basis = torch.eye(size, dtype=torch.float64, device=b.device).reshape(size, 1, *b.shape[1:])
     matrix = torch.stack([product(row.expand(b.shape)).double().flatten(1) for row in basis], 1)
     matrix = 0.5 * (matrix + matrix.mT)
-    # a sample that is not finite has NaN for its answer: it shall not take the others with it
+    # a sample that is not finite gets NaN, and must not make the factorisation of the others fail
     sound = torch.isfinite(matrix).all((1, 2), keepdim=True)
     matrix = torch.where(sound, matrix, 0.0)
-    # the Jacobian of a network has eigenvalues below 0 where it errs; their size says how much, and stands for them
+    # where a network errs its Jacobian has negative eigenvalues; their size measures the error, and takes their place
     values, vectors = torch.linalg.eigh(matrix.detach())
     lift = 2 * (-values).clamp(min=0) + 1e-10 * values.abs().mean(1, keepdim=True) + 1e-16
     matrix = matrix + vectors @ (lift[..., None] * vectors.mT) + torch.diag_embed(variance.flatten(1))

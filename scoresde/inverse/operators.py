@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..checks import whole
+from ..checks import positive, whole
 from ..noise.rng import Rng
 
 
@@ -33,13 +33,13 @@ class Operator(nn.Module, abc.ABC):
 
 
 class Mask(Operator):
-    """x where the mask is, 0 elsewhere: the missing part of an image. There y is of no account; let it be 0.
+    """x where the mask is 1, and 0 elsewhere: the missing part of an image. There y has no effect; let it be 0.
 
     Args:
         mask: True (or 1) where x is seen; of the event shape or one that broadcasts to it, or (B, *event).
 
     Raises:
-        ValueError: values other than 0 and 1, or none seen.
+        ValueError: values other than 0 and 1, or a mask that hides everything.
     """
 
     def __init__(self, mask: Tensor):
@@ -62,7 +62,7 @@ class DownSample(Operator):
     """The mean of each block of `factor` entries along every axis of space: a coarser image.
 
     Args:
-        factor: ≥ 1; it divides those axes.
+        factor: ≥ 1; the sizes of those axes are multiples of it.
     """
 
     def __init__(self, factor: int):
@@ -82,7 +82,7 @@ class Blur(Operator):
 
     Args:
         std: of a Gaussian kernel, in entries, > 0, cut off at 4 std; or the kernel itself, (k,) with k odd.
-        edges: "reflect" or "circular": what lies beyond them.
+        edges: "reflect" or "circular": how x continues beyond its edges.
     """
 
     def __init__(self, std: float | Tensor, edges: str = "reflect"):
@@ -92,8 +92,7 @@ class Blur(Operator):
         if isinstance(std, Tensor):
             kernel = std
         else:
-            if not 0 < std < math.inf:
-                raise ValueError(f"std is the width of a Gaussian in entries, > 0; got {std}.")
+            std = positive(std, "std", "the width of a Gaussian in entries")
             reach = math.ceil(4 * std)
             kernel = torch.exp(-0.5 * (torch.arange(-reach, reach + 1, dtype=torch.float64) / std) ** 2)
             kernel = kernel / kernel.sum()
@@ -116,7 +115,7 @@ class Blur(Operator):
 
 
 class ColourMix(Operator):
-    """Each pixel's channels, mixed: y_k = Σ_c m_kc x_c.
+    """The channels of each pixel, mixed: y_k = Σ_c m_kc x_c.
 
     Args:
         matrix: (K, C).
@@ -153,7 +152,7 @@ class RandomProjection(Operator):
         rng: draws the matrix; default `Rng(0)`.
 
     Raises:
-        ValueError: rows or a shape that are no whole numbers of at least 1.
+        ValueError: rows or sizes that are not whole numbers of at least 1.
     """
 
     def __init__(self, rows: int, event_shape: Sequence[int], rng: Rng | None = None):
@@ -174,10 +173,10 @@ class RandomProjection(Operator):
 
 
 class Magnitude(Operator):
-    """|F x|, without its phase. Not linear.
+    """|F x|, the magnitude of a transform without its phase. Not linear.
 
     Args:
-        transform: F, any function whose values are real or complex; default the unitary Fourier transform over space.
+        transform: F, any function with real or complex values; by default the unitary Fourier transform over space.
     """
 
     linear = False
@@ -191,10 +190,10 @@ class Magnitude(Operator):
 
 
 class Compose(Operator):
-    """One after the other: Compose(Blur(1.0), DownSample(4)) blurs first. Linear where all of them are.
+    """Operators one after the other: Compose(Blur(1.0), DownSample(4)) blurs first. Linear where all of them are.
 
     Args:
-        operators: any functions; those that do not say `linear` are taken not to be.
+        operators: any functions; those without an attribute `linear` count as not linear.
     """
 
     def __init__(self, *operators: Callable[[Tensor], Tensor]):
@@ -212,7 +211,7 @@ class Compose(Operator):
 
 
 def _counts(sizes: object) -> bool:
-    """Whether they are whole numbers of at least 1, and one at least."""
+    """Whether `sizes` are whole numbers of at least 1, and not empty."""
     return isinstance(sizes, Sequence) and len(sizes) > 0 and all(isinstance(n, Integral) and int(n) > 0 for n in sizes)
 
 

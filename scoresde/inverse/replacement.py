@@ -12,8 +12,7 @@ from ..checks import whole
 from ..diffusion.denoiser import Cond, Denoiser
 from ..noise.rng import Rng
 from ..ops import lincomb
-from ..sampling import Step
-from ..sampling.sampler import State
+from ..sampling.sampler import State, Step
 from .conjugate import checked
 from .observation import Observation
 
@@ -22,20 +21,22 @@ class Replacement(Step):
     r"""A step, and then x_s + A⁺(α y + α std η + σ A z − A x_s), η, z ~ N(0, I), for a linear A.
 
     (Song et al. 2021, App. I.2 and I.4, for std = 0; with noise, what was seen is drawn from N(y, std²).) The network
-    is told of y only by what stands at x_s, so its part that is not seen is drawn given the noised y of that time, not
-    y, and of the other it knows late. Bias: samples fit y, and are less coherent with it than the posterior; the
-    prior of the part that is seen is left out, which counts where std is not small. No derivative of the network.
+    learns of y only through x_s, so the part that is not seen is drawn given the noised y of that time instead of y.
+    Bias: samples fit y, and are less coherent with it than the posterior; the prior of the part that is seen is left
+    out, which counts where std is not small. No derivative of the network is needed.
 
-    It needs moves that are short: steps that go from noise to data in one call, as adaptive ones, are refused. Under
-    `torch.compile` A⁺ breaks the graph, as it goes on until it is reached.
+    Moves have to be short: steps that go from noise to data in one call, such as adaptive ones, are refused. Under
+    `torch.compile` A⁺ breaks the graph, because its loop ends only at the tolerance.
 
     Args:
-        step: the move, of any kind but those.
+        step: the move, of fixed size.
         observation: of a linear A.
-        iterations, tolerance: of the conjugate gradients that make A⁺; of one iteration where AAᵀ is a number.
+        iterations, tolerance: of the conjugate gradients that apply A⁺; they take one iteration where AAᵀ is a multiple
+            of the identity.
 
     Raises:
-        ValueError: an adaptive step, or an A that is not linear. RuntimeError: A⁺ is not reached, see `conjugate`.
+        ValueError: an adaptive step, or an A that is not linear.
+        RuntimeError: A⁺ does not reach the tolerance, see `conjugate`.
     """
 
     def __init__(self, step: Step, observation: Observation, *, iterations: int = 500, tolerance: float = 1e-4):
@@ -71,7 +72,7 @@ class Replacement(Step):
 
 
 class Segment(NamedTuple):
-    """The inner step's state, and the times since the last jump."""
+    """The state of the inner step, and the times since the last jump."""
 
     state: State
     times: tuple[Tensor, ...]
@@ -81,18 +82,18 @@ class RePaint(Step):
     r"""RePaint (Lugmayr et al. 2022, alg. 1 and App. B): `Replacement`, and after every `jump` steps `repeats` − 1
     times the forward SDE back over them and the steps again.
 
-    The noise makes what is not seen forget, so that it is drawn anew beside what is: r → ∞ is a Gibbs sampler of each
-    noise level, which removes the incoherence of `Replacement` and not its other biases. Steps at the end of a grid
-    that do not fill a jump are taken once.
+    The noise erases the part that is not seen, which is then drawn anew beside the part that is: as `repeats` grows
+    this becomes a Gibbs sampler of each noise level, which removes the incoherence of `Replacement` and not its other
+    biases. Steps at the end of a grid that do not fill a jump are taken once.
 
     Args:
         step, observation: as in `Replacement`.
         jump: steps of a jump, ≥ 1.
-        repeats: times that each step is taken, ≥ 1; the number of network calls is as many times that of `step`.
+        repeats: times that each step is taken, ≥ 1; network calls grow by that factor.
         iterations, tolerance: as in `Replacement`.
 
     Attributes:
-        evaluations: those of a step that does not jump; `count` has those of a run.
+        evaluations: network calls of a step without a jump; `count` gives those of a run.
     """
 
     def __init__(
@@ -110,9 +111,8 @@ class RePaint(Step):
         self.order, self.evaluations, self.default_steps = step.order, step.evaluations, step.default_steps
 
     def count(self, steps: int) -> int | None:
-        whole = self.step.count(steps)
-        again = self.step.count(self.jump)
-        return None if whole is None or again is None else whole + steps // self.jump * (self.repeats - 1) * again
+        once, again = self.step.count(steps), self.step.count(self.jump)
+        return None if once is None or again is None else once + steps // self.jump * (self.repeats - 1) * again
 
     def init(self, x: Tensor) -> State:
         return Segment(self.step.init(x), ())

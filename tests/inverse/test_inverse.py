@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 import torch
 from oracles import all_sdes, data_moments, mean_and_stderr, mixture, start, times
-from posterior import Told, log_evidence, matrix, mode_weights, observed, posterior
+from posterior import Shifted, log_evidence, matrix, mode_weights, observed, posterior
 from torch import Tensor
 
 import scoresde
@@ -96,12 +96,12 @@ def test_a_gaussian_prior_is_solved_exactly(method, covariance, sde) -> None:
     exact = posterior(prior, a, y, 0.1)
     for t in times(sde, 3, ends=True):
         x = start(prior, t, 4)
-        got, want = method(prior, seen).look(x, t), exact(x, t)
-        torch.testing.assert_close(got.told.x0, want.x0, rtol=1e-6, atol=1e-7)
-        torch.testing.assert_close(got.told.eps, want.eps, rtol=1e-6, atol=1e-6)
-        assert torch.equal(got.plain.x0, prior(x, t).x0)
+        got, want = method(prior, seen).predict(x, t), exact(x, t)
+        torch.testing.assert_close(got.posterior.x0, want.x0, rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(got.posterior.eps, want.eps, rtol=1e-6, atol=1e-6)
+        assert torch.equal(got.prior.x0, prior(x, t).x0)
         both = method(prior, seen)(x, t.expand(4))  # times of their own
-        torch.testing.assert_close(both.eps, got.told.eps)
+        torch.testing.assert_close(both.eps, got.posterior.eps)
         if not by_products:
             torch.testing.assert_close(got.log_prob, log_evidence(prior, a, y, 0.1, x, t), rtol=1e-6, atol=1e-5)
 
@@ -115,14 +115,14 @@ def test_what_is_painted_into_a_hole_is_of_no_account(method) -> None:
     plain, painted = (method(prior, Observation(z, Mask(mask))) for z in (y * mask, y * mask + 3 * ~mask))
     for t in times(sde, 3):
         x = start(prior, t, 2)
-        got, want = painted.look(x, t), plain.look(x, t)
-        torch.testing.assert_close(got.told.x0, want.told.x0, rtol=0, atol=0)
+        got, want = painted.predict(x, t), plain.predict(x, t)
+        torch.testing.assert_close(got.posterior.x0, want.posterior.x0, rtol=0, atol=0)
         torch.testing.assert_close(got.log_prob, want.log_prob, rtol=0, atol=0)
     x = Sampler(scoresde.DDIM(eta=1.0), LogisticGrid(), 20)(painted, (4, 100), rng=Rng(2))
     assert (x - y)[:, mask].abs().max() < 1e-4  # t_min
 
 
-def test_free_guidance_goes_around_what_is_told_of_y() -> None:
+def test_free_guidance_goes_around_a_posterior_denoiser() -> None:
     """y goes to both branches, and the label to one: as if y were the Observation's own."""
     torch.manual_seed(0)
     network = scoresde.nn.MLP((3,), width=8, depth=1, classes=2, cond_dropout=0.1).double().eval()
@@ -131,10 +131,10 @@ def test_free_guidance_goes_around_what_is_told_of_y() -> None:
     y, label = torch.tensor([[0.3], [-0.2]], dtype=torch.float64), torch.tensor([0, 1])
     operator, t = RandomProjection(1, (3,)), torch.tensor(0.4, dtype=torch.float64)
     x = torch.randn(2, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    plain, told = (PiGDM(model, Observation(y, operator, 0.1))(x, t, cond) for cond in (None, label))
+    without, conditional = (PiGDM(model, Observation(y, operator, 0.1))(x, t, cond) for cond in (None, label))
     free = PiGDM(model, Observation(None, operator, 0.1))
     for scale in (0.0, 0.5, 2.0):
-        want = plain.blend(told, scale)
+        want = without.blend(conditional, scale)
         for cond in ({"y": y, "cond": label}, {"y": y, "label": label}):
             got = scoresde.ClassifierFree(free, scale)(x, t, cond)
             torch.testing.assert_close(got.x0, want.x0)
@@ -145,11 +145,11 @@ def test_the_oracle_is_bayes_rule(sde) -> None:
     """Two derivations of one mixture: the prior shifted by ∇ log p(y|x_t), and the posterior's own denoiser."""
     prior = mixture(sde, (4,), 3, seed=1)
     _, a, y = observed(prior, RandomProjection(2, (4,)), 0.2)
-    exact, told = posterior(prior, a, y, 0.2), Told(prior, a, y, 0.2)
+    exact, found = posterior(prior, a, y, 0.2), Shifted(prior, a, y, 0.2)
     for t in times(sde, 3):
         x = start(prior, t, 4)
-        torch.testing.assert_close(told(x, t).x0, exact(x, t).x0, rtol=1e-7, atol=1e-8)
-        torch.testing.assert_close(told(x, t).eps, exact(x, t).eps, rtol=1e-7, atol=1e-8)
+        torch.testing.assert_close(found(x, t).x0, exact(x, t).x0, rtol=1e-7, atol=1e-8)
+        torch.testing.assert_close(found(x, t).eps, exact(x, t).eps, rtol=1e-7, atol=1e-8)
 
 
 @each_sde
@@ -160,16 +160,16 @@ def test_mmps_has_the_exact_covariance_under_every_sde(sde) -> None:
     for t in times(sde, 3):
         alpha, sigma = sde.marginal(t)
         x = start(prior, t, 2)
-        look = MMPS(prior, seen).look(x, t)
+        found = MMPS(prior, seen).predict(x, t)
         for k in range(2):
             given = posterior(prior, alpha * torch.eye(4, dtype=torch.float64), x[k], float(sigma))
             mean, cov = data_moments(given)
             s = cov + 0.09 * torch.eye(4, dtype=torch.float64)
             want = mean - cov @ torch.linalg.solve(s, mean)
-            torch.testing.assert_close(look.plain.x0[k], mean, rtol=1e-6, atol=1e-7)
-            torch.testing.assert_close(look.told.x0[k], want, rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(found.prior.x0[k], mean, rtol=1e-6, atol=1e-7)
+            torch.testing.assert_close(found.posterior.x0[k], want, rtol=1e-5, atol=1e-6)
             log_prob = torch.distributions.MultivariateNormal(mean, s).log_prob(torch.zeros(4, dtype=torch.float64))
-            torch.testing.assert_close(look.log_prob[k], log_prob, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(found.log_prob[k], log_prob, rtol=1e-5, atol=1e-5)
 
 
 def test_products_with_the_jacobian_do_what_the_written_out_matrix_does() -> None:
@@ -192,11 +192,11 @@ def test_diffpir_is_the_minimiser(sde) -> None:
         x = start(prior, t, 3)
         alpha, sigma = sde.marginal(t)
         weight = 1.7 * (alpha / sigma) ** 2
-        plain, told = prior(x, t), DiffPIR(prior, seen, 1.7)(x, t)
+        plain, found = prior(x, t), DiffPIR(prior, seen, 1.7)(x, t)
         hessian = a.mT @ a / 0.09 + weight * torch.eye(5, dtype=torch.float64)
         want = torch.linalg.solve(hessian, (y @ a / 0.09 + weight * plain.x0).mT).mT
-        torch.testing.assert_close(told.x0, want, rtol=1e-5, atol=1e-6)
-        torch.testing.assert_close(alpha * told.x0 + sigma * told.eps, x, rtol=1e-8, atol=1e-8)
+        torch.testing.assert_close(found.x0, want, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(alpha * found.x0 + sigma * found.eps, x, rtol=1e-8, atol=1e-8)
 
 
 @pytest.mark.parametrize("linear", [True, False])
@@ -218,12 +218,12 @@ def test_dps_is_the_gradient_of_its_residual(linear) -> None:
     variance = (std**2 + residual @ slope @ cov @ slope.mT @ residual / residual.square().sum()).detach() / 0.8
     square = ((y - operator(plain.x0)) * mask.mask).square().sum()
     (delta,) = torch.autograd.grad(-square / (2 * variance), x)
-    look = DPS(prior, Observation(y, operator, std, linear=linear), 0.8).look(x.detach(), t)
+    found = DPS(prior, Observation(y, operator, std, linear=linear), 0.8).predict(x.detach(), t)
     want = plain.shift(delta)
-    torch.testing.assert_close(look.told.x0, want.x0.detach(), rtol=1e-8, atol=1e-9)
-    torch.testing.assert_close(look.told.eps, want.eps.detach(), rtol=1e-8, atol=1e-9)
+    torch.testing.assert_close(found.posterior.x0, want.x0.detach(), rtol=1e-8, atol=1e-9)
+    torch.testing.assert_close(found.posterior.eps, want.eps.detach(), rtol=1e-8, atol=1e-9)
     log_prob = torch.distributions.Normal(0.0, variance.sqrt()).log_prob(residual[[0, 3]]).sum()
-    torch.testing.assert_close(look.log_prob, log_prob[None].detach(), rtol=1e-8, atol=1e-9)
+    torch.testing.assert_close(found.log_prob, log_prob[None].detach(), rtol=1e-8, atol=1e-9)
 
 
 def test_an_operator_that_is_not_linear_is_taken_by_its_derivative() -> None:
@@ -282,9 +282,9 @@ def test_every_denoiser_runs_under_every_step_with_a_y_per_sample(method, step) 
     dimension, and the prior's mean is 1.5 of them away or more. Adaptive steps drop samples, and y goes along.
     """
     prior, operator, y = problem(VPSDE(), 8)
-    told = DENOISERS[method](prior, Observation(None, operator, 0.1))
+    given_y = DENOISERS[method](prior, Observation(None, operator, 0.1))
     sampler = Sampler(STEPS[step], LogisticGrid(1.0), 1 if STEPS[step].evaluations is None else 20)
-    x = sampler(told, (64, 3), cond={"y": y.repeat_interleave(8, 0)}, rng=Rng(1))
+    x = sampler(given_y, (64, 3), cond={"y": y.repeat_interleave(8, 0)}, rng=Rng(1))
     a, middle = matrix(operator, (3,)), data_moments(prior)[0]
     means = torch.stack([data_moments(posterior(prior, a, one, 0.1))[0] for one in y])
     got = x.double().reshape(8, 8, 3).mean(1)
@@ -394,22 +394,22 @@ def test_the_network_is_called_once_per_evaluation(name) -> None:
     assert counted.evaluations == sampler.evaluations
 
 
-def test_a_told_denoiser_compiles_whole() -> None:
+def test_a_posterior_denoiser_compiles_whole() -> None:
     """One graph, and the same numbers: MMPS, which has all that others have."""
     _, operator, y = problem(VPSDE(), 2)
     torch.manual_seed(0)
     network = torch.nn.Sequential(torch.nn.Linear(3, 16), torch.nn.SiLU(), torch.nn.Linear(16, 3)).double()
     model = scoresde.Preconditioned(lambda x, c: network(x), VPSDE(), scoresde.EDM(1.0))
-    told = MMPS(model, Observation(y, operator, 0.1))
+    found = MMPS(model, Observation(y, operator, 0.1))
     x, t = Rng(0).normal((2, 3), dtype=torch.float64), torch.tensor(0.4, dtype=torch.float64)
-    want = told(x, t)  # tries the operator
-    compiled = torch.compile(lambda x: told(x, t).x0, backend="aot_eager", fullgraph=True)
+    want = found(x, t)  # tries the operator
+    compiled = torch.compile(lambda x: found(x, t).x0, backend="aot_eager", fullgraph=True)
     with torch.no_grad():
         torch.testing.assert_close(compiled(x), want.x0, rtol=1e-6, atol=1e-8)
 
 
 @pytest.mark.parametrize("sde", [VPSDE(), VESDE()], ids=["vp", "ve"])
-def test_the_likelihood_of_a_told_denoiser_is_the_posteriors(sde) -> None:
+def test_the_likelihood_of_a_posterior_denoiser_is_the_posteriors(sde) -> None:
     """log p(x_0|y) of a Gaussian prior by the guided probability flow, divergence exact, to 1e-3 nats.
 
     What y makes of the prior at t_max, 0.004 (VP) and 0.011 nats (VE) in the mean, is in it; it costs one call, which
@@ -420,12 +420,12 @@ def test_the_likelihood_of_a_told_denoiser_is_the_posteriors(sde) -> None:
     exact = posterior(prior, a, y, 0.3)
     x0 = exact.sample(4, rng=Rng(0), dtype=torch.float64)
     inside, t = CountingDenoiser(prior), torch.tensor(sde.t_min, dtype=torch.float64)
-    told = MMPS(inside, seen)
-    found = log_likelihood(told, x0, divergence=Exact(), solver=Tolerance(1e-5, 1e-5))
+    guided = MMPS(inside, seen)
+    found = log_likelihood(guided, x0, divergence=Exact(), solver=Tolerance(1e-5, 1e-5))
     torch.testing.assert_close(found.log_prob, exact.log_prob(x0, t), rtol=0, atol=1e-3)
     assert inside.evaluations == found.evaluations
     inside.evaluations = 0
-    x, drawn = sample_with_log_prob(told, (4, 3), divergence=Exact(), solver=Budget(60), rng=Rng(1))
+    x, drawn = sample_with_log_prob(guided, (4, 3), divergence=Exact(), solver=Budget(60), rng=Rng(1))
     torch.testing.assert_close(drawn.log_prob, exact.log_prob(x.double(), t), rtol=0, atol=3e-3)
     assert inside.evaluations == drawn.evaluations == 60
     # a y for each, beside what else there is, in a bound that is then one of the posterior
@@ -441,7 +441,7 @@ def test_the_likelihood_of_a_told_denoiser_is_the_posteriors(sde) -> None:
 TWISTS = {
     "MMPS": MMPS,
     "DPS": DPS,
-    "PiGDM of a wrong spread": partial(PiGDM, sigma_data=0.5),
+    "PiGDM of a wrong sigma_data": partial(PiGDM, sigma_data=0.5),
     "DiffPIR, no gradient": DiffPIR,
 }
 
@@ -516,10 +516,10 @@ def test_resampling_draws_as_often_as_weights_say() -> None:
 
 
 def test_particles_that_were_moved_by_others_begin_anew() -> None:
-    """A corrector in between, told of y by the same method: the law is still the posterior's."""
+    """A corrector for the same posterior in between: the law is still the posterior's."""
     prior, seen, exact = two_modes(VPSDE())
 
-    class Told(Step):
+    class Corrector(Step):
         order, evaluations = 0.0, 1
 
         def __call__(self, denoiser, x, t, s, state, *, cond, rng):
@@ -529,7 +529,7 @@ def test_particles_that_were_moved_by_others_begin_anew() -> None:
         def count(self, steps):
             return None
 
-    step = Both(TwistedSMC(seen, method=DPS), Told())
+    step = Both(TwistedSMC(seen, method=DPS), Corrector())
     x = Sampler(step, LogisticGrid(prior.sigma_data), 40)(prior, (1000, 2), rng=Rng(5))
     weights, want = mode_weights(exact, x), exact.log_weights.exp()
     assert abs(float(weights[0] - want[0])) < 4.5 * math.sqrt(0.25 / 350) + 0.03
@@ -583,11 +583,11 @@ def test_arguments_out_of_range_are_refused() -> None:
     seen = Observation(y, operator, 0.1)
     for words, make in {
         "sigma_data is": lambda: PiGDM(prior, seen, sigma_data=0.0),
-        "iterations >= 1": lambda: MMPS(prior, seen, iterations=0),
+        "iterations is a whole number of at least 1": lambda: MMPS(prior, seen, iterations=0),
         "0 < tolerance < 1": lambda: TMPD(prior, seen, tolerance=1.0),
         "scale is": lambda: DPS(prior, seen, scale=0.0),
         "weight is": lambda: DiffPIR(prior, seen, weight=-1.0),
-        "jump and repeats": lambda: RePaint(Ancestral(), seen, jump=0),
+        "jump is a whole number of at least 1": lambda: RePaint(Ancestral(), seen, jump=0),
         "linear operator": lambda: Replacement(Ancestral(), Observation(y, Magnitude(), 0.1)),
     }.items():
         with pytest.raises(ValueError, match=words):
