@@ -55,6 +55,13 @@ class SolverError(RuntimeError):
         super().__init__(f"{reason}{where} after {evaluations} evaluations{which}.")
 
 
+def check_finite(x: Tensor, reason: str, *, t: float | None = None, evaluations: int = 0) -> None:
+    """Raises a SolverError that names the samples of `x` (B, *event) with values that are not finite."""
+    bad = (~torch.isfinite(x).flatten(1).all(1)).nonzero().flatten().tolist()
+    if bad:
+        raise SolverError(reason, t=t, evaluations=evaluations, samples=bad)
+
+
 def log_ratio(sde: SDE, t: Tensor) -> Tensor:
     """u = log(σ/α) = −λ/2 at t."""
     return -0.5 * sde.log_snr(t)
@@ -124,9 +131,7 @@ def integrate(
         ValueError: unknown backend or method, tolerances that are not positive.
     """
     method = check_solver(backend, method, rtol, atol)
-    if not bool(torch.isfinite(y0).all()):
-        bad = (~torch.isfinite(y0).all(1)).nonzero().flatten().tolist()
-        raise SolverError("The state is not finite before the solve", t=time(u0), samples=bad)
+    check_finite(y0, "The state is not finite before the solve", t=time(u0))
     count = _Counted(rhs, max_evaluations, time)
     if backend == "native":
         y1 = _dormand_prince(count, y0, u0, u1, rtol, atol, blocks or [y0.shape[1]], watch)
@@ -134,9 +139,7 @@ def integrate(
         y1 = _torchdiffeq(count, y0, u0, u1, rtol, atol, method, fixed_steps)
     else:
         y1 = _scipy(count, y0, u0, u1, rtol, atol, method)
-    bad = (~torch.isfinite(y1).all(1)).nonzero().flatten().tolist()
-    if bad:
-        raise SolverError("The solution is not finite", t=time(u1), evaluations=count.evaluations, samples=bad)
+    check_finite(y1, "The solution is not finite", t=time(u1), evaluations=count.evaluations)
     return y1
 
 
@@ -150,9 +153,15 @@ def check_solver(backend: str, method: str | None, rtol: float, atol: float) -> 
         raise ValueError(
             f"backend={backend!r} has no method {method!r}; choose one of {', '.join(METHODS[backend])}.{elsewhere}"
         )
+    check_tolerances(rtol, atol)
+    return method or next(iter(METHODS[backend]))
+
+
+def check_tolerances(rtol: float, atol: float) -> tuple[float, float]:
+    """Both, or a ValueError where one is not positive."""
     if not (rtol > 0 and atol > 0):
         raise ValueError(f"Tolerances rtol and atol are positive; got rtol={rtol}, atol={atol}.")
-    return method or next(iter(METHODS[backend]))
+    return float(rtol), float(atol)
 
 
 class _Counted:

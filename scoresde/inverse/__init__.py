@@ -1,10 +1,10 @@
-r"""Inverse problems: samples of p(x_0 | y), y = A(x_0) + noise, by telling a denoiser of y.
+r"""Inverse problems: samples of p(x_0 | y), y = A(x_0) + noise, from a denoiser of p(x_0).
 
     seen = Observation(y, Mask(mask), std=0.05)
     x = Sampler(DDIM(eta=1.0), steps=100)(MMPS(denoiser, seen), shape)
 
-Which one? `MMPS` where its backward passes can be paid for, `PiGDM` where not, `DiffPIR` where none can;
-`TwistedSMC` around one of them where the posterior has to be right.
+Take `MMPS` where its backward passes are affordable, `PiGDM` where one is, `DiffPIR` where none is, and `TwistedSMC`
+around one of them where the posterior has to be right.
 """
 
 from .gaussian import DPS, MMPS, TMPD, DiffPIR, PiGDM

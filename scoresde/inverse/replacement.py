@@ -12,12 +12,12 @@ from ..checks import whole
 from ..diffusion.denoiser import Cond, Denoiser
 from ..noise.rng import Rng
 from ..ops import lincomb
-from ..sampling.sampler import State, Step
+from ..sampling.sampler import State, Step, StepWrapper
 from .conjugate import checked
 from .observation import Observation
 
 
-class Replacement(Step):
+class Replacement(StepWrapper):
     r"""A step, and then x_s + A⁺(α y + α std η + σ A z − A x_s), η, z ~ N(0, I), for a linear A.
 
     (Song et al. 2021, App. I.2 and I.4, for std = 0; with noise, what was seen is drawn from N(y, std²).) The network
@@ -47,15 +47,9 @@ class Replacement(Step):
             )
         if not observation.linear:
             raise ValueError("Replacement needs a linear operator; say linear=True, or take PiGDM, MMPS or DPS.")
-        self.step, self.observation = step, observation
+        super().__init__(step)
+        self.observation = observation
         self.iterations, self.tolerance = checked(iterations, tolerance)
-        self.order, self.evaluations, self.default_steps = step.order, step.evaluations, step.default_steps
-
-    def init(self, x: Tensor) -> State:
-        return self.step.init(x)
-
-    def count(self, steps: int) -> int | None:
-        return self.step.count(steps)
 
     def __call__(
         self, denoiser: Denoiser, x: Tensor, t: Tensor, s: Tensor, state: State, *, cond: Cond, rng: Rng
@@ -78,7 +72,7 @@ class Segment(NamedTuple):
     times: tuple[Tensor, ...]
 
 
-class RePaint(Step):
+class RePaint(StepWrapper):
     r"""RePaint (Lugmayr et al. 2022, alg. 1 and App. B): `Replacement`, and after every `jump` steps `repeats` − 1
     times the forward SDE back over them and the steps again.
 
@@ -106,9 +100,8 @@ class RePaint(Step):
         iterations: int = 500,
         tolerance: float = 1e-4,
     ):
-        self.step = Replacement(step, observation, iterations=iterations, tolerance=tolerance)
+        super().__init__(Replacement(step, observation, iterations=iterations, tolerance=tolerance))
         self.jump, self.repeats = whole(jump, "jump"), whole(repeats, "repeats")
-        self.order, self.evaluations, self.default_steps = step.order, step.evaluations, step.default_steps
 
     def count(self, steps: int) -> int | None:
         once, again = self.step.count(steps), self.step.count(self.jump)

@@ -6,15 +6,7 @@ from .churn import Churn
 from .default import default_sampler, sample
 from .edit import attribute, interpolate, sdedit
 from .fit import fit_grid
-from .multistep import (
-    DEIS,
-    IPNDM,
-    Adams,
-    DPMSolverPP,
-    Multistep,
-    SASolver,
-    UniPC,
-)
+from .multistep import DEIS, IPNDM, Adams, DPMSolverPP, Multistep, SASolver, UniPC
 from .restart import Restart
 from .runge_kutta import RK4, DPMSolver, Midpoint
 from .sampler import Sampler, Step, Trace

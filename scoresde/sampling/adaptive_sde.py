@@ -18,7 +18,7 @@ from ..diffusion.denoiser import Denoiser
 from ..diffusion.prediction import Prediction
 from ..diffusion.sde import SDE
 from ..noise.rng import Rng
-from ..ode import SolverError
+from ..ode import SolverError, check_finite, check_tolerances
 from .sampler import State, Step
 
 
@@ -65,22 +65,18 @@ class AdaptiveSDE(Step):
         max_step: float = 0.5,
         max_evaluations: int = 10_000,
     ):
-        if not (rtol > 0 and atol > 0):
-            raise ValueError(f"Tolerances rtol and atol are positive; got rtol={rtol}, atol={atol}.")
+        self.rtol, self.atol = check_tolerances(rtol, atol)
         if not (0 < eta < math.inf):
             raise ValueError(f"AdaptiveSDE needs eta > 0 (AdaptiveODE solves for eta = 0); got {eta}.")
         if not (0 < first_step < math.inf and max_step > 0):
             raise ValueError(f"first_step and max_step are lengths in log(α/σ), > 0; got {first_step} and {max_step}.")
-        self.rtol, self.atol, self.eta = float(rtol), float(atol), float(eta)
         self.first_step, self.max_step = min(float(first_step), float(max_step)), float(max_step)
-        self.max_evaluations = whole(max_evaluations, "max_evaluations")
+        self.eta, self.max_evaluations = float(eta), whole(max_evaluations, "max_evaluations")
 
     def __call__(
         self, denoiser: Denoiser, x: Tensor, t: Tensor, s: Tensor, state: State, *, cond: Cond, rng: Rng
     ) -> tuple[Tensor, State]:
-        bad = (~torch.isfinite(x).flatten(1).all(1)).nonzero().flatten().tolist()
-        if bad:
-            raise SolverError("The state is not finite before the solve", t=float(t.flatten()[0]), samples=bad)
+        check_finite(x, "The state is not finite before the solve", t=float(t.flatten()[0]))
         t, s = (time.to(x.device, torch.float64).expand(len(x)) for time in (t, s))
         return _solve(self, denoiser, x, t, s, cond, rng), state
 
@@ -101,20 +97,21 @@ class _Path:
         """The increment over the next `want` (n,) from `level` (n,), or over the first piece if that is no longer.
 
         Returns lengths (n,) and unit normals like `fresh`, which is used where nothing is known, or to split a piece:
-        with q the first part's share of the clock, (z, fresh) turns into (√q z + √(1−q) fresh, √(1−q) z − √q fresh).
+        with f the fraction of the clock that the first part takes, (z, fresh) turns into
+        (√f z + √(1 − f) fresh, √(1 − f) z − √f fresh).
         """
         known = (self.depth > 0).nonzero().flatten()
         if not len(known):
             return want, fresh
         want, fresh, top = want.clone(), fresh.clone(), self.depth[known] - 1
         length, asked, old = self.ends[known, top] - level[known], want[known], self.pieces[known, top]
-        whole = length <= 1.01 * asked  # leave no slivers
-        self.depth[known[whole]] -= 1
-        share = torch.exp(self.rate * (asked - length)) * torch.expm1(-self.rate * asked)
-        share = torch.where(whole, 1.0, share / torch.expm1(-self.rate * length))
-        part, rest = coefficient(share.sqrt(), old), coefficient((1 - share).sqrt(), old)
+        entire = length <= 1.01 * asked  # leave no slivers
+        self.depth[known[entire]] -= 1
+        fraction = torch.exp(self.rate * (asked - length)) * torch.expm1(-self.rate * asked)
+        fraction = torch.where(entire, 1.0, fraction / torch.expm1(-self.rate * length))
+        part, rest = coefficient(fraction.sqrt(), old), coefficient((1 - fraction).sqrt(), old)
         self.pieces[known, top] = rest * old - part * fresh[known]
-        want[known] = torch.where(whole, length, asked)
+        want[known] = torch.where(entire, length, asked)
         fresh[known] = part * old + rest * fresh[known]
         return want, fresh
 

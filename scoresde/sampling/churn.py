@@ -7,17 +7,18 @@ import math
 import torch
 from torch import Tensor
 
+from ..checks import positive
 from ..diffusion.denoiser import Cond, Denoiser
 from ..noise.rng import Rng
 from ..ops import lincomb
-from .sampler import State, Step
+from .sampler import State, Step, StepWrapper
 from .steps import Heun
 
 _MOST = math.sqrt(2) - 1
 """The paper's bound on γ: a step adds no more noise than there is."""
 
 
-class Churn(Step):
+class Churn(StepWrapper):
     r"""EDM's stochastic sampler (Karras et al. 2022, alg. 2): the forward SDE from ς_t up to (1 + γ) ς_t, ς = σ/α, then
     an ODE step from there to s, with
 
@@ -39,29 +40,15 @@ class Churn(Step):
     """
 
     def __init__(
-        self,
-        churn: float = 1.0,
-        low: float = 0.0,
-        high: float = math.inf,
-        noise: float = 1.0,
-        step: Step | None = None,
+        self, churn: float = 1.0, low: float = 0.0, high: float = math.inf, noise: float = 1.0, step: Step | None = None
     ):
         if not (0 <= churn < math.inf):
             raise ValueError(f"churn is a rate of noise, ≥ 0 and finite; got {churn}.")
         if not (0 <= low < high):
             raise ValueError(f"Noise is added where low ≤ σ/α ≤ high, with 0 ≤ low < high; got {low} and {high}.")
-        if not (0 < noise < math.inf):
-            raise ValueError(f"noise scales a standard deviation, > 0, and is 1 for the exact law; got {noise}.")
-        self.churn, self.low, self.high, self.noise = float(churn), float(low), float(high), float(noise)
-        self.step = Heun() if step is None else step
-        self.order, self.evaluations = self.step.order, self.step.evaluations
-        self.default_steps = self.step.default_steps
-
-    def count(self, steps: int) -> int | None:
-        return self.step.count(steps)
-
-    def init(self, x: Tensor) -> State:
-        return self.step.init(x)
+        super().__init__(Heun() if step is None else step)
+        self.churn, self.low, self.high = float(churn), float(low), float(high)
+        self.noise = positive(noise, "noise", "the factor of a standard deviation, 1 for the exact law")
 
     def __call__(
         self, denoiser: Denoiser, x: Tensor, t: Tensor, s: Tensor, state: State, *, cond: Cond, rng: Rng

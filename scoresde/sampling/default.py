@@ -49,7 +49,7 @@ def sample(
         rng: source of the noise, default `Rng(0)`.
 
     Raises:
-        ValueError: a budget or a shape that is none.
+        ValueError: a budget below 1, or a shape that is not (B, *event).
         SolverError: a sample that is not finite.
     """
     return default_sampler(denoiser, budget)(denoiser, shape_or_x, cond=cond, rng=rng)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..broadcast import expand_as_batch
+from ..checks import positive
 from ..diffusion.denoiser import Cond, Denoiser
 from ..diffusion.grids import Grid
 from ..diffusion.sde import SDE
@@ -30,9 +31,7 @@ class From:
     """
 
     def __init__(self, grid: Grid, level: float):
-        if not level > 0:
-            raise ValueError(f"level is a noise level sigma/alpha > 0; got {level}.")
-        self.grid, self.level = grid, float(level)
+        self.grid, self.level = grid, positive(level, "level", "a noise level sigma/alpha")
 
     def start(self, sde: SDE) -> Tensor:
         """The time of `level`, float64 ()."""

@@ -19,7 +19,7 @@ from ..diffusion.conditions import Cond, take
 from ..diffusion.denoiser import Denoiser
 from ..diffusion.grids import FittedGrid, Grid, KarrasGrid, LogisticGrid, LogSNRGrid
 from ..noise.rng import Rng
-from ..ode import SolverError
+from ..ode import check_finite
 from .multistep import Adams
 from .sampler import Sampler, Step
 
@@ -76,9 +76,7 @@ def fit_grid(
     fine = LogisticGrid(denoiser.sigma_data, width=2.0)(denoiser.sde, fine_steps // 4 * 4).to(x.device)
     with torch.no_grad():
         *_, end = _run(denoiser, Adams(3, 3), x, fine, cond)
-        if not bool(torch.isfinite(end).all()):
-            bad = (~torch.isfinite(end).flatten(1).all(1)).nonzero().flatten().tolist()
-            raise SolverError("The reference solution of fit_grid is not finite", samples=bad)
+        check_finite(end, "The reference solution of fit_grid is not finite")
         fit = _Fit(denoiser, step, x, end, cond, samples // 4)
         spread = [] if gradients else [_spread_errors(denoiser, step, x, fine, steps, cond)]
         knots = fit.best([*_generic(denoiser), *spread], steps)

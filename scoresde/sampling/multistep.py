@@ -258,12 +258,7 @@ class Adams(Multistep):
     """
 
     def __init__(
-        self,
-        order: int = 3,
-        corrector: int = 0,
-        eta: float = 0.0,
-        sigma_data: float | None = None,
-        angle: bool = True,
+        self, order: int = 3, corrector: int = 0, eta: float = 0.0, sigma_data: float | None = None, angle: bool = True
     ):
         super().__init__(order, eta=eta, corrector=corrector, sigma_data=sigma_data, angle=angle)
 

@@ -8,35 +8,36 @@ import torch
 from torch import Tensor
 
 from ..broadcast import expand_as_batch
-from ..checks import whole
+from ..checks import positive, whole
 from ..diffusion.denoiser import Cond, Denoiser
 from ..noise.rng import Rng
 from ..ops import lincomb
-from .sampler import State, Step
+from .sampler import State, Step, StepWrapper
 from .steps import Heun
 
 
-class Restart(Step):
+class Restart(StepWrapper):
     r"""Restart sampling (Xu et al. 2023, alg. 2): a run by `step`, and where it first gets to ς = σ/α ≤ low,
     `repeats` times the forward SDE up to ς = high and `steps` steps back down.
 
-    Both ways keep the marginals. What was wrong is forgotten by the noise, as with a reverse SDE, while the errors of
-    discretisation stay those of the ODE: a variance in excess of data of variance v is multiplied by
+    Both ways keep the marginals. The noise makes the run forget its earlier errors, as a reverse SDE does, while the
+    errors of discretisation stay those of the ODE: for data of variance v, an excess variance is multiplied by
     (v + low²)/(v + high²) each time. Intervals nest: `Restart(Restart(Heun(), 0.06, 0.3), 1.0, 10.0)`; they should not
     overlap.
 
     Its order is that of `step`, in the grid and `steps` together.
 
     Args:
-        step: any step, `Heun()` by default. Multistep methods begin each way down without history, and
-            need times that are shared by the batch.
+        step: any step, `Heun()` by default. Multistep methods begin each way down without history, and need times that
+            the batch shares.
         low, high: the interval of ς, 0 < low < high; by default that of CIFAR-10 for data in [−1, 1].
         repeats: K ≥ 1, times up and down.
         steps: n ≥ 1 steps of each way down, equal in log ς.
         noise: standard deviation of the noise over its exact one, > 0 (S_noise, as in `Churn`).
 
     Attributes:
-        evaluations: those of a step that does not restart. `count` has those of a run whose grid ends below `low`.
+        evaluations: network calls of a step that does not restart; `count` gives those of a run whose grid ends below
+            `low`.
 
     Raises:
         ValueError: an argument outside these; at the first step if the SDE does not reach `high`.
@@ -53,19 +54,13 @@ class Restart(Step):
     ):
         if not (0 < low < high < math.inf):
             raise ValueError(f"The interval of σ/α needs 0 < low < high; got {low} and {high}.")
-        if not (0 < noise < math.inf):
-            raise ValueError(f"noise scales a standard deviation, > 0, and is 1 for the exact law; got {noise}.")
-        self.step = Heun() if step is None else step
-        self.low, self.high, self.noise = float(low), float(high), float(noise)
+        super().__init__(Heun() if step is None else step)
+        self.low, self.high = float(low), float(high)
         self.repeats, self.steps = whole(repeats, "repeats"), whole(steps, "steps")
-        self.order, self.evaluations = self.step.order, self.step.evaluations
-        self.default_steps = self.step.default_steps
+        self.noise = positive(noise, "noise", "the factor of a standard deviation, 1 for the exact law")
 
     def count(self, steps: int) -> int | None:
         return self.step.count(steps + self.repeats * self.steps)
-
-    def init(self, x: Tensor) -> State:
-        return self.step.init(x)
 
     def __call__(
         self, denoiser: Denoiser, x: Tensor, t: Tensor, s: Tensor, state: State, *, cond: Cond, rng: Rng

@@ -12,26 +12,54 @@ import torch
 from torch import Tensor
 
 from ..diffusion.denoiser import Cond, Denoiser
-from ..diffusion.prediction import Prediction
 from ..diffusion.sde import SDE
 from ..noise.rng import Rng
 from ..ops import lincomb
 from .sampler import State, Step
 
 
-class Midpoint(Step):
-    """The midpoint method on dy/dς = ε̂, y = x/α, ς = σ/α: ε̂ halfway between ς_t and ς_s carries the whole step."""
+class RungeKutta(Step):
+    r"""An explicit Runge–Kutta method on dy/dς = ε̂, y = x/α, ς = σ/α.
 
-    order, evaluations = 2.0, 2
-    default_steps = 50
+    a_i1 and b_1 are what the other entries of a row lack to c_i and 1, so y_i = y_t + c_i Δς ε̂_1 + Δς Σ_j a_ij (ε̂_j −
+    ε̂_1): the first two terms are the DDIM point.
+
+    Attributes:
+        stages: (c_i, (a_i2, a_i3, …)) for i ≥ 2.
+        weights: (b_2, b_3, …).
+    """
+
+    stages: tuple[tuple[float, tuple[float, ...]], ...]
+    weights: tuple[float, ...]
 
     def __call__(
         self, denoiser: Denoiser, x: Tensor, t: Tensor, s: Tensor, state: State, *, cond: Cond, rng: Rng
     ) -> tuple[Tensor, State]:
-        return _runge_kutta(denoiser, x, t, s, cond, ((0.5, ()),), (1.0,)), state
+        sde, first = denoiser.sde, denoiser(x, t, cond)
+        start, end = (torch.exp(-0.5 * sde.log_snr(time)) for time in (t, s))
+        slopes: list[Tensor] = []
+
+        def point(time: Tensor, row: tuple[float, ...]) -> Tensor:
+            alpha, sigma = sde.marginal(time)
+            width = alpha * (end - start)
+            further = [(entry * width, slope) for entry, slope in zip(row, slopes, strict=True)]
+            return lincomb(((alpha, first.x0), (sigma, first.eps), *further))
+
+        for c, row in self.stages:
+            time = s if c == 1 else _time(sde, -2 * (start + c * (end - start)).log(), t, s)
+            slopes.append(denoiser(point(time, row), time, cond).eps - first.eps)
+        return point(s, self.weights), state
 
 
-class RK4(Step):
+class Midpoint(RungeKutta):
+    """The midpoint method on dy/dς = ε̂, y = x/α, ς = σ/α: ε̂ halfway between ς_t and ς_s carries the whole step."""
+
+    order, evaluations = 2.0, 2
+    default_steps = 50
+    stages, weights = ((0.5, ()),), (1.0,)
+
+
+class RK4(RungeKutta):
     """The classical fourth-order Runge–Kutta method on dy/dς = ε̂, y = x/α, ς = σ/α.
 
     In ς and not in log ς, so that a step can be of any length: dε̂/dy lies in [0, 1/ς] where the density is log-concave
@@ -40,42 +68,7 @@ class RK4(Step):
 
     order, evaluations = 4.0, 4
     default_steps = 25
-
-    def __call__(
-        self, denoiser: Denoiser, x: Tensor, t: Tensor, s: Tensor, state: State, *, cond: Cond, rng: Rng
-    ) -> tuple[Tensor, State]:
-        stages = ((0.5, ()), (0.5, (0.5,)), (1.0, (0.0, 1.0)))
-        return _runge_kutta(denoiser, x, t, s, cond, stages, (1 / 3, 1 / 3, 1 / 6)), state
-
-
-def _runge_kutta(
-    denoiser: Denoiser,
-    x: Tensor,
-    t: Tensor,
-    s: Tensor,
-    cond: Cond,
-    stages: tuple[tuple[float, tuple[float, ...]], ...],
-    weights: tuple[float, ...],
-) -> Tensor:
-    """x_s by an explicit tableau: `stages` holds (c_i, (a_i2, a_i3, …)) for i ≥ 2, `weights` (b_2, b_3, …).
-
-    a_i1 and b_1 are what these lack to c_i and 1, so y_i = y_t + c_i Δς ε̂_1 + Δς Σ_j a_ij (ε̂_j − ε̂_1): the first two
-    terms are the DDIM point.
-    """
-    sde, first = denoiser.sde, denoiser(x, t, cond)
-    start, end = (torch.exp(-0.5 * sde.log_snr(time)) for time in (t, s))
-    slopes: list[Tensor] = []
-
-    def state(time: Tensor, shares: tuple[float, ...]) -> Tensor:
-        alpha, sigma = sde.marginal(time)
-        width = alpha * (end - start)
-        further = [(share * width, slope) for share, slope in zip(shares, slopes, strict=True)]
-        return lincomb(((alpha, first.x0), (sigma, first.eps), *further))
-
-    for c, shares in stages:
-        time = s if c == 1 else _time(sde, -2 * (start + c * (end - start)).log(), t, s)
-        slopes.append(denoiser(state(time, shares), time, cond).eps - first.eps)
-    return state(s, weights)
+    stages, weights = ((0.5, ()), (0.5, (0.5,)), (1.0, (0.0, 1.0))), (1 / 3, 1 / 3, 1 / 6)
 
 
 def _time(sde: SDE, log_snr: Tensor, t: Tensor, s: Tensor) -> Tensor:
@@ -86,8 +79,8 @@ def _time(sde: SDE, log_snr: Tensor, t: Tensor, s: Tensor) -> Tensor:
 class DPMSolver(Step):
     r"""Singlestep DPM-Solver-2 and -3 (Lu et al. 2022, alg. 1 and 2) and DPM-Solver++ (Lu et al. 2022b, alg. 1).
 
-    A prediction linear in log(α/σ) is integrated exactly. With h = ½(λ_s − λ_t), a stage at share r of the way and Δ
-    what its prediction differs from the first,
+    A prediction linear in log(α/σ) is integrated exactly. With h = ½(λ_s − λ_t), a stage at a fraction r of the way,
+    and Δ the difference of its prediction from the first,
 
         prediction="x0":   x_s = α_s x̂_0 + σ_s ε̂ + α_s w(h)/r Δx̂_0
         prediction="eps":  x_s = α_s x̂_0 + σ_s ε̂ + σ_s w(−h)/r Δε̂
@@ -127,43 +120,31 @@ class DPMSolver(Step):
     def __call__(
         self, denoiser: Denoiser, x: Tensor, t: Tensor, s: Tensor, state: State, *, cond: Cond, rng: Rng
     ) -> tuple[Tensor, State]:
-        sde, first = denoiser.sde, denoiser(x, t, cond)
+        sde, first, stages = denoiser.sde, denoiser(x, t, cond), self.evaluations
         snr_t, snr_s = sde.log_snr(t), sde.log_snr(s)
         h = 0.5 * (snr_s - snr_t)
-        delta, r = None, 1.0
-        noise, part = None, h / self.evaluations  # every stage is one part further along
-        for k in range(1, self.evaluations + 1):
-            c, last = k / self.evaluations, k == self.evaluations
-            time = s if last else _time(sde, snr_s + (1 - c) * (snr_t - snr_s), t, s)
+        part = h / stages  # every stage is one part further along
+        noise: Tensor | None = None
+        change: tuple[float, Tensor] | None = None  # the last stage's share of the way, and its Δ
+        for k in range(1, stages + 1):
+            c = k / stages
+            time = s if k == stages else _time(sde, snr_s + (1 - c) * (snr_t - snr_s), t, s)
             if self.eta > 0:
-                decay = -(self.eta**2) * part
-                fresh = (-torch.expm1(2 * decay)).clamp(min=0).sqrt()
+                exponent = -(self.eta**2) * part
+                fresh = (-torch.expm1(2 * exponent)).clamp(min=0).sqrt()
                 before = torch.zeros_like(x) if noise is None else noise
-                noise = lincomb(((decay.exp(), before),), (fresh, rng.noise(x)))
-            moved = self._point(sde, first, time, c * h, noise, None if delta is None else (c / r, delta))
-            if not last:
-                delta, r = self._read(denoiser(moved, time, cond)) - self._read(first), c
+                noise = lincomb(((exponent.exp(), before),), (fresh, rng.noise(x)))
+            alpha, sigma = sde.marginal(time)
+            terms = [(alpha, first.x0), (sigma * torch.exp(-(self.eta**2) * (c * h)), first.eps)]
+            if noise is not None:
+                terms.append((sigma, noise))
+            if change is not None:
+                scale, z = (alpha, (1 + self.eta**2) * (c * h)) if self.prediction == "x0" else (sigma, -(c * h))
+                grown = -torch.expm1(-z)
+                weight = 0.5 * grown if stages == 2 else torch.where(z == 0, 0, 1 - grown / z)
+                terms.append((c / change[0] * scale * weight, change[1]))
+            moved = lincomb(terms)
+            if k < stages:
+                p = denoiser(moved, time, cond)
+                change = c, p.x0 - first.x0 if self.prediction == "x0" else p.eps - first.eps
         return moved, state
-
-    def _read(self, p: Prediction) -> Tensor:
-        return p.x0 if self.prediction == "x0" else p.eps
-
-    def _point(
-        self,
-        sde: SDE,
-        first: Prediction,
-        time: Tensor,
-        h: Tensor,
-        noise: Tensor | None,
-        change: tuple[float, Tensor] | None,
-    ) -> Tensor:
-        alpha, sigma = sde.marginal(time)
-        scale, z = (alpha, (1 + self.eta**2) * h) if self.prediction == "x0" else (sigma, -h)
-        grown = -torch.expm1(-z)
-        weight = 0.5 * grown if self.evaluations == 2 else torch.where(z == 0, 0, 1 - grown / z)
-        terms = [(alpha, first.x0), (sigma * torch.exp(-(self.eta**2) * h), first.eps)]
-        if noise is not None:
-            terms.append((sigma, noise))
-        if change is not None:
-            terms.append((change[0] * scale * weight, change[1]))
-        return lincomb(terms)

@@ -16,7 +16,7 @@ from ..checks import whole
 from ..diffusion.denoiser import Cond, CountingDenoiser, Denoiser
 from ..diffusion.grids import Grid, UniformGrid, check_grid
 from ..noise.rng import Rng
-from ..ode import SolverError
+from ..ode import check_finite
 from .cuda_graph import Graphs
 
 State = Any
@@ -49,6 +49,24 @@ class Step(abc.ABC):
         self, denoiser: Denoiser, x: Tensor, t: Tensor, s: Tensor, state: State, *, cond: Cond, rng: Rng
     ) -> tuple[Tensor, State]:
         """(x_s, state) from x_t (B, *event) at times t ≥ s, each () or (B,)."""
+
+
+class StepWrapper(Step):
+    """A step around another: by default it starts, converges and counts as the one inside does.
+
+    Args:
+        step: what is inside.
+    """
+
+    def __init__(self, step: Step):
+        self.step = step
+        self.order, self.evaluations, self.default_steps = step.order, step.evaluations, step.default_steps
+
+    def init(self, x: Tensor) -> State:
+        return self.step.init(x)
+
+    def count(self, steps: int) -> int | None:
+        return self.step.count(steps)
 
 
 @dataclass(frozen=True)
@@ -114,12 +132,7 @@ class Sampler:
         return None if count is None else count + int(self.denoise)
 
     def __call__(
-        self,
-        denoiser: Denoiser,
-        shape_or_x: Sequence[int] | Tensor,
-        *,
-        cond: Cond = None,
-        rng: Rng | None = None,
+        self, denoiser: Denoiser, shape_or_x: Sequence[int] | Tensor, *, cond: Cond = None, rng: Rng | None = None
     ) -> Tensor:
         """Samples (B, *event), from a shape (prior draws) or from given x_T (B, *event).
 
@@ -142,12 +155,7 @@ class Sampler:
         return x
 
     def iterate(
-        self,
-        denoiser: Denoiser,
-        shape_or_x: Sequence[int] | Tensor,
-        *,
-        cond: Cond = None,
-        rng: Rng | None = None,
+        self, denoiser: Denoiser, shape_or_x: Sequence[int] | Tensor, *, cond: Cond = None, rng: Rng | None = None
     ) -> Iterator[Trace]:
         """The same run, point by point: progress bars and trajectories are the caller's `for`. Never a CUDA graph."""
         rng = Rng(0) if rng is None else rng
@@ -190,24 +198,13 @@ class Sampler:
         shape = tuple(int(n) for n in shape_or_x)
         if len(shape) < 2 or min(shape) < 1:
             raise ValueError(f"A sample shape is (B, *event) with positive sizes; got {shape}.")
-        dtype, device = torch.get_default_dtype(), None
-        for tensor in itertools.chain(denoiser.parameters(), denoiser.buffers()):
-            device = tensor.device
-            break
-        for parameter in denoiser.parameters():
-            dtype = torch.promote_types(parameter.dtype, torch.float32)
-            break
+        tensors = itertools.chain(denoiser.parameters(), denoiser.buffers())
+        device = next((tensor.device for tensor in tensors), None)
+        dtypes = (torch.promote_types(parameter.dtype, torch.float32) for parameter in denoiser.parameters())
+        dtype = next(dtypes, torch.get_default_dtype())
         return denoiser.prior_sample(shape, rng=rng, dtype=dtype, device=device)
 
     @staticmethod
     def _check(x: Tensor, t: float, evaluations: int) -> None:
-        finite = torch.isfinite(x).flatten(1).all(1)
-        if not bool(finite.all()):
-            bad = (~finite).nonzero().flatten().tolist()
-            raise SolverError(
-                "Sampling ended with values that are not finite (too few steps for this step and SDE, or a network "
-                "that is not)",
-                t=t,
-                evaluations=evaluations,
-                samples=bad,
-            )
+        reason = "too few steps for this step and SDE, or a network that is not"
+        check_finite(x, f"Sampling ended with values that are not finite ({reason})", t=t, evaluations=evaluations)

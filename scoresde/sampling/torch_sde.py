@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from ..broadcast import coefficient
 from ..checks import whole
 from ..diffusion.denoiser import Cond, Denoiser
 from ..noise.rng import Rng
-from ..ode import SolverError
+from ..ode import SolverError, check_finite, check_tolerances
 from .sampler import State, Step
 
 METHODS: dict[str, tuple[float, int, str]] = {
@@ -59,11 +60,9 @@ class TorchSDE(Step):
     ):
         if method not in METHODS:
             raise ValueError(f"TorchSDE has no method {method!r}; choose one of {', '.join(METHODS)}.")
-        self.steps, self.max_evaluations = whole(steps, "steps"), whole(max_evaluations, "max_evaluations")
-        if not (rtol > 0 and atol > 0):
-            raise ValueError(f"Tolerances rtol and atol are positive; got rtol={rtol}, atol={atol}.")
+        self.rtol, self.atol = check_tolerances(rtol, atol)
         self.method, self.adaptive, self.drift = method, bool(adaptive), drift
-        self.rtol, self.atol = float(rtol), float(atol)
+        self.steps, self.max_evaluations = whole(steps, "steps"), whole(max_evaluations, "max_evaluations")
         self.order, per_step, _ = METHODS[method]
         self.evaluations = None if adaptive else self.steps * per_step
         self.default_steps = 1 if adaptive else 1000 // per_step
@@ -101,9 +100,7 @@ class TorchSDE(Step):
                 )[-1]
         except (AssertionError, UserWarning) as error:  # how torchsde reports a NaN and an underflow
             raise SolverError(f"torchsde {self.method}: {error}", t=field.t, evaluations=field.evaluations) from error
-        bad = (~torch.isfinite(y).all(1)).nonzero().flatten().tolist()
-        if bad:
-            raise SolverError("The solution is not finite", t=float(s), evaluations=field.evaluations, samples=bad)
+        check_finite(y, "The solution is not finite", t=float(s), evaluations=field.evaluations)
         return y.to(x.dtype).reshape(x.shape), state
 
 
@@ -138,10 +135,8 @@ class _Reverse:
         self.t, x = float(t), y.to(self.like.dtype).reshape(self.like.shape)
         g, (_, sigma) = sde.diffusion(t), sde.marginal(t)
         value = -coefficient(g**2 / sigma, y) * self.denoiser(x, t, self.cond).eps.flatten(1).to(y.dtype)
-        if self.drift is None:
-            value = value - coefficient(sde.drift(t), y) * y
-        else:
-            value = value - self.drift(x, t).flatten(1).to(y.dtype)
+        forward = coefficient(sde.drift(t), y) * y if self.drift is None else self.drift(x, t).flatten(1).to(y.dtype)
+        value = value - forward
         self.known.append((float(tau), y, value))
         return value
 
@@ -152,19 +147,10 @@ class _Reverse:
 def _brownian(interval: Callable[..., Any], y: Tensor, span: float, rng: Rng) -> Any:
     """A Brownian motion on [0, span] with space-time Lévy area, seeded from `rng`; one per sample if that has seeds."""
     seeds = rng.integers(2**62, (len(rng),)).tolist()
-
-    def make(rows: int, seed: int) -> Any:
-        return interval(
-            0.0,
-            span,
-            size=(rows, y.shape[1]),
-            dtype=y.dtype,
-            device=y.device,
-            entropy=seed,
-            levy_area_approximation="space-time",
-        )
-
-    return _Stacked([make(1, seed) for seed in seeds]) if rng.per_sample else make(len(y), seeds[0])
+    make = partial(interval, 0.0, span, dtype=y.dtype, device=y.device, levy_area_approximation="space-time")
+    if rng.per_sample:
+        return _Stacked([make(size=(1, y.shape[1]), entropy=seed) for seed in seeds])
+    return make(size=(len(y), y.shape[1]), entropy=seeds[0])
 
 
 class _Stacked:
