@@ -75,6 +75,26 @@ def test_training_from_python(capsys: pytest.CaptureFixture[str]) -> None:
     assert names["state"].images == 640 and names["state"].step == 10
 
 
+def test_the_page_of_likelihood() -> None:
+    """Its blocks in turn: densities and draws within their error bars, bounds below them, classes by their side."""
+    names: dict[str, Any] = {}
+    for language, text in BLOCKS["likelihood.md"]:
+        if language != "python":
+            continue
+        exec(text, names)
+        if "log_likelihood(model, x" in text:
+            found, model = names["found"], names["model"]
+            exact = model.log_prob(names["x"], model.sde.t_min)
+            assert float((found.log_prob - exact).abs().max()) < 1e-3 and bool(found.stderr.isfinite().all())
+    drawn, of_drawn = names["drawn"], names["of_drawn"]
+    torch.testing.assert_close(of_drawn.log_prob, model.log_prob(drawn, model.sde.t_min), rtol=0, atol=0.05)
+    assert names["bpd"].shape == (8,) and float(names["bpd"].min()) > 0
+    for name in ("bound", "chain", "tight"):  # on average: the draws of 64 samples
+        assert float((names[name].log_prob - exact).mean()) < 0.1, name
+    right = names["x"][:8, 0] > 0
+    assert torch.equal(names["answer"].label.bool(), right)
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
 def test_pictures_and_files_exist(page: Path) -> None:
     for target in re.findall(r"\]\((?!https?:)([\w./-]+)\)", PAGES[page]):
