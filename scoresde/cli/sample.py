@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,11 @@ from ..evaluate import figures
 from ..evaluate.conditions import told_arrays
 from ..evaluate.evaluation import Drawing, Samples, digest_of
 from ..evaluate.problem import Problem
-from ..evaluate.report import check_samplers, layout, list_files, write_samples
+from ..evaluate.report import check_samplers, list_files, write_samples
 from ..evaluate.restored import measured, write_restored
 from ..evaluate.shards import Job, fresh, share
 from ..runs import folder as folders
+from ..runs.listing import layout
 from ..runs.load import LoadedRun, chosen_run
 from ._hydra import Command, launch, read, refusing
 from .conditions import beside, choose_cond
@@ -172,12 +173,15 @@ def record_of(plan: Plan, made: Mapping[str, Samples], restored: Mapping[str, An
 
 def table_of(made: Mapping[str, Samples], restored: Mapping[str, Mapping[str, float]]) -> str:
     """A row for each sampler."""
-    keys = list(next(iter(restored.values()), {}))
-    rows = [
-        [name, f"{s.evaluations:.0f}", f"{s.seconds:.1f}", str(len(s.x)), *(f"{restored[name][k]:.3g}" for k in keys)]
-        for name, s in made.items()
-    ]
-    return layout(["sampler", "NFE", "seconds", "samples", *(_TITLES[key] for key in keys)], rows)
+    columns: dict[str, Sequence[Any]] = {
+        "sampler": list(made),
+        "NFE": [f"{samples.evaluations:.0f}" for samples in made.values()],
+        "seconds": [f"{samples.seconds:.1f}" for samples in made.values()],
+        "samples": [len(samples.x) for samples in made.values()],
+    }
+    for key in next(iter(restored.values()), {}):
+        columns[_TITLES[key]] = [f"{restored[name][key]:.3g}" for name in made]
+    return layout(columns, None)[0]
 
 
 if __name__ == "__main__":

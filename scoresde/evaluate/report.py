@@ -18,6 +18,7 @@ from ..likelihood.ode import bits_per_dim
 from ..metrics import sliced_w2
 from ..noise.rng import Rng
 from ..runs.folder import finish
+from ..runs.listing import layout
 from ..runs.logger import Logger
 from ..sampling import Sampler
 from . import figures
@@ -218,21 +219,8 @@ class Report:
             ],
         }
         finish(folder / "summary.json", summary)
-        print(f"\n{layout(columns, rows)}\n{note}", flush=True)
+        print(f"\n{layout({name: [line[name] for line in lines] for name in columns}, None)[0]}\n{note}", flush=True)
         return summary
-
-
-def layout(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table for the terminal: first column to the left, the others to the right."""
-    widths = [max(len(str(row[i])) for row in [columns, *rows]) for i in range(len(columns))]
-
-    def line(row: Sequence[str]) -> str:
-        cells = [
-            str(c).ljust(w) if i == 0 else str(c).rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))
-        ]
-        return "  ".join(cells).rstrip()
-
-    return "\n".join([line(columns), "  ".join("-" * w for w in widths), *map(line, rows)])
 
 
 def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
