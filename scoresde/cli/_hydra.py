@@ -19,17 +19,20 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ..config import ConfigError, Refusal, build, config_dir, resolved
-from ..evaluate.shards import ShardError
+from ..evaluate.shards import ShardError, Shards, ranks
 from ..ode import SolverError
 from ..runs.checkpoint import CheckpointError
-from ..runs.load import set_threads
-from ..runs.redact import guard, redacted_text
+from ..runs.load import LoadedRun, set_threads
+from ..runs.redact import guard, redacted, redacted_text
 from ..sampling import Sampler
 from ..sweep.sweep import launching
 from ..train.trainer import TrainingDiverged
 from ..train.world import ProcessLost
 from ._errors import explain, of_another_command
 from .own_options import problem_in_options
+
+# Keys of scoresde-sample, -likelihood and -evaluate on which no batch depends.
+_FREE = ("run", "out", "device", "threads", "kernels", "pictures", "allow_targets", "timeout")
 
 
 def launch(task: Callable[[DictConfig], Any], name: str) -> None:
@@ -157,6 +160,36 @@ class Command:
         chosen = str(HydraConfig.get().runtime.choices["sampler"])
         built = {name: build(node, self.allow, key=f"samplers.{name}") for name, node in others.items()}
         return {chosen: self.build("sampler")} | {name: sampler for name, sampler in built.items() if name != chosen}
+
+    def is_due(self, result: str) -> bool:
+        """Whether there is anything to do: False for a rank that comes when the others have finished.
+
+        Args:
+            result: the file that is written last.
+
+        Raises:
+            ValueError: on rank 0, if the folder holds finished results, or anything but batches.
+        """
+        folder, finished, rank = self.folder, (self.folder / result).exists(), ranks()[0]
+        if rank:
+            return not finished
+        if finished:
+            raise ValueError(
+                f"{folder} holds the results of a command already. To repeat it, choose another folder: out=…."
+            )
+        if folder.exists() and not (folder / "batches").exists() and any(folder.iterdir()):
+            raise ValueError(f"{folder} is not empty, and nothing in it is overwritten. Choose another folder: out=….")
+        return True
+
+    def shards(self, run: LoadedRun, **digests: str) -> Shards:
+        """This process's share of the work, whose batches depend on the options, the run, and files of these digests.
+
+        Raises:
+            ValueError: batches of another command are in the folder.
+        """
+        facts = {name: value for name, value in self.options.items() if name not in _FREE} | digests
+        facts |= {"step": run.step, "checkpoint": run.digest}
+        return Shards(self.folder / "batches", redacted(facts), *ranks(), timeout=self.options["timeout"])
 
 
 def read(cfg: DictConfig) -> Command:

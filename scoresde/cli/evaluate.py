@@ -7,7 +7,6 @@ from omegaconf import DictConfig
 from ..evaluate import figures
 from ..evaluate.evaluation import held_out_loss
 from ..evaluate.report import Evaluation, Report, check_samplers, list_files
-from ..evaluate.shards import fresh, share
 from ..runs.load import build_loss, chosen_run
 from ..runs.logger import NullLogger
 from ._hydra import launch, read, refusing
@@ -23,7 +22,7 @@ def evaluate(cfg: DictConfig) -> float:
     with refusing():
         command = read(cfg)
         folder, options, allow = command.folder, command.options, command.allow
-        if not fresh(folder, "summary.json"):
+        if not command.is_due("summary.json"):
             return float("nan")
         evaluation = Evaluation(**options["evaluation"])
         if evaluation.pictures:
@@ -32,7 +31,7 @@ def evaluate(cfg: DictConfig) -> float:
         run = chosen_run(options, allow)
         check_samplers(samplers, run.denoiser)
         loss = build_loss(run.config, run.denoiser, allow)
-        shards = share(folder, options, run)
+        shards = command.shards(run)
     report = Report(run.denoiser, run.dataset, run.conditional, samplers, likelihood, evaluation, seed=options["seed"])
     measured = report.measure(shards)
     if measured is None:

@@ -8,7 +8,6 @@ import numpy as np
 from omegaconf import DictConfig
 
 from ..evaluate.evaluation import choose_split, evenly_spaced
-from ..evaluate.shards import fresh, share
 from ..runs import folder as folders
 from ..runs.load import chosen_run
 from ._hydra import launch, read, refusing
@@ -24,12 +23,12 @@ def likelihood(cfg: DictConfig) -> float:
     with refusing():
         command = read(cfg)
         folder, options = command.folder, command.options
-        if not fresh(folder, "likelihood.json"):
+        if not command.is_due("likelihood.json"):
             return float("nan")
         measure = command.build("likelihood")
         run = chosen_run(options, command.allow)
         index = evenly_spaced(len(choose_split(run.dataset, options["split"])), options["n"])
-        shards = share(folder, options, run)
+        shards = command.shards(run)
     what = {"split": options["split"], "points": options["n"], "seed": options["seed"], "conditional": run.conditional}
     job = measure.job(run.denoiser, run.dataset, **what)
     if shards.rank:

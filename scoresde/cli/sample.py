@@ -18,7 +18,7 @@ from ..evaluate.evaluation import Drawing, Samples, digest_of
 from ..evaluate.problem import Problem
 from ..evaluate.report import check_samplers, list_files, write_samples
 from ..evaluate.restored import measured, write_restored
-from ..evaluate.shards import Job, fresh, share
+from ..evaluate.shards import Job
 from ..runs import folder as folders
 from ..runs.listing import layout
 from ..runs.load import LoadedRun, chosen_run
@@ -83,10 +83,10 @@ def sample(cfg: DictConfig) -> None:
     """Writes samples.npz and pictures to a new folder, prints what they cost."""
     with refusing():
         command = read(cfg)
-        if not fresh(command.folder, "summary.json"):
+        if not command.is_due("summary.json"):
             return
         plan = make_plan(command)
-        shards = share(command.folder, plan.options | plan.digests, plan.run)
+        shards = command.shards(plan.run, **plan.digests)
     if plan.said and not shards.rank:
         print(plan.said, flush=True)
     jobs = jobs_of(plan)

@@ -22,13 +22,9 @@ from typing import Any, Generic, TypeVar
 
 from torch import Tensor
 
-from ..runs.load import LoadedRun
 from ..runs.publish import publish
-from ..runs.redact import redacted
 from ..train.progress import track
 
-# Keys of scoresde-sample, -likelihood and -evaluate on which no batch depends.
-_FREE = ("run", "out", "device", "threads", "kernels", "pictures", "allow_targets", "timeout")
 Tensors = dict[str, Tensor]
 Result = TypeVar("Result")
 _log = logging.getLogger(__name__)
@@ -250,36 +246,3 @@ def _differences(a: Any, b: Any, key: str = "") -> Iterator[tuple[str, Any, Any]
             yield from _differences(a.get(name), b.get(name), f"{key}.{name}" if key else name)
     elif a != b:
         yield key, a, b
-
-
-def share(folder: Path, options: Mapping[str, Any], run: LoadedRun) -> Shards:
-    """This process's share of a command whose batches and results go to `folder`.
-
-    Raises:
-        ValueError: batches of another command are there.
-    """
-    facts = {name: value for name, value in options.items() if name not in _FREE}
-    facts |= {"step": run.step, "checkpoint": run.digest}
-    return Shards(folder / "batches", redacted(facts), *ranks(), timeout=options["timeout"])
-
-
-def fresh(folder: Path, result: str) -> bool:
-    """Whether there is anything to do: False for a rank that comes when the others have finished.
-
-    Args:
-        folder: the output folder; what is in it besides batches is not ours.
-        result: the file that is written last.
-
-    Raises:
-        ValueError: on rank 0, if the folder holds finished results, or anything but batches.
-    """
-    finished, rank = (folder / result).exists(), ranks()[0]
-    if rank:
-        return not finished
-    if finished:
-        raise ValueError(
-            f"{folder} holds the results of a command already. To repeat it, choose another folder: out=…."
-        )
-    if folder.exists() and not (folder / "batches").exists() and any(folder.iterdir()):
-        raise ValueError(f"{folder} is not empty, and nothing in it is overwritten. Choose another folder: out=….")
-    return True
