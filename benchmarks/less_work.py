@@ -103,7 +103,7 @@ class Measure:
 
     def __call__(self, loss: Any) -> float:
         loss.eval()
-        bits = self.likelihood(loss.denoiser, self.dataset, points=self.points).mean
+        bits = self.likelihood.job(loss.denoiser, self.dataset, points=self.points).run().mean
         loss.train()
         return bits
 

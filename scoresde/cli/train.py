@@ -232,7 +232,8 @@ def measure(plan: Plan, run: TrainingState) -> Mapping[str, float]:
     found = {f"eval/{name}": value for name, value in losses.items()}
     if average.denoiser.draws:
         points, seed = min(plan.evaluation.points_during, len(dataset.test)), plan.config["seed"]
-        bits = plan.likelihood(average.denoiser, dataset, points=points, seed=seed, conditional=conditional)
+        job = plan.likelihood.job(average.denoiser, dataset, points=points, seed=seed, conditional=conditional)
+        bits = job.run()
         found[f"eval/{bits.estimator}"] = bits.mean
         found |= {"eval/bpd_stderr": bits.stderr, "eval/nfe": bits.evaluations}
     return found

@@ -95,24 +95,6 @@ class OdeLikelihood:
         self.divergence, self.solver, self.t_min = divergence, solver or Tolerance(1e-5, 1e-5), t_min
         self.batch_size = whole(batch_size, "batch_size")
 
-    def __call__(
-        self,
-        denoiser: Denoiser,
-        dataset: Dataset,
-        *,
-        split: str = "test",
-        points: int | None = None,
-        seed: int = 0,
-        conditional: bool = False,
-    ) -> BitsPerDim:
-        """Bits/dim of `points` points of a split (all of them for None, else evenly spaced).
-
-        Raises:
-            ValueError: an unknown split, or more points than it has.
-            SolverError: a solve that failed; never a number instead.
-        """
-        return self.job(denoiser, dataset, split=split, points=points, seed=seed, conditional=conditional).run()
-
     def job(
         self,
         denoiser: Denoiser,
@@ -123,7 +105,9 @@ class OdeLikelihood:
         seed: int = 0,
         conditional: bool = False,
     ) -> Job[BitsPerDim]:
-        """The same in batches, for `Shards`.
+        """The work of measuring bits/dim on `points` evenly spaced points of a split, None for all of them.
+
+        Its batches raise `SolverError` where a solve fails; there is never a number instead.
 
         Raises:
             ValueError: an unknown split, or more points than it has.
@@ -150,10 +134,8 @@ class OdeLikelihood:
                 **_cost(result.evaluations, start),
             }
 
-        settings = {
-            "split": split, "points": points, "of": len(data), "seed": seed, "conditional": conditional,
-            "batch_size": self.batch_size, **self.solver.settings, "t_min": self.t_min,
-        }  # fmt: skip
+        what = {"split": split, "points": points, "of": len(data), "seed": seed, "conditional": conditional}
+        settings = {**what, "batch_size": self.batch_size, **self.solver.settings, "t_min": self.t_min}
         return Job("bits_per_dim", len(parts), 1, batch, _bits_per_dim, settings)
 
 

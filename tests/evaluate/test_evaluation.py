@@ -53,7 +53,7 @@ def test_bits_per_dim_of_a_known_density(name: str) -> None:
     """Each point against the toy's own log-density. At t_min the eight are wider by σ² ≤ 1e-4 of std² = 0.02: with the
     solver's 2e-4 nats per dimension, 2e-2 bits at the 4.5 std where the farthest of these points lies."""
     dataset = TOY.dataset(train=8, test=64, seed=1)
-    result = OdeLikelihood(Exact(), solver=Tolerance(1e-6, 1e-6))(toy_denoiser(SDES[name]), dataset)
+    result = OdeLikelihood(Exact(), solver=Tolerance(1e-6, 1e-6)).job(toy_denoiser(SDES[name]), dataset).run()
     exact = exact_bits(TOY.log_prob(dataset.test.raw), 2)
     assert result.points == 64 and result.values.shape == (64,)
     torch.testing.assert_close(result.values, exact, rtol=0, atol=2e-2)
@@ -65,10 +65,10 @@ def test_bits_per_dim_of_a_known_density(name: str) -> None:
 def test_a_budget_takes_the_place_of_tolerances() -> None:
     """100 calls per batch, to the tolerances above; the solver's estimate covers what tolerances of 1e-7 change."""
     dataset, denoiser = TOY.dataset(train=8, test=16, seed=1), toy_denoiser(VPSDE())
-    result = OdeLikelihood(Exact(), solver=Budget(100), batch_size=9)(denoiser, dataset)
+    result = OdeLikelihood(Exact(), solver=Budget(100), batch_size=9).job(denoiser, dataset).run()
     torch.testing.assert_close(result.values, exact_bits(TOY.log_prob(dataset.test.raw), 2), rtol=0, atol=2e-2)
     assert result.evaluations == 100 and result.estimator == "bpd/ode"
-    fine = OdeLikelihood(Exact(), solver=Tolerance(1e-7, 1e-7))(denoiser, dataset)
+    fine = OdeLikelihood(Exact(), solver=Tolerance(1e-7, 1e-7)).job(denoiser, dataset).run()
     assert 0 < abs(result.mean - fine.mean) < result.solver_error < 1e-2
     assert Budget(100).accuracy == {"budget": 100}
     assert OdeLikelihood().solver == Tolerance(1e-5, 1e-5) and Tolerance(1e-5, 1e-3).accuracy == {
@@ -84,7 +84,7 @@ def test_bits_per_dim_of_integers() -> None:
     denoiser = GaussianMixtureDenoiser(torch.full((1, dims), mean), var, torch.ones(1), VPSDE())
     raw = torch.full((300, dims), k, dtype=torch.uint8)
     dataset = Dataset("grey", Split(raw[:2]), Split(raw), Scaling(levels=16))
-    result = OdeLikelihood(solver=Tolerance(1e-5, 1e-5))(denoiser, dataset)
+    result = OdeLikelihood(solver=Tolerance(1e-5, 1e-5)).job(denoiser, dataset).run()
     width = 2 / 16
     centre = -1 + (k + 0.5) * width
     nats = 0.5 * math.log(2 * math.pi * var) + ((centre - mean) ** 2 + width**2 / 12) / (2 * var) - math.log(width)
@@ -102,24 +102,24 @@ def grey(n: int = 12) -> tuple[Denoiser, Dataset]:
 def test_a_value_depends_on_seed_and_index_alone() -> None:
     """Batch size, number of points and neighbours change no value; 1e-6 bits is the round-off of another batch."""
     denoiser, dataset = grey()
-    whole = OdeLikelihood(batch_size=12)(denoiser, dataset, seed=5)
+    whole = OdeLikelihood(batch_size=12).job(denoiser, dataset, seed=5).run()
     for batch_size in (1, 7):
-        other = OdeLikelihood(batch_size=batch_size)(denoiser, dataset, seed=5)
+        other = OdeLikelihood(batch_size=batch_size).job(denoiser, dataset, seed=5).run()
         torch.testing.assert_close(other.values, whole.values, rtol=0, atol=1e-6)
-    some = OdeLikelihood(batch_size=4)(denoiser, dataset, points=5, seed=5)
+    some = OdeLikelihood(batch_size=4).job(denoiser, dataset, points=5, seed=5).run()
     torch.testing.assert_close(some.values, whole.values[[0, 2, 4, 7, 9]], rtol=0, atol=1e-6)
-    assert float((OdeLikelihood()(denoiser, dataset, seed=6).values - whole.values).abs().min()) > 1e-4
+    assert float((OdeLikelihood().job(denoiser, dataset, seed=6).run().values - whole.values).abs().min()) > 1e-4
 
 
 def test_mean_and_standard_error_are_those_of_the_values() -> None:
     denoiser, dataset = grey()
-    result = OdeLikelihood(batch_size=5)(denoiser, dataset, split="train")
+    result = OdeLikelihood(batch_size=5).job(denoiser, dataset, split="train").run()
     values = result.values.numpy()
     assert result.mean == pytest.approx(values.mean(), rel=1e-12)
     assert result.stderr == pytest.approx(values.std(ddof=1) / math.sqrt(12), rel=1e-12)
-    assert math.isnan(OdeLikelihood()(denoiser, dataset, points=1).stderr)
+    assert math.isnan(OdeLikelihood().job(denoiser, dataset, points=1).run().stderr)
     # the train split is the test split reversed, and noise goes by index
-    test = OdeLikelihood()(denoiser, dataset, split="test")
+    test = OdeLikelihood().job(denoiser, dataset, split="test").run()
     assert abs(test.mean - result.mean) < 4 * math.hypot(test.stderr, result.stderr) and test.mean != result.mean
 
 
@@ -141,7 +141,7 @@ class Counted(Denoiser):
 
 def test_evaluations_are_counted() -> None:
     denoiser, dataset = Counted(toy_denoiser(VPSDE())), TOY.dataset(train=1, test=30)
-    result = OdeLikelihood(batch_size=8)(denoiser, dataset)
+    result = OdeLikelihood(batch_size=8).job(denoiser, dataset).run()
     assert result.evaluations * 4 == denoiser.calls > 40
 
 
@@ -153,9 +153,9 @@ def test_labels_reach_the_model() -> None:
     split = Split(raw + labels[:, None], labels)
     dataset = Dataset("moved", split, split, Scaling.identity(), classes=3)
     likelihood, denoiser = OdeLikelihood(Exact(), batch_size=7), Counted(toy_denoiser(VPSDE()))
-    told = likelihood(denoiser, dataset, conditional=True)
+    told = likelihood.job(denoiser, dataset, conditional=True).run()
     torch.testing.assert_close(told.values, exact_bits(TOY.log_prob(raw), 2), rtol=0, atol=3e-2)
-    untold = likelihood(denoiser, dataset)
+    untold = likelihood.job(denoiser, dataset).run()
     torch.testing.assert_close(untold.values[labels == 0], told.values[labels == 0], rtol=0, atol=1e-5)
     assert float((untold.values - told.values)[labels > 0].mean()) > 1
 
