@@ -129,7 +129,9 @@ class Shards:
     def work(self, job: Job[Any]) -> None:
         """Makes the batches of this rank that are missing. Does not wait for other ranks."""
         own = range(self.rank, job.count, self.world)
-        todo = [index for index in own if not self._whole(job, index)]
+        todo = [index for index in own if self._load(job, index) is None]
+        for path in filter(Path.exists, (self._path(job, index) for index in todo)):
+            _log.warning("%s is damaged or was made with other settings, and is made again", path)
         if self.rank == 0 and 0 < len(todo) < len(own):
             there, where = len(own) - len(todo), self.folder / job.name
             _log.info("%s: %d of %d batches are there already, in %s", job.name, there, len(own), where)
@@ -196,16 +198,6 @@ class Shards:
         # copies, because safetensors refuses tensors that share memory
         tensors = {name: value.detach().cpu().clone().contiguous() for name, value in batch.items()}
         publish(path, save(tensors, self._stamp(job, index)))
-
-    def _whole(self, job: Job[Any], index: int) -> bool:
-        """Whether a batch is there and whole; warns of one that is damaged or was made with other settings."""
-        path = self._path(job, index)
-        if not path.exists():
-            return False
-        whole = self._load(job, index) is not None
-        if not whole:
-            _log.warning("%s is damaged or was made with other settings, and is made again", path)
-        return whole
 
     def _load(self, job: Job[Any], index: int) -> Tensors | None:
         from safetensors import SafetensorError, safe_open

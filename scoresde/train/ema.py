@@ -59,10 +59,6 @@ class Average(abc.ABC):
     def decays(self, images: int, batch: int) -> list[float]:
         """The decay d of each shadow, for a step of `batch` images that ends at `images` images."""
 
-    def decay(self, images: int, batch: int) -> float:
-        """The decay d of the first shadow."""
-        return self.decays(images, batch)[0]
-
     @torch.no_grad()
     def update(self, module: nn.Module, images: int, batch: int, keep: Tensor) -> None:
         """One step towards `module`; nothing moves where `keep` (a bool scalar, on the device) is false.

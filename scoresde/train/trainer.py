@@ -223,7 +223,8 @@ class _FitLoop:
         ):
             done = state.marks.get(name, 0)
             passed = every > 0 and state.images // every > done // every
-            if passed or (at_end and done < state.images >= trainer.images):
+            due = passed or (at_end and done < state.images >= trainer.images)
+            if due and (name != "checkpoint" or self.folder is not None):
                 action()
                 state.marks[name] = state.images
 
@@ -255,7 +256,7 @@ class _FitLoop:
             "train/loss": averages.loss,
             "train/grad_norm": averages.grad_norm,
             "train/lr": state.optimizer.param_groups[0]["lr"],
-            "train/ema_decay": state.ema.decay(state.images, state.order.batch_size * self.trainer.accumulate),
+            "train/ema_decay": state.ema.decays(state.images, state.order.batch_size * self.trainer.accumulate)[0],
             "train/imgs_per_s": self.progress.rate(state.images),
             "train/skipped": averages.skipped,
             **{f"train/loss_t{k}": loss for k, loss in enumerate(averages.by_time) if not math.isnan(loss)},
