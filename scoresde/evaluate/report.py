@@ -135,7 +135,8 @@ class Report:
     Attributes:
         denoiser, dataset: the model, and the data whose held-out part it is compared with.
         conditional: whether the model gets the conditions of the data.
-        samplers, likelihood, evaluation: by what is drawn, how likelihoods are measured, and how much of both.
+        samplers, likelihood: how samples are drawn, and how likelihoods are measured.
+        evaluation: the numbers of samples and of points.
         seed: n samples have the seeds seed · n … (seed + 1) · n − 1.
     """
 

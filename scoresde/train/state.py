@@ -175,9 +175,9 @@ class TrainingState:
             self.tally.load(random["stats"])
             counters = checkpoint.records["counters"]
             self.step, self.images = int(counters["step"]), int(counters["images"])
-            self.marks = {name: int(value) for name, value in counters.get("marks", {}).items()}
-            if "marks" not in counters:  # a checkpoint of format 0, written after everything that was due
-                self.marks = dict.fromkeys(ACTIONS, self.images)
+            # a checkpoint of format 0 has no marks: it was written after everything that was due
+            marks = counters.get("marks", dict.fromkeys(ACTIONS, self.images))
+            self.marks = {name: int(value) for name, value in marks.items()}
             score = counters.get("score")
             self.score = None if score is None else (float(score[0]), int(score[1]))
             self._restore_generators(random)
