@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -115,19 +116,13 @@ class OdeLikelihood:
         data = choose_split(dataset, split)
         parts = evenly_spaced(len(data), points).split(self.batch_size)
         device = model_device(denoiser)
+        solve = partial(log_likelihood, divergence=self.divergence, scaling=dataset.scaling, t_min=self.t_min)
 
         def batch(index: int) -> Iterator[Tensors]:
             part, start = parts[index], time.monotonic()
-            result = log_likelihood(
-                denoiser,
-                data.raw[part].to(device),
-                self.solver,
-                divergence=self.divergence,
-                cond=data.cond(part, conditional, device),
-                rng=Rng(seeds=[seed * len(data) + i for i in part.tolist()]),
-                scaling=dataset.scaling,
-                t_min=self.t_min,
-            )
+            x, cond = data.raw[part].to(device), data.cond(part, conditional, device)
+            rng = Rng(seeds=[seed * len(data) + i for i in part.tolist()])
+            result = solve(denoiser, x, self.solver, cond=cond, rng=rng)
             yield {
                 "bits": bits_per_dim(result.log_prob, dataset.event_shape).double().cpu(),
                 "solver_error": bits_per_dim(-result.solver_error, dataset.event_shape).double().cpu(),

@@ -114,8 +114,7 @@ def loss_curve(rows: Sequence[Mapping[str, Any]], path: Path) -> Path:
     positive = [row["train/loss"] for row in rows if isinstance(row.get("train/loss"), float)]
     if positive and min(positive) > 0:
         axes.set_yscale("log")
-    axes.set_xlabel("images seen")
-    axes.set_ylabel("loss")
+    axes.set(xlabel="images seen", ylabel="loss")
     if axes.lines:
         axes.legend()
     return _write(figure, path)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -74,7 +74,7 @@ class Trainer:
     keep_best: int = 0
     best: str = "eval/loss"
     background: bool = True
-    on_save_error: str = "stop"
+    on_save_error: Literal["stop", "warn"] = "stop"
     max_bad_steps: int = 10
     loss_scale: float | None = None
 
@@ -88,10 +88,6 @@ class Trainer:
                 raise ValueError(f"{name} is a number above 0, or null for none; got {value!r}.")
         if self.keep_best and not self.evaluate_every:
             raise ValueError("keep_best compares measurements, and evaluate_every=0 makes none.")
-        if self.on_save_error not in ("stop", "warn"):
-            raise ValueError(f"on_save_error is 'stop' or 'warn'; got {self.on_save_error!r}.")
-        if not isinstance(self.background, bool):
-            raise ValueError(f"background is true or false; got {self.background!r}.")
 
     def lr_scale(self, images: int) -> float:
         """Factor on the learning rate for a step that starts at `images`: above 0 at the first step and the last."""
