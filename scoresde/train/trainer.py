@@ -238,11 +238,9 @@ class _FitLoop:
     def log(self) -> None:
         state, averages = self.state, self.state.tally.averages(reset=True)
         self.progress.update(state.images, averages.loss)
-        if averages.skipped > self.skipped:
-            self.skipped = averages.skipped
-            _log.warning(
-                "%d steps skipped so far, not finite; the last row of them from %s", self.skipped, averages.blame
-            )
+        if (skipped := averages.skipped) > self.skipped:
+            self.skipped = skipped
+            _log.warning("%d steps skipped so far, not finite; the last row of them from %s", skipped, averages.blame)
         self.refuse_divergence(averages.streak)
         self.logger.log(self.row(averages), step=state.step, images=state.images)
 
