@@ -6,14 +6,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..config import ConfigError
 from ..data import kinds
 from ..data.kinds import NAMES, Kind
 from ..data.readers import HeldOut
-from ..diffusion.conditions import Cond, named, unnamed
-from ..evaluate.conditions import in_turn, told_in_turn
+from ..diffusion.conditions import Cond, unnamed
+from ..evaluate.conditions import in_turn, turns_in_words
 from ..evaluate.problem import Problem
 from ..runs.load import LoadedRun
 
@@ -22,7 +21,7 @@ def always_conditional(run: LoadedRun) -> bool:
     """Whether the network is known never to have been trained without its condition; a classifier never is."""
     if not run.draws:
         return run.conditional
-    gaps = any(bool(values.isnan().flatten(1).all(1).any()) for values in run.dataset.train.told.values())
+    gaps = any(bool(values.isnan().flatten(1).all(1).any()) for values in run.dataset.train.conditions.values())
     return run.conditional and run.config["network"].get("cond_dropout") == 0 and not gaps
 
 
@@ -73,7 +72,7 @@ def choose_cond(given: Any, n: int, run: LoadedRun, *, problem: Problem | None =
 def _unsaid(n: int, run: LoadedRun, known: Mapping[str, Kind], in_turns: bool) -> tuple[Cond, str]:
     """The condition of samples where nothing is given, and the sentence."""
     if in_turns or not known:
-        said = told_in_turn(run.dataset, run.conditional)
+        said = turns_in_words(run.dataset, run.conditional)
         return in_turn(run.dataset, n, run.conditional), said and f"Samples are{said}."
     if always_conditional(run):
         name = next(iter(known))
@@ -121,8 +120,3 @@ def _held_out_inputs(kind: str, problem: Problem | None, run: LoadedRun) -> list
             f"give it: cond.{kind}=…."
         )
     return problem.inputs
-
-
-def beside(measured: Mapping[str, Tensor], cond: Cond) -> dict[str, Tensor]:
-    """One condition of a measurement of each sample and of its other conditions."""
-    return {**measured, **named(cond, "cond")}

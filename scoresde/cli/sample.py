@@ -13,7 +13,7 @@ from ..checks import whole
 from ..config import ConfigError
 from ..diffusion.denoiser import Cond
 from ..evaluate import figures
-from ..evaluate.conditions import told_arrays
+from ..evaluate.conditions import condition_arrays
 from ..evaluate.evaluation import Drawing, Samples, digest_of
 from ..evaluate.problem import Problem
 from ..evaluate.report import check_samplers, list_files, write_samples
@@ -23,7 +23,7 @@ from ..runs import folder as folders
 from ..runs.listing import layout
 from ..runs.load import LoadedRun, chosen_run
 from ._hydra import Command, launch, read, refusing
-from .conditions import beside, choose_cond
+from .conditions import choose_cond
 from .guided import build_guidance
 from .problem import Method, choose_method, read_problem
 
@@ -133,7 +133,7 @@ def jobs_of(plan: Plan) -> dict[str, Job[Samples]]:
     """The work by sampler: a sample for each seed, or for each seed and input."""
     seeds, cond, method = plan.seeds, plan.cond, plan.method
     if plan.problem is not None:
-        cond = beside(plan.problem.told(len(seeds)), cond)
+        cond = plan.problem.condition(len(seeds), cond)
         seeds = seeds * len(plan.problem.inputs)
     drawing = Drawing(plan.run.dataset.event_shape, seeds, cond, method.batch_size)
     return drawing.jobs(method.denoiser, method.samplers)
@@ -153,7 +153,7 @@ def write(plan: Plan, made: Mapping[str, Samples], folder: Path) -> str:
 
 def record_of(plan: Plan, made: Mapping[str, Samples], restored: Mapping[str, Any]) -> dict[str, Any]:
     """What `summary.json` holds."""
-    options, labels = plan.options, told_arrays(plan.cond, plan.inputs).get("labels")
+    options, labels = plan.options, condition_arrays(plan.cond, plan.inputs).get("labels")
     chosen, *others = made
     record = {
         "run": str(plan.run.folder),

@@ -20,14 +20,13 @@ class Split:
     Attributes:
         raw: (N, *event), integers or float32.
         labels: (N,) int64 class indices, or None.
-        told: what else a conditional network is told, by name: "vector" (N, d), "image" (N, C, *sizes) and "tokens"
-            (N, L, d), float32 and of about unit variance, for nothing scales them; all NaN for a sample or token that
-            has none.
+        conditions: others than labels, by name: "vector" (N, d), "image" (N, C, *sizes) and "tokens" (N, L, d),
+            float32 and of about unit variance, for nothing scales them; all NaN for a sample or token without one.
     """
 
     raw: Tensor
     labels: Tensor | None = None
-    told: Mapping[str, Tensor] = field(default_factory=dict)
+    conditions: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.raw)
@@ -41,18 +40,18 @@ class Split:
         return self._each(lambda values: values[index])
 
     def cond(self, index: Tensor | slice, conditional: bool, device: torch.device) -> Cond:
-        """What a conditional network is told of the samples `index`, on the device; None if it is not conditional.
+        """The condition of the samples `index` for a network, on the device; None for one that is not conditional.
 
-        Labels if there are no others, else all by name.
+        The labels themselves if there are no others, else all by name.
         """
         if not conditional:
             return None
         labels = {} if self.labels is None else {"label": self.labels}
-        return move(take(unnamed({**labels, **self.told}), index), device)
+        return move(take(unnamed({**labels, **self.conditions}), index), device)
 
     def _each(self, fn: Callable[[Tensor], Tensor]) -> Split:
         labels = None if self.labels is None else fn(self.labels)
-        return Split(fn(self.raw), labels, {name: fn(values) for name, values in self.told.items()})
+        return Split(fn(self.raw), labels, {name: fn(values) for name, values in self.conditions.items()})
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,14 +82,16 @@ class Dataset:
             where = f"{self.name}, {part} split"
             _check_raw(split.raw, self.scaling, where)
             _check_labels(split, self.classes, where)
-            _check_told(split, where)
+            _check_conditions(split, where)
         if self.train.raw.shape[1:] != self.test.raw.shape[1:]:
             raise ValueError(
                 f"{self.name}: a training sample has shape {tuple(self.train.raw.shape[1:])}, a test sample "
                 f"{tuple(self.test.raw.shape[1:])}; they must agree."
             )
 
-        kinds = [{name: tuple(v.shape[1:]) for name, v in split.told.items()} for split in (self.train, self.test)]
+        kinds = [
+            {name: tuple(v.shape[1:]) for name, v in split.conditions.items()} for split in (self.train, self.test)
+        ]
         if kinds[0] != kinds[1]:
             raise ValueError(
                 f"{self.name}: training samples have the conditions {kinds[0]}, test samples {kinds[1]}; names and "
@@ -139,8 +140,8 @@ def _check_labels(split: Split, classes: int, where: str) -> None:
 _RANKS = {"vector": (2,), "image": (3, 4, 5), "tokens": (3,)}
 
 
-def _check_told(split: Split, where: str) -> None:
-    for name, values in split.told.items():
+def _check_conditions(split: Split, where: str) -> None:
+    for name, values in split.conditions.items():
         if name not in _RANKS:
             raise ValueError(f"{where}: conditions beside labels are {', '.join(_RANKS)}; got {name!r}.")
         if values.dtype != torch.float32:

@@ -45,7 +45,7 @@ def Arrays(
         key: array of the .npz to read; None if it holds a single one, or for .npy.
         label_key: array of the .npz with class indices (N,), integers ≥ 0; None for none.
         cond_keys: arrays of the .npz with other conditions, by their names: {"vector": key, "image": key, "tokens":
-            key}, floats as in `Split.told`.
+            key}, floats as in `Split.conditions`.
         test_path: file of the test split, read with the same keys; None holds out `test_fraction` instead.
         levels: number of integer values; None means 256 for uint8, and is refused for other integers.
         raw_low, raw_high: range of floats.
@@ -90,7 +90,7 @@ def _read_split(path: Path, key: str | None, keys: dict[str, str], channels_last
             )
     conditions = {name: torch.from_numpy(values.astype(np.float32)) for name, values in others.items()}
     if labels is None:
-        return Split(raw, told=conditions)
+        return Split(raw, conditions=conditions)
     integers = labels.dtype.kind in "ui"
     if not integers or labels.shape != raw.shape[:1] or (labels.size and labels.min() < 0):
         raise ValueError(

@@ -65,7 +65,7 @@ def read_idx(path: Path, dims: int) -> Tensor:
     """The uint8 array of one IDX file: bytes 0, 0, type, number of dimensions; their sizes as big-endian int32; values.
 
     Args:
-        path: raw or gzip, told apart by content.
+        path: raw or gzip; its content says which.
         dims: number of dimensions expected.
 
     Raises:

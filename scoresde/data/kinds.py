@@ -129,10 +129,10 @@ def kinds_of(dataset: Dataset, *, always: bool) -> dict[str, Kind]:
     train, test, kinds = dataset.train, dataset.test, {}
     if train.labels is not None and test.labels is not None:
         kinds["label"] = Kind("label", (), dataset.classes, train.labels, test.labels, always)
-    for name in (name for name in NAMES if name in train.told):
-        values = train.told[name]
+    for name in (name for name in NAMES if name in train.conditions):
+        values = train.conditions[name]
         shape = (-1, values.shape[2]) if name == "tokens" else tuple(values.shape[1:])
-        kinds[name] = Kind(name, shape, 0, values, test.told[name], always)
+        kinds[name] = Kind(name, shape, 0, values, test.conditions[name], always)
     return kinds
 
 

@@ -14,26 +14,26 @@ _CPU = torch.device("cpu")
 
 
 def in_turn(dataset: Dataset, n: int, conditional: bool) -> Cond:
-    """What sample k of n is told where nobody says: class k mod classes, or if there is more than labels, what held-out
-    sample k mod their number is told. None for an unconditional model.
+    """The default conditions of n samples: sample k has class k mod classes, or if there are others than labels, the
+    condition of held-out sample k mod their number. None for an unconditional model.
     """
     if not conditional:
         return None
-    if dataset.test.told:
+    if dataset.test.conditions:
         return dataset.test.cond(torch.arange(n) % len(dataset.test), True, _CPU)
     return torch.arange(n) % dataset.classes if dataset.classes else None
 
 
-def told_in_turn(dataset: Dataset, conditional: bool) -> str:
-    """The same in words, for sentences; empty where classes are gone through, or nothing is told."""
-    if not conditional or not dataset.test.told:
+def turns_in_words(dataset: Dataset, conditional: bool) -> str:
+    """The default of `in_turn` in words, for sentences; empty where samples have classes, or no condition."""
+    if not conditional or not dataset.test.conditions:
         return ""
-    names = [*([] if dataset.test.labels is None else ["label"]), *dataset.test.told]
+    names = [*([] if dataset.test.labels is None else ["label"]), *dataset.test.conditions]
     return f" told the {' and '.join(names)} of the {len(dataset.test):,} held-out samples in turn"
 
 
 def alike(cond: Cond, dataset: Dataset) -> Tensor:
-    """(N,) bool, the held-out samples that are told the same as one of `cond`; all where none is."""
+    """(N,) bool: the held-out samples whose condition is one of those in `cond`; all of them where there is none."""
     own = dataset.test.cond(slice(None), True, _CPU)
     if cond is not None and own is not None:
         asked = set(_entries(cond))
@@ -43,9 +43,9 @@ def alike(cond: Cond, dataset: Dataset) -> Tensor:
     return torch.ones(len(dataset.test), dtype=torch.bool)
 
 
-def told_arrays(cond: Cond, inputs: int | None = None) -> dict[str, Any]:
-    """What samples were told, by its names in `samples.npz`: `labels`, `cond_vector`, `cond_image`, `cond_tokens`, each
-    (n, …); of the k inputs of a problem (k, n, …).
+def condition_arrays(cond: Cond, inputs: int | None = None) -> dict[str, Any]:
+    """Conditions by their names in `samples.npz`: `labels`, `cond_vector`, `cond_image`, `cond_tokens`, each (n, …), or
+    (k, n, …) for the samples of the k inputs of a problem.
     """
     rows = {"labels" if name == "label" else f"cond_{name}": value for name, value in named(cond).items()}
     return {
@@ -54,6 +54,6 @@ def told_arrays(cond: Cond, inputs: int | None = None) -> dict[str, Any]:
 
 
 def _entries(cond: Cond) -> list[bytes]:
-    """What each sample is told, to be compared."""
+    """The condition of each sample as bytes, to be compared."""
     parts = [value for _, value in sorted(named(cond).items())]
     return [b"".join(part[k].numpy().tobytes() for part in parts) for k in range(len(parts[0]))]

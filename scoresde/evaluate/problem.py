@@ -11,6 +11,7 @@ from torch import Tensor
 from ..codecs import Scaling
 from ..data import Dataset
 from ..data.readers import HeldOut, SampleFile
+from ..diffusion.conditions import Cond, named
 from ..inverse import Observation
 from ..noise.rng import Rng
 
@@ -45,9 +46,9 @@ class Problem:
             found.update(self.mask.numpy().tobytes())
         return found.hexdigest()
 
-    def told(self, n: int) -> dict[str, Tensor]:
-        """The condition by which a posterior denoiser is given y, of n samples of each input."""
-        return {"y": self.y.repeat_interleave(n, 0)}
+    def condition(self, n: int, cond: Cond) -> dict[str, Tensor]:
+        """The condition of n samples of each input for a posterior denoiser: y beside what else they have, `cond`."""
+        return {"y": self.y.repeat_interleave(n, 0), **named(cond, "cond")}
 
     def residual(self, x: Tensor) -> float:
         """Root mean square of y − A(x) over what is seen, for x (k, n, *event): std if all is well."""

@@ -22,7 +22,7 @@ from ..runs.listing import layout
 from ..runs.logger import Logger
 from ..sampling import Sampler
 from . import figures
-from .conditions import alike, in_turn, told_arrays, told_in_turn
+from .conditions import alike, condition_arrays, in_turn, turns_in_words
 from .evaluation import BitsPerDim, Drawing, OdeLikelihood, Samples, evenly_spaced
 from .shards import Job, Shards
 
@@ -99,7 +99,7 @@ def write_samples(
             figures.sample_grid(samples.x, real, folder / f"samples{suffix}.png")
             figures.trajectory(samples.frames, samples.times, folder / f"trajectory{suffix}.png")
     arrays: dict[str, Any] = {name: np.asarray(dataset.decode(samples.x)) for name, samples in made.items()}
-    np.savez_compressed(folder / "samples.npz", seeds=np.asarray(list(seeds)), **told_arrays(cond), **arrays)
+    np.savez_compressed(folder / "samples.npz", seeds=np.asarray(list(seeds)), **condition_arrays(cond), **arrays)
 
 
 def real_beside(cond: Cond, dataset: Dataset, n: int) -> Tensor:
@@ -155,7 +155,7 @@ class Report:
         event, cond = self.dataset.event_shape, in_turn(self.dataset, len(self.seeds), conditional)
         draws = Drawing(event, self.seeds, cond, self.evaluation.batch_size).jobs(self.denoiser, self.samplers)
         if shards.rank == 0:
-            said = told_in_turn(self.dataset, conditional)
+            said = turns_in_words(self.dataset, conditional)
             print(
                 f"Measuring bits/dim on {points or len(self.dataset.test):,} held-out points, drawing "
                 f"{len(self.seeds):,} samples by each of {', '.join(self.samplers)}{said and ','}{said} …",

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..data import Dataset
 from ..diffusion.denoiser import Cond
 from . import figures
-from .conditions import told_arrays
+from .conditions import condition_arrays
 from .evaluation import Samples
 from .problem import Problem, raw_measurement, raw_values
 
@@ -56,7 +56,7 @@ def write_restored(
         "given": raw_measurement(problem, dataset).numpy(),
         "inputs": np.asarray(problem.inputs),
         "seeds": np.asarray(seeds),
-        **told_arrays(cond, len(problem.inputs)),
+        **condition_arrays(cond, len(problem.inputs)),
     }
     if problem.mask is not None:
         arrays["mask"] = problem.mask.numpy()

@@ -83,7 +83,7 @@ class TrainingState:
         for group in optimizer.param_groups:
             if not 0 <= group["lr"] < math.inf:
                 raise ValueError(f"lr is a finite number of at least 0; got {group['lr']}.")
-        if conditional and dataset.train.labels is None and not dataset.train.told:
+        if conditional and dataset.train.labels is None and not dataset.train.conditions:
             raise ValueError(f"conditional=true needs labels or other conditions; data set {dataset.name!r} has none.")
         if order.batch_size % self.world.size or (self.world.size > 1 and not order.drop_last):
             raise ValueError(

@@ -99,7 +99,7 @@ def test_a_vector_is_typed_or_in_a_file_of_rows(folder: Path, vec: LoadedRun) ->
         "cond.vector=[0.3,-1]": torch.tensor([0.3, -1]).expand(4, 2),
         "cond.vector=[[0.3,-1],[1,1]]": torch.tensor([[0.3, -1], [1, 1]]).repeat(2, 1),
         "cond.vector=v.npy": rows[[0, 1, 2, 0]],
-        "cond.vector=[v.npy,test:5]": torch.cat([rows, vec.dataset.test.told["vector"][5:6]]),
+        "cond.vector=[v.npy,test:5]": torch.cat([rows, vec.dataset.test.conditions["vector"][5:6]]),
     }
     for index, (words, told) in enumerate(cases.items()):
         arrays, _ = drawn(folder, "vec", f"v{index}", words, "n=4", "guidance=cfg")
@@ -122,7 +122,7 @@ def test_all_kinds_together(folder: Path, everything: LoadedRun) -> None:
     each = [f"cond.{name}=test:2-4" for name in ("label", "image", "tokens")]
     again, _ = drawn(folder, "all", "each", *each, "n=4", "guidance=cfg")
     assert np.array_equal(again["ddim"], arrays["ddim"])
-    image = everything.dataset.train.told["image"]
+    image = everything.dataset.train.conditions["image"]
     low, high = image.min(), image.max()
     pixels = torch.from_numpy(np.array(Image.open(folder / "x.png")))[None, None]
     tokens = torch.from_numpy(np.load(folder / "t.npy"))
@@ -136,7 +136,11 @@ def test_all_kinds_together(folder: Path, everything: LoadedRun) -> None:
     assert np.array_equal(arrays["ddim"], made(everything, 4, told))
     # tokens of other lengths are filled up with NaN
     rows = kinds_of(everything)["tokens"].rows(["test:0", str(folder / "t.npy")])
-    assert torch.equal(rows[0, :3].nan_to_num(9), test.told["tokens"][0].nan_to_num(9)) and rows.shape == (3, 5, 2)
+    assert torch.equal(rows[0, :3].nan_to_num(9), test.conditions["tokens"][0].nan_to_num(9)) and rows.shape == (
+        3,
+        5,
+        2,
+    )
     assert bool(rows[0, 3:].isnan().all()) and torch.equal(rows[1:], tokens)
 
 
@@ -183,7 +187,7 @@ def test_every_input_is_told_what_belongs_to_itself(folder: Path, everything: Lo
         x = SAMPLER(method, (2, 1, 4, 4), cond=cond, rng=Rng(seeds=range(2)))
         # y has been to raw units and back, in other batches
         np.testing.assert_allclose(samples, everything.dataset.decode(x).numpy(), rtol=0, atol=1e-4)
-    told = {"labels": test.labels, "cond_image": test.told["image"], "cond_tokens": test.told["tokens"]}
+    told = {"labels": test.labels, "cond_image": test.conditions["image"], "cond_tokens": test.conditions["tokens"]}
     for name, values in told.items():
         assert np.array_equal(arrays[name], values[list(index)].unsqueeze(1).repeat_interleave(2, 1).numpy(), True)
     labels = [[int(test.labels[i])] * 2 for i in index]
@@ -232,7 +236,7 @@ def test_what_no_input_is_known_to_be_told_is_refused(vec: LoadedRun) -> None:
         return Problem(Observation(None, Mask(seen)), truth, seen, None, truth, list(inputs))
 
     cond, _ = choose_cond("input", 2, vec, problem=problem(truth, "test:1", "test:4"))
-    assert isinstance(cond, dict) and torch.equal(cond["vector"], test.told["vector"][[1, 1, 4, 4]])
+    assert isinstance(cond, dict) and torch.equal(cond["vector"], test.conditions["vector"][[1, 1, 4, 4]])
     others = "vec, which knows each vector, holds out other samples"
     for given, words in (
         (problem(truth, "test:1", "x.png"), "cond.vector=input: no vector is known of x.png, which is a file"),
@@ -259,8 +263,8 @@ def test_held_out_samples_keep_their_own_conditions(folder: Path, vec: LoadedRun
         )  # fmt: skip
         return bits_per_dim(result.log_prob, (2,)).double().numpy()
 
-    assert np.array_equal(found["bits_per_dim"], bits(test.told["vector"][index]))
-    assert np.abs(found["bits_per_dim"] - bits(test.told["vector"][index + 1])).max() > 1e-3
+    assert np.array_equal(found["bits_per_dim"], bits(test.conditions["vector"][index]))
+    assert np.abs(found["bits_per_dim"] - bits(test.conditions["vector"][index + 1])).max() > 1e-3
 
 
 def stop(*_, **__) -> None:

@@ -155,8 +155,8 @@ def test_a_split_tells_by_name_what_it_has():
     assert torch.equal(Split(torch.zeros(6, 2), labels).cond(index, True, cpu), labels[index])
     assert split().cond(index, True, cpu) is None and both.cond(index, False, cpu) is None
     part = both.take(index)
-    assert torch.equal(part.told["vector"], vector[index]) and torch.equal(part.labels, labels[index])
-    assert torch.equal(both.to(cpu).told["vector"], vector)
+    assert torch.equal(part.conditions["vector"], vector[index]) and torch.equal(part.labels, labels[index])
+    assert torch.equal(both.to(cpu).conditions["vector"], vector)
 
 
 def test_conditions_of_a_file_are_split_with_the_samples(tmp_path):
@@ -166,7 +166,7 @@ def test_conditions_of_a_file_are_split_with_the_samples(tmp_path):
     data = Arrays(str(tmp_path / "x.npz"), key="x", cond_keys={"vector": "v"}, raw_low=0.0, raw_high=19.0)
     for part in (data.train, data.test):
         row = part.raw[:, 0].long()
-        assert torch.equal(part.told["vector"].nan_to_num(-1), torch.tensor(vector[row]).float().nan_to_num(-1))
+        assert torch.equal(part.conditions["vector"].nan_to_num(-1), torch.tensor(vector[row]).float().nan_to_num(-1))
     assert len(data.test) == 2 and data.classes == 0
     with pytest.raises(ValueError, match="'vector' is floats"):
         Arrays(str(tmp_path / "x.npz"), key="x", cond_keys={"vector": "y"}, raw_low=0.0, raw_high=19.0)
