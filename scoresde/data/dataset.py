@@ -32,12 +32,17 @@ class Split:
         return len(self.raw)
 
     def to(self, device: torch.device) -> Split:
-        """The same on `device`."""
+        """The split on `device`."""
         return self._each(lambda values: values.to(device))
 
     def take(self, index: Tensor) -> Split:
         """The samples `index` (n,)."""
         return self._each(lambda values: values[index])
+
+    @property
+    def named(self) -> dict[str, Tensor]:
+        """All conditions by name, the labels as "label" among them."""
+        return ({} if self.labels is None else {"label": self.labels}) | dict(self.conditions)
 
     def cond(self, index: Tensor | slice, conditional: bool, device: torch.device) -> Cond:
         """The condition of the samples `index` for a network, on the device; None for one that is not conditional.
@@ -46,8 +51,7 @@ class Split:
         """
         if not conditional:
             return None
-        labels = {} if self.labels is None else {"label": self.labels}
-        return move(take(unnamed({**labels, **self.conditions}), index), device)
+        return move(take(unnamed(self.named), index), device)
 
     def _each(self, fn: Callable[[Tensor], Tensor]) -> Split:
         labels = None if self.labels is None else fn(self.labels)

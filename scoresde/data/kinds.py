@@ -126,13 +126,10 @@ class Kind:
 
 def kinds_of(dataset: Dataset, *, always: bool) -> dict[str, Kind]:
     """The conditions that a data set has, by name; `always`: a network never was trained without them."""
-    train, test, kinds = dataset.train, dataset.test, {}
-    if train.labels is not None and test.labels is not None:
-        kinds["label"] = Kind("label", (), dataset.classes, train.labels, test.labels, always)
-    for name in (name for name in NAMES if name in train.conditions):
-        values = train.conditions[name]
-        shape = (-1, values.shape[2]) if name == "tokens" else tuple(values.shape[1:])
-        kinds[name] = Kind(name, shape, 0, values, test.conditions[name], always)
+    kinds, train, test = {}, dataset.train.named, dataset.test.named
+    for name in (name for name in NAMES if name in train):
+        shape = (-1, train[name].shape[2]) if name == "tokens" else tuple(train[name].shape[1:])
+        kinds[name] = Kind(name, shape, dataset.classes, train[name], test[name], always)
     return kinds
 
 
