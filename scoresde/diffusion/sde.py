@@ -258,7 +258,17 @@ class VESDE(SDE):
         return (-0.5 * log_snr - math.log(self.sigma_min)) / self._log_ratio
 
 
-class CosineSDE(SDE):
+class _EndsAtNoise(SDE, abc.ABC):
+    """A process whose α reaches 0 at t = 1, where f and g diverge: time ends just short of it."""
+
+    def __init__(self, *, t_min: float = 1e-4, t_max: float = 0.999):
+        self.t_min, self.t_max = float(t_min), float(t_max)
+        self._check_times()
+        if self.t_max >= 1:
+            raise ValueError(f"{type(self).__name__} needs t_max < 1, where alpha reaches 0; got {t_max}.")
+
+
+class CosineSDE(_EndsAtNoise):
     r"""The cosine schedule α = cos(πt/2), σ = sin(πt/2) (Nichol & Dhariwal 2021, without their offset).
 
     f and g diverge at t = 1, so time ends just short of it; the prior then ignores α(t_max) = 1.6e-3 of the data.
@@ -266,12 +276,6 @@ class CosineSDE(SDE):
     Args:
         t_min, t_max: ends of time, 0 < t_min < t_max < 1.
     """
-
-    def __init__(self, *, t_min: float = 1e-4, t_max: float = 0.999):
-        self.t_min, self.t_max = float(t_min), float(t_max)
-        self._check_times()
-        if self.t_max >= 1:
-            raise ValueError(f"CosineSDE needs t_max < 1, where alpha reaches 0; got {t_max}.")
 
     def marginal(self, t: Tensor) -> tuple[Tensor, Tensor]:
         # sin(½π(1 − t)) keeps the relative accuracy of α near t = 1, which cos(½πt) loses
@@ -306,7 +310,7 @@ class EDMSDE(SDE):
         return (-0.5 * log_snr).exp()
 
 
-class RectifiedFlow(SDE):
+class RectifiedFlow(_EndsAtNoise):
     r"""The straight interpolant x_t = (1 − t) x_0 + t ε (Liu et al. 2023; Lipman et al. 2023).
 
     α = 1 − t, σ = t, f = −1/(1 − t), g² = 2t/(1 − t). Both diverge at t = 1, so time ends just short of it; the
@@ -315,12 +319,6 @@ class RectifiedFlow(SDE):
     Args:
         t_min, t_max: ends of time, 0 < t_min < t_max < 1.
     """
-
-    def __init__(self, *, t_min: float = 1e-4, t_max: float = 0.999):
-        self.t_min, self.t_max = float(t_min), float(t_max)
-        self._check_times()
-        if self.t_max >= 1:
-            raise ValueError(f"RectifiedFlow needs t_max < 1, where alpha reaches 0; got {t_max}.")
 
     def marginal(self, t: Tensor) -> tuple[Tensor, Tensor]:
         return 1 - t, t + 0
