@@ -212,8 +212,17 @@ def ops_table(cfg: Any, results: Any, device: torch.device, sizes: Sequence[int]
     clock, ours = Clock(device, cfg.rounds, cfg.flush), KERNEL if device.type == "cuda" else REFERENCE
     columns = [PEER, HAND, *([COMPILED] if cfg.compiled else []), KERNEL]
     heads = [ours if column == KERNEL else column for column in columns]
-    lines = [["op", "dtype", "elements", *(f"{head}, ms" for head in heads), "GB/s", "of a copy",
-              *(f"× {head}" for head in heads[:-1])]]  # fmt: skip
+    lines = [
+        [
+            "op",
+            "dtype",
+            "elements",
+            *(f"{head}, ms" for head in heads),
+            "GB/s",
+            "of a copy",
+            *(f"× {head}" for head in heads[:-1]),
+        ]
+    ]
     missing, verdicts = [], []
     for name in cfg.ops:
         for dtype in cfg.dtypes:
@@ -227,13 +236,26 @@ def ops_table(cfg: Any, results: Any, device: torch.device, sizes: Sequence[int]
                 speeds = {column: times[column] / times[KERNEL] for column in columns[:-1]}
                 for column, milliseconds in times.items():
                     shown = ours if column == KERNEL else column
-                    results.add(f"{name}/{dtype}/{elements}/{shown}", milliseconds, op=name, dtype=dtype,
-                                elements=elements, column=shown, unit="ms")  # fmt: skip
+                    results.add(
+                        f"{name}/{dtype}/{elements}/{shown}",
+                        milliseconds,
+                        op=name,
+                        dtype=dtype,
+                        elements=elements,
+                        column=shown,
+                        unit="ms",
+                    )
                 lines.append(
-                    [name, dtype, f"2^{math.log2(elements):.3g}", *(f"{times[c]:.4g}" for c in columns),
-                     f"{1e-6 * OPS[name].passes * size / times[KERNEL]:.3g}", f"{share:.0%}",
-                     *(f"{speed:.2f}" for speed in speeds.values())]
-                )  # fmt: skip
+                    [
+                        name,
+                        dtype,
+                        f"2^{math.log2(elements):.3g}",
+                        *(f"{times[c]:.4g}" for c in columns),
+                        f"{1e-6 * OPS[name].passes * size / times[KERNEL]:.3g}",
+                        f"{share:.0%}",
+                        *(f"{speed:.2f}" for speed in speeds.values()),
+                    ]
+                )
                 print(" | ".join(lines[-1]), flush=True)
                 if device.type == "cuda" and elements >= LARGE:
                     verdicts += judge(name, dtype, elements, share, speeds, limit(times, OPS[name].passes))
@@ -245,9 +267,7 @@ def ops_table(cfg: Any, results: Any, device: torch.device, sizes: Sequence[int]
     return parts
 
 
-def judge(
-    op: str, dtype: str, elements: int, share: float, speeds: Mapping[str, float], limited_by: str
-) -> list[str]:  # fmt: skip
+def judge(op: str, dtype: str, elements: int, share: float, speeds: Mapping[str, float], limited_by: str) -> list[str]:
     found = {"copy": share, **speeds}
     lines = []
     for goal_op, goal_dtype, what, least in GOALS:

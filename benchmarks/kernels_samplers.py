@@ -66,7 +66,7 @@ def by_hand(denoiser: S.Denoiser, x: Tensor, times: Tensor) -> Tensor:
 
 def samplers(
     cfg: Any, results: Any, device: torch.device, table: Callable[[Sequence[Sequence[str]]], str]
-) -> list[str]:  # fmt: skip
+) -> list[str]:
     gpu = device.type == "cuda"
     small_batch, unet_batch = cfg.batch_size or ((4096, 64) if gpu else (64, 2))
     torch.manual_seed(0)
@@ -98,10 +98,27 @@ def samplers(
         first = next(iter(whole.values()))
         for loop, milliseconds in whole.items():
             share = f"{alone[loop] / milliseconds:.1%}" if loop in alone else ""
-            lines.append([f"{title}, {steps} steps, {shape[0]} samples", loop, f"{milliseconds:.4g}",
-                          f"{first / milliseconds:.2f}", share])  # fmt: skip
-            results.add(f"sampler/{title}/{loop}", milliseconds, op="sampler", dtype="float32", elements=x.numel(),
-                        column=loop, network=title, steps=steps, updates=alone.get(loop), unit="ms")  # fmt: skip
+            lines.append(
+                [
+                    f"{title}, {steps} steps, {shape[0]} samples",
+                    loop,
+                    f"{milliseconds:.4g}",
+                    f"{first / milliseconds:.2f}",
+                    share,
+                ]
+            )
+            results.add(
+                f"sampler/{title}/{loop}",
+                milliseconds,
+                op="sampler",
+                dtype="float32",
+                elements=x.numel(),
+                column=loop,
+                network=title,
+                steps=steps,
+                updates=alone.get(loop),
+                unit="ms",
+            )
             print(" | ".join(lines[-1]), flush=True)
         if gpu and denoiser is small and steps >= 1000:
             speed = first / whole["ours, one CUDA graph"]

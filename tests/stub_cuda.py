@@ -29,7 +29,7 @@ def path() -> Path:
 
 
 def load() -> ctypes.CDLL:
-    """As new: nothing called, nothing to fail."""
+    """A fresh stub, which has seen no call and fails none."""
     stub = ctypes.CDLL(str(path()))
     stub.stub_diary.restype = ctypes.c_char_p
     stub.stub_reset()

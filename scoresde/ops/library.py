@@ -1,7 +1,7 @@
 r"""The fused ops of `torch.ops.scoresde`: their schemas, and their shapes for `torch.compile`.
 
 They are the formulas of `reference` here; on a GPU, kernels may be registered in their place. Noise is given by its
-address, so the backward pass makes it again and nobody stores it.
+address, so the backward pass makes it again and it is never stored.
 """
 
 from __future__ import annotations

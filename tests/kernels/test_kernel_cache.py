@@ -67,7 +67,7 @@ def filled(folder: Path) -> bytes:
 
 
 def test_key_depends_on_everything() -> None:
-    """And on nothing else: the order of headers, or a process's hash seed."""
+    """A key depends on nothing else: not on the order of headers, nor on a process's hash seed."""
     headers = {"a.h": "one", "b.h": "two"}
     base = ("source", headers, ("-DX=1", "-DY"), "sm_90", "13.0")
     changed = [
@@ -184,9 +184,9 @@ def test_a_folder_open_to_others_is_not_believed(mode: int, tmp_path: Path) -> N
     shutil.copy(file(tmp_path / "forge"), file(planted))
     planted.chmod(mode)
     cache, compile = Cache(planted), Compile()
-    with pytest.warns(KernelWarning, match=f"{planted}: others may write to it .mode {mode:o}") as told:
+    with pytest.warns(KernelWarning, match=f"{planted}: others may write to it .mode {mode:o}") as warned:
         assert cache.get(NAME, compile) == cache.get(NAME, compile) == CUBIN
-    assert compile.calls == 1 and len(told) == 1
+    assert compile.calls == 1 and len(warned) == 1
     assert [path.name for path in planted.iterdir()] == [f"{NAME}.cubin"]
     assert file(planted).read_bytes() == file(tmp_path / "forge").read_bytes(), "it was written to"
 
@@ -200,7 +200,7 @@ def test_a_folder_of_another_user_is_not_believed(tmp_path: Path, monkeypatch: p
 
 
 def test_a_read_only_folder_is_worked_around() -> None:
-    """As a user whom permissions bind; root lays its rights down in a child."""
+    """It acts as a user whom permissions bind; root gives up its rights in a child."""
     path = Path(tempfile.mkdtemp())
     if os.geteuid() == 0:
         os.chown(path, NOBODY, NOBODY)
@@ -211,9 +211,9 @@ def test_a_read_only_folder_is_worked_around() -> None:
             os.setuid(NOBODY)
         for folder in (path, path / "new"):
             cache, compile = Cache(folder), Compile()
-            with pytest.warns(KernelWarning, match=f"{folder}: .*Permission denied.* SCORESDE_CACHE") as told:
+            with pytest.warns(KernelWarning, match=f"{folder}: .*Permission denied.* SCORESDE_CACHE") as warned:
                 assert cache.get(NAME, compile) == cache.get(NAME, compile) == CUBIN
-            assert compile.calls == 1 and len(told) == 1
+            assert compile.calls == 1 and len(warned) == 1
 
     try:
         assert forked(child) == 0 and not list(path.iterdir())
@@ -234,10 +234,10 @@ def test_a_disk_that_refuses_is_worked_around(
 
     with monkeypatch.context() as patch:
         patch.setattr(os, call, refuse)
-        with pytest.warns(KernelWarning, match=f"written to {folder}: .*{os.strerror(code)}") as told:
+        with pytest.warns(KernelWarning, match=f"written to {folder}: .*{os.strerror(code)}") as warned:
             assert cache.get(NAME, compile) == cache.get(NAME, compile) == CUBIN
             cache.get(key("another", {}, (), "sm_90", "13.0"), compile)
-    assert compile.calls == 2 and len(told) == 1
+    assert compile.calls == 2 and len(warned) == 1
     assert not folder.exists() or not list(folder.iterdir()), "an unfinished file was left"
     assert compiles(folder) == 1 and compiles(folder) == 0
 
@@ -256,9 +256,9 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("folder", ["/dev/null", "/dev/null/cache", "/proc/cache"])
 def test_no_folder_at_all_is_worked_around(folder: str) -> None:
-    with pytest.warns(KernelWarning, match=f"{folder}: .*compiled for this process alone") as told:
+    with pytest.warns(KernelWarning, match=f"{folder}: .*compiled for this process alone") as warned:
         assert compiles(Path(folder)) == 1
-    assert len(told) == 1
+    assert len(warned) == 1
 
 
 def test_where_the_folder_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -281,7 +281,7 @@ def test_where_the_folder_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_a_user_without_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As in a container whose user is in no password file."""
+    """That is so in a container whose user is in no password file."""
 
     def unknown(_: int) -> None:
         raise KeyError
@@ -290,9 +290,9 @@ def test_a_user_without_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(pwd, "getpwuid", unknown)
     compile, cache = Compile(), Cache()
-    with pytest.warns(KernelWarning, match="no home folder; set SCORESDE_CACHE") as told:
+    with pytest.warns(KernelWarning, match="no home folder; set SCORESDE_CACHE") as warned:
         assert cache.get(NAME, compile) == cache.get(NAME, compile) == CUBIN
-    assert compile.calls == 1 and len(told) == 1
+    assert compile.calls == 1 and len(warned) == 1
 
 
 def test_only_old_unfinished_files_of_ours_are_swept(tmp_path: Path) -> None:

@@ -52,7 +52,7 @@ def driver(stub: ctypes.CDLL, tmp_path: Path) -> Driver:
 
 
 def made(stub: ctypes.CDLL, folder: Path, source: str = SOURCE) -> Driver:
-    """As `driving.driver` makes it, of the stub's libraries; the stream of device d is STREAM + d."""
+    """A driver like that of `driving.driver`, of the stub's libraries; the stream of device d is STREAM + d."""
     compiler, cache = nvrtc.Compiler(str(stub_cuda.path())), Cache(folder / "cache")
     return Driver(
         stub,
@@ -187,7 +187,7 @@ def test_prepare_loads(stub: ctypes.CDLL, driver: Driver) -> None:
     ],
 )
 def test_failures_say_what_was_being_done(stub: ctypes.CDLL, driver: Driver, name: str, code: int, said: str) -> None:
-    """And leave nothing behind: no context, mode or lock (see the fixture), and no half-made module."""
+    """A failure leaves nothing behind: no context, mode or lock (see the fixture), and no half-made module."""
     stub.stub_fail(name.encode(), code)
     for _ in range(2):
         with pytest.raises(RuntimeError, match=re.escape(said)):
@@ -215,7 +215,7 @@ def test_a_compile_error_carries_the_log(stub: ctypes.CDLL, tmp_path: Path) -> N
 
 
 @needs_compiler
-def test_a_forked_child_is_told(stub: ctypes.CDLL, driver: Driver, tmp_path: Path) -> None:
+def test_a_forked_child_is_refused(stub: ctypes.CDLL, driver: Driver, tmp_path: Path) -> None:
     """CUDA does not survive a fork: a handle of the parent would be a wild pointer. Unused, a driver may be forked."""
     fresh = made(stub, tmp_path)
     driver.launch("axpy", "float", 1, 1, ARGS, ZERO)

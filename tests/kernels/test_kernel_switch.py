@@ -1,4 +1,4 @@
-"""Who decides whether a kernel runs, what is said when it cannot, and that nothing is said or looked for otherwise."""
+"""The choice between kernel and reference, the warning when a kernel cannot run, and silence in all other cases."""
 
 from __future__ import annotations
 
@@ -190,15 +190,15 @@ REASONS = [
 
 
 @pytest.mark.parametrize(("break_it", "reason"), REASONS)
-def test_a_gpu_without_kernels_is_told_once(
+def test_a_gpu_without_kernels_is_warned_of_once(
     break_it: Callable[[pytest.MonkeyPatch], None], reason: str, gpu: pytest.MonkeyPatch
 ) -> None:
     break_it(gpu)
     assert reason in str(why_not(CUDA))
-    with pytest.warns(KernelWarning, match=re.escape(reason)) as told:
+    with pytest.warns(KernelWarning, match=re.escape(reason)) as warned:
         for _ in range(3):
             assert not enabled(CUDA, F32)
-    assert len(told) == 1 and issubclass(KernelWarning, UserWarning)
+    assert len(warned) == 1 and issubclass(KernelWarning, UserWarning)
     use("auto")  # looks again, and has said it
     assert not enabled(CUDA, F32)
     use("require")
@@ -208,12 +208,12 @@ def test_a_gpu_without_kernels_is_told_once(
 
 
 def test_one_reason_is_one_warning_for_all_dtypes(gpu: pytest.MonkeyPatch) -> None:
-    """And is looked for once for each of them, however often it is asked for."""
+    """The reason is looked for once for each dtype, however often it is asked for."""
     looked, look = list[torch.dtype](), switch._look
     gpu.setattr(switch, "_look", lambda device, dtype: (looked.append(dtype), look(device, dtype))[1])
-    with pytest.warns(KernelWarning, match="NVRTC of CUDA 13") as told:
+    with pytest.warns(KernelWarning, match="NVRTC of CUDA 13") as warned:
         assert not any(enabled(CUDA, dtype) for dtype in SCALARS)
-    assert len(told) == 1
+    assert len(warned) == 1
     assert all(why_not(CUDA, dtype) == why_not(CUDA, dtype) for dtype in SCALARS)
     assert looked == list(SCALARS)
     assert "they take torch.float32, torch.float64" in str(why_not(CUDA, torch.complex64))
@@ -343,12 +343,12 @@ torch.version.cuda = "13.0"
 torch.cuda.device_count = lambda: 1
 torch.cuda.get_device_capability = lambda device: (9, 0)
 x = torch.arange(6.0).view(2, 3)
-with warnings.catch_warnings(record=True) as told:
+with warnings.catch_warnings(record=True) as warned:
     warnings.simplefilter("always")
     for dtype in (torch.float32, torch.bfloat16):
         assert ops.enabled(torch.device("cuda", 0), dtype) is False
     assert torch.equal(ops.lincomb(((2.0, x), (1.0, x))), 3 * x)
-assert len(told) == 1 and "NVRTC of CUDA 13 was not found" in str(told[0].message), told
+assert len(warned) == 1 and "NVRTC of CUDA 13 was not found" in str(warned[0].message), warned
 ops.use("require")
 try:
     ops.enabled(torch.device("cuda", 0), torch.float32)

@@ -232,7 +232,7 @@ def test_dsm_loss_and_its_gradient(device: torch.device, shape: tuple[int, ...],
 
 
 def test_gradients(device: torch.device) -> None:
-    """Of every op, with noise drawn again in the backward pass, by differences."""
+    """The gradients of every op, with noise drawn again in the backward pass, are those of differences."""
     data = Data(device, (2, 3), torch.float64)
     x, y = data.tensor().requires_grad_(), data.tensor().requires_grad_()
     a, b = data.factor().requires_grad_(), data.factor(False).requires_grad_()
@@ -327,7 +327,7 @@ def test_a_stream_is_the_same_on_both_devices(rng: Callable[[], Rng], required: 
 
 @needs_gpu
 def test_ops_run_on_the_current_stream(required: None) -> None:
-    """Behind half a second of other work there: on any other stream they would read what is not written yet."""
+    """The stream has half a second of other work first: on any other stream an op would read an unwritten tensor."""
     data = Data(CUDA, (64, 1024), torch.float32)
     x, stream = data.tensor(), torch.cuda.Stream()
     where, z = data.noise()

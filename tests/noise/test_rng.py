@@ -1,4 +1,4 @@
-"""Rng: a number follows from its seed, row, draw and place alone; the law of what is no normal; state that is kept.
+"""Rng: each number is a function of its seed, row, draw and place; the laws of all draws but normals; saved state.
 
 The law of the normals is in test_noise.py, the bits themselves in test_philox.py.
 """

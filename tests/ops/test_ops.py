@@ -73,7 +73,7 @@ each_op = pytest.mark.parametrize("name", NAMES)
 
 
 def with_gradients(value: Any) -> Any:
-    """The same arguments; what is real asks for gradients."""
+    """A copy of the arguments, in which every real tensor requires a gradient."""
     if isinstance(value, (list, tuple)):
         return type(value)(map(with_gradients, value))
     if isinstance(value, Tensor) and value.is_floating_point():

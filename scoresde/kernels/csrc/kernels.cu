@@ -1,33 +1,34 @@
 // The fused updates. A thread owns a few quads of one sample; a quad is 4 neighbouring elements and one block of the
-// noise generator. scoresde/kernels/arguments.py mirrors the structs and shares out the work, cuda.py launches.
+// noise generator. scoresde/kernels/arguments.py mirrors the structs and divides the work, and cuda.py launches.
 //
 // Compiled once per type of the tensors, with -DSCORESDE_SCALAR=0 float | 1 double | 2 half | 3 bfloat16. Arithmetic is
-// in float (double for double); coefficients arrive in float64.
+// in float (double for double); coefficients arrive in float64. The compiler unrolls every loop of constant length by
+// itself, so that arrays stay in registers, which the tests check.
 #include "scoresde_math.h"
 
 namespace scoresde {
 
 #define BLOCK 128
-// blocks that a multiprocessor is to hold at once, which is what its 65,536 registers are shared out to
+// `blocks`: how many a multiprocessor is to hold at once, and share its 65,536 registers among
 #define KERNEL(blocks) extern "C" __global__ void __launch_bounds__(BLOCK, sizeof(Real) == 8 ? 4 : blocks)
 
 // ---- arguments ----
 
-// one number for all samples (stride 0) or one for each; null: `number`, which came with the launch
+// One number for all samples (stride 0) or one for each. If `values` is null it is `number`, which came with the launch.
 struct Coefficient {
     const double* values;
     long long stride;
     double number;
 };
 
-// where the noise of a batch is to be found; seeds null: no noise
+// The address of the noise of a batch. If `seeds` is null there is no noise.
 struct Noise {
     const long long *seeds, *draws;
     long long seed_stride, draw_stride, draw;
     u32 row, row_stride;
 };
 
-// How the elements of a batch lie in memory and are shared out. Element c inner + hw of a sample is at offset
+// How the elements of a batch lie in memory and are divided among threads. Element c inner + hw of a sample is at offset
 // hw channels + c of it (channels 1: contiguous). Thread i has quads first, first + step, ... of its sample.
 struct Layout {
     u32 samples, elements, quads;  // elements and quads of one sample
@@ -70,9 +71,9 @@ DEVICE Stream stream_of(const Noise& noise, u32 sample)
 // ---- memory ----
 
 // How the quads of a batch are read and written:
-// vector: contiguous, whole and aligned: in one access;
-// rows: channels-last, each within a channel: with a fixed stride;
-// scattered: element by element. Everything else, so it is there to be right rather than fast.
+// vector: in one access, as they are contiguous, whole and aligned;
+// rows: with a fixed stride, as the batch is channels-last and each quad lies within a channel;
+// scattered: element by element in all other cases, which need not be fast.
 enum Path { vector, rows, scattered };
 
 template <Path value>
@@ -93,13 +94,14 @@ DEVICE void by_path(const Layout& layout, Body body)
     }
 }
 
-// a quad of a sample, and how many of its elements there are: 0 for a thread that has none left
+// A quad of a sample, and how many elements it has: 0 if the thread has no quad left.
 struct Quad {
     u32 number, count;
-    u32 offset;  // rows: of its first element
+    u32 offset;  // of its first element, in `rows`
 };
 
-// Quad `index` of a sample in the order of threads, that of memory; a thread with none left may read quad `instead`.
+// Quad `index` of a sample in the order of threads, which is that of memory. A thread with no quad left may read quad
+// `instead`.
 template <Path path>
 DEVICE Quad quad_of(const Layout& layout, u32 index, u32 instead)
 {
@@ -122,7 +124,7 @@ DEVICE constexpr int in_flight(Path path, int n)
     return path != scattered && n <= 2 ? 2 : 1;
 }
 
-// where the elements of any quad lie within the sample
+// Where the elements of any quad lie within the sample.
 DEVICE void offsets_of(const Layout& layout, const Quad& quad, u32 (&offsets)[4])
 {
     u32 channel = divide(4 * quad.number, layout.inner), hw = 4 * quad.number - channel * layout.inner.divisor;
@@ -262,10 +264,10 @@ struct Squares {
     Noise noise;
 };
 
-// what is squared: a alone, a and the noise, or a - z
+// The squares: of a alone, of a and of the noise, or of a - z.
 enum Of { alone, and_noise, residual };
 
-// the sums of a and of b over the group of a thread, in its first thread
+// Leaves the sums of a and of b over a group of threads in its first thread.
 template <class T>
 DEVICE void reduce(T& a, T& b, u32 group)
 {
@@ -287,7 +289,7 @@ DEVICE void reduce(T& a, T& b, u32 group)
 template <Of of, Path path>
 DEVICE void add_squares(const Squares& args, const Share& share, Real& errors, Real& noises)
 {
-    // with nothing to compute, more loads have to be in flight
+    // There is nothing to compute, so more loads have to be in flight.
     constexpr int width = of == alone && path != scattered ? 4 : in_flight(path, 2);
     const u64 start = static_cast<u64>(share.sample) * args.layout.elements;
     const Scalar* const a[1] = {args.a + start};
@@ -331,7 +333,7 @@ KERNEL(7) norms(Squares args) { squares<alone>(args); }
 KERNEL(7) norms_and_noise(Squares args) { squares<and_noise>(args); }
 KERNEL(6) squared_error(Squares args) { squares<residual>(args); }
 
-// What is made of the partial sums, `parts` for each sample, by `group` threads for each.
+// A result from partial sums: each sample has `parts` of them, and `group` threads.
 struct Finish {
     u32 samples, parts, group, measured;
     const Real (*partials)[2];
