@@ -16,10 +16,12 @@ import torch
 from emulator import CSRC, SCALARS, Emulator
 from torch import Tensor
 
-from scoresde.kernels import arguments, cuda
+from scoresde.kernels import arguments, backend, cuda
 from scoresde.kernels.arguments import Division
+from scoresde.noise import draws
 from scoresde.noise import philox as reference
 from scoresde.noise.address import Noise
+from scoresde.ops import library as ops
 
 DTYPES = {torch.float32: "float", torch.float64: "double", torch.float16: "half", torch.bfloat16: "bfloat16"}
 # largest relative error of one rounding, in the tensor and in the arithmetic
@@ -423,6 +425,40 @@ def test_rademacher(emulator: Emulator, dtype: torch.dtype, monkeypatch: pytest.
         bits = words[:, :, None] >> np.arange(32, dtype=np.uint64) & np.uint64(1)
         expected = 2 * torch.from_numpy(bits.reshape(samples, -1)[:, :elements].astype(np.float64)) - 1
         assert torch.equal(out.check().double().flatten(1), expected), (samples, event)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels last", "transposed", "expanded"])
+def test_the_backend_is_the_reference_in_every_layout(
+    emulator: Emulator, layout: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The functions that are registered for CUDA, with the emulator for a GPU; the reference takes mixed dtypes."""
+    monkeypatch.setattr(backend, "enabled", lambda device, dtype: True)
+    monkeypatch.setattr(backend, "driver", lambda: emulator)
+    change = {
+        "contiguous": lambda x: x,
+        "channels last": lambda x: x.contiguous(memory_format=torch.channels_last),
+        "transposed": lambda x: x.transpose(1, 3).contiguous().transpose(1, 3),
+        "expanded": lambda x: x[:, :1].expand(x.shape),
+    }[layout]
+    x, y = (change(random(i, 3, 4, 5, 4, dtype=torch.float32)) for i in range(2))
+    a, b, at = coefficient(2, 3, True).abs(), coefficient(4, 3, False).abs(), some_noise(3, 2)
+    assert at
+    none, single = (None, None, 0, 0), torch.float32
+    for kernel, reference_op, args in (
+        (backend._lincomb, ops.torch_lincomb, ([x, y], [a, b], a, *at)),
+        (backend._lincomb, ops.torch_lincomb, ([x, y], [a, b], None, *none)),
+        (backend._langevin, ops.torch_langevin, (x, y, a, 0.4, True, *at)),
+        (backend._dsm_loss, ops.torch_dsm_loss, (x, a, None, *at)),
+        (backend._dsm_loss, ops.torch_dsm_loss, (x, a, y, *none)),
+        (backend._normal, draws.numpy_normal, (x.shape, single, *at)),
+        (backend._rademacher, draws.numpy_rademacher, (x.shape, single, *at)),
+    ):
+        before = len(emulator.launches)
+        torch.testing.assert_close(kernel(*args), reference_op(*args), rtol=1e-5, atol=1e-5)
+        assert len(emulator.launches) > before
+    launched = len(emulator.launches)
+    wide = backend._lincomb([x, y.double()], [a, b], None, *none)
+    assert wide.dtype == torch.float64 and len(emulator.launches) == launched
 
 
 # ---- promises ----
