@@ -44,23 +44,25 @@ class Linear(NamedTuple):
 class Observation(nn.Module):
     r"""y = A(x_0) + std · noise, noise ~ N(0, I).
 
-    No matrix is needed: Aᵀ is a product by autograd, and where A is not linear its derivative at x̂_0 takes its place.
+    No matrix is needed: products with Aᵀ come from autograd, and where A is not linear its derivative at x̂_0 takes its
+    place.
 
     Args:
-        y: what was seen, (B, *y), one per sample of a batch; or (1, *y) or (*y), one for all. None: it comes with the
-            condition, `cond={"y": y}`, and with it, if they differ, noise levels "std" (B,) or of the shape of y. What
-            else is in that mapping goes on to the denoiser; under the single name "cond", without the mapping. It has
-            to be so for solvers with a step of its own for every sample, which drop samples as they go. Beside a y that
-            is given here, one in the condition is that of an observation further inside.
-        operator: A, (B, *event) -> (B, *y), each sample by itself, differentiable; one number is (B, 1).
-        std: noise level, ≥ 0, a number, (B,) or of the shape of y; one of as many numbers as both B and y have is of
-            the entries of y here, and of the samples in the condition. Methods that divide by it say so.
-        linear: whether A is linear; None asks `operator.linear`, and without that it is not. It is tried at first use.
+        y: what was seen, (B, *y), one per sample of a batch; or (1, *y) or (*y), one for all. With None it comes in the
+            condition, `cond={"y": y}`, together with noise levels "std", (B,) or of the shape of y, if these differ.
+            The other entries of that mapping go on to the denoiser; an entry "cond" that is the only other goes on as
+            a bare tensor. Solvers that give every sample its own steps need y in the condition, because they drop
+            samples as they go. Where y is given here, a "y" in the condition belongs to an observation further inside.
+        operator: A, (B, *event) -> (B, *y), differentiable, sample by sample; a single number is (B, 1).
+        std: noise level, ≥ 0: a number, (B,) or of the shape of y. If B and y have the same size, a vector given here
+            holds the entries of y, and one in the condition the samples. Methods that divide by it say so.
+        linear: whether A is linear. None reads `operator.linear`; an operator without it counts as not linear. The
+            claim is tested at first use.
 
     Raises:
-        TypeError: an operator that is no function. ValueError: y that is no tensor or not finite, a negative std; when
-            first used, shapes of y and A(x) that do not fit, complex A(x), a wrong claim that A is linear, an operator
-            in which samples of a batch meet.
+        TypeError: an operator that is not a function.
+        ValueError: y that is not a tensor or not finite, or a negative std; at first use also shapes of y and A(x) that
+            do not fit, a complex A(x), a wrong claim that A is linear, or an operator that mixes samples of a batch.
     """
 
     y: Tensor | None
@@ -97,7 +99,7 @@ class Observation(nn.Module):
         return Measured(y, std), unnamed(rest, "cond")
 
     def null(self, cond: Cond, denoiser: Denoiser) -> Cond:
-        """A condition with the same measurement, and nothing of what else `denoiser` is told inside."""
+        """A condition with the same measurement, and otherwise the null condition of `denoiser`."""
         if not self.within(cond):
             return denoiser.null(cond)
         measured = {name: value for name, value in named(cond, "cond").items() if name in ("y", "std")}
@@ -125,7 +127,7 @@ class Observation(nn.Module):
         def adjoint(u: Tensor) -> Tensor:
             return back(u.to(seen.dtype))[0]
 
-        # what y has where A is a row of zeros says nothing, and would weigh in every norm that solvers go by
+        # entries of y where A has a row of zeros carry no information, and would count in the norms that solvers use
         reached = forward(_numbers(x0)) != 0
         variance = (std.double() ** 2).expand(seen.shape)
         return Linear(
@@ -223,8 +225,8 @@ def _check(y: Tensor | None, std: Tensor) -> None:
 
 
 class WithoutMeasurement(DenoiserWrapper):
-    """A denoiser that does not hear of y where it comes with the condition: steps that put y in themselves keep it from
-    the network, but the last denoising of a `Sampler` does not.
+    """A denoiser from whose condition y is taken out: steps that put y in themselves keep it from the network, but the
+    last denoising of a `Sampler` does not.
 
     Args:
         denoiser: of p(x_0).

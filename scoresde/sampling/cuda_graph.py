@@ -1,9 +1,9 @@
 r"""A whole sampling run as one CUDA graph: captured once, replayed with new noise.
 
 A GPU does the arithmetic of a small network in less time than Python takes to ask for it; a graph asks once for all the
-kernels of a run. The steps are those of the eager loop. What they compute of the times are constants of the graph,
-as times lie on the CPU, and their noise is numbered from a position in device memory (`CapturedRng`), so a replay gives
-what the loop would have given for the same `Rng`, which it leaves where the loop would have.
+kernels of a run. The steps are those of the eager loop. Times lie on the CPU, so what is computed from them is constant
+in the graph. Noise is numbered from a position in device memory (`CapturedRng`), so a replay gives what the loop would
+have given for the same `Rng`, and leaves that where the loop would have.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class CudaGraph:
 
     Raises:
         ValueError: the batch is not on a CUDA device.
-        RuntimeError: the kernels, which alone can draw noise inside a graph, are off or cannot be had.
+        RuntimeError: the kernels, which alone can draw noise inside a graph, are off or not available.
     """
 
     def __init__(self, like: Tensor):
@@ -82,7 +82,7 @@ class CudaGraph:
 
 
 class Recorded:
-    """One run with tensors of its own for what comes in."""
+    """One recorded run, with tensors of its own for its inputs."""
 
     def __init__(self, run: Run, x: Tensor, cond: Cond, rng: Rng):
         graph = CudaGraph(x)
@@ -172,22 +172,21 @@ def _state(denoiser: Denoiser, x: Tensor) -> tuple[Any, ...]:
 
 
 @contextlib.contextmanager
-def _no_waiting() -> Iterator[None]:
+def _set(value: Any, read: Callable[[], Any], write: Callable[[Any], object]) -> Iterator[None]:
+    """A setting of torch, with `value` for a while."""
+    before = read()
+    write(value)
+    try:
+        yield
+    finally:
+        write(before)
+
+
+def _no_waiting() -> contextlib.AbstractContextManager[None]:
     """Within it torch raises an error, with `_WAITED` in it, where the CPU would wait for the GPU."""
-    before = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode(before)
+    return _set("error", torch.cuda.get_sync_debug_mode, torch.cuda.set_sync_debug_mode)
 
 
-@contextlib.contextmanager
-def _no_autocast_cache() -> Iterator[None]:
+def _no_autocast_cache() -> contextlib.AbstractContextManager[None]:
     """Casts of the weights that autocast keeps would outlive neither the capture nor a change of the weights."""
-    before = torch.is_autocast_cache_enabled()
-    torch.set_autocast_cache_enabled(False)
-    try:
-        yield
-    finally:
-        torch.set_autocast_cache_enabled(before)
+    return _set(False, torch.is_autocast_cache_enabled, torch.set_autocast_cache_enabled)

@@ -1,4 +1,4 @@
-r"""Changing samples that are there: partly noised and drawn anew, or moved in the latent of the probability-flow ODE.
+r"""Changing given samples: by noising and drawing them anew in part, or in the latent of the probability-flow ODE.
 
 The latent x_T comes from `AdaptiveODE.encode`, and `Sampler(AdaptiveODE(…), denoise=False)` brings it back.
 """
@@ -62,13 +62,13 @@ def sdedit(
 ) -> Tensor:
     r"""SDEdit: `x0` noised up to σ/α = `level`, and sampled from there (Meng et al. 2022, alg. 1).
 
-    What is finer than the noise is drawn anew, what is coarser stays; `x0` need not look like data.
+    Detail finer than the noise is drawn anew, and coarser structure stays; `x0` need not look like data.
 
     Args:
         denoiser: the model, or one that is guided.
         x0: (B, *event).
         sampler: its steps are all taken below `level`, spaced as its grid has them there.
-        level: σ/α > 0, in units of the data: the larger, the more is drawn anew. It is within what the SDE reaches.
+        level: σ/α > 0, in units of the data, that the SDE reaches: the larger, the more is drawn anew.
         cond: condition of each sample.
         rng: default `Rng(0)`.
 
@@ -84,12 +84,12 @@ def sdedit(
 def interpolate(first: Tensor, second: Tensor, share: Tensor | float) -> Tensor:
     r"""Spherical interpolation of latents, per sample (Shoemake 1985): [sin((1 − w)Ω) a + sin(wΩ) b]/sin Ω.
 
-    Ω is the angle between a and b. Straight lines between latents pass through points that are nearer to 0 than noise
+    Ω is the angle between a and b. Straight lines between latents pass through points that are closer to 0 than noise
     ever is, and give samples without detail.
 
     Args:
-        first, second: a, b (B, *event), not 0. Between opposite ones, which no sphere has one way between, it is the
-            straight line.
+        first, second: a, b (B, *event), not 0. Opposite latents, between which a sphere has no unique path, are
+            joined by the straight line.
         share: w, a number or (B,): 0 is `first`, 1 `second`.
 
     Raises:
@@ -106,8 +106,8 @@ def interpolate(first: Tensor, second: Tensor, share: Tensor | float) -> Tensor:
 
 
 def attribute(having: Tensor, lacking: Tensor) -> Tensor:
-    """Direction of an attribute in the latent, (1, *event): mean latent of samples that have it less that of those
-    that lack it (Radford et al. 2016; Kingma & Dhariwal 2018, sec. 6.2). Add a multiple of it, and decode.
+    """Direction of an attribute in the latent, (1, *event): the mean latent of samples that have it minus that of
+    samples that lack it (Radford et al. 2016; Kingma & Dhariwal 2018, sec. 6.2). Add a multiple of it, and decode.
 
     Args:
         having, lacking: latents (N, *event) and (M, *event), N and M ≥ 1.

@@ -42,10 +42,10 @@ class History(NamedTuple):
 class Multistep(Step):
     r"""Any multistep method of `weights.py`; the named methods below are choices of its arguments.
 
-    The predictor integrates the polynomial through the last `order` values. With a corrector the step before is done
-    again when its end has been evaluated, with that value among its nodes, at no cost (PEC). The first steps have fewer
-    values than the order needs, and the error of one Euler step would stay for ever; so without noise they are done
-    again from the very start with each value that comes, until it is reached. For fourth order that takes one more
+    The predictor integrates the polynomial through the last `order` values. With a corrector the previous step is
+    repeated once its end has been evaluated, with that value among its nodes, at no cost (PEC). The first steps have
+    fewer values than the order needs, and the error of one Euler step would remain to the end; so without noise they
+    are repeated from the very start with each new value until there are enough. For fourth order that takes one more
     evaluation, which `count` counts.
 
     Args:
@@ -88,13 +88,8 @@ class Multistep(Step):
         self.nodes, self.eta, self.corrector = int(order), float(eta), int(corrector)
         self.sigma_data = None if sigma_data is None else float(sigma_data)
         self.slope, self.angle = slope, angle
-        self.order = self._reached()
-
-    def _reached(self) -> float:
-        """Global order; with noise 1, as x̂_0 along a Brownian path is no smoother."""
-        if self.eta > 0:
-            return 1.0
-        return float(min(self.nodes + 1, self.corrector) if self.corrector > self.nodes else self.nodes)
+        reached = min(order + 1, corrector) if corrector > order else order
+        self.order = 1.0 if eta > 0 else float(reached)  # with noise 1, as x̂_0 along a Brownian path is not smooth
 
     def count(self, steps: int) -> int:
         return steps + int(self.order > 3 and steps > 1)

@@ -95,10 +95,10 @@ class Sampler:
         steps: n ≥ 1; None takes the step's own default.
         denoise: end with x̂_0(x, t_end), one more evaluation: removes the noise σ(t_end) that is left.
         cuda_graph: on a CUDA device, run all steps as one CUDA graph, network included. The samples are the same. It
-            pays where kernels are short, so for small networks and batches. The first call costs three runs; so does
-            one with another shape, kind of `rng`, denoiser or place of its weights. Memory for a whole run is held
-            for as long as the denoiser lives. Numbers and tensors that a denoiser holds besides its parameters and
-            buffers, and what it does in Python, are those of the first call.
+            pays where kernels are short: for small networks and batches. The first call costs three runs; so does one
+            with another shape, kind of `rng`, denoiser or place of its weights. Memory for a whole run is held for as
+            long as the denoiser lives. Numbers and tensors that a denoiser holds besides its parameters and buffers,
+            and what it does in Python, stay those of the first call.
 
     Raises:
         ValueError: steps < 1, or a CUDA graph of an adaptive step.
@@ -138,7 +138,7 @@ class Sampler:
 
         Raises:
             SolverError: a sample is not finite; its index is named.
-            ValueError: a shape, starting point or grid that is none; `cuda_graph` where x or `cond` are not on CUDA.
+            ValueError: a shape, starting point or grid that cannot be used; `cuda_graph` with x or `cond` off CUDA.
             RuntimeError: `cuda_graph` without kernels, or for a step or network that no graph can contain.
         """
         if not self.cuda_graph:
@@ -157,7 +157,7 @@ class Sampler:
     def iterate(
         self, denoiser: Denoiser, shape_or_x: Sequence[int] | Tensor, *, cond: Cond = None, rng: Rng | None = None
     ) -> Iterator[Trace]:
-        """The same run, point by point: progress bars and trajectories are the caller's `for`. Never a CUDA graph."""
+        """A run point by point: progress bars and trajectories are the caller's `for`. Never a CUDA graph."""
         rng = Rng(0) if rng is None else rng
         times, counted = self._times(denoiser), CountingDenoiser(denoiser)
         start, labels = self.start(denoiser, shape_or_x, rng), times.tolist()
@@ -168,7 +168,7 @@ class Sampler:
             yield Trace(index, labels[min(index, self.steps)], x, counted.evaluations)
 
     def _times(self, denoiser: Denoiser) -> Tensor:
-        """Falling times (n + 1,), float64, on the CPU: what steps compute of them are numbers there."""
+        """Falling times (n + 1,), float64, on the CPU, where steps compute plain numbers from them."""
         times = check_grid(self.grid(denoiser.sde, self.steps), denoiser.sde)
         if len(times) != self.steps + 1:
             raise ValueError(f"A grid (sde, n) returns n + 1 times; got {len(times)} for n = {self.steps}.")

@@ -155,15 +155,15 @@ class Langevin(Step):
     `x ← x + h score + √(2h) z`, `h = 2 snr² σ² (D + 64)/(‖σ score‖² + 64)`, so no sample depends on its batch-mates.
 
     The paper's `h = 2 (snr ‖z‖/‖score‖)²` takes norms over a batch. Those of one sample are noisy in few dimensions: a
-    step that varies with z heats the chain by (D + 2)/D, one that varies with x tilts its law by ‖score‖². So ‖z‖² is
-    its mean D here, and 64 dimensions of pure noise (‖σ score‖² = 1 each) are counted in: the rule is the paper's for
-    images, and alone it widens a Gaussian by less than 1 + 2/(D + 64). h is capped at σ², the longest step that is
-    stable for every density, because −∇² log p_t ⪯ I/σ². The paper's factor α_i = 1 − β_i belongs to one training grid;
-    here it is 1, so the rule holds on any grid.
+    step that varies with z inflates the variance by (D + 2)/D, and one that varies with x biases the distribution by
+    ‖score‖². So ‖z‖² is replaced by its mean D, and 64 dimensions of pure noise (‖σ score‖² = 1 each) are added: for
+    images that is the paper's rule, and by itself it inflates the variance of a Gaussian by less than 1 + 2/(D + 64).
+    h is at most σ², the longest step that is stable for every density, because −∇² log p_t ⪯ I/σ². The paper's factor
+    α_i = 1 − β_i belongs to one training grid; here it is 1, so the rule holds on any grid.
 
     Args:
         snr: r > 0, target ratio of the score's step to the noise's.
-        measured: ‖z‖² of the noise that is added, as in the paper, instead of its mean D.
+        measured: use ‖z‖² of the noise that is added, as in the paper, instead of its mean D.
     """
 
     order, evaluations = 0.0, 1
