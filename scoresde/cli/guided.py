@@ -15,18 +15,22 @@ from .conditions import always_conditional, kinds_of
 
 
 class _Guide(NamedTuple):
-    """The run that a guidance needs: the option, the kind of run in words and in an example, whether a classifier."""
+    """The run that a guidance needs: the option, the kind of run in words and in an example, whether a classifier.
+
+    A class of the user's own takes either kind.
+    """
 
     option: str
     what: str
     example: str
-    is_classifier: bool
+    is_classifier: bool | None
 
 
 _GUIDES = {
     "scoresde.Auto": _Guide("auto", "a weaker model", "guide=runs/weak", False),
     "scoresde.Classifier": _Guide("classifier", "a classifier", "guide=runs/judge", True),
 }
+_OF_ONES_OWN = _Guide("a class of one's own", "a run", "guide=runs/other", None)
 
 
 class Guided(NamedTuple):
@@ -71,7 +75,8 @@ def build_guidance(options: Mapping[str, Any], run: LoadedRun, allow: Sequence[s
     node, folder = options["guidance"], options["guide"]
     check_guidance(node, run)
     settings = node if isinstance(node, Mapping) else {}
-    kind = _GUIDES.get(settings.get("_target_", ""))
+    target = settings.get("_target_", "")
+    kind = _OF_ONES_OWN if folder is not None and target in allow else _GUIDES.get(target)
     if kind is None and folder is not None:
         known = " or ".join(f"{guide.what} of guidance={guide.option}" for guide in _GUIDES.values())
         raise ConfigError(f"guide={folder} is {known}.")
@@ -94,7 +99,7 @@ def _load_guide(
     if not isinstance(folder, str):
         raise ConfigError(f"guidance={option} needs {what}, the folder of a run: {example}; got {folder!r}.")
     guide = load_run(Path(folder), allow=allow, device=options["device"])
-    if guide.draws == classifier:
+    if classifier is not None and guide.draws == classifier:
         found = "a model of samples. One is trained by experiment=digits_classifier."
         if not guide.draws:
             found = "a classifier. Did you mean guidance=classifier?"

@@ -187,8 +187,8 @@ def test_a_model_that_cannot_be_guided_is_refused(run: LoadedRun) -> None:
     assert choose_cond(NOTHING, 4, unconditional, problem=problem) == (None, "")
 
 
-def test_a_weaker_run_can_guide(folder: Path, run: LoadedRun) -> None:
-    """The run's own first checkpoint: Auto(P, guide), to the bit. A guide that does not fit is refused."""
+def test_a_weaker_run_can_guide(folder: Path, run: LoadedRun, monkeypatch) -> None:
+    """The run's own first checkpoint: Auto(P, guide), to the bit, also in a class of one's own. A misfit is refused."""
     steps = sorted((folder / "run" / "checkpoints").iterdir())
     shutil.copytree(steps[0], folder / "weak" / "checkpoints" / steps[0].name)
     weak = load_run(folder / "weak")
@@ -198,6 +198,11 @@ def test_a_weaker_run_can_guide(folder: Path, run: LoadedRun) -> None:
         Auto(run.denoiser, weak.denoiser, 2.5), (3, 1, 8, 8), cond=torch.ones(3).long(), rng=Rng(seeds=range(3))
     )
     assert np.array_equal(made["ddim"], raw(run, x))
+    (folder / "guidance_of_mine.py").write_text("from scoresde import Auto\n\n\nclass Mine(Auto):\n    pass\n")
+    monkeypatch.syspath_prepend(folder)
+    words = ("guidance=auto", "guidance._target_=guidance_of_mine.Mine", "allow_targets=[guidance_of_mine.Mine]")
+    mine = drawn(folder, "mine", *words, "guide=weak", "guidance.scale=2.5", "cond.label=1", "n=3")
+    assert np.array_equal(mine["ddim"], made["ddim"])
     options = {"guidance": {"_target_": "scoresde.Auto"}, "guide": str(folder / "weak"), "device": "cpu"}
     with pytest.raises(ConfigError, match=r"has conditional True, and .*run False; they have to agree"):
         build_guidance(options, replace(run, conditional=False), [])
