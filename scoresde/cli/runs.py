@@ -75,11 +75,14 @@ def describe(runs: Sequence[Run], root: Path, *, width: int | None = None) -> st
         main = [key for key, value in same.items() if len(same) <= 20 or (value is not None and "." not in key)]
         head += wrapped("all: ", [f"{key}={same[key]}" for key in main], width, lines=3)
     columns: dict[str, list[Any]] = {"run": [str(run.folder.relative_to(root)) for run in runs]}
-    columns |= {key: [table.get(key) for table in tables] for key in differ}
     figures = [measured(run) for run in runs]
+    # the configuration's key `loss` has the name of a number
+    optional = [key for key in differ if key not in figures[0]]
+    columns |= {key: [table.get(key) for table in tables] for key in optional}
     columns |= {name: [row[name] for row in figures] for name in figures[0]}
     columns["state"] = [": ".join(filter(None, [run.state, run.reason])) for run in runs]
-    table, left_out = layout(columns, width, optional=differ)
+    table, left_out = layout(columns, width, optional=optional)
+    left_out += [key for key in differ if key in figures[0]]
     if left_out:
         head += wrapped("also different: ", left_out, width, lines=2)
     return "\n".join([*head, "", table])

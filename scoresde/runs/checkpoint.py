@@ -2,7 +2,7 @@
 
 `checkpoints/step-00001234/` holds one `.safetensors` file per group of tensors, one `.json` file per record, and
 `manifest.json` with the size and SHA-256 of each. It is written under a temporary name, every file and the folder
-are synced, and one rename publishes it: whoever is killed at whatever instant, the newest `step-…` folder is whole (an
+are synced, and one rename publishes it: at whatever instant training is killed, the newest `step-…` folder is whole (an
 old one may be half removed, which the manifest shows). Nothing in it is pickled, so reading one runs no code.
 """
 
@@ -34,16 +34,16 @@ _log = logging.getLogger(__name__)
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint that is not there, not whole, or not of this run: says which folder and why."""
+    """A checkpoint is missing, damaged, or of another run; the message names the folder and the reason."""
 
 
 class NewerFormat(CheckpointError):
-    """A whole checkpoint that a later version of scoresde wrote: to go on from an older one would write over it."""
+    """A later version of scoresde wrote the checkpoint; resuming from an older one would overwrite it."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a folder held.
+    """The content of a checkpoint folder.
 
     Attributes:
         path: the folder.
@@ -74,14 +74,13 @@ def save(
         folder, step, tensors, records: see `Checkpoint`.
         keep_last: how many of the newest up to this one stay, ≥ 1.
         keep_best: how many of those with the lowest score stay besides, ≥ 0.
-        score: of this one, None for none.
+        score: of this checkpoint; None if it has none.
 
     Raises:
         ValueError: keep_last < 1 or keep_best < 0.
-        CheckpointError: it could not be written (a full disk, say); earlier checkpoints are as they were.
+        CheckpointError: it could not be written (a full disk, say); earlier checkpoints are unchanged.
     """
     from safetensors import SafetensorError
-    from safetensors.torch import save_file
 
     if keep_last < 1 or keep_best < 0:
         raise ValueError(
@@ -93,22 +92,7 @@ def save(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         sweep(folder)
-        new.mkdir()
-        for name, group in tensors.items():
-            # a copy of each, because safetensors refuses tensors that share memory (tied weights)
-            path = new / f"{name}.safetensors"
-            save_file({k: v.detach().cpu().clone().contiguous() for k, v in group.items()}, path)
-            # safetensors makes files that only their owner can read; what the umask allows is read from the folder,
-            # because to ask for the umask is to change it, for every thread
-            os.chmod(path, new.stat().st_mode & 0o666)
-        for name, record in records.items():
-            (new / f"{name}.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
-        files = {path.name: _fingerprint(path) for path in sorted(new.iterdir())}
-        manifest: dict[str, Any] = {"format": FORMAT, "step": step, "score": score, "files": files}
-        manifest["sha256"] = _digest(manifest)
-        (new / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-        for path in [*new.iterdir(), new]:
-            sync(path)
+        _write(new, step, tensors, records, score)
         if final.exists():  # a damaged one that training has come past again
             os.rename(final, old)
         os.rename(new, final)
@@ -124,6 +108,30 @@ def save(
     for path in [path for path in found if path not in kept]:
         _delete(path)
     return final
+
+
+def _write(
+    new: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], records: Mapping[str, Any], score: float | None
+) -> None:
+    """Makes the folder `new` with every file of a checkpoint, and waits until all of it is on the disk."""
+    from safetensors.torch import save_file
+
+    new.mkdir()
+    for name, group in tensors.items():
+        # a copy of each, because safetensors refuses tensors that share memory (tied weights)
+        path = new / f"{name}.safetensors"
+        save_file({k: v.detach().cpu().clone().contiguous() for k, v in group.items()}, path)
+        # safetensors makes files that only their owner can read; what the umask allows is read from the folder,
+        # because asking for the umask changes it, for every thread
+        os.chmod(path, new.stat().st_mode & 0o666)
+    for name, record in records.items():
+        (new / f"{name}.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
+    files = {path.name: _fingerprint(path) for path in sorted(new.iterdir())}
+    manifest: dict[str, Any] = {"format": FORMAT, "step": step, "score": score, "files": files}
+    manifest["sha256"] = _digest(manifest)
+    (new / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+    for path in [*new.iterdir(), new]:
+        sync(path)
 
 
 def _room(folder: Path, tensors: Mapping[str, Mapping[str, Tensor]]) -> str:
@@ -148,7 +156,7 @@ def best(folder: Path | str) -> Checkpoint | None:
 
 
 def _delete(path: Path) -> None:
-    """Out of sight by one rename first, so that no half of a checkpoint is ever to be seen."""
+    """Hides the folder by a rename before it is removed, so that nobody sees half a checkpoint."""
     gone = path.with_name(f".{path.name}.gone")
     try:
         os.rename(path, gone)
@@ -209,7 +217,7 @@ def latest(folder: Path | str) -> Checkpoint | None:
     """The newest whole checkpoint of `folder`; a damaged one is passed over with one warning. None if there is none.
 
     Raises:
-        NewerFormat: a later version of scoresde wrote it.
+        NewerFormat: a later version of scoresde wrote the newest one.
     """
     return next(_readable(_newest_first(Path(folder))), None)
 
@@ -236,7 +244,7 @@ def _step(path: Path) -> int:
 
 
 def sweep(folder: Path) -> None:
-    """Removes what a killed save left. An `.old` whose successor never came is put back."""
+    """Removes what a killed save left. An `.old` folder is put back if no new one took its place."""
     for path in folder.iterdir():
         match = _ABANDONED.fullmatch(path.name)
         if match is None:
@@ -257,8 +265,8 @@ def _read(path: Path) -> Any:
     """The JSON value in a file.
 
     Raises:
-        OSError: it is no regular file, or cannot be read.
-        ValueError: it is no JSON, or such as no save writes: huge, nested without end, or with a key twice.
+        OSError: it is not a regular file, or cannot be read.
+        ValueError: it is not JSON, or not as `save` writes it: it is huge, nested too deep, or has a key twice.
     """
     if _size(path) > _RECORD_BYTES:
         raise ValueError(f"{path.name} is larger than {_RECORD_BYTES >> 20} MiB")
@@ -284,7 +292,7 @@ def _size(path: Path) -> int:
 
 
 def _matches(path: Path, expected: Any) -> bool:
-    """Whether a file is the one of the manifest; one of another size is not read."""
+    """Whether a file is the one in the manifest; a file of another size is not read."""
     size = _size(path)
     return isinstance(expected, dict) and expected.get("bytes") == size and _fingerprint(path) == expected
 

@@ -1,4 +1,4 @@
-"""One run folder as its files tell: configuration, numbers, and whether it runs, is finished, or can go on."""
+"""Reads one run folder: its configuration, its numbers, and whether it runs, is finished, or can be resumed."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ import json
 import math
 import os
 import re
-import socket
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,17 +25,18 @@ _CLOSED = ("checkpoints", "wandb", "progress", "batches", "averages")
 
 @dataclass
 class Run:
-    """One run folder, as its files tell.
+    """What the files of one run folder say.
 
     Attributes:
         folder: where it is.
         state: "running" (a process holds its lock), "finished", "resumable" (a whole checkpoint, and no end),
             "failed", or "empty".
         reason: a few words on the state: why it failed, who runs it, which files cannot be read.
-        step, images: how far it came, None if that is not known; goal: images that it was to see.
+        step, images: how far training came, None if that is not known.
+        goal: number of images that it was to see.
         bits, stderr: held-out bits/dim and its standard error from summary.json; loss: the last held-out loss.
         config: flat configuration, `{"sde": "VPSDE", "sde.beta_max": 20.0, …}`.
-        overrides: what the job of a sweep was told; None outside of sweeps.
+        overrides: those that the job of a sweep was started with; None outside of sweeps.
         rows: metrics.jsonl.
     """
 
@@ -55,7 +55,7 @@ class Run:
 
     @property
     def numbers(self) -> dict[str, float | None]:
-        """What a table shows of it, by column."""
+        """The numbers of a run that tables show, by column."""
         return {"step": self.step, "images": self.images, "bits/dim": self.bits, "loss": self.loss}
 
 
@@ -69,7 +69,7 @@ def find(root: Path) -> Iterator[Path]:
 
 
 def read(folder: Path) -> Run:
-    """What the files of one run tell. Whatever is damaged is named in `reason`, and raises nothing."""
+    """Reads the files of one run. A damaged file is named in `reason`; it raises nothing."""
     broken: list[str] = []
 
     def get(name: str, parse: Callable[[str], Any], kind: type) -> Any:
@@ -90,21 +90,26 @@ def read(folder: Path) -> Run:
         broken.append("metrics.jsonl")
     bits = summary.get("bits_per_dim")
     bits = bits if isinstance(bits, dict) else {}
-    at = {name: [n for n in map(number, [summary.get(name), *(r.get(name) for r in rows)]) if n is not None]
-          for name in ("step", "images")}  # fmt: skip
-    losses = [value for row in rows if (value := number(row.get("eval/loss"))) is not None]
-    run = Run(
-        folder, config=config, rows=rows, bits=number(bits.get("mean")), stderr=number(bits.get("stderr")),
-        step=int(max(at["step"])) if at["step"] else None, images=int(max(at["images"])) if at["images"] else None,
-        loss=losses[-1] if losses else number(summary.get("loss")),
-        overrides=values(job["overrides"]) if isinstance(job.get("overrides"), list) else None,
-    )  # fmt: skip
-    goal = number(config.get("trainer.images"))
-    run.goal = None if goal is None else int(goal)
+    run = Run(folder, config=config, rows=rows, bits=number(bits.get("mean")), stderr=number(bits.get("stderr")))
+    run.step = _whole(_numbers("step", [summary, *rows]))
+    run.images = _whole(_numbers("images", [summary, *rows]))
+    run.goal = _whole(_numbers("trainer.images", [config]))
+    run.loss = next(iter([*_numbers("eval/loss", rows)[::-1], *_numbers("loss", [summary])]), None)
+    if isinstance(job.get("overrides"), list):
+        run.overrides = values(job["overrides"])
     run.state, run.reason = _state(run, summary, job, failure)
     if broken:
         run.reason = "; ".join(filter(None, [run.reason, f"damaged: {', '.join(broken)}"]))
     return run
+
+
+def _numbers(name: str, records: Sequence[dict[str, Any]]) -> list[float]:
+    """The finite numbers that stand under one name."""
+    return [value for record in records if (value := number(record.get(name))) is not None]
+
+
+def _whole(found: Sequence[float]) -> int | None:
+    return int(max(found)) if found else None
 
 
 def _state(run: Run, summary: dict[str, Any], job: dict[str, Any], failure: dict[str, Any]) -> tuple[str, str]:
@@ -112,7 +117,7 @@ def _state(run: Run, summary: dict[str, Any], job: dict[str, Any], failure: dict
     status, rest = job.get("status"), "" if saved is None else f"resumable at step {saved}"
     if (run.folder / ".lock").exists() and (holder := lock.holder(run.folder)) is not None:
         return "running", f"process {holder.get('pid')} on {holder.get('host')}"
-    if status == "running" and alive(job):
+    if status == "running" and lock.alive(job):
         return "running", f"process {job['pid']}"
     if failure:
         return "failed", "; ".join(filter(None, [str(failure.get("reason", "")), rest]))
@@ -120,7 +125,7 @@ def _state(run: Run, summary: dict[str, Any], job: dict[str, Any], failure: dict
     images = summary.get("images") if summary else last.get("images") if last.get("final") else None
     reached = images is not None and (run.goal is None or (number(images) or 0) >= run.goal)
     done = reached if summary else reached and saved is not None and run.config.get("evaluate_at_end") is False
-    # a run of a sweep may have been finished later, by itself
+    # a job of a sweep may have been finished later, by a command of its own
     later = done and _written(run.folder / ("summary.json" if summary else "metrics.jsonl")) >= _written(
         run.folder / "job.json"
     )
@@ -146,21 +151,8 @@ def newest_checkpoint(folder: Path) -> int | None:
     return None
 
 
-def alive(job: Mapping[str, Any]) -> bool:
-    """Whether the process of a job's record still runs, as far as this host can tell."""
-    if job.get("host") != socket.gethostname() or not isinstance(job.get("pid"), int):
-        return False
-    try:
-        os.kill(job["pid"], 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:
-        pass
-    return True
-
-
 def values(overrides: Sequence[Any]) -> dict[str, str]:
-    """`["sde=vp", "+a.b=1", "resume=auto"]` as `{"sde": "vp", "a.b": "1"}`: what makes a job what it is."""
+    """`["sde=vp", "+a.b=1", "resume=auto"]` as `{"sde": "vp", "a.b": "1"}`: the overrides that define a job."""
     pairs = [str(override).lstrip("+").split("=", 1) for override in overrides if "=" in str(override)]
     return {name: value for name, value in pairs if name not in CONTROL}
 
@@ -181,7 +173,7 @@ def _rows(path: Path) -> tuple[list[dict[str, Any]], bool]:
             bad.append(i)
         elif "header" not in row:
             rows.append(row)
-    return rows, any(i < len(lines) - 1 for i in bad)  # the last line may just be being written
+    return rows, any(i < len(lines) - 1 for i in bad)  # the last line may still be being written
 
 
 def _yaml(text: str) -> Any:
@@ -232,9 +224,9 @@ def count_states(runs: Sequence[Run]) -> str:
 
 
 def keys(runs: Sequence[Run]) -> tuple[list[dict[str, Any]], list[str], dict[str, Any]]:
-    """One flat table per run, the keys in which they differ, and what they all share.
+    """(one flat table per run, the keys in which they differ, the entries that they all share).
 
-    The jobs of one sweep are told apart by their overrides, other runs by their whole configuration.
+    The jobs of one sweep are compared by their overrides, other runs by their whole configuration.
     """
     swept = len({run.folder.parent for run in runs}) == 1 and all(run.overrides is not None for run in runs)
     tables = [(run.overrides if swept else run.config or run.overrides) or {} for run in runs]

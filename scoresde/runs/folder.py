@@ -1,4 +1,4 @@
-"""The output folder of a run: what is in it, and what may happen to what was there before."""
+"""The output folder of a run: which files it holds, and when an earlier run there is continued, replaced or refused."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _PATTERNS = (
     "samples-*.png", "trajectory-*.png", "progress/step-*.png", "checkpoints/step-*", "checkpoints/.step-*",
     "averages/images-*", "batches/step-*",
 )  # fmt: skip
-# Keys that make a run what it is: a checkpoint made with another value is another run.
+# Keys that define a run: a checkpoint made with another value belongs to another run.
 _IDENTITY = (
     "seed", "conditional", "sigma_data", "sde", "network", "parameterization", "denoiser", "loss", "data", "optim",
     "ema", "trainer.batch_size", "trainer.accumulate", "trainer.warmup", "trainer.clip", "trainer.loss_scale",
@@ -40,8 +40,8 @@ def prepare(folder: Path, config: Mapping[str, Any], *, resume: str | bool, over
         overwrite: true removes the files of the run that is there, and nothing else.
 
     Raises:
-        ValueError: the folder holds a run or files of the same names, and nothing said what to do with them; the run
-            there has another configuration; or all its checkpoints are damaged.
+        ValueError: the folder holds a run or files of the same names, and neither resume nor overwrite is given; the
+            run there has another configuration; or all its checkpoints are damaged.
     """
     if resume not in (False, "auto", "never"):
         raise ValueError(f"resume is auto or false; got {resume!r}.")
@@ -88,7 +88,7 @@ def write_config(folder: Path, config: Mapping[str, Any], command: str) -> None:
 
 @contextlib.contextmanager
 def blamed(folder: Path, step: Callable[[], int]) -> Iterator[None]:
-    """Leaves `failed.json`, the reason and the step reached, if what it surrounds raises; removes an earlier one."""
+    """Writes `failed.json`, the reason and the step reached, if the `with` block raises; removes an earlier one."""
     path = folder / "failed.json"
     path.unlink(missing_ok=True)
     try:
@@ -99,7 +99,7 @@ def blamed(folder: Path, step: Callable[[], int]) -> Iterator[None]:
 
 
 def finish(path: Path, record: Mapping[str, Any]) -> None:
-    """Writes the file that shows that a command is finished, at one stroke."""
+    """Publishes a record, without secrets: the file shows that a command has ended."""
     publish(path, json.dumps(redacted(record), indent=2) + "\n")
 
 

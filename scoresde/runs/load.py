@@ -55,7 +55,7 @@ def choose_device(name: str) -> torch.device:
     """The device of that name; `auto` is CUDA where there is one, and `torchrun`'s processes take one GPU each.
 
     Raises:
-        ValueError: unknown, or not there.
+        ValueError: it is unknown, or this machine does not have it.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -76,10 +76,10 @@ def set_threads(threads: int | None) -> None:
 
 
 def choose_kernels(kernels: str | bool | None, device: torch.device) -> None:
-    """Where CUDA kernels run: auto, off or require; None leaves it to SCORESDE_KERNELS.
+    """Sets where CUDA kernels run: auto, off or require; None leaves it to SCORESDE_KERNELS.
 
     Raises:
-        ValueError: none of these, or they are required and `device` cannot have them.
+        ValueError: the mode is unknown, or kernels are required and `device` cannot have them.
     """
     switch.use("off" if kernels is False else kernels)  # type: ignore[arg-type]  # YAML reads off as false
     if switch.mode() == "require" and (reason := switch.why_not(device)):
@@ -101,7 +101,7 @@ def build_denoiser(config: Mapping[str, Any], dataset: Dataset, allow: Sequence[
 
 
 def check_classifier(config: Mapping[str, Any]) -> None:
-    """Refuses a classifier's loss where labels are not told, or where samples or bits/dim are asked for.
+    """Refuses a classifier that gets no labels, or of which samples or bits/dim are asked for.
 
     Raises:
         ConfigError: it is one of these.
@@ -154,13 +154,11 @@ def chosen_run(options: Mapping[str, Any], allow: Sequence[str]) -> LoadedRun:
     """`load_run` as the keys run, device, kernels, weights and checkpoint of a command say.
 
     Raises:
-        ConfigError: it is a classifier's.
+        ConfigError: it is the run of a classifier.
     """
     choose_kernels(options["kernels"], choose_device(options["device"]))
-    run = load_run(
-        Path(options["run"]), allow=allow, device=options["device"], weights=options["weights"],
-        checkpoint=options["checkpoint"],
-    )  # fmt: skip
+    chosen = {name: options[name] for name in ("device", "weights", "checkpoint")}
+    run = load_run(Path(options["run"]), allow=allow, **chosen)
     if not run.draws:
         raise ConfigError(
             f"run={run.folder} is a classifier, of which there are no samples and no likelihood. It guides those of "
@@ -170,9 +168,13 @@ def chosen_run(options: Mapping[str, Any], allow: Sequence[str]) -> LoadedRun:
 
 
 def load_run(
-    folder: Path, *, allow: Sequence[str] = (), device: str = "auto", weights: str | float = "ema",
+    folder: Path,
+    *,
+    allow: Sequence[str] = (),
+    device: str = "auto",
+    weights: str | float = "ema",
     checkpoint: str = "latest",
-) -> LoadedRun:  # fmt: skip
+) -> LoadedRun:
     """Rebuilds the model of a run from the configuration and weights of a checkpoint.
 
     Args:

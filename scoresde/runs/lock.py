@@ -8,7 +8,7 @@ import json
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EINVAL)
 
 
 class Locked(RuntimeError):
-    """Another process works in the folder: says which."""
+    """Another process works in the folder; the message says which."""
 
 
 @contextlib.contextmanager
@@ -25,12 +25,12 @@ def hold(folder: Path) -> Iterator[None]:
     """Holds `folder` (made if it is not there) while the `with` block runs.
 
     The lock is the kernel's (`flock` on `folder/.lock`), so it ends with the process that holds it, however that ends;
-    the file's text only says who that is. On a file system without locks the text decides: a process of this host that
-    is gone holds nothing.
+    the file's text only says which process that is. On a file system without locks the text decides: a process of this
+    host that has ended holds nothing.
 
     Raises:
         Locked: another process holds it; names its host, number and start.
-        OSError: the folder cannot be made, or the lock not be asked for.
+        OSError: the folder cannot be made, or the lock cannot be asked for.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / _NAME
@@ -40,12 +40,12 @@ def hold(folder: Path) -> Iterator[None]:
             _take(descriptor)
         except OSError as error:
             found = _read(path)
-            if not (error.errno in _NO_LOCKS and (found is None or _gone(found))):
+            if not (error.errno in _NO_LOCKS and (found is None or alive(found) is False)):
                 os.close(descriptor)
                 if error.errno not in (errno.EWOULDBLOCK, *_NO_LOCKS):
                     raise
-                raise Locked(_reproach(folder, found)) from None
-        # whoever held it may have removed the file between our open and our lock: then this is a lock on nothing
+                raise Locked(_refusal(folder, found)) from None
+        # the former holder may have removed the file between our open and our lock: then this locks nothing
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(descriptor), os.stat(path)):
                 break
@@ -61,20 +61,24 @@ def hold(folder: Path) -> Iterator[None]:
 
 
 def _take(descriptor: int) -> None:
-    """The lock for one alone. `holder` shares it while it looks, which is waited for and refuses nobody."""
+    """Takes the exclusive lock; retries while `holder` probes.
+
+    Raises:
+        OSError: another process holds it, or the file system has no locks.
+    """
     import fcntl
 
-    for _ in range(500):  # 5 s, where a look takes microseconds
+    for _ in range(500):  # 5 s, where a probe takes microseconds
         with contextlib.suppress(BlockingIOError):
             return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)  # raises where another has it alone
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)  # raises where another holds it exclusively
         fcntl.flock(descriptor, fcntl.LOCK_UN)
         time.sleep(0.01)
     fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def holder(folder: Path) -> dict[str, Any] | None:
-    """{"pid", "host", "started"} of the process that holds `folder` now, None if there is none."""
+    """{"pid", "host", "started"} of the process that holds `folder` now; None if no process does."""
     import fcntl
 
     path = folder / _NAME
@@ -87,7 +91,7 @@ def holder(folder: Path) -> dict[str, Any] | None:
         return None
     except OSError as error:
         found = _read(path) or {}
-        return None if error.errno in _NO_LOCKS and _gone(found) else found
+        return None if error.errno in _NO_LOCKS and alive(found) is False else found
     finally:
         os.close(descriptor)
 
@@ -100,20 +104,22 @@ def _read(path: Path) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
-def _gone(note: dict[str, Any]) -> bool:
-    """Whether the process of a note is known to have ended: one of this host that is not there."""
+def alive(note: Mapping[str, Any]) -> bool | None:
+    """Whether the process of a note still runs; None where that is not known: on another host, or without a number."""
     if note.get("host") != socket.gethostname():
-        return False
+        return None
     try:
         os.kill(int(note["pid"]), 0)
     except ProcessLookupError:
-        return True
-    except (PermissionError, KeyError, TypeError, ValueError):
         return False
-    return False
+    except PermissionError:
+        return True
+    except (KeyError, TypeError, ValueError, OverflowError):
+        return None
+    return True
 
 
-def _reproach(folder: Path, note: dict[str, Any] | None) -> str:
+def _refusal(folder: Path, note: dict[str, Any] | None) -> str:
     who = "Another process"
     if note:
         who = f"Process {note.get('pid')} on {note.get('host')}"

@@ -1,8 +1,7 @@
-"""Where numbers go: `metrics.jsonl` is the record; anything else, like Weights & Biases, is a view of it."""
+"""Loggers of a run: `metrics.jsonl` is the record; any other, like Weights & Biases, shows a copy of it."""
 
 from __future__ import annotations
 
-import abc
 import hashlib
 import json
 import logging
@@ -24,7 +23,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class RunFacts:
-    """What a logger needs to know about the run it follows.
+    """What a logger needs to know about its run.
 
     Attributes:
         folder: the output folder.
@@ -41,61 +40,33 @@ class RunFacts:
     resume_step: int = 0
 
 
-class Logger(abc.ABC):
-    """Takes numbers, pictures and tables of a run, between `start` and `close`."""
+class Logger:
+    """Takes numbers, pictures and tables of a run, between `start` and `close`; this one keeps nothing of them."""
 
-    @abc.abstractmethod
     def start(self, facts: RunFacts) -> None:
         """Begins, or continues, the run."""
 
-    @abc.abstractmethod
     def log(self, values: Mapping[str, float], *, step: int, images: int) -> None:
         """One row: named numbers after `step` optimizer steps on `images` images."""
 
-    @abc.abstractmethod
     def image(self, key: str, path: Path, *, step: int, images: int) -> None:
         """A picture file."""
 
-    @abc.abstractmethod
     def table(self, key: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
         """A small table."""
 
-    @abc.abstractmethod
     def summary(self, values: Mapping[str, Any]) -> None:
         """Final numbers of the run."""
 
-    @abc.abstractmethod
     def sync(self) -> None:
         """What was logged outlives a power cut. Called before a checkpoint is published."""
 
-    @abc.abstractmethod
     def close(self, failed: bool = False) -> None:
         """Ends the run; nothing may be logged afterwards."""
 
 
 class NullLogger(Logger):
     """Keeps nothing."""
-
-    def start(self, facts: RunFacts) -> None:
-        pass
-
-    def log(self, values: Mapping[str, float], *, step: int, images: int) -> None:
-        pass
-
-    def image(self, key: str, path: Path, *, step: int, images: int) -> None:
-        pass
-
-    def table(self, key: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-        pass
-
-    def summary(self, values: Mapping[str, Any]) -> None:
-        pass
-
-    def sync(self) -> None:
-        pass
-
-    def close(self, failed: bool = False) -> None:
-        pass
 
 
 class JsonlLogger(Logger):
@@ -105,10 +76,10 @@ class JsonlLogger(Logger):
     crash are taken out, so every row stands there once, whatever happened in between. Pictures, tables and final
     numbers are files of the output folder already.
 
-    A row is the operating system's at once: a process that is killed loses none. `sync` puts them on the disk; called
-    before a checkpoint is published, it leaves to a power cut only rows that training from that checkpoint writes
-    again. Rows that a full or failing disk refuses wait in memory and are tried again at every later row; one warning
-    says so, and `close` says what is missing if they never found room.
+    Every row is written to the operating system at once, so a process that is killed loses none. `sync` puts the rows
+    on the disk. It is called before a checkpoint is published, so a power cut takes only rows that training from that
+    checkpoint writes again. Rows that a full or failing disk refuses wait in memory and are tried again at every later
+    row; one warning says so, and `close` says which are missing if they were never written.
 
     Raises:
         OSError: from `start`, if the file cannot be written; the one that was there is left as it is.
@@ -133,15 +104,6 @@ class JsonlLogger(Logger):
         self._step = step
         self._waiting += _line({"step": step, "images": images, "time": round(time.time(), 3), **values})
         self._write(file)
-
-    def image(self, key: str, path: Path, *, step: int, images: int) -> None:
-        pass
-
-    def table(self, key: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-        pass
-
-    def summary(self, values: Mapping[str, Any]) -> None:
-        pass
 
     def sync(self) -> None:
         file = self._open()
@@ -173,10 +135,10 @@ class JsonlLogger(Logger):
         except OSError as error:
             if self._missing_from is None:
                 self._missing_from = self._step
-                _log.warning(
+                said = (
                     "metrics.jsonl does not take the row of step %d (%s). The run goes on; rows wait in memory until "
-                    "they can be written.", self._step, error,
-                )  # fmt: skip
+                )
+                _log.warning(said + "they can be written.", self._step, error)
             return
         if self._missing_from is not None:
             _log.warning("metrics.jsonl has every row again: those from step %d on waited.", self._missing_from)
@@ -192,7 +154,7 @@ def _line(row: Mapping[str, Any]) -> bytes:
 
 
 def plain(value: Any) -> float | str:
-    """What JSON has no word for: a number of NumPy or torch as a float, all else and what is not finite as text."""
+    """What JSON cannot hold: a number of NumPy or torch as a float; any other value, NaN and infinity as text."""
     try:
         number = float(value)
     except (TypeError, ValueError):
@@ -204,7 +166,7 @@ _ENCODER = json.JSONEncoder(default=plain, allow_nan=False)
 
 
 def _lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
-    """Each whole line of a metrics file and what it says; a line cut by a crash is left out."""
+    """Each whole line of a metrics file with its parsed row; a line cut by a crash is left out."""
     for line in path.read_bytes().split(b"\n") if path.is_file() else []:
         try:
             row = json.loads(line) if line else None
@@ -221,7 +183,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def provenance() -> dict[str, Any]:
-    """Versions, hardware and commit: what a number needs beside it to be believed."""
+    """Versions, hardware and commit, without which a number cannot be reproduced."""
     import numpy
     import torch
 

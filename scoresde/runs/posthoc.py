@@ -47,7 +47,7 @@ def write_snapshot(
     *,
     dtype: torch.dtype = torch.float32,
 ) -> Path:
-    """Writes `folder/images-XXXXXXXXXXXX.safetensors`: under another name first, synced, then renamed.
+    """Writes `folder/images-XXXXXXXXXXXX.safetensors`, whole or not at all.
 
         write_snapshot(folder, ema.shadows, run.images, ema.sigma_rel)
 
@@ -60,8 +60,8 @@ def write_snapshot(
             reconstruction multiplies by its coefficients (a norm of 0.5 to 3 for lengths from 0.04 to 0.28).
 
     Raises:
-        ValueError: no images, as many lengths as there are not shadows, or a length out of range.
-        OSError: it could not be written; what was there before is as it was.
+        ValueError: there are no images, another number of lengths than of shadows, or a length out of range.
+        OSError: it could not be written; what was there before is unchanged.
     """
     from safetensors.torch import save
 
@@ -96,11 +96,11 @@ def reconstruct(
         folder: of the snapshots.
         sigma_rel: in (0, 1/√12]. What lies between the lengths that were tracked is represented well by a few
             snapshots; what is shorter needs more of them, spread over the last images.
-        images: where to stand, one of the snapshots'; None for the last. Later snapshots are not used.
+        images: the end of the average, at one of the snapshots; None for the last. Later snapshots are not used.
         max_error: largest ‖Σ c_i p_i − p‖ / ‖p‖ that is accepted, > 0: see `coefficients`.
 
     Raises:
-        ValueError: a length out of range or one that these snapshots cannot represent, no snapshot there, or one that
+        ValueError: the length is out of range or cannot be represented by these snapshots, there is no snapshot, or one
             is damaged or of another module.
     """
     exponent(sigma_rel)
@@ -169,7 +169,7 @@ def _listed(folder: Path) -> dict[int, Path]:
     """Images -> file.
 
     Raises:
-        ValueError: there is none.
+        ValueError: the folder holds no snapshot.
     """
     found = {_images(path): path for path in folder.glob(f"images-{'[0-9]' * 12}.safetensors")}
     if not found:
@@ -181,7 +181,7 @@ def _read(path: Path) -> tuple[list[float], Tensors]:
     """(lengths, tensors) of a snapshot.
 
     Raises:
-        ValueError: it is not what was written.
+        ValueError: the file is damaged.
     """
     from safetensors import SafetensorError, safe_open
 

@@ -1,7 +1,8 @@
-"""What must not be written down: secrets in configurations, command lines and messages.
+"""Keeps secrets out of what a run writes down: configurations, command lines and messages.
 
-A secret is told by its name (`api_key`, `token`, `password` …), by its place in a URL (https://user:secret@host), or by
-being the value of an environment variable with such a name. It is replaced by `REDACTED` wherever a run keeps a record.
+A secret is recognised by its name (`api_key`, `token`, `password` …), by its place in a URL
+(https://user:secret@host), or by being the value of an environment variable with such a name. It is replaced by
+`REDACTED` wherever a run keeps a record.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from collections.abc import Mapping
 from typing import Any
 
 HIDDEN = "REDACTED"  # a plain word in YAML, JSON, URLs and command lines
-# the end of a name, after a separator; a bare `key` may be the name of an array or a column
+# the end of a name, after a separator; `key` alone may be the name of an array or a column
 _NAMES = (
     r"(?:(?:api|access|secret|private|auth|account|encryption|signing|ssh)[_-]?key"
     r"|token|secret|passwd|password|passphrase|pwd|credentials?)"
@@ -35,7 +36,7 @@ def redacted(tree: Any, name: str = "") -> Any:
 
     Args:
         tree: a configuration or record.
-        name: the key it stands under; what stands under the name of a secret is hidden, whatever it is.
+        name: the key it stands under; every value under the name of a secret is hidden.
     """
     if isinstance(tree, Mapping):
         return {key: redacted(value, name if _SECRET.search(name) else str(key)) for key, value in tree.items()}
@@ -55,13 +56,13 @@ def redacted_text(text: str) -> str:
 
 
 def guard() -> None:
-    """From here on this process prints and logs nothing without `redacted_text`."""
+    """Makes everything that this process prints and logs from now on pass through `redacted_text`."""
     logging.setLogRecordFactory(_Record)
     sys.stdout, sys.stderr = _Stream(sys.stdout), _Stream(sys.stderr)  # type: ignore[assignment]
 
 
 class _Stream:
-    """A text stream that hides secrets in what is written to it at once, as `print` and tracebacks do with a line."""
+    """A text stream that hides secrets in each text written to it; `print` and tracebacks write whole lines."""
 
     def __init__(self, stream: Any):
         self._stream = stream
@@ -75,7 +76,7 @@ class _Stream:
 
 
 class _Record(logging.LogRecord):
-    """A log record whose message holds no secret, wherever a handler puts it; nor does the trace it is printed with."""
+    """A log record without secrets in its message and in the traceback that is printed with it."""
 
     def getMessage(self) -> str:
         return redacted_text(super().getMessage())

@@ -67,18 +67,27 @@ class WandbLogger(Logger):
         if self.mode == "disabled":
             return
         run = {
-            "project": self.project, "entity": self.entity, "tags": self.tags, "id": facts.id,
-            "name": facts.folder.name, "group": facts.group, "dir": str(facts.folder.absolute()),
+            "project": self.project,
+            "entity": self.entity,
+            "tags": self.tags,
+            "id": facts.id,
+            "name": facts.folder.name,
+            "group": facts.group,
+            "dir": str(facts.folder.absolute()),
             "config": dict(facts.config),
-        }  # fmt: skip
+        }
         self._folder, self._warned = f"{facts.folder}/wandb/*run-*", False
         self._waiting, self._heard = bytearray(), bytearray()
         try:
             self._view = subprocess.Popen(
-                [sys.executable, "-P", wandb_view.__file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL, start_new_session=True, bufsize=0,
+                [sys.executable, "-P", wandb_view.__file__],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,
+                bufsize=0,
                 env={"WANDB_ERROR_REPORTING": "false", **os.environ},  # telemetry, which can hold up the exit by 15 s
-            )  # fmt: skip
+            )
         except OSError as error:
             self._warn(f"W&B cannot be started ({error}); the run goes on, metrics.jsonl has every row.")
             return
@@ -101,9 +110,6 @@ class WandbLogger(Logger):
 
     def summary(self, values: Mapping[str, Any]) -> None:
         self._send("summary", dict(values))
-
-    def sync(self) -> None:
-        pass
 
     def close(self, failed: bool = False) -> None:
         deadline = time.monotonic() + self.finish_timeout
@@ -141,7 +147,7 @@ class WandbLogger(Logger):
         except OSError:
             gone = True
         now = time.monotonic()
-        if not gone and left is None and now - self._listened < 1:  # to listen takes as long as to send
+        if not gone and left is None and now - self._listened < 1:  # listening takes as long as sending
             return
         self._listened = now
         with contextlib.suppress(BlockingIOError):

@@ -29,12 +29,12 @@ Messages = Iterator[list[Any]]
 
 
 def main() -> None:
-    # the streams are ours alone: W&B's service would inherit them, keep them open and print on them
+    # W&B's service would inherit the two pipes, keep them open and print to them: it gets /dev/null instead
     inbox, outbox = os.dup(0), os.fdopen(os.dup(1), "w")
     for number, flag in ((0, os.O_RDONLY), (1, os.O_WRONLY)):
         os.dup2(os.open(os.devnull, flag), number)
     for one in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(one, signal.SIG_IGN)  # sent to the whole job; training says when the run ends
+        signal.signal(one, signal.SIG_IGN)  # sent to the whole job, but training says when the run ends
     os.nice(5)  # training goes first where cores are few
     waiting: queue.SimpleQueue[list[Any]] = queue.SimpleQueue()
 
@@ -54,7 +54,7 @@ def main() -> None:
 
 
 def lines(number: int) -> Iterator[bytes]:
-    """The lines of a pipe to its end. It is looked at ten times a second: to wake a reader costs the writer more."""
+    """The lines of a pipe to its end, polled ten times a second, because waking a reader costs the writer more."""
     os.set_blocking(number, False)
     rest = b""
     while True:
@@ -91,10 +91,17 @@ def begin(options: Mapping[str, Any], tell: Tell) -> Any:
 
     wanted = {
         # no argv, code, host, packages or git remote in what may be uploaded: secrets end up there
-        "console": "off", "silent": True, "save_code": False, "x_disable_meta": True,
-        "disable_git": True, "x_save_requirements": False, "host": "", "x_stats_pid": options["pid"],
-        "finish_timeout_raises": True, "x_transaction_log_flush_interval": 1.0,
-    }  # fmt: skip
+        "console": "off",
+        "silent": True,
+        "save_code": False,
+        "x_disable_meta": True,
+        "disable_git": True,
+        "x_save_requirements": False,
+        "host": "",
+        "x_stats_pid": options["pid"],
+        "finish_timeout_raises": True,
+        "x_transaction_log_flush_interval": 1.0,
+    }
 
     def start(mode: Any) -> Any:
         patience = options["patience"] if mode == "online" else max(LOCAL, options["patience"])
@@ -102,9 +109,13 @@ def begin(options: Mapping[str, Any], tell: Tell) -> Any:
         known = {name: value for name, value in given.items() if name in wandb.Settings.model_fields}
         with a_name_to_itself(Path(options["run"]["dir"], "wandb"), options["run"]["id"]):
             run = wandb.init(
-                **options["run"], mode=mode, resume="allow" if mode == "online" else None, job_type="train",
-                reinit="finish_previous", settings=wandb.Settings(**known),
-            )  # fmt: skip
+                **options["run"],
+                mode=mode,
+                resume="allow" if mode == "online" else None,
+                job_type="train",
+                reinit="finish_previous",
+                settings=wandb.Settings(**known),
+            )
         # one axis for all: W&B drops rows whose own step goes back, as it does after a restart
         run.define_metric("images")
         run.define_metric("*", step_metric="images")

@@ -50,6 +50,7 @@ def _drawn(title: str, curves: Sequence[Curve]) -> str:
     """The picture as an `<svg>` element of an HTML page, without addresses and names of its own."""
     import matplotlib
     from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter
 
     figure = Figure(figsize=(5, 3.2), layout="constrained")
     axes = figure.subplots()
@@ -59,6 +60,8 @@ def _drawn(title: str, curves: Sequence[Curve]) -> str:
     axes.set(xlabel="images", ylabel=title)
     axes.set_xscale("log" if spans([x for curve in curves for x, _ in curve.points], 30) else "linear")
     axes.set_yscale("log" if spans([y for curve in curves for _, y in curve.points], 10) else "linear")
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))  # 20k
+    axes.yaxis.set_major_formatter("{x:g}")
     axes.grid(alpha=0.3)
     written = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "scoresde"}):

@@ -1,4 +1,4 @@
-"""One job of a sweep: whatever becomes of it is in its `job.json`, and the next one can run."""
+"""One job of a sweep: its `job.json` records how it ended, and a failure does not stop the next job."""
 
 from __future__ import annotations
 
@@ -32,21 +32,17 @@ _log = logging.getLogger(__name__)
 def one_job(work: Callable[[], Mapping[str, float]], *, resume: bool, in_process: bool) -> float:
     """Runs a job and records its end. Returns its objective: NaN if it failed or was stopped.
 
-    A job that is finished already, and was told the same, is not run again. Neither an error nor a signal that ends
-    the job is raised: launchers take both for the end of the sweep, and kill the other jobs.
+    A job that has finished already with the same overrides is not run again. Neither an error nor a signal that ends
+    the job is raised, because launchers take both for the end of the sweep and kill the other jobs.
 
     Args:
-        work: trains and measures; returns "objective" and what it was made of.
-        resume: take what an earlier sweep has finished.
+        work: trains and measures; returns "objective" and the numbers that it was made of.
+        resume: keep the jobs that an earlier sweep has finished.
         in_process: whether jobs run in the process of the sweep itself, one after the other.
     """
-    folder, overrides, start = (
-        Path(HydraConfig.get().runtime.output_dir),
-        list(HydraConfig.get().overrides.task),
-        time.monotonic(),
-    )
-    sweep = Path(str(HydraConfig.get().sweep.dir))
-    if not in_process:  # which has a guard
+    hydra, start = HydraConfig.get(), time.monotonic()
+    folder, sweep, overrides = Path(hydra.runtime.output_dir), Path(str(hydra.sweep.dir)), list(hydra.overrides.task)
+    if not in_process:  # the sweep's own process has a guard already
         guard()
 
     def ended(status: str, **measured: Any) -> None:
@@ -57,7 +53,7 @@ def one_job(work: Callable[[], Mapping[str, float]], *, resume: bool, in_process
         return objective
     if (sweep / AGAIN).exists() and read_job(folder).get("status") == "failed":
         return float("nan")
-    # the record before the look: whoever stops the sweep leaves the sign first, and then asks those on record
+    # this order matters: whoever stops the sweep writes STOP first, and then signals the jobs on record
     write_job(folder, overrides, "running", pid=os.getpid(), host=socket.gethostname(), started=round(time.time(), 3))
     if (sweep / STOP).exists():
         write_job(folder, overrides, "waiting")
@@ -89,7 +85,7 @@ def one_job(work: Callable[[], Mapping[str, float]], *, resume: bool, in_process
 
 
 def write_job(folder: Path, overrides: Sequence[str], status: str, **measured: Any) -> None:
-    """Leaves what is known of one job in its folder, at one stroke."""
+    """Publishes what is known of one job in its folder."""
     folder.mkdir(parents=True, exist_ok=True)
     record = redacted(
         {"job": folder.name, "status": status, "overrides": list(overrides), "folder": str(folder), **measured}
@@ -98,7 +94,7 @@ def write_job(folder: Path, overrides: Sequence[str], status: str, **measured: A
 
 
 def read_job(folder: Path) -> dict[str, Any]:
-    """`job.json`; empty if it is not there or damaged."""
+    """The record in `job.json`; empty if the file is missing or damaged."""
     try:
         found = json.loads((folder / "job.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -107,7 +103,7 @@ def read_job(folder: Path) -> dict[str, Any]:
 
 
 def objective_of(folder: Path, overrides: Sequence[str]) -> float | None:
-    """Objective of the job in `folder`, if it is finished and was told the same; None otherwise."""
+    """Objective of the job in `folder` if it has finished with these overrides; None otherwise."""
     job = read_job(folder)
     same = job.get("status") == "finished" and values(job["overrides"]) == values(redacted(overrides))
     return float(job["objective"]) if same and isinstance(job.get("objective"), (int, float)) else None
@@ -129,11 +125,11 @@ def _working() -> Iterator[None]:
 
 
 class _Turn:
-    """Lets a run save before submitit gives its turn back.
+    """Lets a run save before submitit hands its turn back to the scheduler.
 
-    submitit has a handler for SIGUSR2, which comes some time before the end of a job's time: it asks the scheduler for
-    another turn and leaves on the spot. Within this block the run gets SIGUSR1 instead, on which it saves and ends;
-    then `give_back` lets submitit have its way.
+    The scheduler sends SIGUSR2 some time before a job's time is over. submitit's handler of it asks for another turn
+    and ends the process at once. Within this block the run gets SIGUSR1 instead, on which it saves and ends;
+    `give_back` then calls submitit's handler.
     """
 
     def __enter__(self) -> _Turn:
@@ -150,7 +146,7 @@ class _Turn:
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         if not callable(signal.getsignal(signal.SIGUSR1)):
-            self._requeue(number, frame)  # there is nothing to be saved yet
+            self._requeue(number, frame)  # there is nothing to save yet
         elif not self.asked:
             self.asked = True
             os.kill(os.getpid(), signal.SIGUSR1)

@@ -1,4 +1,4 @@
-"""The runs of a folder as one HTML file: table, learning curves and pictures, and nothing that comes from elsewhere."""
+"""The runs of a folder as one HTML file: table, learning curves and pictures. It loads nothing from elsewhere."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from .curves import Curve, chart, hue
 # Pictures beyond this many characters are linked instead of embedded.
 LIMIT = 10 * 2**20
 _HERE = Path(__file__).parent
-# The browser itself refuses whatever would come from another place.
+# With this rule the browser itself refuses to load anything from elsewhere.
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 
 
 def write_page(path: Path, runs: Sequence[Run], *, title: str, limit: int = LIMIT) -> None:
-    """Writes the page at one stroke.
+    """Publishes the page.
 
     Args:
         path: the file; links to pictures are relative to it.
         runs: in the order in which they are shown.
-        title: what they are called together.
+        title: a name for all of them together.
         limit: bytes of embedded pictures, ≥ 0; further ones are links.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -63,8 +63,8 @@ def page(runs: Sequence[Run], *, title: str, base: Path, limit: int = LIMIT) -> 
 
 def name_of(run: Run, table: dict[str, Any], differ: Sequence[str]) -> str:
     """`3 · sde=vp seed=1`: the folder, and up to four of the keys that set the run apart."""
-    told = [f"{key.rpartition('.')[2]}={text(table[key])}" for key in differ if key in table][:4]
-    return " · ".join(filter(None, [run.folder.name, " ".join(told)]))
+    parts = [f"{key.rpartition('.')[2]}={text(table[key])}" for key in differ if key in table][:4]
+    return " · ".join(filter(None, [run.folder.name, " ".join(parts)]))
 
 
 def _table(runs: Sequence[Run], tables: Sequence[dict[str, Any]], differ: Sequence[str]) -> str:
@@ -120,7 +120,7 @@ def _charts(runs: Sequence[Run], names: Sequence[str]) -> str:
 def _points(run: Run, read: Callable[[dict[str, Any]], Any]) -> list[tuple[float, float]]:
     pairs = [(number(row.get("images")), number(read(row)), row.get("final")) for row in run.rows]
     known = [(x, y, final) for x, y, final in pairs if x is not None and y is not None]
-    # the final number is of other held-out points than those during training: no part of the same curve
+    # the final number is measured on other held-out points than those during training: it is not on the same curve
     return [(x, y) for x, y, final in known if not final or all(end for _, _, end in known)]
 
 
@@ -140,7 +140,7 @@ def _cards(runs: Sequence[Run], names: Sequence[str], base: Path, limit: int) ->
 
 
 def _picture(run: Run, name: str, base: Path, left: int) -> tuple[str, int]:
-    """The samples of a run, at the end or the last before it: embedded, linked, or why there are none; bytes used."""
+    """(HTML of a run's last samples, bytes used): a picture, a link to it, or the reason why there is none."""
     progress = sorted((run.folder / "progress").glob("step-*.png"), reverse=True)
     path = next((p for p in (run.folder / "samples.png", *progress) if p.is_file()), None)
     if path is None:

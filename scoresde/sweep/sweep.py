@@ -1,9 +1,10 @@
-"""A sweep from its start to its end: what is kept of an earlier one, how it is stopped, `sweep.csv` and the report."""
+"""A sweep from start to end: which jobs of an earlier one are kept, how it is stopped, `sweep.csv` and the report."""
 
 from __future__ import annotations
 
 import contextlib
 import csv
+import itertools
 import logging
 import math
 import os
@@ -11,12 +12,13 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any, ClassVar
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
@@ -58,7 +60,7 @@ class SweepSummary(Callback):
         SweepSummary.current = Sweep(folder, planned(config), keep=resume)
         # jobs in a queue wait for their turn also when the command that sent them there is stopped
         if config.hydra.runtime.choices.get("hydra/launcher") != "submitit_slurm":
-            SweepSummary.current.listen()
+            SweepSummary.current.install_handlers()
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         if SweepSummary.current is not None and (code := SweepSummary.current.close()):
@@ -71,12 +73,12 @@ class Sweep:
     Args:
         folder: with one folder per job.
         jobs: the overrides of each job, None if that is not known beforehand (a sweeper that chooses as it goes).
-        keep: leave the records of finished jobs that were told the same as now.
+        keep: leave the records of jobs that have finished with the same overrides.
     """
 
     def __init__(self, folder: Path, jobs: list[list[str]] | None, *, keep: bool):
         self.folder, self.jobs = folder, jobs
-        self._unsign()
+        self.clear_stop_marker()
         self._before: dict[Any, Any] = {}
         self._removed: dict[Path, bytes] = {}
         for path in folder.glob("*/job.json"):
@@ -91,37 +93,37 @@ class Sweep:
         number = int(job.name) if job.name.isdigit() else len(self.jobs)
         return number < len(self.jobs) and objective_of(job, self.jobs[number]) is not None
 
-    def _unsign(self) -> None:
+    def clear_stop_marker(self) -> None:
         for name in (STOP, AGAIN):
             (self.folder / name).unlink(missing_ok=True)
 
     def undo(self) -> bool:
-        """Puts the records back that were taken away, if no job has started. Whether that is so."""
+        """Puts back the records that were removed, unless a job has started. Returns whether it did."""
         if set(self.folder.glob("*/job.json")) - self._kept:
             return False
         for path, content in self._removed.items():
             path.write_bytes(content)
         return True
 
-    def listen(self) -> None:
-        """SIGTERM and SIGINT end the jobs that run, which save, and let no other start."""
+    def install_handlers(self) -> None:
+        """On SIGTERM and SIGINT the jobs that run save and end, and no other job starts."""
         if threading.current_thread() is threading.main_thread():
             self._before = {number: signal.signal(number, self._stop) for number in _CODES}
 
-    def deafen(self) -> None:
-        """The handlers that were there before."""
+    def restore_handlers(self) -> None:
+        """Puts back the handlers that `install_handlers` replaced."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before = {}
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
         code = _CODES[signal.Signals(number)]
-        self.deafen()  # a second signal ends this process on the spot
+        self.restore_handlers()  # a second signal ends this process at once
         (self.folder / STOP).write_text(str(code), encoding="utf-8")
         os.write(2, f"\n{signal.Signals(number).name}: the sweep ends when the jobs that run have saved.\n".encode())
         if working():
             raise SystemExit(code)
-        # Ctrl-C has reached the jobs already, and the second signal would end them on the spot
+        # the terminal has sent Ctrl-C to the jobs as well, and a second signal would end them at once
         if number == signal.SIGTERM:
             for path in self.folder.glob("*/job.json"):
                 job = read_job(path.parent)
@@ -130,23 +132,23 @@ class Sweep:
                         os.kill(job["pid"], signal.SIGTERM)
 
     def wait(self) -> None:
-        """Until the processes of submitit's local jobs have ended, which go on when the launcher has given up."""
+        """Waits for the processes of submitit's local jobs, which go on when the launcher has given up."""
         for path in self.folder.glob(".submitit/*"):
             if path.name.isdigit() and not list(path.glob("*_result.pkl")):
                 with contextlib.suppress(ChildProcessError):
                     os.waitpid(int(path.name), 0)
 
-    def again(self) -> bool:
-        """After a launcher has given up: whether jobs are left that it has not come to. Those it broke off failed."""
-        self._bury()
+    def jobs_left(self) -> bool:
+        """Whether jobs are left that a launcher which gave up never started. Those it broke off have failed."""
+        self.mark_dead()
         left = [n for n in range(len(self.jobs or [])) if not (self.folder / str(n) / "job.json").exists()]
         if not left or (self.folder / STOP).exists():
             return False
         (self.folder / AGAIN).touch()
         return True
 
-    def _bury(self) -> None:
-        """A job that was running, and whose process is gone, has failed."""
+    def mark_dead(self) -> None:
+        """Marks as failed the jobs on record as running whose process has ended."""
         for path in self.folder.glob("*/job.json"):
             job = read_job(path.parent)
             if job.get("status") == "running" and read(path.parent).state != "running":
@@ -158,7 +160,7 @@ class Sweep:
         for number, overrides in enumerate(self.jobs or []):
             if not (self.folder / str(number) / "job.json").exists():
                 write_job(self.folder / str(number), overrides, "waiting")
-        self._bury()
+        self.mark_dead()
         rows = gather(self.folder)
         if not rows:
             return 0
@@ -183,12 +185,12 @@ class Sweep:
         code = int(failed + left > 0)
         with contextlib.suppress(OSError, ValueError):
             code = int((self.folder / STOP).read_text(encoding="utf-8"))
-        self._unsign()
+        self.clear_stop_marker()
         return code
 
 
 def launching(start: Callable[[], Any]) -> None:
-    """Starts Hydra. A launcher that gives up, because a worker was killed, is started again for the jobs that wait."""
+    """Starts Hydra. A launcher that gives up because a worker was killed is started again for the jobs that wait."""
     try:
         while True:
             try:
@@ -198,20 +200,18 @@ def launching(start: Callable[[], Any]) -> None:
                 sweep = SweepSummary.current
                 if sweep is None or sweep.undo():
                     raise
-                _log.error("the launcher ended (%s); jobs that it has not come to follow", type(error).__name__)
+                _log.error("the launcher ended (%s); the jobs that it did not start follow", type(error).__name__)
                 sweep.wait()
-                if not sweep.again():
+                if not sweep.jobs_left():
                     raise SystemExit(sweep.close() or 1) from error
     finally:
         if SweepSummary.current is not None:
-            SweepSummary.current.deafen()
+            SweepSummary.current.restore_handlers()
             SweepSummary.current = None
 
 
 def planned(config: DictConfig) -> list[list[str]] | None:
     """Overrides of each job, by its number; None if jobs are not simply numbered, or the sweeper chooses as it goes."""
-    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-
     sweep = OmegaConf.to_container(config.hydra.sweep, resolve=False)
     numbered = isinstance(sweep, dict) and sweep.get("subdir") == "${hydra.job.num}"
     if not numbered or config.hydra.runtime.choices.get("hydra/sweeper") != "basic":
@@ -219,9 +219,18 @@ def planned(config: DictConfig) -> list[list[str]] | None:
     words = [f"{name}={value}" for name, value in (config.hydra.sweeper.params or {}).items()]
     try:
         parsed = OverridesParser.create().parse_overrides([*words, *config.hydra.overrides.task])
-        return [list(job) for job in BasicSweeper.split_arguments(parsed, None)[0]]
-    except Exception:  # sde=glob(*) needs the configuration's folder, which a callback is not told
+        # a later override of a key takes the place of an earlier one
+        choices = {override.get_key_element(): list(_choices(override)) for override in parsed}
+        return [list(job) for job in itertools.product(*choices.values())]
+    except Exception:  # sde=glob(*) needs the folder of the configuration, which a callback does not know
         return None
+
+
+def _choices(override: Override) -> Iterator[str]:
+    """`seed=1`, `seed=2` of `seed=1,2`, as Hydra's basic sweeper gives them to its jobs."""
+    swept = override.is_sweep_override()
+    for value in override.sweep_string_iterator() if swept else [override.get_value_element_as_str()]:
+        yield f"{override.get_key_element()}={value}"
 
 
 def gather(folder: Path) -> list[dict[str, Any]]:

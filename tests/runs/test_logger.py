@@ -532,13 +532,14 @@ def test_an_unknown_mode_is_refused() -> None:
 
 def test_tee_passes_everything_in_order() -> None:
     heard: list[tuple[str, str, tuple[Any, ...], dict[str, Any]]] = []
+    methods = {name for name in vars(Logger) if not name.startswith("_")}
 
     class Ear(NullLogger):
         pass
 
     def ear(name: str) -> Logger:
         one = Ear()
-        for method in Logger.__abstractmethods__:
+        for method in methods:
             setattr(one, method, lambda *a, _m=method, **k: heard.append((name, _m, a, k)))
         return one
 
@@ -551,7 +552,7 @@ def test_tee_passes_everything_in_order() -> None:
         "sync": ((), {}),
         "close": ((True,), {}),
     }  # fmt: skip
-    assert set(calls) == set(Logger.__abstractmethods__)
+    assert set(calls) == methods
     for method, (args, kwargs) in calls.items():
         getattr(tee, method)(*args, **kwargs)
     assert heard == [(name, m, a, k) for m, (a, k) in calls.items() for name in ("first", "second")]
