@@ -27,8 +27,10 @@ CHECKED := test_architecture.py test_broadcast.py test_ode.py noise ops diffusio
 	runs/test_posthoc.py train/test_trainer.py train/test_tally.py train/test_ema.py train/test_scale.py \
 	evaluate/test_figures.py sweep/test_page.py cli/test_train_command.py::test_the_best_checkpoints_stay \
 	kernels/test_kernel_launcher.py kernels/test_kernel_switch.py
+SLOW := nn/test_nn.py::test_the_mlp_leaves_the_best_linear_denoiser test_ode.py::test_solvers_keep_their_tolerance_both_ways \
+	train/test_tally.py::test_processes_agree train/test_trainer.py::test_it_learns_the_optimal_denoiser
 check: lint
-	$(PYTEST) $(addprefix tests/,$(CHECKED))
+	$(PYTEST) $(addprefix tests/,$(CHECKED)) $(addprefix --deselect=tests/,$(SLOW))
 
 lint: $(VENV)/.linters
 	$(BIN)/ruff check .

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -143,15 +144,27 @@ def test_optional_packages_stay_behind_their_door(name: str) -> None:
 
 
 def test_modules_stay_readable() -> None:
-    """Near 350 lines a file, 70 lines a function (its docstring aside): beyond that it is asking to be two."""
+    """At most 350 lines a file and 66 a function, docstrings included: what is longer is asking to be two."""
     for name, path in MODULES.items():
         source = path.read_text(encoding="utf-8")
-        assert source.count("\n") <= 375, f"{name} has {source.count(chr(10))} lines"
+        assert source.count("\n") <= 350, f"{name} has {source.count(chr(10))} lines"
         for node in ast.walk(ast.parse(source)):
             if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-                body = node.body[1:] if ast.get_docstring(node) else node.body
-                if body:
-                    assert int(body[-1].end_lineno or 0) - body[0].lineno < 70, f"{name}.{node.name} is too long"
+                lines = int(node.end_lineno or 0) - node.lineno + 1
+                assert lines <= 66, f"{name}.{node.name} has {lines} lines"
+
+
+def test_few_files_are_loose_and_little_is_laid_out_by_hand() -> None:
+    """A file belongs into a folder; the formatter lays out everything but tables."""
+    loose = sorted(path.name for path in PACKAGE.glob("*.py"))
+    assert len(loose) <= 6, loose
+    by_hand = [
+        f"{name}: {line}"
+        for name, path in MODULES.items()
+        for line in path.read_text(encoding="utf-8").splitlines()
+        if re.search(r"# fmt: (skip|off)", line)
+    ]
+    assert len(by_hand) <= 15, by_hand
 
 
 def test_types_are_not_asked_of_our_own_objects() -> None:
