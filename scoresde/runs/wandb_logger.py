@@ -27,19 +27,19 @@ class WandbLogger(Logger):
     """A Weights & Biases view of the run, in a process of its own (`wandb_view`).
 
     Nothing of W&B runs in the training process, and no call but `close` waits for it: what the pipe to the view does
-    not take at once waits in memory. So whatever befalls W&B or the network costs one warning and at most
-    `finish_timeout` seconds at the end, and metrics.jsonl has every row. Offline the view opens no connection, W&B's
-    own telemetry included.
+    not take at once waits in memory. So a failure of W&B or of the network costs one warning and at most
+    `finish_timeout` seconds at the end, and metrics.jsonl has every row. Offline, the view opens no connection, not
+    even for W&B's own telemetry.
 
     Args:
         mode: "offline" (default: no account, no network; `wandb sync` later), "online" or "disabled".
         project, entity, tags: as in `wandb.init`.
         finish_timeout: seconds that `close` waits at most, > 0. W&B has two fifths of it to begin an online run, which
-            is kept offline otherwise, and two fifths to take the rest at the end. What was not uploaded by then is on
-            the disk, and one line says how to upload it.
+            is kept offline otherwise, and two fifths to upload the rest at the end. Rows that were not uploaded by then
+            are on the disk, and one line says how to upload them.
 
     Raises:
-        ValueError: an unknown mode, a timeout that is not positive.
+        ValueError: the mode is unknown, or the timeout is not positive.
     """
 
     def __init__(
