@@ -144,14 +144,14 @@ def test_optional_packages_stay_behind_their_door(name: str) -> None:
 
 
 def test_modules_stay_readable() -> None:
-    """At most 350 lines a file and 66 a function, docstrings included: what is longer is asking to be two."""
+    """At most 350 lines a file and 60 a function, docstrings included: what is longer is asking to be two."""
     for name, path in MODULES.items():
         source = path.read_text(encoding="utf-8")
         assert source.count("\n") <= 350, f"{name} has {source.count(chr(10))} lines"
         for node in ast.walk(ast.parse(source)):
             if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
                 lines = int(node.end_lineno or 0) - node.lineno + 1
-                assert lines <= 66, f"{name}.{node.name} has {lines} lines"
+                assert lines <= 60, f"{name}.{node.name} has {lines} lines"
 
 
 def test_few_files_are_loose_and_little_is_laid_out_by_hand() -> None:
@@ -164,7 +164,7 @@ def test_few_files_are_loose_and_little_is_laid_out_by_hand() -> None:
         for line in path.read_text(encoding="utf-8").splitlines()
         if re.search(r"# fmt: (skip|off)", line)
     ]
-    assert len(by_hand) <= 15, by_hand
+    assert len(by_hand) <= 5, by_hand
 
 
 def test_types_are_not_asked_of_our_own_objects() -> None:
