@@ -204,7 +204,7 @@ class Observation(nn.Module):
             other = self.operator(torch.cat([b[:1], a[1:]]))
             if not bool(((other - one)[1:].abs() <= rough).all()):
                 raise ValueError(
-                    "An operator keeps samples apart, and in this one the first changes what is of others."
+                    "An operator keeps samples apart, and in this one the first sample changes the others."
                 )
         self._tried = True
 

@@ -34,9 +34,9 @@ class AdaptiveSDE(Step):
     a step is accepted where the RMS of (x″ − x′)/(atol + rtol max(|x|, |x′|)) is at most 1, and h follows it to the
     power −2/3, because the error is of size h^{3/2}.
 
-    A rejected step was rejected for its noise. To draw it again would leave out just the paths that move most, so it is
-    kept: the shorter step gets its part of it by a Brownian bridge, and the rest waits for the steps after (Rackauckas
-    & Nie 2017, RSwM1).
+    A rejected step was rejected for its noise. Drawing that again would leave out just the paths that move most, so it
+    is kept: the shorter step gets its part of it by a Brownian bridge, and the rest waits for the steps after it
+    (Rackauckas & Nie 2017, RSwM1).
 
     Each sample has its own path and steps and, with `Rng(seeds=…)`, depends on its own seed only. Times can differ
     between samples.
@@ -82,9 +82,9 @@ class AdaptiveSDE(Step):
 
 
 class _Path:
-    """Brownian motions in the clock e^{2η²ℓ}, one per sample, as far as they are known ahead of it.
+    """Brownian motions in the clock e^{2η²ℓ}, one per sample, with the increments already drawn for later steps.
 
-    What is known is a stack of pieces: where a piece ends, and its increment as a unit normal. The first is on top.
+    These are a stack of pieces: where a piece ends, and its increment as a unit normal. The next one is on top.
     """
 
     def __init__(self, eta: float, like: Tensor):

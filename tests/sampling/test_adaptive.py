@@ -201,9 +201,20 @@ def test_conditions_follow_their_samples() -> None:
             torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
-FAILING = [("native", "dopri5"), ("torchdiffeq", "dopri5"), ("torchdiffeq", "dopri8"), ("torchdiffeq", "bosh3"),
-           ("torchdiffeq", "rk4"), ("torchdiffeq", "explicit_adams"), ("scipy", "RK45"), ("scipy", "RK23"),
-           ("scipy", "DOP853"), ("scipy", "LSODA"), ("scipy", "BDF"), ("scipy", "Radau")]  # fmt: skip
+FAILING = [
+    ("native", "dopri5"),
+    ("torchdiffeq", "dopri5"),
+    ("torchdiffeq", "dopri8"),
+    ("torchdiffeq", "bosh3"),
+    ("torchdiffeq", "rk4"),
+    ("torchdiffeq", "explicit_adams"),
+    ("scipy", "RK45"),
+    ("scipy", "RK23"),
+    ("scipy", "DOP853"),
+    ("scipy", "LSODA"),
+    ("scipy", "BDF"),
+    ("scipy", "Radau"),
+]
 
 
 @pytest.mark.parametrize(("backend", "method"), FAILING)

@@ -96,8 +96,10 @@ def test_an_attribute_moves_samples_from_one_mode_to_the_other() -> None:
     """Of a Gaussian prior the ODE's latent is affine in the data, so the direction is the difference of the means."""
     exact = GaussianMixtureDenoiser(torch.zeros(1, 2), torch.tensor([[0.3, 0.1]]), torch.ones(1), VPSDE())
     ode = AdaptiveODE(rtol=1e-7, atol=1e-7)
-    left, right = (torch.tensor([[m, 0.1]], dtype=torch.float64) + 0.05 * Rng(k).normal((50, 2), dtype=torch.float64)
-                   for k, m in enumerate((-0.4, 0.4)))  # fmt: skip
+    left, right = (
+        torch.tensor([[m, 0.1]], dtype=torch.float64) + 0.05 * Rng(k).normal((50, 2), dtype=torch.float64)
+        for k, m in enumerate((-0.4, 0.4))
+    )
     latents = [ode.encode(exact, x) for x in (left, right)]
     moved = latents[0] + attribute(latents[1], latents[0])
     back = Sampler(ode, denoise=False)(exact, moved)

@@ -112,9 +112,15 @@ def test_adaptive_runs_count_their_evaluations(backend) -> None:
     assert points[3].evaluations == len(calls)
 
 
-@pytest.mark.parametrize(("step", "steps"), [
-    (EulerMaruyama(), 1000), (Ancestral(), 1000), (DDIM(), 100), (PredictorCorrector(Heun(), Langevin()), 50),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("step", "steps"),
+    [
+        (EulerMaruyama(), 1000),
+        (Ancestral(), 1000),
+        (DDIM(), 100),
+        (PredictorCorrector(Heun(), Langevin()), 50),
+    ],
+)
 def test_the_default_number_of_steps_is_the_steps_own(step, steps) -> None:
     assert Sampler(step).steps == steps
     assert len(list(Sampler(step).iterate(network(), (1, 2)))) == steps + 2  # the start and the denoising
@@ -315,9 +321,11 @@ def test_bad_step_counts_are_refused(steps) -> None:
         Sampler(DDIM(), steps=steps)
 
 
-@pytest.mark.parametrize("start", [
-    (), (3,), (0, 2), (3, -1), torch.zeros(3), torch.zeros(3, 2, dtype=torch.int64)
-], ids=["empty", "flat", "none", "negative", "flat-x", "integer-x"])  # fmt: skip
+@pytest.mark.parametrize(
+    "start",
+    [(), (3,), (0, 2), (3, -1), torch.zeros(3), torch.zeros(3, 2, dtype=torch.int64)],
+    ids=["empty", "flat", "none", "negative", "flat-x", "integer-x"],
+)
 def test_bad_starts_are_refused(start) -> None:
     denoiser = network()
     calls = count_calls(denoiser)

@@ -298,10 +298,19 @@ def test_predictor_corrector_is_its_parts_in_order(name, corrections) -> None:
 @each_sde
 @pytest.mark.parametrize(
     "step",
-    [EulerMaruyama(), EulerMaruyama(True), ReverseDiffusion(), ReverseDiffusion(True), DDIM(), DDIM(0.5), Ancestral(),
-     Heun(), AdaptiveODE(backend="native")],
+    [
+        EulerMaruyama(),
+        EulerMaruyama(True),
+        ReverseDiffusion(),
+        ReverseDiffusion(True),
+        DDIM(),
+        DDIM(0.5),
+        Ancestral(),
+        Heun(),
+        AdaptiveODE(backend="native"),
+    ],
     ids=lambda step: type(step).__name__,
-)  # fmt: skip
+)
 def test_a_step_of_no_length_stays(sde, step) -> None:
     """s = t: the state comes back to round-off, and without noise."""
     denoiser, x = mixture(sde, EVENT), draw()

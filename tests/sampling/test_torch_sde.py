@@ -165,8 +165,10 @@ def test_euler_is_euler_maruyama_on_the_brownian_interval(event) -> None:
     assert single.dtype == torch.float32 and single.shape == x.shape
 
 
-@pytest.mark.parametrize(("step", "steps"), [(TorchSDE("srk"), 60), (TorchSDE("srk", 20), 3), (TorchSDE("heun"), 60),
-                                             (TorchSDE("srk", adaptive=True), 3)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("step", "steps"),
+    [(TorchSDE("srk"), 60), (TorchSDE("srk", 20), 3), (TorchSDE("heun"), 60), (TorchSDE("srk", adaptive=True), 3)],
+)
 def test_samples_have_the_law_of_the_data(step, steps) -> None:
     """Mean and variances of 4000 samples within 5 standard errors and 3 %, which the steps cost (with `denoise`)."""
     sde = VPSDE()
