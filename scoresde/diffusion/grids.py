@@ -38,6 +38,18 @@ def check_grid(times: Tensor, sde: SDE) -> Tensor:
     return times
 
 
+def spanning(grid: Grid, sde: SDE, steps: int, start: float) -> Tensor:
+    """The times (steps + 1,) of `grid`, float64, or a ValueError if they do not run from t_max to `start`."""
+    times = check_grid(grid(sde, steps), sde).double()
+    ends = torch.tensor([sde.t_max, start], dtype=torch.float64)
+    if len(times) != steps + 1 or not torch.allclose(times[[0, -1]], ends, rtol=1e-6, atol=0):
+        raise ValueError(
+            f"A path of {steps} steps needs {steps + 1} times from t_max={sde.t_max} to t_min={start}; "
+            f"the grid gave {len(times)} from {float(times[0])} to {float(times[-1])}. Pass t_min= to match it."
+        )
+    return times
+
+
 class _Grid(abc.ABC):
     """n + 1 times from t_max down to `t_end`, by a rule for what lies between."""
 

@@ -84,6 +84,17 @@ class SDE(abc.ABC):
         _, d_sigma = self.rates(t)
         return (2 * sigma * (d_sigma - self.drift(t) * sigma)).clamp(min=0).sqrt()
 
+    def cut_off(self, t_min: float | None, use: str) -> float:
+        """Where one `use` of the SDE ends, "training" or "likelihood": at `t_min`, or at its own for None.
+
+        Raises:
+            ValueError: a time outside [t_min, t_max).
+        """
+        start = self.t_min if t_min is None else float(t_min)
+        if not (self.t_min <= start < self.t_max):
+            raise ValueError(f"The {use} cut-off t_min={start} lies outside [{self.t_min}, {self.t_max}).")
+        return start
+
     def at(self, t: Tensor | float, like: Tensor) -> Scales:
         """The scales at `t` (() or (B,)), in the dtype of `like` (float32 for half types), broadcast to `like`."""
         t = as_time(t, like)

@@ -25,7 +25,8 @@ from ..diffusion.denoiser import Cond, Denoiser
 from ..diffusion.grids import Grid
 from ..diffusion.sde import SDE
 from ..noise.rng import Rng
-from .terms import BinScaling, Bound, Setting, Term, mean_and_error
+from .scaling import BinScaling
+from .terms import Bound, Setting, Term, mean_and_error
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ..checks import whole
-from ..diffusion.grids import Grid, check_grid
+from ..diffusion.grids import Grid, spanning
 from ..diffusion.sde import SDE
 from ..ode import SolverError, lagrange, log_ratio
 from .flow import Flow
@@ -111,14 +111,7 @@ class Budget(Solver):
 
     def _nodes(self, sde: SDE, start: float, calls: int) -> Tensor:
         """u at `calls` rising times from the cut-off to t_max."""
-        times = check_grid((self.grid or LikelihoodGrid(start))(sde, calls - 1), sde).double().flip(0)
-        ends = torch.tensor([start, sde.t_max], dtype=torch.float64)
-        if len(times) != calls or not torch.allclose(times[[0, -1]], ends, rtol=1e-6, atol=0):
-            raise ValueError(
-                f"A budget with {calls} calls on its path needs {calls} times from t_max={sde.t_max} to t_min={start}; "
-                f"the grid gave {len(times)} from {float(times[-1])} to {float(times[0])}. Pass t_min= to match it."
-            )
-        return log_ratio(sde, times)
+        return log_ratio(sde, spanning(self.grid or LikelihoodGrid(start), sde, calls - 1, start).flip(0))
 
 
 @dataclass(frozen=True)

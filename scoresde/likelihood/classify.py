@@ -12,7 +12,8 @@ from ..diffusion.conditions import Cond, expand
 from ..diffusion.denoiser import Denoiser
 from ..noise.rng import Rng
 from .divergence import Divergence
-from .ode import LogLikelihood, RawScaling, log_likelihood
+from .ode import LogLikelihood, log_likelihood
+from .scaling import RawScaling
 from .solver import Solver
 
 

@@ -48,11 +48,7 @@ class Flow:
     ):
         self.counted, self.sde, self.like, self.cond = CountingDenoiser(denoiser), denoiser.sde, like, cond
         self.divergence, self.differentiable, self.rng = divergence, differentiable, rng
-        self.start = self.sde.t_min if t_min is None else t_min
-        if not (self.sde.t_min <= self.start < self.sde.t_max):
-            raise ValueError(
-                f"The likelihood cut-off t_min={self.start} lies outside [{self.sde.t_min}, {self.sde.t_max})."
-            )
+        self.start = self.sde.cut_off(t_min, "likelihood")
         times = torch.tensor([self.start, self.sde.t_max], dtype=torch.float64)
         self.alphas, _ = self.sde.marginal(times)
         self.ends = log_ratio(self.sde, times).tolist()

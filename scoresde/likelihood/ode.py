@@ -13,7 +13,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -23,15 +22,8 @@ from ..noise.rng import Rng
 from ..ode import SolverError
 from .divergence import Divergence, Hutchinson
 from .flow import Flow
+from .scaling import RawScaling
 from .solver import Solver
-
-
-class RawScaling(Protocol):
-    """How raw data became model data (`scoresde.codecs.Scaling`)."""
-
-    def encode(self, raw: Tensor, *, rng: Rng | None = None) -> Tensor: ...
-
-    def log_volume(self, event_shape: Sequence[int]) -> float: ...
 
 
 @dataclass(frozen=True)

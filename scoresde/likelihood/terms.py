@@ -3,28 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from ..checks import whole
 from ..diffusion.denoiser import Cond, CountingDenoiser, Denoiser
-from ..diffusion.grids import Grid, LogSNRGrid, check_grid
+from ..diffusion.grids import Grid, LogSNRGrid, spanning
 from ..noise.rng import Rng
-
-
-class BinScaling(Protocol):
-    """How raw integers became model data (`scoresde.codecs.Scaling` with levels)."""
-
-    low: float
-    high: float
-    levels: int | None
-
-    def encode(self, raw: Tensor, *, rng: Rng | None = None) -> Tensor: ...
-
-    def log_volume(self, event_shape: Sequence[int]) -> float: ...
+from .scaling import BinScaling
 
 
 @dataclass(frozen=True)
@@ -85,16 +73,13 @@ class Setting:
         rng: Rng | None,
         cond: Cond,
     ):
-        if samples < 1:
-            raise ValueError(f"A bound needs at least one draw; got samples={samples}.")
+        samples = whole(samples, "The number of samples")
         if x0.ndim < 2 or len(x0) == 0:
             raise ValueError(f"Expected a batch (B, *event) of at least one sample; got shape {tuple(x0.shape)}.")
         if scaling is None and not x0.is_floating_point():
             raise TypeError(f"x0 holds {x0.dtype}: pass the data set's scaling=, or scaled floating-point data.")
         self.counted, self.sde, self.cond, self.samples = CountingDenoiser(denoiser), denoiser.sde, cond, samples
-        self.start = self.sde.t_min if t_min is None else float(t_min)
-        if not (self.sde.t_min <= self.start < self.sde.t_max):
-            raise ValueError(f"The cut-off t_min={t_min} lies outside [{self.sde.t_min}, {self.sde.t_max}).")
+        self.start = self.sde.cut_off(t_min, "likelihood")
         self.rng = Rng(0) if rng is None else rng
         self.x = x0 if scaling is None else scaling.encode(x0)  # the centres of the bins of discrete data
         self.bins = scaling if scaling is not None and scaling.levels is not None else None
@@ -122,16 +107,7 @@ class Setting:
 
     def times(self, steps: int, grid: Grid | None) -> Tensor:
         """Falling times (steps + 1,), float64."""
-        if steps < 1:
-            raise ValueError(f"A chain has at least one step; got steps={steps}.")
-        times = check_grid((grid or LogSNRGrid(self.start))(self.sde, steps), self.sde).double()
-        ends = torch.tensor([self.sde.t_max, self.start], dtype=torch.float64)
-        if len(times) != steps + 1 or not torch.allclose(times[[0, -1]], ends, rtol=1e-6, atol=0):
-            raise ValueError(
-                f"A chain of {steps} steps needs {steps + 1} times from t_max={self.sde.t_max} to t_min={self.start}; "
-                f"the grid gave {len(times)} from {float(times[0])} to {float(times[-1])}. Pass t_min= to match it."
-            )
-        return times
+        return spanning(grid or LogSNRGrid(self.start), self.sde, whole(steps, "The number of steps"), self.start)
 
     def prior(self, z: Tensor) -> Tensor:
         """log q(z_T|x) − log p_T(z_T|cond) at z_T = `z` (B,)."""

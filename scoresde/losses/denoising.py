@@ -32,10 +32,7 @@ class Times(abc.ABC):
 
     def start(self, sde: SDE) -> float:
         """The training cut-off for `sde`, checked."""
-        start = sde.t_min if self.t_min is None else self.t_min
-        if not (sde.t_min <= start < sde.t_max):
-            raise ValueError(f"The training cut-off t_min={start} lies outside [{sde.t_min}, {sde.t_max}).")
-        return start
+        return sde.cut_off(self.t_min, "training")
 
 
 class UniformTimes(Times):
