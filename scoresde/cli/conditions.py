@@ -50,8 +50,8 @@ def choose_cond(given: Any, n: int, run: LoadedRun, *, problem: Problem | None =
         given = dict.fromkeys(known or NAMES[:1], given)
     if not isinstance(given, Mapping) or not set(given) <= set(NAMES):
         raise ConfigError(
-            f"cond is a mapping with the keys {', '.join(NAMES)}, as in cond.label=7, or test:0-7 for all that "
-            f"held-out samples are told, or input for all that those of a problem are; got {given!r}."
+            f"cond is a mapping with the keys {', '.join(NAMES)}, as in cond.label=7; or test:0-7 for all "
+            f"conditions of those held-out samples, or input for those of a problem's inputs; got {given!r}."
         )
     given = {name: value for name, value in given.items() if value is not None}
     if not given:
@@ -65,7 +65,7 @@ def choose_cond(given: Any, n: int, run: LoadedRun, *, problem: Problem | None =
         rows = kind.rows(given[name])
         cond[name] = rows[torch.arange(n).repeat(inputs) % len(rows)]
         if len(rows) > n:
-            notes.append(f"cond.{name} has {len(rows):,} rows, of which {n:,} samples are told the first {n:,}.")
+            notes.append(f"cond.{name} has {len(rows):,} rows, of which {n:,} samples get the first {n:,}.")
     return unnamed(cond), "\n".join(notes)
 
 
@@ -89,15 +89,15 @@ def _check_kinds(given: Mapping[str, Any], known: Mapping[str, Kind], run: Loade
     for name, value in given.items():
         if not known:
             raise ConfigError(
-                f"cond.{name}={value}: {run.folder} was trained without labels or other conditions; a model that is "
-                "told them is trained with conditional=true."
+                f"cond.{name}={value}: {run.folder} was trained without labels or other conditions; a model with "
+                "conditions is trained with conditional=true."
             )
         if name not in known:
             raise ConfigError(f"cond.{name}={value}: {run.folder} was trained with {listed}, and no {name}.")
     if absent := [name for name in known if name not in given]:
         raise ConfigError(
             f"{run.folder} was trained with {listed} together: give cond.{absent[0]}=… too, or cond=test:0-7 for all "
-            "that held-out samples are told."
+            "conditions of those held-out samples."
         )
 
 

@@ -56,7 +56,7 @@ def read_problem(options: Mapping[str, Any], dataset: Dataset, allow: Sequence[s
 def _operator(node: Any, words: Any, event: tuple[int, ...], allow: Sequence[str]) -> tuple[Any, Tensor | None]:
     """The operator, and the mask if it has one.
 
-    One that is `_partial_` is given the mask and the shape of a sample, as far as it takes these.
+    One that is `_partial_` is given the mask and the shape of a sample, where it has an argument for them.
     """
     facts: dict[str, Any] = {}
     for name in ("mask", "event_shape"):
@@ -133,6 +133,6 @@ def _check_particles(cond: Cond, n: int, batch_size: int) -> None:
         each = rows.unflatten(0, (-1, n)).nan_to_num()
         if not torch.equal(each, each[:, :1].expand_as(each)):
             raise ConfigError(
-                f"The n={n} particles of an input move together and are told the same: cond.{name} has one row, or is "
+                f"The n={n} particles of an input move together under one condition: cond.{name} has one row, or is "
                 "input."
             )

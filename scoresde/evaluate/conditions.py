@@ -28,7 +28,7 @@ def turns_in_words(dataset: Dataset, conditional: bool) -> str:
     """The default of `in_turn` in words, for sentences; empty where samples have classes, or no condition."""
     if not conditional or not dataset.test.conditions:
         return ""
-    return f" told the {' and '.join(dataset.test.named)} of the {len(dataset.test):,} held-out samples in turn"
+    return f" given the {' and '.join(dataset.test.named)} of the {len(dataset.test):,} held-out samples in turn"
 
 
 def alike(cond: Cond, dataset: Dataset) -> Tensor:

@@ -24,7 +24,7 @@ def paired(x: Tensor, y: Tensor, *, minimum: int) -> tuple[Tensor, Tensor]:
             raise ValueError(f"{name}: expected at least {minimum} samples (N, *event); got {tuple(value.shape)}.")
         bad = int((~value.isfinite()).sum())
         if bad:
-            raise ValueError(f"{name} holds {bad} NaN or infinite values of {value.numel()}: a distance to it is none.")
+            raise ValueError(f"{name} holds {bad} NaN or infinite values of {value.numel()}: it has no distance.")
     if x.shape[1:] != y.shape[1:]:
         raise ValueError(
             f"x has events of shape {tuple(x.shape[1:])}, y of shape {tuple(y.shape[1:])}; not comparable."

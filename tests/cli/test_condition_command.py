@@ -148,7 +148,7 @@ def test_where_nothing_is_said_held_out_samples_are_gone_through(folder: Path, e
     """In the sample command, and in what training and evaluation show at their end."""
     test, cpu = everything.dataset.test, torch.device("cpu")
     arrays, done = drawn(folder, "all", "turn", "n=23")
-    assert len(test) == 19 and "told the label and image and tokens of the 19 held-out samples in turn" in done.out
+    assert len(test) == 19 and "given the label and image and tokens of the 19 held-out samples in turn" in done.out
     expected = made(everything, 23, test.cond(torch.arange(23) % 19, True, cpu))
     assert np.array_equal(arrays["ddim"], expected)
     shown = np.load(folder / "all" / "samples.npz")
@@ -212,7 +212,7 @@ def test_particles_of_each_input_are_told_its_own(folder: Path) -> None:
     wrong, _ = drawn(folder, "vec", "smc5", *words, "input=test:6", "cond.vector=test:5")
     assert np.abs(wrong["samples"] - alone["samples"]).max() > 1e-2  # it is heard
     mixed = command("sample", *DRAW, "run=vec", *words, "input=test:6", "cond.vector=test:5-6", "out=no", cwd=folder)
-    assert mixed.code == 1 and "move together and are told the same: cond.vector has one row" in mixed.err, mixed.err
+    assert mixed.code == 1 and "move together under one condition: cond.vector has one row" in mixed.err, mixed.err
 
 
 def test_inputs_with_their_own_conditions_go_on_where_they_stopped(folder: Path) -> None:
