@@ -243,7 +243,7 @@ COMMANDS = {
     "problem=superres problem.operator.factr=2": "Did you mean 'problem.operator.factor'?",
     "problem=superres input=grey.png": "of 1 × 1 pixels, found 4 × 4. To degrade a clean sample instead: simulate=true",
     "problem=superres input=test:0 posterior=mmsp": "There is no posterior=mmsp. Did you mean 'mmps'?",
-    "problem=superres input=test:0 posterior.iterations=0": "posterior: iterations >= 1",
+    "problem=superres input=test:0 posterior.iterations=0": "posterior: iterations is a whole number of at least 1",
     "problem=superres input=test:0 posterior=smc batch_size=4": "The n=16 particles of an input move together",
     "problem=superres input=test:0 guidance=cfg": "guidance=cfg steers towards a condition, and run was",
     "problem=superres input=test:0 cond.label=3": "cond.label=3: run was trained without labels",
