@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+from types import NoneType
 from typing import Any
 
 
@@ -26,11 +27,11 @@ def whole(value: Any, name: str, least: int = 1, *, otherwise: str = "") -> int:
 
 
 def positive(value: Any, name: str, what: str = "a number") -> float:
-    """`value` as a float, where it is finite and above 0.
+    """`value` as a float, where it is a number that is finite and above 0, and no bool.
 
     Raises:
         ValueError: it is not; the message calls it `name`, and says `what` it is.
     """
-    if not 0 < value < math.inf:
-        raise ValueError(f"{name} is {what}, > 0 and finite; got {value}.")
+    if isinstance(value, (bool, str, NoneType)) or not 0 < value < math.inf:
+        raise ValueError(f"{name} is {what}, > 0 and finite; got {value!r}.")
     return float(value)

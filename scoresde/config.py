@@ -202,7 +202,7 @@ def _check(tree: Any, allow: frozenset[str], key: str) -> None:
     An interpolation that is still there would be resolved by Hydra after this check, and `${oc.create:…}` can become
     a node with any target.
     """
-    for at, value in _walk(tree, key):
+    for at, value in walk(tree, key):
         if isinstance(value, dict):
             if "_target_" in value:
                 _check_target(value["_target_"], allow, f"{at}._target_" if at else "_target_")
@@ -226,22 +226,22 @@ def _check_target(target: Any, allow: frozenset[str], where: str) -> None:
         )
 
 
-def _walk(node: Any, key: str, depth: int = 0) -> Iterator[tuple[str, Any]]:
+def walk(node: Any, key: str = "", depth: int = 0) -> Iterator[tuple[str, Any]]:
     """(key, value) of `node` and of everything below it, from the top down."""
     if depth > _DEPTH:
         raise ConfigError(f"{key[:60]}… is nested more than {_DEPTH} deep.")
     yield key, node
     if isinstance(node, dict):
         for name, value in node.items():
-            yield from _walk(value, f"{key}.{name}" if key else str(name), depth + 1)
+            yield from walk(value, f"{key}.{name}" if key else str(name), depth + 1)
     elif isinstance(node, (list, tuple)):
         for index, value in enumerate(node):
-            yield from _walk(value, f"{key}[{index}]", depth + 1)
+            yield from walk(value, f"{key}[{index}]", depth + 1)
 
 
 def _check_keys(tree: Any, key: str, runtime: Mapping[str, Any]) -> None:
     """Refuses keys that are no parameter of their target and names the nearest that is; and scalars of a wrong type."""
-    for at, node in _walk(tree, key):
+    for at, node in walk(tree, key):
         if not isinstance(node, dict) or "_target_" not in node:
             continue
         target, prefix = node["_target_"], f"{at}." if at else ""

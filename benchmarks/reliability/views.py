@@ -30,7 +30,6 @@ from scoresde.runs.logger import (  # noqa: E402
     Logger,
     NullLogger,
     RunFacts,
-    Tee,
     read_rows,
 )
 from scoresde.runs.wandb_logger import WandbLogger  # noqa: E402
@@ -107,7 +106,7 @@ def broken_run(
     folder.mkdir(parents=True)
     os.environ |= {"WANDB_BASE_URL": url, "WANDB_API_KEY": "c0ffee" + "0" * 34}
     view = WandbLogger(mode="online", finish_timeout=TIMEOUT)
-    logger = Tee(JsonlLogger(), view)
+    logger = JsonlLogger(view)
     with hearing() as said:
         began = time.monotonic()
         logger.start(RunFacts(folder, "0123456789ab", {"seed": 0}))
@@ -189,13 +188,13 @@ def logged_and_killed(folder: Path, rows: int, *, everything: bool) -> None:
         return
     try:
         view = WandbLogger()
-        logger = Tee(JsonlLogger(), view)
+        logger = JsonlLogger(view)
         logger.start(RunFacts(folder, "0123456789ab", {"seed": 0}))
         for step in range(1, rows + 1):
             logger.log({"train/loss": 1 / step}, step=step, images=BATCH * step)
         while everything and view._view is not None and view._folder.endswith("*"):  # until it says where the run is
             time.sleep(0.1)
-            view._exchange()
+            view._listen()
         if everything and view._view is not None:
             time.sleep(2.0)
             for pid in [*children_of(view._view.pid), view._view.pid]:
@@ -233,7 +232,7 @@ def cost(full: bool, scratch: Path) -> Result:
     wall: dict[str, list[float]] = {}
     busy: dict[str, list[float]] = {}
     for attempt in range(5 if full else 2):
-        for name, logger in (("metrics.jsonl", JsonlLogger()), ("both", Tee(JsonlLogger(), WandbLogger()))):
+        for name, logger in (("metrics.jsonl", JsonlLogger()), ("both", JsonlLogger(WandbLogger()))):
             folder = scratch / f"cost-{attempt}-{name}"
             folder.mkdir(parents=True)
             logger.start(RunFacts(folder, "0123456789ab", {"seed": 0}))

@@ -34,7 +34,7 @@ from ..runs.load import (
     choose_device,
     choose_kernels,
 )
-from ..runs.logger import JsonlLogger, Logger, NullLogger, RunFacts, Tee, read_rows, run_id
+from ..runs.logger import JsonlLogger, Logger, NullLogger, RunFacts, read_rows, run_id
 from ..runs.redact import redacted
 from ..sampling import Sampler
 from ..sweep.job import one_job
@@ -220,7 +220,7 @@ def start_logger(plan: Plan, checkpoint: Checkpoint | None) -> Logger:
         config, step = checkpoint.records["config"], checkpoint.step
     identity = run_id({name: value for name, value in config.items() if name != "logger"}, plan.folder)
     sweep = plan.folder.parent.name if in_sweep() else None
-    logger = Tee(JsonlLogger(), plan.view)
+    logger = JsonlLogger(plan.view)
     logger.start(RunFacts(plan.folder, identity, plan.config, sweep, step))
     return logger
 

@@ -8,6 +8,7 @@ old one may be half removed, which the manifest shows). Nothing in it is pickled
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -23,6 +24,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..checks import whole
 from .publish import sync
 
 _NAME = re.compile(r"step-([0-9]{8,})")
@@ -82,11 +84,8 @@ def save(
     """
     from safetensors import SafetensorError
 
-    if keep_last < 1 or keep_best < 0:
-        raise ValueError(
-            f"keep_last is at least 1, or nothing could be resumed, and keep_best at least 0; got {keep_last} and "
-            f"{keep_best}."
-        )
+    whole(keep_last, "keep_last")
+    whole(keep_best, "keep_best", 0)
     final = folder / f"step-{step:08d}"
     new, old = folder / f".{final.name}.new", folder / f".{final.name}.old"
     try:
@@ -103,10 +102,10 @@ def save(
     sweep(folder)
     # a later step is a damaged one that was passed over: it must not push out a whole one
     found = [path for path in _newest_first(folder) if _step(path) <= step]
-    best = sorted((scored for path in found if (scored := _scored(path)) is not None), key=lambda pair: pair[0])
-    kept = {*found[:keep_last], *(path for _, path in best[:keep_best])}
-    for path in [path for path in found if path not in kept]:
-        _delete(path)
+    kept = {*found[:keep_last], *_best_first(found)[:keep_best]}
+    for path in found:
+        if path not in kept:
+            _delete(path)
     return final
 
 
@@ -140,19 +139,20 @@ def _room(folder: Path, tensors: Mapping[str, Mapping[str, Tensor]]) -> str:
     return f"It takes {needed / 2**20:.1f} MiB, and {free / 2**20:.1f} MiB are free there."
 
 
-def _scored(path: Path) -> tuple[float, Path] | None:
-    """(score, path) of a checkpoint that has one that can be read."""
-    try:
-        score = _read(path / "manifest.json")["score"]
-        return (float(score), path) if math.isfinite(score) else None
-    except (OSError, ValueError, KeyError, TypeError, OverflowError):
-        return None
+def _best_first(paths: Iterable[Path]) -> list[Path]:
+    """The checkpoints that have a score that can be read, the lowest first."""
+    scores: dict[Path, float] = {}
+    for path in paths:
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, OverflowError):
+            score = _read(path / "manifest.json")["score"]
+            if math.isfinite(score):
+                scores[path] = score
+    return sorted(scores, key=scores.__getitem__)
 
 
 def best(folder: Path | str) -> Checkpoint | None:
     """The whole checkpoint with the lowest score, None if none has one."""
-    scored = [pair for path in _newest_first(Path(folder)) if (pair := _scored(path)) is not None]
-    return next(_readable([path for _, path in sorted(scored, key=lambda pair: pair[0])]), None)
+    return next(_readable(_best_first(_newest_first(Path(folder)))), None)
 
 
 def _delete(path: Path) -> None:

@@ -12,13 +12,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from . import lock
 from .listing import differing, flat, number
+from .logger import parse_rows
 
 STATES = ("running", "finished", "resumable", "failed", "empty")
 # Overrides that say how a job is run, not what it is.
 CONTROL = ("out", "resume", "overwrite", "device", "threads", "kernels")
-_MARK = b"# scoresde"
+MARK = "# scoresde"
 # Folders that hold no runs but may hold thousands of files.
 _CLOSED = ("checkpoints", "wandb", "progress", "batches", "averages")
 
@@ -64,7 +67,7 @@ def find(root: Path) -> Iterator[Path]:
     for place, folders, files in os.walk(root):
         folders[:] = sorted((f for f in folders if f not in _CLOSED and not f.startswith(".")), key=natural)
         known = {"metrics.jsonl", "job.json", "failed.json", ".lock"} & set(files)
-        if known or ("config.yaml" in files and _marked(Path(place, "config.yaml"))):
+        if known or ("config.yaml" in files and marked(Path(place, "config.yaml"))):
             yield Path(place)
 
 
@@ -72,22 +75,24 @@ def read(folder: Path) -> Run:
     """Reads the files of one run. A damaged file is named in `reason`; it raises nothing."""
     broken: list[str] = []
 
-    def get(name: str, parse: Callable[[str], Any], kind: type) -> Any:
+    def get(name: str, parse: Callable[[bytes], Any], kind: type) -> Any:
         path = folder / name
         try:
-            found = parse(path.read_text(encoding="utf-8")) if path.is_file() else kind()
-        except (OSError, ValueError, RecursionError):
+            found = parse(path.read_bytes()) if path.is_file() else kind()
+        except (OSError, ValueError, RecursionError, yaml.YAMLError):
             found = None
         if not isinstance(found, kind):
             broken.append(name)
             return kind()
         return found
 
-    config = flat(get("config.yaml", _yaml, dict))
+    # CSafeLoader would save 6 ms a file, and crashes Python on "[[[[…"
+    config = flat(get("config.yaml", yaml.safe_load, dict))
     summary, job, failure = (get(f"{name}.json", json.loads, dict) for name in ("summary", "job", "failed"))
-    rows, cut = _rows(folder / "metrics.jsonl")
-    if cut:
+    lines = get("metrics.jsonl", parse_rows, list)
+    if None in lines[:-1]:  # the last line may still be being written
         broken.append("metrics.jsonl")
+    rows = [row for row in lines if row is not None and "header" not in row]
     bits = summary.get("bits_per_dim")
     bits = bits if isinstance(bits, dict) else {}
     run = Run(folder, config=config, rows=rows, bits=number(bits.get("mean")), stderr=number(bits.get("stderr")))
@@ -126,13 +131,11 @@ def _state(run: Run, summary: dict[str, Any], job: dict[str, Any], failure: dict
     reached = images is not None and (run.goal is None or (number(images) or 0) >= run.goal)
     done = reached if summary else reached and saved is not None and run.config.get("evaluate_at_end") is False
     # a job of a sweep may have been finished later, by a command of its own
-    later = done and _written(run.folder / ("summary.json" if summary else "metrics.jsonl")) >= _written(
-        run.folder / "job.json"
-    )
-    if status == "failed" and not later:
-        return "failed", "; ".join(filter(None, [str(job.get("error", "")), rest]))
-    if status == "running" and not later:
-        return "failed", "; ".join(filter(None, ["ended without a word", rest]))
+    end = run.folder / ("summary.json" if summary else "metrics.jsonl")
+    later = done and _written(end) >= _written(run.folder / "job.json")
+    if status in ("failed", "running") and not later:
+        error = "ended without a word" if status == "running" else str(job.get("error", ""))
+        return "failed", "; ".join(filter(None, [error, rest]))
     if done:
         return "finished", ""
     return ("resumable", f"at step {saved}") if saved is not None else ("empty", "")
@@ -157,38 +160,11 @@ def values(overrides: Sequence[Any]) -> dict[str, str]:
     return {name: value for name, value in pairs if name not in CONTROL}
 
 
-def _rows(path: Path) -> tuple[list[dict[str, Any]], bool]:
-    """Rows of a metrics file, without headers, and whether a line that is not the last cannot be read."""
-    try:
-        lines = path.read_bytes().splitlines() if path.is_file() else []
-    except OSError:
-        return [], True
-    rows, bad = [], []
-    for i, line in enumerate(lines):
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            row = None
-        if not isinstance(row, dict):
-            bad.append(i)
-        elif "header" not in row:
-            rows.append(row)
-    return rows, any(i < len(lines) - 1 for i in bad)  # the last line may still be being written
-
-
-def _yaml(text: str) -> Any:
-    import yaml
-
-    try:
-        return yaml.safe_load(text)  # CSafeLoader would save 6 ms a file, and crashes Python on "[[[[…"
-    except yaml.YAMLError as error:
-        raise ValueError(str(error)) from error
-
-
-def _marked(path: Path) -> bool:
+def marked(path: Path) -> bool:
+    """Whether a configuration is a run's, whose first line says so."""
     try:
         with open(path, "rb") as file:
-            return file.read(len(_MARK)) == _MARK
+            return file.read(len(MARK)) == MARK.encode()
     except OSError:
         return False
 

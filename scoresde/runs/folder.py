@@ -9,19 +9,17 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..config import renamed
+from ..config import renamed, walk
 from .checkpoint import Checkpoint, latest
+from .files import MARK, marked
 from .publish import publish
 from .redact import redacted, redacted_text
 
-_MARK = "# scoresde"
+# What a run writes.
 _FILES = (
     "config.yaml", "metrics.jsonl", "loss.png", "samples.png", "samples.npz", "trajectory.png", "summary.json",
-    "summary.md", "failed.json",
-)  # fmt: skip
-_PATTERNS = (
-    "samples-*.png", "trajectory-*.png", "progress/step-*.png", "checkpoints/step-*", "checkpoints/.step-*",
-    "averages/images-*", "batches/step-*",
+    "summary.md", "failed.json", "samples-*.png", "trajectory-*.png", "progress/step-*.png", "checkpoints/step-*",
+    "checkpoints/.step-*", "averages/images-*", "batches/step-*",
 )  # fmt: skip
 # Keys that define a run: a checkpoint made with another value belongs to another run.
 _IDENTITY = (
@@ -53,7 +51,7 @@ def prepare(folder: Path, config: Mapping[str, Any], *, resume: str | bool, over
     if not held:
         return None
     names = ", ".join(sorted({path.relative_to(folder).parts[0] for path in held}))
-    if not _is_run(folder):
+    if not marked(folder / "config.yaml"):
         raise ValueError(f"{folder} holds {names}, which no run of scoresde made. Choose another folder: out=….")
     if overwrite:
         _remove(held, folder)
@@ -73,8 +71,7 @@ def prepare(folder: Path, config: Mapping[str, Any], *, resume: str | bool, over
 
 def contents(folder: Path) -> list[Path]:
     """Files and checkpoints below `folder` that carry a name a run would write."""
-    files = [folder / name for name in _FILES if (folder / name).exists()]
-    return files + [path for pattern in _PATTERNS for path in sorted(folder.glob(pattern))]
+    return [path for pattern in _FILES for path in sorted(folder.glob(pattern))]
 
 
 def write_config(folder: Path, config: Mapping[str, Any], command: str) -> None:
@@ -82,7 +79,7 @@ def write_config(folder: Path, config: Mapping[str, Any], command: str) -> None:
     from omegaconf import OmegaConf
 
     folder.mkdir(parents=True, exist_ok=True)
-    text = f"{_MARK}: {redacted_text(command)}\n{OmegaConf.to_yaml(redacted(config))}"
+    text = f"{MARK}: {redacted_text(command)}\n{OmegaConf.to_yaml(redacted(config))}"
     publish(folder / "config.yaml", text)
 
 
@@ -103,11 +100,6 @@ def finish(path: Path, record: Mapping[str, Any]) -> None:
     publish(path, json.dumps(redacted(record), indent=2) + "\n")
 
 
-def _is_run(folder: Path) -> bool:
-    config = folder / "config.yaml"
-    return config.is_file() and config.read_text(encoding="utf-8", errors="replace").startswith(_MARK)
-
-
 def _remove(held: list[Path], folder: Path) -> None:
     # config.yaml marks the folder as ours, so it goes last: an interrupted removal can be repeated
     for path in sorted(held, key=lambda path: path.name == "config.yaml"):
@@ -118,7 +110,7 @@ def _remove(held: list[Path], folder: Path) -> None:
 
 
 def _check_identity(checkpoint: Checkpoint, config: Mapping[str, Any]) -> None:
-    saved, here = (_flat(renamed(tree)) for tree in (checkpoint.records.get("config", {}), config))
+    saved, here = (_leaves(renamed(tree)) for tree in (checkpoint.records.get("config", {}), config))
     for key in sorted(saved.keys() | here.keys()):
         same_run = any(key == name or key.startswith((f"{name}.", f"{name}[")) for name in _IDENTITY)
         if same_run and saved.get(key) != here.get(key):
@@ -128,10 +120,6 @@ def _check_identity(checkpoint: Checkpoint, config: Mapping[str, Any]) -> None:
             )
 
 
-def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    if isinstance(tree, Mapping) and tree:
-        pairs = [(f"{prefix}.{k}" if prefix else str(k), v) for k, v in tree.items()]
-        return {k: v for name, value in pairs for k, v in _flat(value, name).items()}
-    if isinstance(tree, (list, tuple)) and tree:
-        return {k: v for i, value in enumerate(tree) for k, v in _flat(value, f"{prefix}[{i}]").items()}
-    return {prefix: tree}
+def _leaves(config: Any) -> dict[str, Any]:
+    """What a configuration holds besides its mappings and lists, `{"sde.beta_max": 20.0, …}`, and the empty ones."""
+    return {key: value for key, value in walk(config) if not (value and isinstance(value, (dict, list)))}

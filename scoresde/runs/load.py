@@ -192,13 +192,13 @@ def load_run(
     length = None if isinstance(weights, (str, bool)) else weights
     if length is None and weights not in ("ema", "weights"):
         raise ValueError(f"weights is ema, weights, or a length between 0 and 0.29; got {weights!r}.")
-    if checkpoint not in ("latest", "best"):
+    scored = "checkpoint with a score (trainer.keep_best makes them)"
+    kinds = {"latest": (latest, "whole checkpoint"), "best": (best, scored)}
+    if checkpoint not in list(kinds):
         raise ValueError(f"checkpoint is latest or best; got {checkpoint!r}.")
-    found = {"latest": latest, "best": best}[checkpoint](folder / "checkpoints")
+    find, what = kinds[checkpoint]
+    found = find(folder / "checkpoints")
     if found is None:
-        what = (
-            "whole checkpoint" if checkpoint == "latest" else "checkpoint with a score (trainer.keep_best makes them)"
-        )
         raise CheckpointError(f"{folder} holds no {what}; run=… is the output folder of scoresde-train.")
     config: Any = found.records.get("config")
     missing = _NEEDED - set(config) if isinstance(config, dict) else _NEEDED

@@ -10,7 +10,7 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
@@ -81,12 +81,16 @@ class JsonlLogger(Logger):
     checkpoint writes again. Rows that a full or failing disk refuses wait in memory and are tried again at every later
     row; one warning says so, and `close` says which are missing if they were never written.
 
+    Args:
+        view: is passed everything, too, after it was written; None for no view.
+
     Raises:
         OSError: from `start`, if the file cannot be written; the one that was there is left as it is.
         RuntimeError: from `log` and `sync`, before `start` or after `close`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, view: Logger | None = None) -> None:
+        self.view = NullLogger() if view is None else view
         self._file: FileIO | None = None
         self._waiting = bytearray()  # what the file has not taken yet; a torn line goes on where it stopped
         self._step = 0
@@ -94,16 +98,31 @@ class JsonlLogger(Logger):
 
     def start(self, facts: RunFacts) -> None:
         path, last = facts.folder / "metrics.jsonl", facts.resume_step
-        rows = _lines(path) if last else ()
-        kept = [line for line, row in rows if row.get("step", 0) <= last and not row.get("final")]
-        publish(path, b"".join([*kept, _line({"header": provenance(), "step": last})]))
+        content, kept = _content(path) if last else b"", b""
+        for line, row in zip(content.splitlines(), parse_rows(content), strict=True):
+            if row is None:
+                _log.warning("%s: a line that was cut is left out: %.60r", path, line)
+            elif row.get("step", 0) <= last and not row.get("final"):
+                kept += line + b"\n"
+        publish(path, kept + _line({"header": provenance(), "step": last}))
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115 (closed by close)
+        self.view.start(facts)
 
     def log(self, values: Mapping[str, float], *, step: int, images: int) -> None:
         file = self._open()
         self._step = step
         self._waiting += _line({"step": step, "images": images, "time": round(time.time(), 3), **values})
         self._write(file)
+        self.view.log(values, step=step, images=images)
+
+    def image(self, key: str, path: Path, *, step: int, images: int) -> None:
+        self.view.image(key, path, step=step, images=images)
+
+    def table(self, key: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        self.view.table(key, columns, rows)
+
+    def summary(self, values: Mapping[str, Any]) -> None:
+        self.view.summary(values)
 
     def sync(self) -> None:
         file = self._open()
@@ -112,6 +131,7 @@ class JsonlLogger(Logger):
             os.fsync(file.fileno())
         except OSError as error:
             _log.warning("metrics.jsonl may not be on the disk yet (%s); the run goes on.", error)
+        self.view.sync()
 
     def close(self, failed: bool = False) -> None:
         if self._file is None:
@@ -122,6 +142,7 @@ class JsonlLogger(Logger):
             _log.error("metrics.jsonl lacks its last %d rows, from step %s on.", count, self._missing_from)
         self._file.close()
         self._file, self._waiting, self._missing_from = None, bytearray(), None
+        self.view.close(failed)
 
     def _open(self) -> FileIO:
         if self._file is None:
@@ -135,10 +156,8 @@ class JsonlLogger(Logger):
         except OSError as error:
             if self._missing_from is None:
                 self._missing_from = self._step
-                said = (
-                    "metrics.jsonl does not take the row of step %d (%s). The run goes on; rows wait in memory until "
-                )
-                _log.warning(said + "they can be written.", self._step, error)
+                cure = "The run goes on; rows wait in memory until they can be written."
+                _log.warning("metrics.jsonl does not take the row of step %d (%s). %s", self._step, error, cure)
             return
         if self._missing_from is not None:
             _log.warning("metrics.jsonl has every row again: those from step %d on waited.", self._missing_from)
@@ -146,11 +165,9 @@ class JsonlLogger(Logger):
 
 
 def _line(row: Mapping[str, Any]) -> bytes:
-    try:
-        return _ENCODER.encode(row).encode() + b"\n"
-    except ValueError:  # NaN and infinity are not JSON: as text they do not make the file unreadable
-        finite = {k: plain(v) if isinstance(v, float) else v for k, v in row.items()}
-        return _ENCODER.encode(finite).encode() + b"\n"
+    # NaN and infinity are not JSON: as text they do not make the file unreadable
+    finite = {name: plain(value) if isinstance(value, float) else value for name, value in row.items()}
+    return _ENCODER.encode(finite).encode() + b"\n"
 
 
 def plain(value: Any) -> float | str:
@@ -165,21 +182,25 @@ def plain(value: Any) -> float | str:
 _ENCODER = json.JSONEncoder(default=plain, allow_nan=False)
 
 
-def _lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
-    """Each whole line of a metrics file with its parsed row; a line cut by a crash is left out."""
-    for line in path.read_bytes().split(b"\n") if path.is_file() else []:
+def parse_rows(content: bytes) -> list[dict[str, Any] | None]:
+    """The rows of a metrics file, headers included, by line; None for a line that is no row, as one cut by a crash."""
+    rows: list[dict[str, Any] | None] = []
+    for line in content.splitlines():
         try:
-            row = json.loads(line) if line else None
-        except ValueError:  # so is the error of bytes that are no text
-            _log.warning("%s: a line that was cut is left out: %.60r", path, line)
-            continue
-        if isinstance(row, dict):
-            yield line + b"\n", row
+            row = json.loads(line)
+        except (ValueError, RecursionError):  # so is the error of bytes that are no text
+            row = None
+        rows.append(row if isinstance(row, dict) else None)
+    return rows
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics file, headers included; a line cut by a crash is left out. [] if there is no file."""
-    return [row for _, row in _lines(path)]
+    """The rows of a metrics file, headers included; what is no row is left out. [] if there is no file."""
+    return [row for row in parse_rows(_content(path)) if row is not None]
+
+
+def _content(path: Path) -> bytes:
+    return path.read_bytes() if path.is_file() else b""
 
 
 def provenance() -> dict[str, Any]:
@@ -208,14 +229,9 @@ def _commit() -> str | None:
     here = Path(__file__).resolve().parents[2]
     if not (here / ".git").exists():
         return None
-
-    def git(*args: str) -> str:
-        return subprocess.run(
-            ["git", *args], cwd=here, capture_output=True, text=True, timeout=5, check=True
-        ).stdout.strip()
-
+    describe = ["git", "describe", "--always", "--exclude=*", "--abbrev=40", "--dirty=+"]
     try:
-        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+        return subprocess.run(describe, cwd=here, capture_output=True, text=True, timeout=5, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
 
@@ -228,38 +244,3 @@ def run_id(config: Mapping[str, Any], folder: Path) -> str:
     """
     text = json.dumps([config, folder.resolve().parts[-2:]], sort_keys=True)
     return hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest()[:12]
-
-
-class Tee(Logger):
-    """Passes everything to several loggers, in order."""
-
-    def __init__(self, *loggers: Logger):
-        self.loggers = loggers
-
-    def start(self, facts: RunFacts) -> None:
-        for logger in self.loggers:
-            logger.start(facts)
-
-    def log(self, values: Mapping[str, float], *, step: int, images: int) -> None:
-        for logger in self.loggers:
-            logger.log(values, step=step, images=images)
-
-    def image(self, key: str, path: Path, *, step: int, images: int) -> None:
-        for logger in self.loggers:
-            logger.image(key, path, step=step, images=images)
-
-    def table(self, key: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-        for logger in self.loggers:
-            logger.table(key, columns, rows)
-
-    def summary(self, values: Mapping[str, Any]) -> None:
-        for logger in self.loggers:
-            logger.summary(values)
-
-    def sync(self) -> None:
-        for logger in self.loggers:
-            logger.sync()
-
-    def close(self, failed: bool = False) -> None:
-        for logger in self.loggers:
-            logger.close(failed)

@@ -104,7 +104,9 @@ def reconstruct(
             is damaged or of another module.
     """
     exponent(sigma_rel)
-    paths = _listed(Path(folder))
+    paths = {_images(path): path for path in Path(folder).glob(f"images-{'[0-9]' * 12}.safetensors")}
+    if not paths:
+        raise ValueError(f"{folder} holds no snapshots (images-….safetensors); write_snapshot makes them in training.")
     images = max(paths) if images is None else images
     if images not in paths:
         near = min(paths, key=lambda count: abs(count - images))
@@ -163,18 +165,6 @@ def _name(images: int) -> str:
 
 def _images(path: Path) -> int:
     return int(path.stem.removeprefix("images-"))
-
-
-def _listed(folder: Path) -> dict[int, Path]:
-    """Images -> file.
-
-    Raises:
-        ValueError: the folder holds no snapshot.
-    """
-    found = {_images(path): path for path in folder.glob(f"images-{'[0-9]' * 12}.safetensors")}
-    if not found:
-        raise ValueError(f"{folder} holds no snapshots (images-….safetensors); write_snapshot makes them in training.")
-    return found
 
 
 def _read(path: Path) -> tuple[list[float], Tensors]:

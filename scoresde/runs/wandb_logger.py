@@ -1,35 +1,33 @@
-"""Weights & Biases, kept at arm's length: the training process writes to a pipe and never waits."""
+"""Weights & Biases, kept at arm's length: the training process writes to a file and never waits."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import logging
-import math
 import os
-import select
 import subprocess
 import sys
-import time
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..checks import positive
 from . import wandb_view
 from .logger import Logger, RunFacts, plain
 
 _log = logging.getLogger(__name__)
 _ENCODER = json.JSONEncoder(default=plain)
-_MOST = 2**26  # bytes that may wait for a view that has stopped reading: about 300,000 rows
 
 
 class WandbLogger(Logger):
     """A Weights & Biases view of the run, in a process of its own (`wandb_view`).
 
-    Nothing of W&B runs in the training process, and no call but `close` waits for it: what the pipe to the view does
-    not take at once waits in memory. So a failure of W&B or of the network costs one warning and at most
-    `finish_timeout` seconds at the end, and metrics.jsonl has every row. Offline, the view opens no connection, not
-    even for W&B's own telemetry.
+    Nothing of W&B runs in the training process, and no call but `close` waits for it: what is logged goes to a
+    temporary file, which the view reads to its end also when training has been killed. So a failure of W&B or of the
+    network costs one warning and at most `finish_timeout` seconds at the end, and metrics.jsonl has every row. Offline,
+    the view opens no connection, not even for W&B's own telemetry.
 
     Args:
         mode: "offline" (default: no account, no network; `wandb sync` later), "online" or "disabled".
@@ -53,14 +51,10 @@ class WandbLogger(Logger):
     ):
         if mode not in ("offline", "online", "disabled"):
             raise ValueError(f"mode is 'offline', 'online' or 'disabled'; got {mode!r}.")
-        number = isinstance(finish_timeout, (int, float)) and not isinstance(finish_timeout, bool)
-        if not (number and 0 < finish_timeout < math.inf):
-            raise ValueError(f"finish_timeout is a positive number of seconds; got {finish_timeout!r}.")
         self.mode, self.project, self.entity, self.tags = mode, project, entity, list(tags)
-        self.finish_timeout = float(finish_timeout)
+        self.finish_timeout = positive(finish_timeout, "finish_timeout", "a number of seconds")
         self._view: subprocess.Popen[bytes] | None = None
-        self._waiting, self._heard = bytearray(), bytearray()
-        self._folder, self._warned, self._listened = "", False, 0.0
+        self._folder, self._warned = "", False
 
     def start(self, facts: RunFacts) -> None:
         self.close()
@@ -76,27 +70,23 @@ class WandbLogger(Logger):
             "dir": str(facts.folder.absolute()),
             "config": dict(facts.config),
         }
-        self._folder, self._warned = f"{facts.folder}/wandb/*run-*", False
-        self._waiting, self._heard = bytearray(), bytearray()
+        self._folder, self._warned, self._cut = f"{facts.folder}/wandb/*run-*", False, b""
         try:
-            self._view = subprocess.Popen(
-                [sys.executable, "-P", wandb_view.__file__],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-                start_new_session=True,
-                bufsize=0,
-                env={"WANDB_ERROR_REPORTING": "false", **os.environ},  # telemetry, which can hold up the exit by 15 s
-            )
+            # each end opens a file for itself, so that it has a position of its own; the names go at once
+            with tempfile.NamedTemporaryFile() as sent, tempfile.NamedTemporaryFile() as said:
+                self._sent, self._said = open(sent.name, "ab"), open(said.name, "rb")  # noqa: SIM115 (closed by close)
+                self._view = subprocess.Popen(
+                    [sys.executable, "-P", wandb_view.__file__, str(os.getpid())],
+                    stdin=sent,
+                    stdout=said,
+                    stderr=subprocess.DEVNULL,
+                    start_new_session=True,
+                    # without telemetry, which can hold up the exit by 15 s
+                    env={"WANDB_ERROR_REPORTING": "false", **os.environ},
+                )
         except OSError as error:
             self._warn(f"W&B cannot be started ({error}); the run goes on, metrics.jsonl has every row.")
             return
-        for pipe in self._pipes():
-            os.set_blocking(pipe, False)
-        with contextlib.suppress(OSError, ImportError):  # room for 5,000 rows, which outlive a kill of training
-            from fcntl import F_SETPIPE_SZ, fcntl
-
-            fcntl(self._pipes()[0], F_SETPIPE_SZ, 2**20)
         self._send("start", {"run": run, "mode": self.mode, "pid": os.getpid(), "patience": 0.4 * self.finish_timeout})
 
     def log(self, values: Mapping[str, float], *, step: int, images: int) -> None:
@@ -112,80 +102,50 @@ class WandbLogger(Logger):
         self._send("summary", dict(values))
 
     def close(self, failed: bool = False) -> None:
-        deadline = time.monotonic() + self.finish_timeout
         self._send("close", int(failed))
-        while self._view is not None:
-            left = deadline - time.monotonic()
-            if left <= 0:
-                self._end(f"W&B did not end within {self.finish_timeout:g} s")
-                break
-            stdin, stdout = self._pipes()
-            events = select.poll()
-            events.register(stdout, select.POLLIN)
-            if self._waiting:
-                events.register(stdin, select.POLLOUT)
-            events.poll(1000 * left)
-            self._exchange(max(deadline - time.monotonic(), 0.0))
+        if self._view is not None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._view.wait(self.finish_timeout)
+            self._end(f"W&B did not end within {self.finish_timeout:g} s")
 
     def _send(self, *message: Any) -> None:
-        if self._view is not None:
-            self._waiting += _ENCODER.encode(message).encode() + b"\n"
-            self._exchange()
-
-    def _exchange(self, left: float | None = None) -> None:
-        """Writes what the pipe takes and, now and then, passes on what the view says, without waiting.
-
-        Args:
-            left: seconds that `close` has left; None during training.
-        """
-        (stdin, stdout), gone = self._pipes(), len(self._waiting) > _MOST
-        try:
-            while self._waiting:
-                del self._waiting[: os.write(stdin, self._waiting)]
-        except BlockingIOError:
-            pass
-        except OSError:
-            gone = True
-        now = time.monotonic()
-        if not gone and left is None and now - self._listened < 1:  # listening takes as long as sending
+        """Leaves a message for the view and passes on what that has said, without waiting."""
+        if self._view is None:
             return
-        self._listened = now
-        with contextlib.suppress(BlockingIOError):
-            while said := os.read(stdout, 65536):
-                self._heard += said
-            gone = True
-        while (end := self._heard.find(b"\n")) >= 0:
-            kind, text = json.loads(self._heard[:end])
-            del self._heard[: end + 1]
+        try:
+            self._sent.write(_ENCODER.encode(message).encode() + b"\n")
+            self._sent.flush()
+        except OSError as error:
+            self._end(f"W&B's process cannot be told more ({error})")
+            return
+        self._listen()
+        if self._view.poll() is not None:
+            self._end("")
+
+    def _listen(self) -> None:
+        *lines, self._cut = (self._cut + self._said.read()).split(b"\n")
+        for line in lines:
+            kind, text = json.loads(line)
             if kind == "folder":
                 self._folder = text
             else:
                 self._warn(text)
-        if gone:
-            self._end("W&B's process ended, or reads no more" if left is None else "", left or 0.0)
 
-    def _end(self, trouble: str, left: float = 0.0) -> None:
-        """Leaves the view, which ends within `left` seconds or is made to."""
-        view, self._view, self._waiting = self._view, None, bytearray()
-        assert view is not None and view.stdin is not None and view.stdout is not None
+    def _end(self, trouble: str) -> None:
+        """Leaves the view; one that has not ended is made to, and `trouble` says why."""
+        view, self._view = self._view, None
+        assert view is not None
+        if view.returncode is not None:
+            trouble = f"W&B's process ended with code {view.returncode}" if view.returncode else ""
+        view.kill()
         with contextlib.suppress(subprocess.TimeoutExpired):
-            view.wait(left)
-        if view.returncode is None:
-            view.kill()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                view.wait(1)
-        view.stdin.close()
-        view.stdout.close()
-        if view.returncode:
-            trouble = trouble or f"W&B's process ended with code {view.returncode}"
+            view.wait(1)
+        self._listen()
+        for file in (self._sent, self._said):
+            with contextlib.suppress(OSError):
+                file.close()
         if trouble and not self._warned:
             self._warn(f"{trouble}; metrics.jsonl has every row; later: wandb sync {self._folder}")
-
-    def _pipes(self) -> tuple[int, int]:
-        """File numbers of the pipe to the view and of the one from it."""
-        view = self._view
-        assert view is not None and view.stdin is not None and view.stdout is not None
-        return view.stdin.fileno(), view.stdout.fileno()
 
     def _warn(self, text: str) -> None:
         self._warned = True

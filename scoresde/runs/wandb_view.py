@@ -1,19 +1,18 @@
-"""The Weights & Biases view of a run: a process of its own, which `WandbLogger` starts and talks to by pipes.
+"""The Weights & Biases view of a run: a process of its own, which `WandbLogger` starts and talks to by files.
 
-Started by its path, so that it imports neither torch nor scoresde. Each line of stdin is a JSON list: a name and
-arguments. The first is `start`; the end of stdin without `close` means that training was killed. Each line of stdout
-is a JSON pair: `folder` and where this run is kept, or `say` and what the user should know.
+Started by its path, so that it imports neither torch nor scoresde. Stdin is a file that grows; each line of it is a
+JSON list: a name and arguments. The first is `start`; a training that has gone without `close` was killed. Each line of
+stdout is a JSON pair: `folder` and where this run is kept, or `say` and what the user should know.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import io
 import json
 import os
-import queue
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -29,43 +28,33 @@ Messages = Iterator[list[Any]]
 
 
 def main() -> None:
-    # W&B's service would inherit the two pipes, keep them open and print to them: it gets /dev/null instead
+    # W&B's service would inherit the two files and print to them: it gets /dev/null instead
     inbox, outbox = os.dup(0), os.fdopen(os.dup(1), "w")
     for number, flag in ((0, os.O_RDONLY), (1, os.O_WRONLY)):
         os.dup2(os.open(os.devnull, flag), number)
     for one in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(one, signal.SIG_IGN)  # sent to the whole job, but training says when the run ends
     os.nice(5)  # training goes first where cores are few
-    waiting: queue.SimpleQueue[list[Any]] = queue.SimpleQueue()
-
-    def read() -> None:
-        with contextlib.suppress(ValueError):  # a line that was cut: training was killed
-            for line in lines(inbox):
-                waiting.put(json.loads(line))
-        waiting.put(["close", 1])
-
-    threading.Thread(target=read, daemon=True).start()
 
     def tell(kind: str, text: str) -> None:
-        with contextlib.suppress(OSError):  # training has gone: nobody listens
+        with contextlib.suppress(OSError):  # a full disk
             print(json.dumps([kind, text]), file=outbox, flush=True)
 
-    show(iter(waiting.get, None), tell)
+    show(messages(inbox), tell)
 
 
-def lines(number: int) -> Iterator[bytes]:
-    """The lines of a pipe to its end, polled ten times a second, because waking a reader costs the writer more."""
-    os.set_blocking(number, False)
-    rest = b""
+def messages(inbox: int) -> Messages:
+    """What training has sent; `close` once there is no more and training, whose number is our argument, has gone."""
+    cut = b""
     while True:
-        with contextlib.suppress(BlockingIOError):
-            said = os.read(number, 2**20)
-            *whole, rest = (rest + said).split(b"\n")
-            yield from whole
-            if not said:
-                yield from [rest] if rest else []
-                return
-        time.sleep(0.1)
+        going_on = sys.argv[1:] == [str(os.getppid())]  # asked first, for it may write a last row and go
+        said = os.read(inbox, 2**20)
+        *lines, cut = (cut + said).split(b"\n")
+        yield from map(json.loads, lines)
+        if not said and not going_on:
+            yield ["close", 1]
+        if not said:
+            time.sleep(0.1)
 
 
 def show(messages: Messages, tell: Tell) -> None:
@@ -101,21 +90,21 @@ def begin(options: Mapping[str, Any], tell: Tell) -> Any:
         "x_stats_pid": options["pid"],
         "finish_timeout_raises": True,
         "x_transaction_log_flush_interval": 1.0,
+        "x_sync_dir_suffix": str(os.getpid()),  # W&B names a folder by the second, in which a run may start twice
     }
 
     def start(mode: Any) -> Any:
         patience = options["patience"] if mode == "online" else max(LOCAL, options["patience"])
         given = {**wanted, "init_timeout": patience, "finish_timeout": patience}
         known = {name: value for name, value in given.items() if name in wandb.Settings.model_fields}
-        with a_name_to_itself(Path(options["run"]["dir"], "wandb"), options["run"]["id"]):
-            run = wandb.init(
-                **options["run"],
-                mode=mode,
-                resume="allow" if mode == "online" else None,
-                job_type="train",
-                reinit="finish_previous",
-                settings=wandb.Settings(**known),
-            )
+        run = wandb.init(
+            **options["run"],
+            mode=mode,
+            resume="allow" if mode == "online" else None,
+            job_type="train",
+            reinit="finish_previous",
+            settings=wandb.Settings(**known),
+        )
         # one axis for all: W&B drops rows whose own step goes back, as it does after a restart
         run.define_metric("images")
         run.define_metric("*", step_metric="images")
@@ -144,29 +133,6 @@ def leave_service(seconds: float = 5.0) -> None:
     teardown = threading.Thread(target=wandb.teardown, daemon=True)
     teardown.start()
     teardown.join(seconds)
-
-
-@contextlib.contextmanager
-def a_name_to_itself(folder: Path, run_id: str) -> Iterator[None]:
-    """W&B names a run's folder by the second, so starts of one run take turns, each in a second of its own.
-
-    A start that holds its turn for longer than `LOCAL` seconds is not waited for.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    deadline = time.monotonic() + LOCAL
-    with open(folder / ".start", "w") as turn:
-        while time.monotonic() < deadline:
-            try:
-                fcntl.flock(turn, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                time.sleep(0.05)
-                continue
-            except OSError:  # a file system without locks
-                pass
-            break
-        while any(folder.glob(f"*run-{time.strftime('%Y%m%d_%H%M%S')}-{run_id}*")):
-            time.sleep(0.05)
-        yield
 
 
 def brief(error: Exception) -> str:

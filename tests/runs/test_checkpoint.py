@@ -101,7 +101,7 @@ def test_keep_last_keeps_the_newest(tmp_path: Path, keep: int) -> None:
 
 
 def test_keep_last_below_one_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="keep_last is at least 1"):
+    with pytest.raises(ValueError, match="keep_last is a whole number of at least 1; got 0"):
         save(tmp_path, 1, groups(), {}, keep_last=0)
     assert list(tmp_path.iterdir()) == []
 

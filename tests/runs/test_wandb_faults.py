@@ -172,14 +172,6 @@ def test_a_service_that_does_not_end_as_it_should(
     assert not recwarn.list
 
 
-def test_a_start_that_holds_its_turn_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(wandb_view, "LOCAL", 0.3)
-    with wandb_view.a_name_to_itself(tmp_path, "a"):
-        start = time.monotonic()
-        with wandb_view.a_name_to_itself(tmp_path, "a"):
-            assert 0.3 <= time.monotonic() - start < 30
-
-
 def test_a_network_that_is_lost_during_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The end comes in the stated time; the transaction log has every row, and one line says where it is."""
     servers, runs = {}, {}
@@ -238,7 +230,7 @@ def test_a_view_that_is_killed_is_missed_once(tmp_path: Path, monkeypatch: pytes
     run.log(10)
     assert run.close()
     (line,) = run.said
-    assert line.startswith("W&B's process ended, or reads no more; metrics.jsonl has every row; later: wandb sync ")
+    assert line.startswith("W&B's process ended with code -9; metrics.jsonl has every row; later: wandb sync ")
 
 
 def test_a_view_that_is_killed_at_the_end_is_missed_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -291,12 +283,12 @@ def test_a_log_may_be_read_while_it_is_written(tmp_path: Path) -> None:
 TRAINING = """
 import os, pathlib, signal, sys
 from scoresde.runs import WandbLogger
-from scoresde.runs.logger import JsonlLogger, RunFacts, Tee
+from scoresde.runs.logger import JsonlLogger, RunFacts
 folder = pathlib.Path(sys.argv[1])
 for rows in map(int, sys.argv[2:]):
     child = os.fork()
     if not child:
-        logger = Tee(JsonlLogger(), WandbLogger())
+        logger = JsonlLogger(WandbLogger())
         (folder / str(rows)).mkdir(exist_ok=True)
         logger.start(RunFacts(folder / str(rows), "0123456789ab", {"seed": 1}))
         for step in range(1, rows + 1):
