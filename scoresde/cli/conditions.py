@@ -10,7 +10,7 @@ import torch
 from ..config import ConfigError
 from ..data import kinds
 from ..data.kinds import NAMES, Kind
-from ..data.readers import HeldOut
+from ..data.readers import names_held_out
 from ..diffusion.conditions import Cond, unnamed
 from ..evaluate.conditions import in_turn, turns_in_words
 from ..evaluate.problem import Problem
@@ -46,7 +46,7 @@ def choose_cond(given: Any, n: int, run: LoadedRun, *, problem: Problem | None =
             that are not of the kind; says what was given and what is expected.
     """
     known = kinds_of(run)
-    if given == "input" or HeldOut.named(given):
+    if given == "input" or names_held_out(given):
         given = dict.fromkeys(known or NAMES[:1], given)
     if not isinstance(given, Mapping) or not set(given) <= set(NAMES):
         raise ConfigError(
@@ -107,7 +107,7 @@ def _held_out_inputs(kind: str, problem: Problem | None, run: LoadedRun) -> list
         raise ConfigError(
             f"cond.{kind}=input is the {kind} of what a problem is given; say which: problem=inpaint input=test:0-7, …."
         )
-    if files := [name for name in problem.inputs if not HeldOut.named(name)]:
+    if files := [name for name in problem.inputs if not names_held_out(name)]:
         raise ConfigError(
             f"cond.{kind}=input: no {kind} is known of {files[0]}, which is a file and no held-out sample; give it: "
             f"cond.{kind}=…."

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..config import ConfigError, build, leaves_open
 from ..data import Dataset
-from ..data.readers import HeldOut, Hole, MaskFile
+from ..data.readers import held_out, hole, mask_in_file, names_held_out
 from ..diffusion.conditions import Cond, named
 from ..diffusion.denoiser import Denoiser, model_device
 from ..evaluate.problem import Measurement, Problem
@@ -81,7 +81,7 @@ def read_mask(words: Any, event: tuple[int, ...]) -> Tensor:
         )
     if not isinstance(words, str):
         raise ConfigError(f"mask is the name of a file, or hole:ROWSxCOLUMNS; got {words!r}.")
-    return (Hole(words) if words.startswith("hole:") else MaskFile(words)).read(event)
+    return (hole if words.startswith("hole:") else mask_in_file)(words, event)
 
 
 def _inputs(given: Any, count: int) -> list[str]:
@@ -90,8 +90,8 @@ def _inputs(given: Any, count: int) -> list[str]:
     for word in given if isinstance(given, list) else [given]:
         if not isinstance(word, str) or not word.strip():
             raise ConfigError(f"input is a file, test:5, or a list of such: input=[a.png,b.png]; got {given!r}.")
-        held_out = HeldOut(word).index(count, f"input={word}").tolist() if HeldOut.named(word) else None
-        names += [word] if held_out is None else [f"test:{i}" for i in held_out]
+        held = held_out(word, count, "input").tolist() if names_held_out(word) else None
+        names += [word] if held is None else [f"test:{i}" for i in held]
     if not names:
         raise ConfigError("input is an empty list.")
     return names

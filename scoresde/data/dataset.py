@@ -84,22 +84,19 @@ class Dataset:
     def __post_init__(self) -> None:
         for part, split in (("train", self.train), ("test", self.test)):
             where = f"{self.name}, {part} split"
-            _check_raw(split.raw, self.scaling, where)
-            _check_labels(split, self.classes, where)
-            _check_conditions(split, where)
-        if self.train.raw.shape[1:] != self.test.raw.shape[1:]:
+            check_samples(split.raw, where)
+            if split.raw.is_floating_point() and split.raw.dtype != torch.float32:
+                raise TypeError(f"{where}: raw holds {split.raw.dtype}; networks compute in float32: pass raw.float().")
+            self.scaling.check(split.raw, f"{where}: raw")
+            _check_conditions(split, self.classes, where)
+        train, test = (
+            {name: tuple(values.shape[1:]) for name, values in {"raw": split.raw, **split.conditions}.items()}
+            for split in (self.train, self.test)
+        )
+        if train != test:
             raise ValueError(
-                f"{self.name}: a training sample has shape {tuple(self.train.raw.shape[1:])}, a test sample "
-                f"{tuple(self.test.raw.shape[1:])}; they must agree."
-            )
-
-        kinds = [
-            {name: tuple(v.shape[1:]) for name, v in split.conditions.items()} for split in (self.train, self.test)
-        ]
-        if kinds[0] != kinds[1]:
-            raise ValueError(
-                f"{self.name}: training samples have the conditions {kinds[0]}, test samples {kinds[1]}; names and "
-                "shapes must agree (pad tokens with NaN)."
+                f"{self.name}: training samples have the shapes {train}, test samples {test}; names and shapes must "
+                "agree (pad tokens with NaN)."
             )
 
     @property
@@ -116,42 +113,37 @@ class Dataset:
         return self.scaling.decode(x)
 
 
-def _check_raw(raw: Tensor, scaling: Scaling, where: str) -> None:
+def count_classes(*splits: Split) -> int:
+    """One more than the largest label, 0 without labels."""
+    return 1 + max((int(split.labels.max()) for split in splits if split.labels is not None), default=-1)
+
+
+def check_samples(raw: Tensor, where: str) -> None:
+    """Refuses what holds no sample (N, *event)."""
     if raw.ndim < 2 or raw.numel() == 0:
         raise ValueError(f"{where}: expected at least one sample (N, *event); got shape {tuple(raw.shape)}.")
-    if raw.is_floating_point() and raw.dtype != torch.float32:
-        raise TypeError(f"{where}: raw holds {raw.dtype}; networks compute in float32, so pass raw.float().")
-    scaling.check(raw, f"{where}: raw")
 
 
-def _check_labels(split: Split, classes: int, where: str) -> None:
-    labels = split.labels
-    if labels is None:
-        if classes:
-            raise ValueError(f"{where}: classes={classes} was declared but there are no labels; use classes=0.")
-        return
-    if classes < 1:
-        raise ValueError(f"{where}: there are labels but classes={classes}; give the number of classes.")
-    if labels.dtype != torch.int64:
-        raise TypeError(f"{where}: labels hold {labels.dtype}, expected int64 class indices; pass labels.long().")
-    if labels.shape != split.raw.shape[:1]:
-        raise ValueError(f"{where}: labels have shape {tuple(labels.shape)}, expected ({len(split.raw)},), one each.")
-    low, high = (int(value) for value in labels.aminmax())
-    if low < 0 or high >= classes:
-        raise ValueError(f"{where}: labels span {low} … {high}, expected 0 … {classes - 1} (classes={classes}).")
+_RANKS = {"label": (1,), "vector": (2,), "image": (3, 4, 5), "tokens": (3,)}
 
 
-_RANKS = {"vector": (2,), "image": (3, 4, 5), "tokens": (3,)}
-
-
-def _check_conditions(split: Split, where: str) -> None:
-    for name, values in split.conditions.items():
-        if name not in _RANKS:
-            raise ValueError(f"{where}: conditions beside labels are {', '.join(_RANKS)}; got {name!r}.")
-        if values.dtype != torch.float32:
-            raise TypeError(f"{where}: the condition {name!r} holds {values.dtype}; pass .float().")
-        if values.ndim not in _RANKS[name] or len(values) != len(split.raw):
+def _check_conditions(split: Split, classes: int, where: str) -> None:
+    n, labels = len(split), split.labels
+    if unknown := split.conditions.keys() - {"vector", "image", "tokens"}:
+        raise ValueError(f"{where}: conditions beside labels are vector, image, tokens; got {min(unknown)!r}.")
+    for name, values in split.named.items():
+        expected = torch.int64 if name == "label" else torch.float32
+        if values.dtype != expected:
+            raise TypeError(f"{where}: the {name} holds {values.dtype}, expected {expected}: pass .to({expected}).")
+        if values.ndim not in _RANKS[name] or len(values) != n:
             raise ValueError(
-                f"{where}: the condition {name!r} has shape {tuple(values.shape)}; a vector is (N, d), an image "
-                f"(N, C, *sizes), tokens (N, L, d), with N = {len(split.raw)}."
+                f"{where}: the {name} has shape {tuple(values.shape)}. With N = {n} samples labels are ({n},), a "
+                f"vector is ({n}, d), an image ({n}, C, *sizes), tokens are ({n}, L, d)."
             )
+    if (labels is None) == bool(classes):
+        some = "no " if labels is None else ""
+        raise ValueError(f"{where}: there are {some}labels and classes={classes}; give their number, 0 for no labels.")
+    if labels is not None and (labels.min() < 0 or labels.max() >= classes):
+        raise ValueError(
+            f"{where}: labels span {labels.min()} … {labels.max()}, expected 0 … {classes - 1} (classes={classes})."
+        )

@@ -13,11 +13,9 @@ import torch
 from torch import Tensor
 
 from ..codecs.scaling import Scaling
-from .dataset import Dataset, Split
+from .dataset import Dataset, Split, check_samples, count_classes
 from .hold_out import hold_out
-from .source import existing, refuse_lfs_pointer
-
-_LABELS = "labels of the samples"  # their name among those of conditions
+from .source import existing, misfit
 
 
 def Arrays(
@@ -59,7 +57,9 @@ def Arrays(
         ValueError: a damaged file, an unknown key, or anything that `Dataset` refuses.
     """
     file = existing(path)
-    keys = dict(cond_keys or {}) | ({} if label_key is None else {_LABELS: label_key})
+    if channels_last and add_channel:
+        raise ValueError("channels_last and add_channel exclude each other: the channel axis is there or it is not.")
+    keys = dict(cond_keys or {}) | ({} if label_key is None else {"label": label_key})
     train = _read_split(file, key, keys, channels_last, add_channel)
     scaling = _scaling(train.raw, levels, raw_low, raw_high, file)
     if test_path is None:
@@ -68,41 +68,37 @@ def Arrays(
         other = existing(test_path)
         test = _read_split(other, key, keys, channels_last, add_channel)
         scaling.check(test.raw, f"{other}: raw")
-    classes = 1 + max((int(split.labels.max()) for split in (train, test) if split.labels is not None), default=-1)
-    if classes > len(train) + len(test):  # the network would hold a row for each
-        raise ValueError(
-            f"{file}[{label_key}]: expected classes 0, 1, 2 …, found {classes - 1} in {len(train) + len(test)} "
-            "samples. Number the classes without gaps."
-        )
+    classes, n = count_classes(train, test), len(train) + len(test)
+    if classes > n:  # the network would hold a row for each
+        found, advice = f"{classes - 1} in {n} samples", "Number the classes without gaps."
+        raise misfit(f"{file}[{keys['label']}]", "classes 0, 1, 2 …", found, advice)
     return Dataset(file.stem, train, test, scaling, classes)
 
 
 def _read_split(path: Path, key: str | None, keys: dict[str, str], channels_last: bool, add_channel: bool) -> Split:
     """The samples of a file with all that stands beside them: `keys` has the key of the labels and other conditions."""
     values, others = _load(path, key, keys)
-    raw = _oriented(_tensor(values, path), channels_last, add_channel, path)
-    labels = others.pop(_LABELS, None)
+    raw = _tensor(values, path)
+    raw = raw[:, None] if add_channel else _channels_first(raw, channels_last, path)
+    labels = others.pop("label", None)
     for name, values in others.items():
         if values.dtype.kind != "f" or np.isinf(values).any():
+            found = f"{values.dtype}{' with infinite ones' if values.dtype.kind == 'f' else ''}"
             raise ValueError(
-                f"{path}[{keys[name]}]: the condition {name!r} is floats, NaN where there is none; found {values.dtype}"
-                f"{' with infinite ones' if values.dtype.kind == 'f' else ''}."
+                f"{path}[{keys[name]}]: the condition {name!r} is floats, NaN where there is none; found {found}."
             )
     conditions = {name: torch.from_numpy(values.astype(np.float32)) for name, values in others.items()}
     if labels is None:
         return Split(raw, conditions=conditions)
-    integers = labels.dtype.kind in "ui"
-    if not integers or labels.shape != raw.shape[:1] or (labels.size and labels.min() < 0):
-        raise ValueError(
-            f"{path}[{keys[_LABELS]}]: expected ({len(raw)},) integers ≥ 0, one class per sample; found {labels.dtype} "
-            f"{labels.shape}{f' with minimum {labels.min()}' if labels.size and integers else ''}."
-        )
+    least = labels.min() if labels.size and labels.dtype.kind in "ui" else None
+    if least is None or labels.shape != raw.shape[:1] or least < 0:
+        found = f"{labels.dtype} {labels.shape}{'' if least is None else f' with minimum {least}'}"
+        raise misfit(f"{path}[{keys['label']}]", f"({len(raw)},) integers ≥ 0, one class per sample", found)
     return Split(raw, torch.from_numpy(labels.astype(np.int64)), conditions)
 
 
 def _load(path: Path, key: str | None, keys: dict[str, str]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """The array of samples, and by name what has a key beside it."""
-    refuse_lfs_pointer(path)
     with _explained(path):
         content = np.load(path, allow_pickle=False)
     if isinstance(content, np.ndarray):
@@ -131,67 +127,57 @@ def _explained(path: Path) -> Iterator[None]:
                 f"{path}: expected numbers, found dtype object (samples of several shapes, or Python objects). "
                 "Store one array of numbers, all samples of one shape."
             ) from error
-        raise ValueError(f"{path}: expected a .npy or .npz file, found a damaged or other one ({error}).") from error
+        raise misfit(path, "a .npy or .npz file", f"a damaged or other one ({error})") from error
 
 
 def _tensor(values: np.ndarray, path: Path) -> Tensor:
     """Integers in the smallest type that torch computes with, floats in float32."""
-    if values.ndim < 2 or values.size == 0:
-        raise ValueError(f"{path}: expected at least one sample (N, *event), found shape {values.shape}.")
-    if values.dtype.kind == "f":
-        bad = int((~np.isfinite(values)).sum())
-        if bad:
-            raise ValueError(f"{path}: expected finite values, found {bad} NaN or infinite ones of {values.size}.")
-        return torch.from_numpy(values.astype(np.float32))
-    if values.dtype.kind in "ui":
-        return torch.from_numpy(values.astype(np.uint8 if values.dtype == np.uint8 else np.int64))
-    advice = " Store masks as uint8 and set levels=2." if values.dtype.kind == "b" else ""
-    raise TypeError(f"{path}: expected integers or real floats, found dtype {values.dtype}.{advice}")
+    if values.dtype.kind not in "uif":
+        advice = " Store masks as uint8 and set levels=2." if values.dtype.kind == "b" else ""
+        raise TypeError(f"{path}: expected integers or real floats, found dtype {values.dtype}.{advice}")
+    kept = np.float32 if values.dtype.kind == "f" else np.uint8 if values.dtype == np.uint8 else np.int64
+    raw = torch.from_numpy(values.astype(kept))
+    check_samples(raw, str(path))
+    return raw
 
 
-def _oriented(raw: Tensor, channels_last: bool, add_channel: bool, path: Path) -> Tensor:
-    """Channels first; images that look the other way round are refused, not turned."""
-    if channels_last and add_channel:
-        raise ValueError("channels_last and add_channel exclude each other: the channel axis is there or it is not.")
-    if add_channel:
-        return raw[:, None]
+def _channels_first(raw: Tensor, channels_last: bool, path: Path) -> Tensor:
+    """Images that look the other way round are refused, not turned."""
     event = tuple(raw.shape[1:])
     if channels_last and len(event) < 2:
-        raise ValueError(f"{path}: channels_last expects samples (…, C), found samples of shape {event}.")
-    if len(event) == 3:
-        first, last = event[0] in (1, 3, 4), event[2] in (1, 3, 4)
-        if last and not first and not channels_last:
-            raise ValueError(
-                f"{path}: samples of shape {event} look like (H, W, C), expected (C, H, W). Set channels_last=True."
-            )
-        if first and not last and channels_last:
-            raise ValueError(f"{path}: samples of shape {event} look like (C, H, W) already. Leave channels_last out.")
+        raise misfit(path, "samples (…, C) for channels_last", f"samples of shape {event}")
+    first, last = event[0] in (1, 3, 4), event[-1] in (1, 3, 4)
+    if len(event) == 3 and first != last and last != channels_last:
+        advice = "(H, W, C), expected (C, H, W). Set" if last else "(C, H, W) already. Leave out"
+        raise ValueError(f"{path}: samples of shape {event} look like {advice} channels_last=True.")
     return raw.movedim(-1, 1).contiguous() if channels_last else raw
 
 
 def _scaling(raw: Tensor, levels: int | None, raw_low: float | None, raw_high: float | None, path: Path) -> Scaling:
     low, high = (value.item() for value in raw.aminmax())
+    found = f"{low:.7g} … {high:.7g}"
     if raw.is_floating_point():
+        Scaling.identity().check(raw, f"{path}: raw")  # NaN has no range
         if levels is not None:
             raise TypeError(
-                f"{path}: levels={levels} is for integers, found {raw.dtype} in {low:g} … {high:g}. Store the integers "
+                f"{path}: levels={levels} is for integers, found {raw.dtype} in {found}. Store the integers "
                 "themselves, or give raw_low and raw_high."
             )
         if raw_low is None or raw_high is None:
-            raise ValueError(f"{path}: floats need their range: give raw_low and raw_high. Found {low:g} … {high:g}.")
-        scaling, bottom, top = Scaling(raw_low=raw_low, raw_high=raw_high), raw_low, raw_high
+            raise ValueError(f"{path}: floats need their range: give raw_low and raw_high. Found {found}.")
+        scaling = Scaling(raw_low=raw_low, raw_high=raw_high)
     else:
         if raw_low is not None or raw_high is not None:
             raise ValueError(f"{path}: raw_low and raw_high are for floats; integers take levels=…. Found {raw.dtype}.")
         if levels is None and raw.dtype != torch.uint8:
-            raise ValueError(f"{path}: integers other than uint8 need levels=…. Found {low} … {high}.")
-        scaling = Scaling(levels=256 if levels is None else levels)
-        bottom, top = 0, (scaling.levels or 0) - 1
+            raise ValueError(f"{path}: integers other than uint8 need levels=…. Found {found}.")
+        levels = 256 if levels is None else levels
+        scaling, raw_low, raw_high = Scaling(levels=levels), 0, levels - 1
     scaling.check(raw, f"{path}: raw")
-    middle = (bottom + top) / 2
-    if high <= middle or low >= middle:
+    if not low < (raw_low + raw_high) / 2 < high:
+        option = "raw_low, raw_high" if raw.is_floating_point() else "levels"
         raise ValueError(
-            f"{path}: values span {low:g} … {high:g}, one half of the declared {bottom:g} … {top:g}. Declare the range "
-            f"that the data use ({'raw_low, raw_high' if raw.is_floating_point() else 'levels'})."
+            f"{path}: values span {found}, one half of the declared {raw_low:g} … {raw_high:g}. Declare the range that "
+            f"the data use ({option})."
         )
     return scaling

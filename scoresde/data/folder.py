@@ -11,9 +11,9 @@ from torch import Tensor
 
 from ..checks import whole
 from ..codecs.scaling import Scaling
-from .dataset import Dataset, Split
+from .dataset import Dataset, Split, count_classes
 from .hold_out import hold_out
-from .source import existing, refuse_lfs_pointer
+from .source import existing, misfit
 
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".gif")
 
@@ -45,48 +45,43 @@ def ImageFolder(
     if size is not None:
         size = whole(size, "size in pixels", otherwise="None to keep images as they are")
     folder = existing(path, folder=True)
-    files, labels, classes = _list(folder)
-    images = [_read(file, size, grey) for file in files]
+    files, labels = _list(folder)
+    images = [_pixels(file, _opened(existing(file)), size, grey) for file in files]
     for file, image in zip(files, images, strict=True):
         if image.shape != images[0].shape:
-            raise ValueError(
-                f"{file}: expected {_size(images[0])} pixels as in {files[0].name}, found {_size(image)}. "
-                "Give size=… to cut and resize all of them."
-            )
-    splits = hold_out(Split(torch.from_numpy(np.stack(images)), labels), test_fraction, seed)
-    return Dataset(folder.resolve().name, *splits, Scaling(levels=256), classes)
+            expected = f"{in_pixels(images[0])} pixels as in {files[0].name}"
+            raise misfit(file, expected, in_pixels(image), "Give size=… to cut and resize all of them.")
+    samples = Split(torch.from_numpy(np.stack(images)), labels)
+    splits, scaling = hold_out(samples, test_fraction, seed), Scaling(levels=256)
+    return Dataset(folder.resolve().name, *splits, scaling, count_classes(samples))
 
 
-def _list(folder: Path) -> tuple[list[Path], Tensor | None, int]:
-    """(files, labels (N,) or None, number of classes)."""
-    here = _images(folder)
-    below = {entry: _images(entry) for entry in sorted(folder.iterdir()) if entry.is_dir() and entry.name[0] != "."}
-    found = {entry: files for entry, files in below.items() if files}
-    if here and found:
+def _list(folder: Path) -> tuple[list[Path], Tensor | None]:
+    """(files, labels (N,) or None)."""
+    here, below = _images(folder), [entry for entry in sorted(folder.glob("[!.]*")) if entry.is_dir()]
+    files = [file for entry in below for file in _images(entry)]
+    if here and files:
         raise ValueError(
-            f"{folder}: {len(here)} images in the folder itself and more in {next(iter(found)).name}/. Expected all in "
+            f"{folder}: {len(here)} images in the folder itself and more in {files[0].parent.name}/. Expected all in "
             "the folder (no labels) or all in sub-folders (one per class)."
         )
     if here:
-        return here, None, 0
-    if not found:
-        raise ValueError(f"{folder}: expected images ({', '.join(_SUFFIXES)}) in it or in its sub-folders, found none.")
-    empty = [entry.name for entry, files in below.items() if not files]
-    if empty:
+        return here, None
+    if not files:
+        raise misfit(folder, f"images ({', '.join(_SUFFIXES)}) in it or in its sub-folders", "none")
+    number = {entry: k for k, entry in enumerate(below)}
+    labels = torch.tensor([number[file.parent] for file in files])
+    if empty := [entry.name for entry in below if number[entry] not in labels]:
         raise ValueError(f"{folder}: the sub-folders are classes, but {', '.join(empty[:5])} holds no images.")
-    labels = torch.cat([torch.full((len(files),), k) for k, files in enumerate(found.values())])
-    return [file for files in found.values() for file in files], labels, len(found)
+    return files, labels
 
 
 def _images(folder: Path) -> list[Path]:
-    return sorted(
-        entry
-        for entry in folder.iterdir()
-        if entry.is_file() and entry.name[0] != "." and entry.suffix.lower() in _SUFFIXES
-    )
+    return sorted(file for file in folder.glob("[!.]*") if file.suffix.lower() in _SUFFIXES and file.is_file())
 
 
-def _size(image: np.ndarray) -> str:
+def in_pixels(image: Any) -> str:
+    """The size of an image (C, H, W), as it is written."""
     return f"{image.shape[2]} × {image.shape[1]}"
 
 
@@ -103,45 +98,39 @@ def read_image(path: str | Path, channels: int) -> Tensor:
         ValueError: it is something else; path, expected and found are named.
     """
     file = existing(path)
-    pixels = _read(file, None, channels == 1)
-    if channels == 1 and (np.asarray(_opened(file).convert("RGB")) != pixels.transpose(1, 2, 0)).any():
-        raise ValueError(f"{file}: expected a grey image, found colours. Convert it first.")
+    image = _opened(file)
+    pixels = _pixels(file, image, None, channels == 1)
+    if channels == 1 and (np.asarray(image.convert("RGB")) != pixels.transpose(1, 2, 0)).any():
+        raise misfit(file, "a grey image", "colours", "Convert it first.")
     return torch.from_numpy(pixels)
 
 
-def _read(file: Path, size: int | None, grey: bool) -> np.ndarray:
+def _pixels(file: Path, image: Any, size: int | None, grey: bool) -> np.ndarray:
     """(C, H, W) uint8."""
-    image = _opened(file)
     transparent = "A" in image.getbands() or "transparency" in image.info
     if image.mode not in (("L", "RGB", "P", "1") if grey else ("RGB", "P")) or transparent:
         found = f"mode {image.mode}{' with transparency' if transparent else ''}"
-        advice = " Set grey=True for grey images." if image.mode in ("L", "1") else " Convert it first."
-        expected = "an 8-bit grey or colour image" if grey else "an 8-bit RGB image"
-        raise ValueError(f"{file}: expected {expected}, found {found}.{advice}")
+        advice = "Set grey=True for grey images." if image.mode in ("L", "1") else "Convert it first."
+        raise misfit(file, "an 8-bit grey or colour image" if grey else "an 8-bit RGB image", found, advice)
     image = image.convert("L" if grey else "RGB")
     if size is not None:
+        from PIL.Image import Resampling
+
         side = min(image.size)
         left, top = (image.width - side) // 2, (image.height - side) // 2
-        box = (left, top, left + side, top + side)
-        image = image.resize((size, size), _pillow().Resampling.LANCZOS, box=box)
+        image = image.resize((size, size), Resampling.LANCZOS, box=(left, top, left + side, top + side))
     pixels = np.array(image, dtype=np.uint8)
     return pixels[None] if grey else pixels.transpose(2, 0, 1)
 
 
 def _opened(file: Path) -> Any:
     """The image, decoded."""
-    refuse_lfs_pointer(file)
-    pillow = _pillow()
-    try:
-        with pillow.open(file) as image:
-            return image.copy()
-    except (OSError, ValueError, SyntaxError, pillow.DecompressionBombError) as error:
-        raise ValueError(f"{file}: expected an image, found a damaged or other file ({error}).") from error
-
-
-def _pillow() -> Any:
     try:
         from PIL import Image
     except ImportError as error:
         raise ImportError("Images are read with pillow: pip install 'scoresde[data]'.") from error
-    return Image
+    try:
+        with Image.open(file) as image:
+            return image.copy()
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise misfit(file, "an image", f"a damaged or other file ({error})") from error

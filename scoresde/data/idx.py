@@ -6,15 +6,14 @@ import gzip
 import math
 import zlib
 from pathlib import Path
-from typing import BinaryIO, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..codecs.scaling import Scaling
-from .dataset import Dataset, Split
-from .source import existing, refuse_lfs_pointer
+from .dataset import Dataset, Split, count_classes
+from .source import existing, misfit
 
 _KINDS = {0x08: "uint8", 0x09: "int8", 0x0B: "int16", 0x0C: "int32", 0x0D: "float32", 0x0E: "float64"}
 
@@ -37,26 +36,25 @@ def Idx(path: str, labels: bool = True) -> Dataset:
         ValueError: a file is not IDX, truncated, too long, or not of bytes; path, expected and found are named.
     """
     folder = existing(path, folder=True)
-    splits = []
-    for part in ("train", "t10k"):
-        images = read_idx(_find(folder, f"{part}-images-idx3-ubyte"), dims=3)[:, None]
-        splits.append(Split(images, _labels(folder, part, len(images)) if labels else None))
-    classes = max(int(split.labels.max()) for split in splits if split.labels is not None) + 1 if labels else 0
-    return Dataset(folder.resolve().name, splits[0], splits[1], Scaling(levels=256), classes)
+    train, test = (_read_split(folder, part, labels) for part in ("train", "t10k"))
+    return Dataset(folder.resolve().name, train, test, Scaling(levels=256), count_classes(train, test))
 
 
-def _labels(folder: Path, part: str, images: int) -> Tensor:
+def _read_split(folder: Path, part: str, labels: bool) -> Split:
+    images = read_idx(_find(folder, f"{part}-images-idx3-ubyte"), dims=3)[:, None]
+    if not labels:
+        return Split(images)
     path = _find(folder, f"{part}-labels-idx1-ubyte")
     values = read_idx(path, dims=1).long()
-    if len(values) != images:
-        raise ValueError(f"{path}: {len(values)} labels, expected {images}, one for each of the {part} images.")
-    return values
+    if len(values) != len(images):
+        raise ValueError(f"{path}: {len(values)} labels, expected {len(images)}, one for each of the {part} images.")
+    return Split(images, values)
 
 
 def _find(folder: Path, name: str) -> Path:
     for candidate in (folder / name, folder / f"{name}.gz"):
         if candidate.is_file():
-            return candidate
+            return existing(candidate)
     found = sorted(entry.name for entry in folder.iterdir())[:8]
     raise FileNotFoundError(f"{folder}: expected {name} or {name}.gz; found {', '.join(found) or 'an empty folder'}.")
 
@@ -71,35 +69,27 @@ def read_idx(path: Path, dims: int) -> Tensor:
     Raises:
         ValueError: see `Idx`.
     """
-    refuse_lfs_pointer(path)
-    with path.open("rb") as stored:
-        zipped = stored.read(2) == b"\x1f\x8b"
-    try:
-        with gzip.open(path) if zipped else path.open("rb") as file:
-            return _parse(cast(BinaryIO, file), path, dims)
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise ValueError(f"{path}: the gzip stream is truncated or damaged ({error}). Fetch it again.") from error
-
-
-def _parse(file: BinaryIO, path: Path, dims: int) -> Tensor:
-    header = file.read(4)
-    if len(header) < 4 or header[:2] != b"\x00\x00":
+    content, start = path.read_bytes(), 4 + 4 * dims
+    if content.startswith(b"\x1f\x8b"):
+        try:
+            content = gzip.decompress(content)
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            raise ValueError(f"{path}: the gzip stream is truncated or damaged ({error}). Fetch it again.") from error
+    header = content[:4]
+    if len(header) < 4 or not header.startswith(b"\x00\x00"):
         raise ValueError(f"{path}: not an IDX file. Expected it to begin 00 00 08 {dims:02x}, found {header.hex(' ')}.")
     if header[2] != 0x08:
         kind = _KINDS.get(header[2], "unknown")
-        raise ValueError(f"{path}: expected values of type 0x08 (uint8), found 0x{header[2]:02x} ({kind}).")
+        raise misfit(path, "values of type 0x08 (uint8)", f"0x{header[2]:02x} ({kind})")
     if header[3] != dims:
-        raise ValueError(f"{path}: expected {dims} dimensions, found {header[3]}. Are images and labels exchanged?")
-    sizes = file.read(4 * dims)
-    if len(sizes) < 4 * dims:
-        raise ValueError(f"{path}: truncated. Expected {4 * dims} bytes of sizes, found {len(sizes)}.")
-    shape = np.frombuffer(sizes, ">u4").tolist()
-    count = math.prod(shape)
+        raise misfit(path, f"{dims} dimensions", header[3], "Are images and labels exchanged?")
+    if len(content) < start:
+        raise ValueError(f"{path}: truncated. Expected {4 * dims} bytes of sizes, found {len(content) - 4}.")
+    shape = tuple(np.frombuffer(content, ">u4", dims, offset=4).tolist())
+    count, found = math.prod(shape), len(content) - start
     if count == 0:
-        raise ValueError(f"{path}: expected at least one value, found shape {tuple(shape)}.")
-    values = file.read(count)
-    if len(values) < count:
-        raise ValueError(f"{path}: truncated. Shape {tuple(shape)} needs {count} bytes, found {len(values)}.")
-    if file.read(1):
-        raise ValueError(f"{path}: too long. Shape {tuple(shape)} needs {count} bytes, found more after them.")
-    return torch.frombuffer(bytearray(values), dtype=torch.uint8).reshape(shape)
+        raise misfit(path, "at least one value", f"shape {shape}")
+    if found != count:
+        fault = "truncated" if found < count else "too long"
+        raise ValueError(f"{path}: {fault}. Shape {shape} needs {count} bytes, found {found}.")
+    return torch.frombuffer(bytearray(content), dtype=torch.uint8, offset=start).reshape(shape)

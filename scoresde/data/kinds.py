@@ -8,12 +8,13 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
+from ..diffusion.conditions import filled
 from .dataset import Dataset
 from .folder import read_image
-from .readers import HeldOut
+from .readers import held_out, is_picture, names_held_out
 from .source import existing, read_array
 
 NAMES = ("label", "vector", "image", "tokens")
@@ -52,37 +53,37 @@ class Kind:
         """
         words = given if isinstance(given, list) else [given]
         if not words or not all(isinstance(word, str) for word in words):
-            return self._checked(_typed(given), f"cond.{self.name}", given)
-        parts = [self._named(word) for word in words]
-        if self.name == "tokens":  # filled up to one length
-            longest = max(part.shape[1] for part in parts)
-            parts = [F.pad(part, (0, 0, 0, longest - part.shape[1]), value=torch.nan) for part in parts]
-        return torch.cat(parts)
+            values = _typed(given)
+            return self._checked(values, f"cond.{self.name}", repr(given), f" of shape {values.shape}")
+        rows = [row for word in words for row in self._named(word)]
+        if self.name == "label":
+            return torch.stack(rows)
+        return pad_sequence(rows, batch_first=True, padding_value=torch.nan)  # tokens get one length
 
     def _named(self, word: str) -> Tensor:
         """Rows of held-out samples or of a file."""
         where = f"cond.{self.name}"
-        if HeldOut.named(word):
-            return self.test[HeldOut(word).index(len(self.test), f"{where}={word}")]
+        if names_held_out(word):
+            return self.test[held_out(word, len(self.test), where)]
         if not Path(word).suffix:
-            raise ValueError(self._expected(where, repr(word)))
+            raise self._unlike(where, repr(word))
         file = existing(word)
-        if file.suffix == ".npy":
-            return self._checked(read_array(file), str(file))
-        if len(self.shape) != 3 or self.shape[0] not in (1, 3):
-            raise ValueError(f"{where}={word}: expected {self}, which no picture holds; give it as .npy.")
-        low, high = self._range()
-        return self._checked((low + read_image(file, self.shape[0]) / 255 * (high - low)).numpy(), str(file))
+        if is_picture(file):
+            if len(self.shape) != 3 or self.shape[0] not in (1, 3):
+                raise ValueError(f"{where}={word}: expected {self}, which no picture holds; give it as .npy.")
+            low, high = _range(self.train)
+            values = (low + read_image(file, self.shape[0]) / 255 * (high - low)).numpy()
+        else:
+            values = read_array(file)
+        return self._checked(values, str(file), f"{values.dtype} of shape {values.shape}")
 
-    def _checked(self, values: np.ndarray | None, where: str, given: Any = None) -> Tensor:
-        """`values` as (m, *shape), or what is wrong with them."""
-        found = repr(given) if given is not None else "" if values is None else f"{values.dtype} {values.shape}"
-        if values is None or not values.size or values.dtype.kind not in ("iu" if self.name == "label" else "iuf"):
-            raise ValueError(self._expected(where, found))
+    def _checked(self, values: np.ndarray, where: str, found: str, of_shape: str = "") -> Tensor:
+        """`values` as (m, *shape), or what is wrong with them: `found`, which `of_shape` follows where that is it."""
+        if not values.size or values.dtype.kind not in ("iu" if self.name == "label" else "iuf"):
+            raise self._unlike(where, found)
         if self.name == "label":
             if values.ndim > 1 or values.min() < 0 or values.max() >= self.classes:
-                span = f" with values {values.min()} … {values.max()}" if given is None else ""
-                raise ValueError(self._expected(where, found + span))
+                raise self._unlike(where, found if of_shape else f"{found} with values {values.min()} … {values.max()}")
             return torch.from_numpy(values.astype(np.int64).reshape(-1))
         with np.errstate(over="ignore"):  # what is too large becomes infinite, and is refused below
             rows = torch.from_numpy(values.astype(np.float32))
@@ -90,35 +91,29 @@ class Kind:
             # one for all; or with an axis of size 1 left out, perhaps several
             short = self.shape[0] == 1 and tuple(rows.shape)[rows.ndim - len(self.shape) + 1 :] == self.shape[1:]
             rows = rows.reshape(-1, *self.shape) if short else rows[None]
-        sizes = [own if own != -1 else size for own, size in zip(self.shape, rows.shape[1:], strict=False)]
+        sizes = [size if own == -1 else own for own, size in zip(self.shape, rows.shape[1:], strict=False)]
         if list(rows.shape[1:]) != sizes or len(sizes) != len(self.shape):
-            raise ValueError(self._expected(where, f"{found + ' of ' if given else ''}shape {values.shape}"))
+            raise self._unlike(where, found + of_shape)
         self._check_values(rows, where)
         return rows
 
     def _check_values(self, rows: Tensor, where: str) -> None:
-        gaps = rows.isnan().flatten(2 if self.name == "tokens" else 1)
-        if bool(rows.isinf().any()) or bool((gaps.any(-1) & ~gaps.all(-1)).any()):
-            raise ValueError(self._expected(where, "NaN or infinite numbers among others"))
-        if self.always and bool(rows.isnan().flatten(1).all(1).any()):
-            raise ValueError(self._expected(where, "only NaN, the null condition, which the run never saw"))
-        low, high = self._range()
-        known = rows[~rows.isnan()]
-        if known.numel() and (float(known.min()) < 2 * low - high or float(known.max()) > 2 * high - low):
+        known, there = filled(rows, 2 if self.name == "tokens" else 1)
+        if not bool(known.isfinite().all()):
+            raise self._unlike(where, "NaN or infinite numbers among others")
+        if self.always and not bool(there.reshape(len(rows), -1).any(1).all()):
+            raise self._unlike(where, "only NaN, the null condition, which the run never saw")
+        (least, most), (low, high) = _range(rows), _range(self.train)
+        if least < 2 * low - high or most > 2 * high - low:
             raise ValueError(
-                f"{where}: numbers from {float(known.min()):.3g} to {float(known.max()):.3g} are far from those that "
-                f"the run was trained with, {low:.3g} … {high:.3g}."
+                f"{where}: numbers from {least:.3g} to {most:.3g} are far from those that the run was trained with, "
+                f"{low:.3g} … {high:.3g}."
             )
 
-    def _range(self) -> tuple[float, float]:
-        """Least and greatest number that the run was trained with."""
-        values = self.train.numpy()  # NaN is not counted
-        return float(np.fmin.reduce(values, axis=None)), float(np.fmax.reduce(values, axis=None))
-
-    def _expected(self, where: str, found: str) -> str:
+    def _unlike(self, where: str, found: str) -> ValueError:
         if self.name == "label":
-            return f"{where} is {self}, or a list; got {found}."
-        return (
+            return ValueError(f"{where} is {self}, or a list; got {found}.")
+        return ValueError(
             f"{where}: expected {self}, or several, {_shown(('n', *self.shape))}, as numbers, in a file, or those of "
             f"test:0-7; got {found}."
         )
@@ -133,10 +128,16 @@ def kinds_of(dataset: Dataset, *, always: bool) -> dict[str, Kind]:
     return kinds
 
 
-def _typed(given: Any) -> np.ndarray | None:
-    """Numbers and lists of them as an array; None for anything else, and for rows that differ in length."""
-    leaves = np.array(given, dtype=object).ravel()
-    return np.asarray(given) if all(type(leaf) in (int, float) for leaf in leaves) else None
+def _range(values: Tensor) -> tuple[float, float]:
+    """The least and the greatest number; NaN is not counted."""
+    array = values.numpy()
+    return float(np.fmin.reduce(array, axis=None)), float(np.fmax.reduce(array, axis=None))
+
+
+def _typed(given: Any) -> np.ndarray:
+    """Numbers and lists of them as an array; of objects for anything else, and for rows that differ in length."""
+    objects = np.array(given, dtype=object)
+    return np.asarray(given) if all(type(leaf) in (int, float) for leaf in objects.ravel()) else objects
 
 
 def _shown(shape: tuple[Any, ...]) -> str:

@@ -35,19 +35,17 @@ class EpochOrder:
                 f"Set batch_size to at most {n}, or add data."
             )
         self.n, self.batch_size, self.seed, self.drop_last = n, batch_size, seed, drop_last
-        self.epoch, self.position = 0, 0
-        self._permutation = self._order(0)
+        self._go_to(0, 0)
 
-    def _order(self, epoch: int) -> Tensor:
+    def _go_to(self, epoch: int, position: int) -> None:
+        self.epoch, self.position = epoch, position
         mixed = np.random.SeedSequence((self.seed, epoch)).generate_state(1, np.uint64)[0]
-        return Rng(int(mixed) >> 1).permutation(self.n)
+        self._permutation = Rng(int(mixed) >> 1).permutation(self.n)
 
     def next(self) -> Tensor:
         """The next indices: (batch_size,) int64, fewer only in a last batch with drop_last=False."""
-        left = self.n - self.position
-        if left < (self.batch_size if self.drop_last else 1):
-            self.epoch, self.position = self.epoch + 1, 0
-            self._permutation = self._order(self.epoch)
+        if self.n - self.position < (self.batch_size if self.drop_last else 1):
+            self._go_to(self.epoch + 1, 0)
         batch = self._permutation[self.position : self.position + self.batch_size]
         self.position += len(batch)
         return batch
@@ -70,5 +68,4 @@ class EpochOrder:
         epoch, position = int(state["epoch"]), int(state["position"])
         if epoch < 0 or not (0 <= position <= self.n):
             raise ValueError(f"Expected epoch ≥ 0, position in [0, {self.n}]; got {epoch}, {position}.")
-        self.epoch, self.position = epoch, position
-        self._permutation = self._order(epoch)
+        self._go_to(epoch, position)

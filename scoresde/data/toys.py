@@ -113,70 +113,61 @@ class NoisyCurves(Toy):
     deviations from it, where an end of the curve may contribute a boundary layer of a few hundredths of std.
 
     Args:
+        name: for logs.
         curves: t (n,) -> points (n, 2).
         low, high: range of t.
         std: of the noise, in (0, 1).
     """
 
-    def __init__(self, curves: Sequence[Callable[[Tensor], Tensor]], low: float, high: float, std: float):
-        self.curves, self.low, self.high, self.std = curves, low, high, _checked_std(std)
+    def __init__(self, name: str, curves: Sequence[Callable[[Tensor], Tensor]], low: float, high: float, std: float):
+        self.name, self.curves, self.low, self.high, self.std = name, curves, low, high, _checked_std(std)
         # any fine rule finds mean and scale; the panels then follow from the largest speed along the scaled curves
-        t = torch.linspace(low, high, 4097, dtype=torch.float64)
-        speed = max(float(curve(t).diff(dim=0).norm(dim=1).max()) * 4096 / (high - low) for curve in curves)
-        self.mean, self.scale = torch.zeros(2, dtype=torch.float64), 1.0
         points, weights = self._nodes(512)
         self.mean = weights @ points
         variance = float(weights @ ((points - self.mean) ** 2).sum(1))
         self.scale = math.sqrt(2 * (1 - std**2) / variance)
-        panels = math.ceil((high - low) * speed * self.scale / (2 * std))
-        self.points, weights = self._nodes(panels)
-        self.log_weights = weights.log()
+        steps = self._curves_at(torch.linspace(0, 1, 4097, dtype=torch.float64)).diff(dim=1)
+        length = float(steps.norm(dim=2).max()) * 4096 * self.scale
+        points, weights = self._nodes(math.ceil(length / (2 * std)))
+        self.points, self.log_weights = self.scale * (points - self.mean), weights.log()
 
-    def _at(self, curve: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
-        return self.scale * (curve(t) - self.mean)
+    def _curves_at(self, unit: Tensor) -> Tensor:
+        """(curves, n, 2) points at `unit` (n,), 0 at `low` and 1 at `high`."""
+        return torch.stack([curve(self.low + (self.high - self.low) * unit) for curve in self.curves])
 
     def _nodes(self, panels: int) -> tuple[Tensor, Tensor]:
         """(K, 2) points on the curves and their (K,) probabilities."""
         u, w = (torch.from_numpy(value) for value in np.polynomial.legendre.leggauss(16))
         unit = (torch.arange(panels, dtype=torch.float64)[:, None] + (u + 1) / 2).flatten() / panels
-        t = self.low + (self.high - self.low) * unit
-        points = torch.cat([self._at(curve, t) for curve in self.curves])
+        points = self._curves_at(unit).flatten(0, 1)
         return points, (w / (2 * panels * len(self.curves))).repeat(panels * len(self.curves))
 
     def sample(self, n: int, *, rng: Rng) -> Tensor:
         which = rng.integers(len(self.curves), (n,))
-        t = self.low + (self.high - self.low) * rng.uniform((n,), dtype=torch.float64)
-        points = torch.stack([self._at(curve, t) for curve in self.curves])[which, torch.arange(n)]
-        return (points + self.std * rng.normal((n, 2), dtype=torch.float64)).float()
+        points = self._curves_at(rng.uniform((n,), dtype=torch.float64))[which, torch.arange(n)]
+        noise = rng.normal((n, 2), dtype=torch.float64)
+        return (self.scale * (points - self.mean) + self.std * noise).float()
 
     def log_prob(self, x: Tensor) -> Tensor:
         return _log_mixture(_checked_points(x), self.points, self.log_weights, self.std)
 
 
-class Moons(NoisyCurves):
+def Moons(std: float = 0.1) -> NoisyCurves:
     """Two interleaved half circles plus isotropic Gaussian noise (the two moons of scikit-learn, rescaled).
 
     Args:
         std: of the noise, in (0, 1).
     """
-
-    name = "moons"
-
-    def __init__(self, std: float = 0.1):
-        super().__init__((_upper_moon, _lower_moon), 0.0, math.pi, std)
+    return NoisyCurves("moons", (_upper_moon, _lower_moon), 0.0, math.pi, std)
 
 
-class SwissRoll(NoisyCurves):
+def SwissRoll(std: float = 0.1) -> NoisyCurves:
     """The spiral (t cos t, t sin t), t ~ U[3π/2, 9π/2], plus isotropic Gaussian noise, rescaled.
 
     Args:
         std: of the noise, in (0, 1); neighbouring arms are 0.9 apart.
     """
-
-    name = "swiss_roll"
-
-    def __init__(self, std: float = 0.1):
-        super().__init__((_spiral,), 1.5 * math.pi, 4.5 * math.pi, std)
+    return NoisyCurves("swiss_roll", (_spiral,), 1.5 * math.pi, 4.5 * math.pi, std)
 
 
 class Pinwheel(Toy):

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ..codecs import Scaling
 from ..data import Dataset
-from ..data.readers import HeldOut, SampleFile
+from ..data.readers import held_out, is_picture, names_held_out, read_sample
+from ..data.source import misfit
 from ..diffusion.conditions import Cond, named
 from ..inverse import Observation
 from ..noise.rng import Rng
@@ -83,24 +84,21 @@ class Measurement:
             FileNotFoundError: no such file.
             ValueError: what is in a file does not fit, or inputs of both kinds.
         """
-        clean = [x for x in (self._clean(name, simulate) for name in inputs) if x is not None]
+        clean = [self._clean(name) for name in inputs if simulate or names_held_out(name)]
         if clean and len(clean) < len(inputs):
             raise ValueError("Inputs are all test:… (or simulate=true), or all measured; got both.")
         ys = [self._simulated(x, seed) for x in clean] or [self._read(name) for name in inputs]
         truth = torch.stack(clean) if clean else None
         return Problem(self.observation, torch.stack(ys), self.seen, mask, truth, inputs)
 
-    def _clean(self, name: str, simulate: bool) -> Tensor | None:
-        """The sample behind an input that is to be degraded; None for one that is measured."""
+    def _clean(self, name: str) -> Tensor:
+        """The sample that is to be degraded."""
         dataset = self.dataset
-        if HeldOut.named(name):
-            return dataset.encode(dataset.test.raw[HeldOut(name).index(len(dataset.test), f"input={name}")])[0]
-        if not simulate:
-            return None
-        file = SampleFile(name)
-        values = file.read(dataset.event_shape, "a clean sample")
-        self._check_range(file, values)
-        slope, offset = affine(dataset.scaling, file.is_picture)
+        if names_held_out(name):
+            return dataset.encode(dataset.test.raw[held_out(name, len(dataset.test), "input")])[0]
+        values = read_sample(name, dataset.event_shape, "a clean sample")
+        self._check_range(name, values)
+        slope, offset = affine(dataset.scaling, is_picture(name))
         return slope * values + offset
 
     def _simulated(self, x: Tensor, seed: int) -> Tensor:
@@ -112,38 +110,37 @@ class Measurement:
 
     def _read(self, name: str) -> Tensor:
         """y from a file, in model coordinates: A of raw values v becomes A of slope · v + offset."""
-        file, shape = SampleFile(name), tuple(self._unit.shape)
+        shape = tuple(self._unit.shape)
         try:
-            values = file.read(shape, "what was measured")
+            values = read_sample(name, shape, "what was measured")
         except ValueError as error:
             if shape == self.dataset.event_shape:
                 raise
             raise ValueError(f"{error} To degrade a clean sample instead: simulate=true.") from error
-        if file.is_picture and not self._keeps:
+        if is_picture(name) and not self._keeps:
             raise ValueError(f"{name}: what this operator measures is no picture; give its values as .npy.")
-        self._check_range(file, values[self.seen])
+        self._check_range(name, values[self.seen])
         if not self.observation.linear:
             return values  # there is no rule: taken to be of model data
-        slope, offset = affine(self.dataset.scaling, file.is_picture)
+        slope, offset = affine(self.dataset.scaling, is_picture(name))
         return torch.where(self.seen, slope * values + offset * self._unit, 0)
 
-    def _check_range(self, file: SampleFile, values: Tensor) -> None:
+    def _check_range(self, file: str, values: Tensor) -> None:
         """Refuses values that the data cannot have, noise included, and pictures of data that have no range."""
         scaling = self.dataset.scaling
         bounded = scaling.levels is not None or scaling.bounded
-        if file.is_picture and not bounded:
-            raise ValueError(f"{file.path}: data without a range are in no picture; give their values as .npy.")
+        if is_picture(file) and not bounded:
+            raise ValueError(f"{file}: data without a range are in no picture; give their values as .npy.")
         if not bool(torch.isfinite(values).all()):
-            raise ValueError(f"{file.path} holds NaN or infinite values.")
-        if file.is_picture or not bounded or not self._keeps:
+            raise ValueError(f"{file} holds NaN or infinite values.")
+        if is_picture(file) or not bounded or not self._keeps:
             return
         low, high = (0, scaling.levels - 1) if scaling.levels else (scaling.raw_low, scaling.raw_high)
         slack = 6 * float(self.observation.std.max()) / affine(scaling)[0] + 1e-6 * (high - low)
-        if float(values.min()) < low - slack or float(values.max()) > high + slack:
-            raise ValueError(
-                f"{file.path}: expected values {low:g} … {high:g} as the data of the run have, found "
-                f"{float(values.min()):g} … {float(values.max()):g}."
-            )
+        least, most = float(values.min()), float(values.max())
+        if least < low - slack or most > high + slack:
+            expected = f"values {low:g} … {high:g} as the data of the run have"
+            raise misfit(file, expected, f"{least:g} … {most:g}")
 
 
 def affine(scaling: Scaling, picture: bool = False) -> tuple[float, float]:
@@ -151,11 +148,10 @@ def affine(scaling: Scaling, picture: bool = False) -> tuple[float, float]:
 
     The 256 levels of a picture span the range of the data, however many levels these have.
     """
-    width, levels = scaling.high - scaling.low, 256 if picture else scaling.levels
-    if levels is not None:
-        return width / levels, scaling.low + width / levels / 2
-    slope = width / (scaling.raw_high - scaling.raw_low)
-    return slope, scaling.low - slope * scaling.raw_low
+    levels = 256 if picture else scaling.levels
+    low, high = (-0.5, levels - 0.5) if levels else (scaling.raw_low, scaling.raw_high)
+    slope = (scaling.high - scaling.low) / (high - low)
+    return slope, scaling.low - slope * low
 
 
 def raw_values(x: Tensor, dataset: Dataset) -> Tensor:
