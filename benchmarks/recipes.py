@@ -1,6 +1,7 @@
-"""How the networks of `benchmarks/networks.py` are made: their data, processes and parameterisations, and how long
-they are trained. Each takes one core two to six minutes, so they are what a user has who has trained a while: good
-enough that samples look like data, far from exact scores.
+"""The networks of `benchmarks/networks.py`: data, process, parameterisation and length of training of each.
+
+Each takes one core half a minute to four minutes. They are what a user has after a while of training: samples look like
+data, scores are far from exact.
 """
 
 from __future__ import annotations
@@ -175,7 +176,7 @@ def _discrete(sde: Callable[[], S.SDE]) -> dict[str, Any]:
 
 _likelihood = {"times": UniformTimes(), "weighting": Likelihood(), "clip": 500.0}  # a loss in nats
 _eps = {"parameterization": S.Eps(), "times": UniformTimes(), "weighting": Simple()}
-_digits = {"data": digits, "network": unet((1, 8, 8), 32, (1, 2)), "images": 100_000}
+_digits = {"data": digits, "network": unet((1, 8, 8), 32, (1, 2))}
 _flow = {"sde": S.RectifiedFlow, "parameterization": S.Velocity(), "times": UniformTimes(), "weighting": Simple()}
 _points = {"images": 2_000_000, "batch": 512}
 
@@ -190,28 +191,29 @@ RECIPES: dict[str, Recipe] = {
     "swiss_silu": Recipe(data=swiss_roll, network=partial(Plain, 2, 128, 3, nn.SiLU), **_flow, **_points),
     "ethanol": Recipe(
         data=ethanol, network=partial(S.nn.MLP, (27,), width=192, depth=3), sde=S.EDMSDE, **_edm(1.0),
-        images=1_500_000, batch=256,
+        images=600_000, batch=256,
     ),
-    "digits_vp": Recipe(sde=S.VPSDE, parameterization=S.Eps(), **_likelihood, **_digits),
-    "digits_edm": Recipe(sde=S.EDMSDE, **_edm(0.7), **_digits),
-    "mnist_ddpm": Recipe(**_discrete(linear_betas), images=30_000),
-    "digits_flow": Recipe(**_flow, **_digits),
+    "digits_vp": Recipe(sde=S.VPSDE, parameterization=S.Eps(), **_likelihood, **_digits, images=100_000),
+    "digits_edm": Recipe(sde=S.EDMSDE, **_edm(0.7), **_digits, images=50_000),
+    "mnist_ddpm": Recipe(**_discrete(linear_betas), images=20_000),
+    "digits_flow": Recipe(**_flow, **_digits, images=50_000),
     "audio": Recipe(
         data=audio, network=unet((1, 256), 16, (1, 2, 2, 2), attention=(32,)), sde=S.VPSDE, parameterization=S.V(),
-        times=UniformTimes(), weighting=Simple(), images=64_000,
+        times=UniformTimes(), weighting=Simple(), images=40_000,
     ),
     "digits_ve": Recipe(
-        sde=partial(S.VESDE, sigma_max=10.0), parameterization=S.EDM(0.7), sigma_data=0.7, **_likelihood, **_digits
+        sde=partial(S.VESDE, sigma_max=10.0), parameterization=S.EDM(0.7), sigma_data=0.7, **_likelihood, **_digits,
+        images=50_000,
     ),
     "mnist_classes": Recipe(
         data=mnist, network=unet((1, 28, 28), 16, (1, 2, 2), attention=(7,), classes=10, cond_dropout=0.1),
-        sde=S.VPSDE, **_edm(0.6), scale=2.0, images=30_000,
+        sde=S.VPSDE, **_edm(0.6), scale=2.0, images=18_000,
     ),
     "cifar": Recipe(
         data=cifar, network=unet((3, 32, 32), 16, (1, 2, 3, 4), attention=(8,)), sde=S.VPSDE, **_edm(0.5),
-        images=30_000,
+        images=14_000,
     ),
-    "mnist_cosine": Recipe(**_discrete(cosine_betas), images=30_000),
+    "mnist_cosine": Recipe(**_discrete(cosine_betas), images=16_000),
 }  # fmt: skip
 
 
@@ -233,8 +235,14 @@ def train(name: str, data: Path, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     weights = {key: value.contiguous() for key, value in state.average.denoiser.network.state_dict().items()}
     spread = float(dataset.encode(dataset.train.raw).std(0).square().mean().sqrt())
-    facts = {"shape": json.dumps(dataset.event_shape), "spread": str(spread), "images": str(recipe.images)}
-    save_file(weights, folder / f"{name}.safetensors", facts)
+    noted = {"shape": json.dumps(dataset.event_shape), "spread": str(spread), "images": str(recipe.images)}
+    save_file(weights, folder / f"{name}.safetensors", noted)
+
+
+def facts(name: str, folder: Path | str) -> dict[str, str]:
+    """What is noted beside the weights: shape of one sample, spread of the data about their mean, images seen."""
+    with safe_open(Path(folder) / f"{name}.safetensors", "pt") as file:
+        return file.metadata()
 
 
 def load(name: str, folder: Path | str) -> tuple[S.Denoiser, tuple[int, ...], Callable[[int], S.Cond]]:
@@ -254,8 +262,7 @@ def load(name: str, folder: Path | str) -> tuple[S.Denoiser, tuple[int, ...], Ca
     denoiser = recipe.denoiser()
     denoiser.network.load_state_dict(load_file(path))
     denoiser = denoiser.eval().requires_grad_(False)
-    with safe_open(path, "pt") as file:
-        shape = tuple(json.loads(file.metadata()["shape"]))
+    shape = tuple(json.loads(facts(name, folder)["shape"]))
     if recipe.scale is None:
         return denoiser, shape, lambda n: None
     return S.ClassifierFree(denoiser, recipe.scale), shape, lambda n: torch.arange(n) % 10
