@@ -7,6 +7,7 @@ second line of defence, not the first: it has been walked around by aliases such
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import functools
 import importlib
@@ -127,10 +128,9 @@ def _with_solver(node: dict[str, Any]) -> dict[str, Any]:
     old = {name: node[name] for name in names if name in node}
     if not old:
         return node
-    if (calls := old.pop("budget", None)) is not None:
-        solver = {"_target_": "scoresde.Budget", "calls": calls, "grid": None}
-    else:
-        solver = {"_target_": "scoresde.Tolerance", "max_evaluations": 20_000, **old}
+    calls = old.pop("budget", None)
+    tolerance = {"_target_": "scoresde.Tolerance", "max_evaluations": 20_000, **old}
+    solver = tolerance if calls is None else {"_target_": "scoresde.Budget", "calls": calls, "grid": None}
     return {"solver": solver, **{name: value for name, value in node.items() if name not in names}}
 
 
@@ -166,9 +166,8 @@ def resolved(node: Any) -> Any:
     try:
         return OmegaConf.to_container(node, resolve=True, throw_on_missing=True)
     except MissingMandatoryValue as error:
-        raise ConfigError(
-            f"{error.full_key} has no value yet; give it on the command line: {error.full_key}=…"
-        ) from error
+        key = error.full_key
+        raise ConfigError(f"{key} has no value yet; give it on the command line: {key}=…") from error
 
 
 def closest(name: str, names: Iterable[str], cutoff: float = 0.5) -> str | None:
@@ -220,10 +219,9 @@ def _check_target(target: Any, allow: frozenset[str], where: str) -> None:
     if not isinstance(target, str):
         raise ConfigError(f"{where} is the dotted name of a class, as text; got {target!r}.")
     if target not in allow and target not in targets():
-        raise ConfigError(
-            f"{where}={target} is not a name that a configuration may call.{nearest(target, targets(), 0.75)} "
-            f"A network or data set of your own is allowed on the command line: 'allow_targets=[{target}]'."
-        )
+        similar, own = nearest(target, targets(), 0.75), f"'allow_targets=[{target}]'"
+        cure = f"A network or data set of your own is allowed on the command line: {own}."
+        raise ConfigError(f"{where}={target} is not a name that a configuration may call.{similar} {cure}")
 
 
 def walk(node: Any, key: str = "", depth: int = 0) -> Iterator[tuple[str, Any]]:
@@ -245,76 +243,59 @@ def _check_keys(tree: Any, key: str, runtime: Mapping[str, Any]) -> None:
         if not isinstance(node, dict) or "_target_" not in node:
             continue
         target, prefix = node["_target_"], f"{at}." if at else ""
-        names, open_ended = parameters(target)
+        kinds, open_ended = parameters(target)
         for name in [*node, *(runtime if node is tree else ())]:
-            if name not in _OWN_KEYS and name not in names and not open_ended:
-                raise ConfigError(
-                    f"{prefix}{name}: {target} has no parameter {name!r}.{nearest(name, names)} "
-                    f"It takes {', '.join(names)}."
-                )
-        kinds = _annotations(target)
+            if name not in _OWN_KEYS and name not in kinds and not open_ended:
+                known = f"{nearest(name, kinds)} It takes {', '.join(kinds)}."
+                raise ConfigError(f"{prefix}{name}: {target} has no parameter {name!r}.{known}")
         for name in node.keys() & kinds.keys():
-            if not _fits(node[name], kinds[name]):
-                raise ConfigError(f"{prefix}{name} is {' or '.join(_words(kinds[name]))}; got {node[name]!r}.")
+            if expected := _expected(node[name], kinds[name]):
+                raise ConfigError(f"{prefix}{name} is {expected}; got {node[name]!r}.")
 
 
-def parameters(target: str) -> tuple[list[str], bool]:
-    """(names of the parameters of `target`, whether it takes any others)."""
-    found = inspect.signature(_locate(target)).parameters
-    names = [n for n, p in found.items() if n != "self" and p.kind is not inspect.Parameter.VAR_KEYWORD]
-    listed = _listed(_hints(target))
-    return [*names, *listed], len(names) < len(found.keys() - {"self"}) and not listed
+def parameters(target: str) -> tuple[dict[str, Any], bool]:
+    """(name -> annotation of each parameter of `target`, whether it takes any others).
+
+    Keyword arguments that a `**kwargs: Unpack[SomeTypedDict]` lists are parameters. Annotations of other packages are
+    not relied on: theirs are `Any`.
+    """
+    found, hints, open_ended = _locate(target), {}, False
+    if target in targets():
+        with contextlib.suppress(NameError):  # a name that is there for type checkers only
+            hints = get_type_hints(found.__init__ if isinstance(found, type) else found)  # type: ignore[misc]
+    kinds: dict[str, Any] = {}
+    for name, parameter in inspect.signature(found).parameters.items():
+        kind = hints.get(name, Any)
+        if get_origin(kind) is Unpack:
+            kinds |= get_type_hints(get_args(kind)[0])
+        elif parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            open_ended = True
+        elif name != "self":
+            kinds[name] = kind
+    return kinds, open_ended
 
 
-def _annotations(target: str) -> dict[str, Any]:
-    """name -> type of the parameters of a target of the allow-list, keyword arguments of a `TypedDict` included."""
-    hints = _hints(target)
-    return hints | _listed(hints)
+def _expected(value: Any, kind: Any) -> str:
+    """What an annotation asks for, in a user's words, where a scalar is none of it; else empty.
 
-
-def _listed(hints: Mapping[str, Any]) -> dict[str, Any]:
-    """name -> type of the keyword arguments that a `**kwargs: Unpack[SomeTypedDict]` lists."""
-    dicts = [get_args(kind)[0] for kind in hints.values() if get_origin(kind) is Unpack]
-    return {name: kind for found in dicts for name, kind in get_type_hints(found).items()}
-
-
-def _hints(target: str) -> dict[str, Any]:
-    """The annotations of a target that is ours; annotations of other packages are not relied on."""
-    if target not in targets():
-        return {}
-    found = _locate(target)
-    try:
-        return get_type_hints(found.__init__ if isinstance(found, type) else found)  # type: ignore[misc]
-    except NameError:  # a name that is there for type checkers only
-        return {}
-
-
-def _parts(kind: Any) -> tuple[Any, ...]:
-    return get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
-
-
-def _fits(value: Any, kind: Any) -> bool:
-    """Whether a scalar can be what the annotation says. Anything else is left to the constructor."""
+    What is no scalar is left to the constructor.
+    """
     if not isinstance(value, (bool, int, float, str)):
-        return True
-    return any(_fits_part(value, part) for part in _parts(kind))
+        return ""
+    parts = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+    misfits = [_misfit(value, part) for part in parts]
+    return " or ".join(misfits) if all(misfits) else ""
 
 
-def _fits_part(value: bool | int | float | str, part: Any) -> bool:
+def _misfit(value: bool | int | float | str, part: Any) -> str:
+    """What one type asks for, where a scalar is not of it; else empty."""
     if get_origin(part) is Literal:
-        return value in get_args(part)
+        return "" if value in get_args(part) else " or ".join(map(repr, get_args(part)))
     if part in _SCALARS:
-        fits = isinstance(value, (int, float) if part is float else part)
-        return fits and (part is bool or not isinstance(value, bool))
+        return "" if type(value) is part or (part is float and type(value) is int) else _SCALARS[part]
     # an object or a function, which no scalar is; a Path may be made from one
     ours = isinstance(part, type) and part.__module__.split(".")[0] in ("scoresde", "torch")
-    return not ours and get_origin(part) is not Callable
-
-
-def _words(kind: Any) -> list[str]:
-    """The annotation in the words of a user of the configuration."""
-    literal = {part: " or ".join(map(repr, get_args(part))) for part in _parts(kind) if get_origin(part) is Literal}
-    return [literal.get(part) or _SCALARS.get(part, "a mapping with _target_") for part in _parts(kind)]
+    return "a mapping with _target_" if ours or get_origin(part) is Callable else ""
 
 
 def _locate(target: str) -> Callable[..., Any]:

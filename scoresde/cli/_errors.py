@@ -11,7 +11,7 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ..config import closest, config_dir, nearest
+from ..config import closest, config_dir, nearest, walk
 
 
 def explain(error: BaseException, command: str = "") -> str:
@@ -83,19 +83,10 @@ def _unknown_key(key: str, parent: Any) -> str:
     """Names the nearest key beside it, else the nearest farther down, else all that are beside it."""
     prefix, _, last = key.rpartition(".")
     siblings = [str(name) for name in parent if name not in ("hydra", "_target_")]
-    paths = _paths(OmegaConf.to_container(parent), f"{prefix}." if prefix else "")
+    paths = [path for path, _ in walk(OmegaConf.to_container(parent), prefix) if not path.startswith("hydra")]
     below = {path.rpartition(".")[2]: path for path in paths}
     if found := closest(last, siblings, 0.6):
         return f"There is no key {key!r}. Did you mean {'.'.join(filter(None, (prefix, found)))!r}?"
     if found := closest(last, below, 0.7):
         return f"There is no key {key!r}. Did you mean {below[found]!r}?"
     return f"There is no key {key!r}; {prefix or 'the configuration'} has {', '.join(siblings)}."
-
-
-def _paths(tree: Any, prefix: str) -> list[str]:
-    """All keys below a node, but those of Hydra."""
-    found = []
-    for name, value in tree.items() if isinstance(tree, dict) else ():
-        if prefix or name != "hydra":
-            found += [f"{prefix}{name}", *_paths(value, f"{prefix}{name}.")]
-    return found

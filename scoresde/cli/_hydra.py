@@ -23,6 +23,7 @@ from ..evaluate.shards import ShardError, Shards, ranks
 from ..ode import SolverError
 from ..runs.checkpoint import CheckpointError
 from ..runs.load import LoadedRun, set_threads
+from ..runs.publish import publish
 from ..runs.redact import guard, redacted, redacted_text
 from ..sampling import Sampler
 from ..sweep.sweep import launching
@@ -31,6 +32,8 @@ from ..train.world import ProcessLost
 from ._errors import explain, of_another_command
 from .own_options import problem_in_options
 
+# Errors whose message says what to do.
+_EXPLAINED = (Refusal, SolverError, CheckpointError, ProcessLost, ShardError, TrainingDiverged)
 # Keys of scoresde-sample, -likelihood and -evaluate on which no batch depends.
 _FREE = ("run", "out", "device", "threads", "kernels", "pictures", "allow_targets", "timeout")
 
@@ -47,23 +50,19 @@ def launch(task: Callable[[DictConfig], Any], name: str) -> None:
     full = os.environ.get("HYDRA_FULL_ERROR", "0") not in ("", "0")
     os.environ["HYDRA_FULL_ERROR"] = "1"  # so that Hydra raises instead of printing
 
-    def end(explained: str) -> None:
-        OutputFolder.remove_created()
-        if full or not explained:
-            raise
-        print(f"error: {explained}", file=sys.stderr)
-        sys.exit(1)
-
     try:
         launching(hydra_main(version_base="1.3", config_path=config_dir(), config_name=name)(task))
-    except (Refusal, SolverError, CheckpointError, ProcessLost, ShardError, TrainingDiverged) as error:
-        end(str(error))
-    except Exception as error:
-        end(explain(error, f"scoresde-{name}"))
     except KeyboardInterrupt:
         how = "with resume=auto continues from the last checkpoint" if name == "train" else "goes on from here"
         print(f"stopped; the same command {how}", file=sys.stderr)
         sys.exit(130)
+    except Exception as error:
+        OutputFolder.remove_created()
+        explained = str(error) if isinstance(error, _EXPLAINED) else explain(error, f"scoresde-{name}")
+        if full or not explained:
+            raise
+        print(f"error: {explained}", file=sys.stderr)
+        sys.exit(1)
 
 
 def name_of_command(run: str) -> str:
@@ -95,9 +94,7 @@ class OutputFolder(Callback):
     def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
         note = Path(str(config.hydra.sweep.dir), "multirun.yaml")  # Hydra's own, with everything that was typed
         if in_sweep() and note.is_file():
-            text = note.read_text(encoding="utf-8")
-            if (clean := redacted_text(text)) != text:
-                note.write_text(clean, encoding="utf-8")
+            publish(note, redacted_text(note.read_text(encoding="utf-8")))
 
     @staticmethod
     def _remember(folder: Any) -> None:
@@ -173,12 +170,11 @@ class Command:
         folder, finished, rank = self.folder, (self.folder / result).exists(), ranks()[0]
         if rank:
             return not finished
+        other = "choose another folder: out=…."
         if finished:
-            raise ValueError(
-                f"{folder} holds the results of a command already. To repeat it, choose another folder: out=…."
-            )
+            raise ValueError(f"{folder} holds the results of a command already. To repeat it, {other}")
         if folder.exists() and not (folder / "batches").exists() and any(folder.iterdir()):
-            raise ValueError(f"{folder} is not empty, and nothing in it is overwritten. Choose another folder: out=….")
+            raise ValueError(f"{folder} is not empty, and nothing in it is overwritten: {other}")
         return True
 
     def shards(self, run: LoadedRun, **digests: str) -> Shards:
@@ -204,8 +200,7 @@ def read(cfg: DictConfig) -> Command:
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise ConfigError(f"allow_targets is a list of dotted names: allow_targets=[my_package.MyNet]; got {names!r}.")
     if names and not any(word.lstrip("+").startswith("allow_targets=") for word in hydra.overrides.task):
-        raise ConfigError(
-            f"allow_targets is taken from the command line alone, not from a file: 'allow_targets=[{','.join(names)}]'."
-        )
+        typed = f"'allow_targets=[{','.join(names)}]'"
+        raise ConfigError(f"allow_targets is taken from the command line alone, not from a file: {typed}.")
     set_threads(options["threads"])
     return Command(options, names, Path(hydra.runtime.output_dir))

@@ -49,10 +49,9 @@ def choose_cond(given: Any, n: int, run: LoadedRun, *, problem: Problem | None =
     if given == "input" or names_held_out(given):
         given = dict.fromkeys(known or NAMES[:1], given)
     if not isinstance(given, Mapping) or not set(given) <= set(NAMES):
-        raise ConfigError(
-            f"cond is a mapping with the keys {', '.join(NAMES)}, as in cond.label=7; or test:0-7 for all "
-            f"conditions of those held-out samples, or input for those of a problem's inputs; got {given!r}."
-        )
+        others = "test:0-7 for all conditions of those held-out samples, or input for those of a problem's inputs"
+        keys = ", ".join(NAMES)
+        raise ConfigError(f"cond is a mapping with the keys {keys}, as in cond.label=7; or {others}; got {given!r}.")
     given = {name: value for name, value in given.items() if value is not None}
     if not given:
         return _unsaid(n, run, known, problem is None)
@@ -76,10 +75,8 @@ def _unsaid(n: int, run: LoadedRun, known: Mapping[str, Kind], in_turns: bool) -
         return in_turn(run.dataset, n, run.conditional), said and f"Samples are{said}."
     if always_conditional(run):
         name = next(iter(known))
-        raise ConfigError(
-            f"{run.folder} was never trained without a {name}; say which: cond.{name}=…, or cond=input for that of "
-            "the inputs themselves."
-        )
+        cure = f"cond.{name}=…, or cond=input for that of the inputs themselves"
+        raise ConfigError(f"{run.folder} was never trained without a {name}; say which: {cure}.")
     return None, ""
 
 
@@ -87,36 +84,26 @@ def _check_kinds(given: Mapping[str, Any], known: Mapping[str, Kind], run: Loade
     """Refuses a kind that the model was not trained with, and others without one that it was."""
     listed = " and ".join(map(str, known.values()))
     for name, value in given.items():
-        if not known:
-            raise ConfigError(
-                f"cond.{name}={value}: {run.folder} was trained without labels or other conditions; a model with "
-                "conditions is trained with conditional=true."
-            )
         if name not in known:
-            raise ConfigError(f"cond.{name}={value}: {run.folder} was trained with {listed}, and no {name}.")
+            what = f"with {listed}, and no {name}" if known else "without labels or other conditions (conditional=true)"
+            raise ConfigError(f"cond.{name}={value}: {run.folder} was trained {what}.")
     if absent := [name for name in known if name not in given]:
-        raise ConfigError(
-            f"{run.folder} was trained with {listed} together: give cond.{absent[0]}=… too, or cond=test:0-7 for all "
-            "conditions of those held-out samples."
-        )
+        cure = f"give cond.{absent[0]}=… too, or cond=test:0-7 for all conditions of those held-out samples"
+        raise ConfigError(f"{run.folder} was trained with {listed} together: {cure}.")
 
 
 def _held_out_inputs(kind: str, problem: Problem | None, run: LoadedRun) -> list[str]:
     """The inputs of a problem, all of them held-out samples of the run that knows their conditions."""
     if problem is None:
-        raise ConfigError(
-            f"cond.{kind}=input is the {kind} of what a problem is given; say which: problem=inpaint input=test:0-7, …."
-        )
+        example = "problem=inpaint input=test:0-7, …."
+        raise ConfigError(f"cond.{kind}=input is the {kind} of what a problem is given; say which: {example}")
+    reason, truth = "", problem.truth
     if files := [name for name in problem.inputs if not names_held_out(name)]:
-        raise ConfigError(
-            f"cond.{kind}=input: no {kind} is known of {files[0]}, which is a file and no held-out sample; give it: "
-            f"cond.{kind}=…."
-        )
-    held, index = run.dataset.test.raw, [int(name.removeprefix("test:")) for name in problem.inputs]
-    truth = problem.truth
-    if truth is None or max(index) >= len(held) or not torch.equal(run.dataset.encode(held[index]), truth):
-        raise ConfigError(
-            f"cond.{kind}=input: {run.folder}, which knows each {kind}, holds out other samples than the inputs are; "
-            f"give it: cond.{kind}=…."
-        )
+        reason = f"no {kind} is known of {files[0]}, which is a file and no held-out sample"
+    else:
+        held, index = run.dataset.test.raw, [int(name.removeprefix("test:")) for name in problem.inputs]
+        if truth is None or max(index) >= len(held) or not torch.equal(run.dataset.encode(held[index]), truth):
+            reason = f"{run.folder}, which knows each {kind}, holds out other samples than the inputs are"
+    if reason:
+        raise ConfigError(f"cond.{kind}=input: {reason}; give it: cond.{kind}=….")
     return problem.inputs

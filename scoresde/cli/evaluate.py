@@ -37,14 +37,8 @@ def evaluate(cfg: DictConfig) -> float:
     if measured is None:
         return float("nan")
     value = held_out_loss(loss, run.dataset, conditional=run.conditional)
-    facts = {
-        "folder": str(folder),
-        "run": str(run.folder),
-        "step": run.step,
-        "weights": options["weights"],
-        "loss": value,
-    }
-    summary = report.write(*measured, folder, facts, NullLogger())
+    facts = {"folder": str(folder), "run": str(run.folder), "step": run.step, "weights": options["weights"]}
+    summary = report.write(*measured, folder, facts | {"loss": value}, NullLogger())
     shards.clear()
     print(list_files(folder))
     return summary["bits_per_dim"]["mean"] if evaluation.objective == "bits_per_dim" else value

@@ -6,31 +6,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-
 from ..config import ConfigError, build
 from ..diffusion.denoiser import Denoiser, model_device
-from ..runs.load import LoadedRun, load_run
+from ..runs.load import LoadedRun, check_fit, load_run
 from .conditions import always_conditional, kinds_of
 
-
-class _Guide(NamedTuple):
-    """The run that a guidance needs: the option, the kind of run in words and in an example, whether a classifier.
-
-    A class of the user's own takes either kind.
-    """
-
-    option: str
-    what: str
-    example: str
-    is_classifier: bool | None
-
-
+_CLASSIFIER = "scoresde.Classifier"
+# guidance that needs another run: its option, that run in words, and an example
 _GUIDES = {
-    "scoresde.Auto": _Guide("auto", "a weaker model", "guide=runs/weak", False),
-    "scoresde.Classifier": _Guide("classifier", "a classifier", "guide=runs/judge", True),
+    "scoresde.Auto": ("auto", "a weaker model", "guide=runs/weak"),
+    _CLASSIFIER: ("classifier", "a classifier", "guide=runs/judge"),
 }
-_OF_ONES_OWN = _Guide("a class of one's own", "a run", "guide=runs/other", None)
 
 
 class Guided(NamedTuple):
@@ -59,10 +45,8 @@ def check_guidance(node: Any, run: LoadedRun) -> None:
     if not run.conditional:
         raise ConfigError(f"guidance=cfg steers towards a condition, and {run.folder} was trained without. {advice}")
     if always_conditional(run):
-        raise ConfigError(
-            f"guidance=cfg also asks the model without its condition, and {run.folder} never was trained so "
-            f"(network.cond_dropout=0). {advice}"
-        )
+        why = f"and {run.folder} never was trained so (network.cond_dropout=0)"
+        raise ConfigError(f"guidance=cfg also asks the model without its condition, {why}. {advice}")
 
 
 def build_guidance(options: Mapping[str, Any], run: LoadedRun, allow: Sequence[str]) -> Guided:
@@ -75,57 +59,50 @@ def build_guidance(options: Mapping[str, Any], run: LoadedRun, allow: Sequence[s
     node, folder = options["guidance"], options["guide"]
     check_guidance(node, run)
     settings = node if isinstance(node, Mapping) else {}
-    target = settings.get("_target_", "")
-    kind = _OF_ONES_OWN if folder is not None and target in allow else _GUIDES.get(target)
-    if kind is None and folder is not None:
-        known = " or ".join(f"{guide.what} of guidance={guide.option}" for guide in _GUIDES.values())
+    target = settings.get("_target_")
+    needed = target in _GUIDES or (folder is not None and target in allow)  # a class of one's own may take a guide
+    if folder is not None and not needed:
+        known = " or ".join(f"{what} of guidance={option}" for option, what, _ in _GUIDES.values())
         raise ConfigError(f"guide={folder} is {known}.")
-    both = bool(settings.get("conditional", kind is None or not kind.is_classifier))
+    both = bool(settings.get("conditional", target != _CLASSIFIER))
     if not both and always_conditional(run):
         raise ConfigError(f"{run.folder} always had its condition: tell it, too, guidance.conditional=true.")
-    guide = None if kind is None else _load_guide(kind, options, run, allow, both=both)
-    parts = [run.denoiser] if guide is None else [run.denoiser, guide.denoiser]
-    guided = build(node, allow, *parts, key="guidance").to(model_device(run.denoiser)).eval()
+    guide = _load_guide(target, options, run, allow, both=both) if needed else None
+    guides = [] if guide is None else [guide.denoiser]
+    guided = build(node, allow, run.denoiser, *guides, key="guidance").to(model_device(run.denoiser)).eval()
     conditioned = run if guide is None or both else guide
-    _try(guided, run, conditioned)
-    return Guided(guided, None if guide is None else guide.digest, conditioned)
+    try:  # one call, so that energies and the like that do not fit are refused before anything is drawn
+        check_fit(guided, conditioned.dataset, conditional=conditioned.conditional)
+    except ValueError as error:
+        raise ConfigError(f"guidance: {error.__cause__}") from error
+    return Guided(guided, guide.digest if guide else None, conditioned)
 
 
 def _load_guide(
-    kind: _Guide, options: Mapping[str, Any], run: LoadedRun, allow: Sequence[str], *, both: bool
+    target: Any, options: Mapping[str, Any], run: LoadedRun, allow: Sequence[str], *, both: bool
 ) -> LoadedRun:
     """The run in `guide`, checked against `run`; `both` have the same condition, or only the guide has one."""
-    folder, (option, what, example, classifier) = options["guide"], kind
+    folder, is_classifier = options["guide"], target == _CLASSIFIER
+    option, what, example = _GUIDES.get(target, ("a class of one's own", "a run", "guide=runs/other"))
     if not isinstance(folder, str):
         raise ConfigError(f"guidance={option} needs {what}, the folder of a run: {example}; got {folder!r}.")
     guide = load_run(Path(folder), allow=allow, device=options["device"])
-    if classifier is not None and guide.draws == classifier:
+    if target in _GUIDES and guide.draws == is_classifier:
         found = "a model of samples. One is trained by experiment=digits_classifier."
         if not guide.draws:
             found = "a classifier. Did you mean guidance=classifier?"
         raise ConfigError(f"guidance={option} needs {what}, and guide={folder} is {found}")
-    same = [
-        ("samples of shape", run.dataset.event_shape, guide.dataset.event_shape),
-        ("data scaled by", run.dataset.scaling, guide.dataset.scaling),
-    ]
-    if both and classifier and not run.conditional:
+    if both and is_classifier and not run.conditional:
         raise ConfigError(f"guidance.conditional=true tells {run.folder}, too, which was trained without conditions.")
-    if both:
-        own, other = ({name: str(kind) for name, kind in kinds_of(of).items()} for of in (run, guide))
-        same += [("conditional", run.conditional, guide.conditional), ("the conditions", own, other)]
-    for name, mine, others in same:
-        if mine != others:
-            raise ConfigError(f"guide={folder} has {name} {others}, and {run.folder} {mine}; they have to agree.")
+    mine, others = _facts(run, both), _facts(guide, both)
+    for name, own in mine.items():
+        if own != others[name]:
+            raise ConfigError(f"guide={folder} has {name} {others[name]}, and {run.folder} {own}; they have to agree.")
     return guide
 
 
-@torch.no_grad()
-def _try(guided: Denoiser, run: LoadedRun, conditioned: LoadedRun) -> None:
-    """One call on two samples: energies and the like that do not fit are refused before anything is drawn."""
-    device = model_device(guided)
-    x = run.dataset.encode(run.dataset.train.raw[:2]).to(device)
-    cond = conditioned.dataset.train.cond(slice(2), conditioned.conditional, device)
-    try:
-        guided(x, torch.tensor(guided.sde.t_max), cond)
-    except (RuntimeError, ValueError, TypeError, IndexError, AttributeError, KeyError) as error:
-        raise ConfigError(f"guidance: {error}") from error
+def _facts(run: LoadedRun, both: bool) -> dict[str, Any]:
+    """What two runs have to agree in; `both` are given conditions."""
+    facts = {"samples of shape": run.dataset.event_shape, "data scaled by": run.dataset.scaling}
+    kinds = {name: str(kind) for name, kind in kinds_of(run).items()}
+    return facts | ({"conditional": run.conditional, "the conditions": kinds} if both else {})

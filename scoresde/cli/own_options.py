@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import yaml
@@ -16,9 +16,9 @@ def problem_in_options(arguments: Sequence[str]) -> str:
     Args:
         arguments: the command line, without the command.
     """
-    for name, following in zip(arguments, [*arguments[1:], ""], strict=False):
-        option, equals, value = name.partition("=")
-        if option in ("--config-dir", "-cd"):
+    for option, following in zip(arguments, [*arguments[1:], ""], strict=False):
+        name, equals, value = option.partition("=")
+        if name in ("--config-dir", "-cd"):
             for path in sorted(Path(value if equals else following).rglob("*.yaml")):
                 if problem := _problem(path):
                     return f"{path}: {problem}"
@@ -27,8 +27,11 @@ def problem_in_options(arguments: Sequence[str]) -> str:
 
 def _problem(path: Path) -> str:
     try:
-        node = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
-        _count(node, {})
+        root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+        for count, node in enumerate(_nodes(root) if root else ()):
+            _check(node)
+            if count >= _LARGEST:
+                raise ValueError(f"its aliases (&, *) stand for more than {_LARGEST:,} values")
     except yaml.MarkedYAMLError as error:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
         return f"{error.problem or error.context}{line}."
@@ -36,36 +39,27 @@ def _problem(path: Path) -> str:
         return "it is nested too deep."
     except (OSError, ValueError, yaml.YAMLError) as error:
         return f"{str(error).splitlines()[0]}."
-    if node is not None and not isinstance(node, yaml.MappingNode):
+    if root is not None and not isinstance(root, yaml.MappingNode):
         return "options are lines of the form key: value."
     return ""
 
 
-def _count(node: yaml.Node | None, known: dict[int, int]) -> int:
-    """Values below a node, with aliases written out; each node is visited once.
+def _nodes(node: yaml.Node, above: tuple[yaml.Node, ...] = ()) -> Iterator[yaml.Node]:
+    """The values at and below a node, aliases written out."""
+    if any(node is one for one in above):
+        raise ValueError(f"an alias stands for what it is in, line {node.start_mark.line + 1}")
+    yield node
+    if not isinstance(node, yaml.ScalarNode):
+        for child in node.value:
+            yield from _nodes(child[1] if isinstance(node, yaml.MappingNode) else child, (*above, node))
 
-    Raises:
-        ValueError: there are too many, an alias holds itself, a key is there twice, or a tag asks for an object.
-    """
-    if node is None:
-        return 0
+
+def _check(node: yaml.Node) -> None:
+    """Refuses a tag that is not YAML's own, and a key that is there twice."""
     if "python" in node.tag or not node.tag.startswith("tag:yaml.org,2002:"):
         asks = ", it asks for a Python object" if "python" in node.tag else ""
         raise ValueError(f"the tag {node.tag} is not plain YAML{asks}")
-    if isinstance(node, yaml.ScalarNode):
-        return 1
-    if id(node) in known:
-        if not known[id(node)]:
-            raise ValueError(f"an alias stands for what it is in, line {node.start_mark.line + 1}")
-        return known[id(node)]
-    known[id(node)] = 0
-    children = node.value
     if isinstance(node, yaml.MappingNode):
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
         if twice := sorted({key for key in keys if keys.count(key) > 1}):
             raise ValueError(f"the key {twice[0]!r} is there twice")
-        children = [value for _, value in node.value]
-    known[id(node)] = total = 1 + sum(_count(child, known) for child in children)
-    if total > _LARGEST:
-        raise ValueError(f"its aliases (&, *) stand for more than {_LARGEST:,} values")
-    return total

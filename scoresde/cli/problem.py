@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,8 +19,7 @@ from ..inverse.observation import WithoutMeasurement
 from ..sampling import Sampler
 
 
-@dataclass(frozen=True)
-class Method:
+class Method(NamedTuple):
     """How a problem is solved: what is sampled, by what, and how many samples at a time."""
 
     denoiser: Denoiser
@@ -75,10 +73,8 @@ def read_mask(words: Any, event: tuple[int, ...]) -> Tensor:
         ConfigError, ValueError, OSError: it is none of these, or does not fit a sample.
     """
     if words is None:
-        raise ConfigError(
-            "Give the mask, not 0 where the input is seen: mask=mask.png or mask=mask.npy; or the rectangle "
-            "that is not seen, rows and columns: mask=hole:0-13x7-20."
-        )
+        hidden = "the rectangle that is not seen, rows and columns: mask=hole:0-13x7-20"
+        raise ConfigError(f"Give the mask, not 0 where the input is seen: mask=mask.png or mask=mask.npy; or {hidden}.")
     if not isinstance(words, str):
         raise ConfigError(f"mask is the name of a file, or hole:ROWSxCOLUMNS; got {words!r}.")
     return (hole if words.startswith("hole:") else mask_in_file)(words, event)
@@ -107,32 +103,27 @@ def choose_method(problem: Problem, node: Any, plain: Method, allow: Sequence[st
         ConfigError, ValueError: it cannot be built, or does not fit; or n particles are more than a batch, or have
             different conditions.
     """
-    denoiser, samplers, batch_size = plain.denoiser, plain.samplers, plain.batch_size
+    denoiser, samplers, batch_size = plain
     observation = copy.deepcopy(problem.observation).to(model_device(denoiser))
     if leaves_open(node, "denoiser", allow, key="posterior"):
         posterior = build(node, allow, key="posterior", denoiser=denoiser, observation=observation)
-        return Method(posterior, samplers, batch_size)
-    if "particles" in node or leaves_open(node, "particles", allow, key="posterior"):
+        return plain._replace(denoiser=posterior)
+    if "particles" in node:
         _check_particles(cond, n, batch_size)
         batch_size, node = n, {**node, "particles": node.get("particles") or n}
-    takes_step = leaves_open(node, "step", allow, key="posterior")
-
-    def around(sampler: Sampler) -> Sampler:
-        own = {"step": sampler.step} if takes_step else {}
-        step = build(node, allow, key="posterior", observation=observation, **own)
-        return Sampler(step, sampler.grid, sampler.steps, sampler.denoise)
-
-    steps = {name: around(sampler) for name, sampler in samplers.items()}
+    takes_step, steps = leaves_open(node, "step", allow, key="posterior"), {}
+    for name, sampler in samplers.items():
+        around = {"step": sampler.step} if takes_step else {}
+        step = build(node, allow, key="posterior", observation=observation, **around)
+        steps[name] = Sampler(step, sampler.grid, sampler.steps, sampler.denoise)
     return Method(WithoutMeasurement(denoiser, observation), steps, batch_size)
 
 
 def _check_particles(cond: Cond, n: int, batch_size: int) -> None:
+    together = f"The n={n} particles of an input move together"
     if n > batch_size:
-        raise ConfigError(f"The n={n} particles of an input move together: batch_size is at least {n}.")
+        raise ConfigError(f"{together}: batch_size is at least {n}.")
     for name, rows in named(cond).items():
         each = rows.unflatten(0, (-1, n)).nan_to_num()
         if not torch.equal(each, each[:, :1].expand_as(each)):
-            raise ConfigError(
-                f"The n={n} particles of an input move together under one condition: cond.{name} has one row, or is "
-                "input."
-            )
+            raise ConfigError(f"{together} under one condition: cond.{name} has one row, or is input.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -49,21 +49,18 @@ def arrange(runs: Sequence[Run], by: str = "bits/dim") -> list[Run]:
         ValueError: no run has it.
     """
     tables, _, _ = keys(runs)
-    named = ("run", "state", "step", "images", "bits/dim", "loss")
-    if by not in named and runs and not any(by in table for table in tables):
-        raise ValueError(f"no run has {by!r}; sort by {', '.join(named)} or a key of the configuration")
+    rows = [dict(table) for table in tables]
+    for run, row in zip(runs, rows, strict=True):
+        row |= run.numbers | {"run": str(run.folder), "state": str(STATES.index(run.state))}
+    if runs and not any(by in row for row in rows):
+        raise ValueError(f"no run has {by!r}; sort by run, state, step, images, bits/dim, loss or a configuration key")
 
-    def rank(run: Run, table: Mapping[str, Any]) -> tuple[Any, ...]:
-        if by == "run":
-            return tuple(natural(str(run.folder)))
-        if by == "state":
-            return (STATES.index(run.state),)
-        value = run.numbers[by] if by in named else table.get(by)
+    def rank(place: int) -> tuple[Any, ...]:
+        value = rows[place].get(by)
         size = number_in(value)
-        return (value is None, size is None, str(value) if size is None else size)
+        return value is None, size is None, natural(str(value)) if size is None else size
 
-    order = [rank(run, table) for run, table in zip(runs, tables, strict=True)]
-    return [runs[i] for i in sorted(range(len(runs)), key=order.__getitem__)]
+    return [runs[place] for place in sorted(range(len(runs)), key=rank)]
 
 
 def describe(runs: Sequence[Run], root: Path, *, width: int | None = None) -> str:

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
 
 from ..checks import whole
 from ..config import ConfigError
-from ..diffusion.denoiser import Cond
+from ..diffusion.conditions import Cond
 from ..evaluate import figures
 from ..evaluate.conditions import condition_arrays
 from ..evaluate.evaluation import Drawing, Samples, digest_of
 from ..evaluate.problem import Problem
 from ..evaluate.report import check_samplers, list_files, write_samples
 from ..evaluate.restored import measured, write_restored
-from ..evaluate.shards import Job
 from ..runs import folder as folders
 from ..runs.listing import layout
 from ..runs.load import LoadedRun, chosen_run
@@ -49,130 +46,72 @@ def choose_seeds(seeds: Any, seed: Any, n: Any) -> list[int]:
     return [whole(value, f"each of seeds={seeds}", 0) for value in seeds]
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What a command asks for, read and checked.
-
-    Attributes:
-        options: its values by key.
-        run: the model.
-        problem: what is to be restored, if that is asked.
-        seeds: one per sample, of every input alike.
-        cond: the condition of each sample, without measurements.
-        said: a sentence about that, where there is more to know.
-        method: what is sampled, by what.
-        digests: of what the options only name and the samples depend on.
-    """
-
-    options: dict[str, Any]
-    run: LoadedRun
-    problem: Problem | None
-    seeds: list[int]
-    cond: Cond
-    said: str
-    method: Method
-    digests: dict[str, str]
-
-    @property
-    def inputs(self) -> int | None:
-        """Number of inputs of the problem, None where there is none."""
-        return None if self.problem is None else len(self.problem.inputs)
-
-
 def sample(cfg: DictConfig) -> None:
     """Writes samples.npz and pictures to a new folder, prints what they cost."""
     with refusing():
         command = read(cfg)
+        options, allow = command.options, command.allow
         if not command.is_due("summary.json"):
             return
-        plan = make_plan(command)
-        shards = command.shards(plan.run, **plan.digests)
-    if plan.said and not shards.rank:
-        print(plan.said, flush=True)
-    jobs = jobs_of(plan)
+        seeds = choose_seeds(options["seeds"], options["seed"], options["n"])
+        if options["pictures"]:
+            figures.require()
+        samplers, run = command.samplers(), chosen_run(options, allow)
+        check_samplers(samplers, run.denoiser)
+        denoiser, guide, conditioned = build_guidance(options, run, allow)
+        problem = read_problem(options, run.dataset, allow)
+        cond, said = choose_cond(options["cond"], len(seeds), conditioned, problem=problem)
+        method, every, given = Method(denoiser, samplers, options["batch_size"]), seeds, cond
+        # of what the options only name, and the samples depend on
+        digests = {} if guide is None else {"guide_checkpoint": guide}
+        if cond is not None:
+            digests["told"] = digest_of(cond)
+        if problem is not None:
+            method = choose_method(problem, options["posterior"], method, allow, cond=cond, n=len(seeds))
+            every, given = seeds * len(problem.inputs), problem.condition(len(seeds), cond)
+            digests["given"] = problem.digest
+        shards = command.shards(run, **digests)
+    if said and not shards.rank:
+        print(said, flush=True)
+    drawing = Drawing(run.dataset.event_shape, every, given, method.batch_size)
+    jobs = drawing.jobs(method.denoiser, method.samplers)
     for job in jobs.values():
         shards.work(job)
     if shards.rank:
         return
     made = {name: shards.result(job) for name, job in jobs.items()}
-    table = write(plan, made, command.folder)
+    table = write(command, run, problem, seeds, cond, made)
     shards.clear()
     print(table)
     print(list_files(command.folder))
 
 
-def make_plan(command: Command) -> Plan:
-    """Reads, builds and checks everything before the first sample.
-
-    Raises:
-        ConfigError, ValueError, TypeError, OSError, RuntimeError: something that cannot be carried out.
-    """
-    options, allow = command.options, command.allow
-    seeds = choose_seeds(options["seeds"], options["seed"], options["n"])
-    if options["pictures"]:
-        figures.require()
-    samplers = command.samplers()
-    run = chosen_run(options, allow)
-    check_samplers(samplers, run.denoiser)
-    denoiser, guide, whose = build_guidance(options, run, allow)
-    problem = read_problem(options, run.dataset, allow)
-    cond, said = choose_cond(options["cond"], len(seeds), whose, problem=problem)
-    method = Method(denoiser, samplers, options["batch_size"])
-    if problem is not None:
-        method = choose_method(problem, options["posterior"], method, allow, cond=cond, n=len(seeds))
-    digests = {
-        "given": None if problem is None else problem.digest,
-        "guide_checkpoint": guide,
-        "told": None if cond is None else digest_of(cond),
-    }
-    known = {name: digest for name, digest in digests.items() if digest}
-    return Plan(options, run, problem, seeds, cond, said, method, known)
-
-
-def jobs_of(plan: Plan) -> dict[str, Job[Samples]]:
-    """The work by sampler: a sample for each seed, or for each seed and input."""
-    seeds, cond, method = plan.seeds, plan.cond, plan.method
-    if plan.problem is not None:
-        cond = plan.problem.condition(len(seeds), cond)
-        seeds = seeds * len(plan.problem.inputs)
-    drawing = Drawing(plan.run.dataset.event_shape, seeds, cond, method.batch_size)
-    return drawing.jobs(method.denoiser, method.samplers)
-
-
-def write(plan: Plan, made: Mapping[str, Samples], folder: Path) -> str:
+def write(
+    command: Command, run: LoadedRun, problem: Problem | None, seeds: list[int], cond: Cond, made: Mapping[str, Samples]
+) -> str:
     """Arrays, pictures and at last `summary.json`. Returns a table of costs, and of how good restored samples are."""
-    dataset, problem, pictures, restored = plan.run.dataset, plan.problem, plan.options["pictures"], {}
+    folder, options, restored = command.folder, command.options, dict[str, dict[str, float]]()
     if problem is None:
-        write_samples(made, dataset, folder, seeds=plan.seeds, pictures=pictures)
+        write_samples(made, run.dataset, folder, seeds=seeds, pictures=options["pictures"])
     else:
-        write_restored(problem, made, dataset, folder, cond=plan.cond, seeds=plan.seeds, pictures=pictures)
-        restored = measured(problem, made, dataset)
-    folders.finish(folder / "summary.json", record_of(plan, made, restored))
-    return table_of(made, restored)
-
-
-def record_of(plan: Plan, made: Mapping[str, Samples], restored: Mapping[str, Any]) -> dict[str, Any]:
-    """What `summary.json` holds."""
-    options, labels = plan.options, condition_arrays(plan.cond, plan.inputs).get("labels")
+        write_restored(problem, made, run.dataset, folder, cond=cond, seeds=seeds, pictures=options["pictures"])
+        restored = measured(problem, made, run.dataset)
+    labels = condition_arrays(cond, None if problem is None else len(problem.inputs)).get("labels")
     chosen, *others = made
     record = {
-        "run": str(plan.run.folder),
-        "step": plan.run.step,
+        "run": str(run.folder),
+        "step": run.step,
         "weights": options["weights"],
-        "seeds": plan.seeds,
+        "seeds": seeds,
         **{name: options[name] for name in ("guidance", "guide", "cond")},
         "labels": None if labels is None else labels.tolist(),
         "samplers": {chosen: options["sampler"], **{name: options["samplers"][name] for name in others}},
         "cost": {name: {"nfe": s.evaluations, "seconds": s.seconds} for name, s in made.items()},
     }
-    if plan.problem is None:
-        return record
-    own = {name: options[name] for name in ("problem", "posterior", "mask")}
-    return record | own | {"inputs": plan.problem.inputs, "restored": dict(restored)}
-
-
-def table_of(made: Mapping[str, Samples], restored: Mapping[str, Mapping[str, float]]) -> str:
-    """A row for each sampler."""
+    if problem is not None:
+        record |= {name: options[name] for name in ("problem", "posterior", "mask")}
+        record |= {"inputs": problem.inputs, "restored": restored}
+    folders.finish(folder / "summary.json", record)
     columns: dict[str, Sequence[Any]] = {
         "sampler": list(made),
         "NFE": [f"{samples.evaluations:.0f}" for samples in made.values()],

@@ -23,17 +23,9 @@ from ..evaluate.report import Evaluation, Report, check_samplers, list_files, re
 from ..evaluate.shards import Shards
 from ..noise.rng import Rng
 from ..runs import folder as folders
+from ..runs import load as loading
 from ..runs import lock
 from ..runs.checkpoint import Checkpoint, load
-from ..runs.load import (
-    build_dataset,
-    build_denoiser,
-    build_loss,
-    check_classifier,
-    check_fit,
-    choose_device,
-    choose_kernels,
-)
 from ..runs.logger import JsonlLogger, Logger, NullLogger, RunFacts, read_rows, run_id
 from ..runs.redact import redacted
 from ..sampling import Sampler
@@ -92,8 +84,8 @@ def run(cfg: DictConfig) -> dict[str, float]:
     """Trains and evaluates. Returns the objective and what it was made of."""
     with refusing():
         command = read(cfg)
-        device = choose_device(command.options["device"])
-        choose_kernels(command.options["kernels"], device)
+        device = loading.choose_device(command.options["device"])
+        loading.choose_kernels(command.options["kernels"], device)
         world = join(device, command.options["timeout"])
         if world.size > 1 and in_sweep():
             raise ConfigError("torchrun starts one run; a sweep (-m) starts many: give each of its jobs a GPU instead.")
@@ -111,16 +103,13 @@ def run(cfg: DictConfig) -> dict[str, float]:
 
 
 def find(plan: Plan, resume: str | bool, overwrite: bool) -> Checkpoint | None:
-    """The checkpoint to continue from; rank 0 looks, and the others read the one that it found."""
-    found: list[Checkpoint | None] = []
+    """The checkpoint to continue from: rank 0 looks for it, and all read it."""
 
     def look() -> Path | None:
-        found.append(folders.prepare(plan.folder, plan.config, resume=resume, overwrite=overwrite))
-        return None if found[0] is None else found[0].path
+        found = folders.prepare(plan.folder, plan.config, resume=resume, overwrite=overwrite)
+        return None if found is None else found.path
 
     path = plan.training.world.leader(look)
-    if found:
-        return found[0]
     return None if path is None else load(path)
 
 
@@ -151,17 +140,17 @@ def assemble(command: Command, world: World) -> Plan:
         ValueError: parts that do not fit each other, or data that cannot be read.
     """
     config = {name: value for name, value in command.options.items() if name not in _UNSAVED}
-    seed, conditional, device = config["seed"], config["conditional"], choose_device(config["device"])
+    seed, conditional, device = config["seed"], config["conditional"], loading.choose_device(config["device"])
     check_options(config)
     evaluation = Evaluation(**config["evaluation"])
     if evaluation.pictures:
         figures.require()
     trainer, samplers = command.build("trainer"), command.samplers()
     torch.manual_seed(seed)  # initial weights and dropout; everything else takes an Rng
-    dataset = build_dataset(config, command.allow)
-    denoiser = build_denoiser(config, dataset, command.allow).to(device)
-    loss: Any = build_loss(config, denoiser, command.allow).to(device)
-    check_fit(denoiser, dataset, conditional=conditional)
+    dataset = loading.build_dataset(config, command.allow)
+    denoiser = loading.build_denoiser(config, dataset, command.allow).to(device)
+    loss: Any = loading.build_loss(config, denoiser, command.allow).to(device)
+    loading.check_fit(denoiser, dataset, conditional=conditional)
     check_samplers(samplers, denoiser)
     evenly_spaced(len(dataset.test), evaluation.points)  # refused now rather than after training
     if config["channels_last"]:
@@ -177,18 +166,9 @@ def assemble(command: Command, world: World) -> Plan:
     optimizer = command.build("optim", params=list(loss.parameters()))
     if world.rank:
         torch.manual_seed(seed + world.rank)  # other dropout on each
-    training = TrainingState(
-        loss,
-        optimizer,
-        ema,
-        dataset,
-        EpochOrder(len(dataset.train), trainer.batch_size, seed),
-        Rng(seed),
-        conditional=conditional,
-        world=world,
-        parallel=parallel,
-        loss_scale=trainer.loss_scale,
-    )
+    order = EpochOrder(len(dataset.train), trainer.batch_size, seed)
+    how: dict[str, Any] = {"conditional": conditional, "world": world, "parallel": parallel}
+    training = TrainingState(loss, optimizer, ema, dataset, order, Rng(seed), loss_scale=trainer.loss_scale, **how)
     likelihood, view = command.build("likelihood"), command.build("logger")
     # what is kept of it, in whatever file, holds no secret
     return Plan(command.folder, redacted(config), trainer, training, samplers, likelihood, evaluation, view)
@@ -208,16 +188,14 @@ def check_options(config: dict[str, Any]) -> None:
             raise ConfigError(f"{name} is true or false; got {config[name]!r}.")
     if parallel not in ("ddp", "fsdp"):
         raise ConfigError(f"parallel is ddp (a copy on each process) or fsdp (slices); got {parallel!r}.")
-    check_classifier(config)
+    loading.check_classifier(config)
 
 
 def start_logger(plan: Plan, checkpoint: Checkpoint | None) -> Logger:
     """metrics.jsonl, and beside it the view that the configuration asks for."""
     if plan.training.world.rank:
         return NullLogger()
-    config, step = plan.config, 0
-    if checkpoint is not None:
-        config, step = checkpoint.records["config"], checkpoint.step
+    config, step = (checkpoint.records["config"], checkpoint.step) if checkpoint else (plan.config, 0)
     identity = run_id({name: value for name, value in config.items() if name != "logger"}, plan.folder)
     sweep = plan.folder.parent.name if in_sweep() else None
     logger = JsonlLogger(plan.view)

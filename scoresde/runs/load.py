@@ -146,7 +146,7 @@ def check_fit(denoiser: Denoiser, dataset: Dataset, *, conditional: bool) -> Non
     denoiser.eval()  # so that dropout draws nothing
     try:
         denoiser(dataset.encode(split.raw[:2]).to(device), torch.tensor(denoiser.sde.t_max), cond)
-    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+    except (RuntimeError, ValueError, TypeError, IndexError, AttributeError, KeyError) as error:
         raise ValueError(f"network does not take samples of shape {dataset.event_shape}: {error}") from error
 
 

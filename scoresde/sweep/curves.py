@@ -6,14 +6,13 @@ import io
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from html import escape
+from typing import NamedTuple
 
 _POINTS = 300
 
 
-@dataclass(frozen=True)
-class Curve:
+class Curve(NamedTuple):
     """One line: its name, the number that gives it its colour, and its points."""
 
     name: str
@@ -30,19 +29,17 @@ def chart(title: str, curves: Sequence[Curve]) -> str:
     Raises:
         ImportError: matplotlib is not installed.
     """
-    curves = [Curve(curve.name, curve.number, thin(curve.points)) for curve in curves]
-    curves = [curve for curve in curves if curve.points]
+    curves = [curve._replace(points=points) for curve in curves if (points := thin(curve.points))]
     if not curves:
         return ""
-    entries = "".join(
-        f'<li class="run" {_of(curve.number)}><span class="dot"></span>{escape(curve.name)}: {last:.5g}</li>'
-        for curve in curves
-        for _, last in curve.points[-1:]
-    )
+    entries = [
+        f'<li class="run" {_of(number)}><span class="dot"></span>{escape(name)}: {points[-1][1]:.5g}</li>'
+        for name, number, points in curves
+    ]
     return (
         f'<figure class="chart"><figcaption>{escape(title)}</figcaption>'
         f'<div role="img" aria-label="{escape(title)} against images">{_drawn(title, curves)}</div>'
-        f'<ul class="legend">{entries}</ul></figure>'
+        f'<ul class="legend">{"".join(entries)}</ul></figure>'
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import os
@@ -10,22 +9,21 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, ClassVar
 
 from hydra.core.hydra_config import HydraConfig
 
 from ..config import Refusal
 from ..runs.files import values
-from ..runs.publish import publish
+from ..runs.folder import finish
 from ..runs.redact import guard, redacted
 
 # In the sweep's folder. STOP holds an exit status: no further job starts. AGAIN: the launcher was started once more
 # within one command, for the jobs that wait; those that have failed are not tried twice.
 STOP, AGAIN = ".stop", ".again"
-_here = False
 _log = logging.getLogger(__name__)
 
 
@@ -58,9 +56,9 @@ def one_job(work: Callable[[], Mapping[str, float]], *, resume: bool, in_process
     if (sweep / STOP).exists():
         write_job(folder, overrides, "waiting")
         return float("nan")
-    turn = _Turn()
+    turn = Turn()
     try:
-        with _working(), turn:
+        with turn:
             result = work()
     except Refusal as error:
         _log.error("job %s failed: %s", folder.name, error)
@@ -87,10 +85,8 @@ def one_job(work: Callable[[], Mapping[str, float]], *, resume: bool, in_process
 def write_job(folder: Path, overrides: Sequence[str], status: str, **measured: Any) -> None:
     """Publishes what is known of one job in its folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    record = redacted(
-        {"job": folder.name, "status": status, "overrides": list(overrides), "folder": str(folder), **measured}
-    )
-    publish(folder / "job.json", json.dumps(record, indent=2) + "\n")
+    record = {"job": folder.name, "status": status, "overrides": list(overrides), "folder": str(folder), **measured}
+    finish(folder / "job.json", record)
 
 
 def read_job(folder: Path) -> dict[str, Any]:
@@ -109,31 +105,18 @@ def objective_of(folder: Path, overrides: Sequence[str]) -> float | None:
     return float(job["objective"]) if same and isinstance(job.get("objective"), (int, float)) else None
 
 
-def working() -> bool:
-    """Whether this process is within a job."""
-    return _here
-
-
-@contextlib.contextmanager
-def _working() -> Iterator[None]:
-    global _here
-    _here = True
-    try:
-        yield
-    finally:
-        _here = False
-
-
-class _Turn:
-    """Lets a run save before submitit hands its turn back to the scheduler.
+class Turn:
+    """The time in which a process works on a job; lets a run save before submitit hands the turn to the scheduler.
 
     The scheduler sends SIGUSR2 some time before a job's time is over. submitit's handler of it asks for another turn
     and ends the process at once. Within this block the run gets SIGUSR1 instead, on which it saves and ends;
     `give_back` then calls submitit's handler.
     """
 
-    def __enter__(self) -> _Turn:
-        self.asked = False
+    taken: ClassVar[bool] = False  # whether this process is within a job
+
+    def __enter__(self) -> Turn:
+        Turn.taken, self.asked = True, False
         self._requeue: Any = signal.getsignal(signal.SIGUSR2)
         self._shared = callable(self._requeue) and threading.current_thread() is threading.main_thread()
         if self._shared:
@@ -141,6 +124,7 @@ class _Turn:
         return self
 
     def __exit__(self, *_: object) -> None:
+        Turn.taken = False
         if self._shared:
             signal.signal(signal.SIGUSR2, self._requeue)
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import base64
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence, Set
 from html import escape
 from pathlib import Path
+from string import Template
 from typing import Any
 from urllib.parse import quote
 
@@ -17,9 +18,6 @@ from .curves import Curve, chart, hue
 
 # Pictures beyond this many characters are linked instead of embedded.
 LIMIT = 10 * 2**20
-_HERE = Path(__file__).parent
-# With this rule the browser itself refuses to load anything from elsewhere.
-_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 
 
 def write_page(path: Path, runs: Sequence[Run], *, title: str, limit: int = LIMIT) -> None:
@@ -40,25 +38,17 @@ def page(runs: Sequence[Run], *, title: str, base: Path, limit: int = LIMIT) -> 
     tables, differ, same = keys(runs)
     names = [name_of(run, table, differ) for run, table in zip(runs, tables, strict=True)]
     shared = " ".join(f"<code>{escape(f'{key}={text(value)}')}</code>" for key, value in same.items())
-    charts = _charts(runs, names)
-    parts = [
-        f"<h1>{escape(title)}</h1>",
-        f"<p>{len(runs)} run{'s' * (len(runs) != 1)}: {count_states(runs)}</p>",
-        f'<p class="dim">What differs: {escape(", ".join(differ)) or "nothing"}</p>',
-        f"<details><summary>What is the same in all: {len(same)} keys</summary>{shared}</details>" if same else "",
-        _table(runs, tables, differ),
-        f"<h2>Learning curves</h2>{charts}" if charts else "",
-        f'<h2>Samples</h2><div class="cards">{"".join(_cards(runs, names, base, limit))}</div>' if runs else "",
-    ]
-    style, script = ((_HERE / f"page.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))
-    return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<style>\n{style}</style></head>\n<body>\n"
-        + "\n".join(filter(None, parts))
-        + f"\n<script>\n{script}</script>\n</body></html>\n"
+    parts = {
+        kind: Path(__file__).with_name(f"page.{kind}").read_text(encoding="utf-8") for kind in ("css", "js", "html")
+    }
+    parts["title"], parts["differ"] = escape(title), escape(", ".join(differ)) or "nothing"
+    parts["count"] = f"{len(runs)} run{'s' * (len(runs) != 1)}: {count_states(runs)}"
+    parts["same"] = (
+        f"<details><summary>What is the same in all: {len(same)} keys</summary>{shared}</details>" if same else ""
     )
+    parts["heads"], parts["rows"] = _table(runs, tables, differ)
+    parts["charts"], parts["cards"] = _charts(runs, names), _cards(runs, names, base, limit)
+    return Template(parts.pop("html")).substitute(parts)
 
 
 def name_of(run: Run, table: dict[str, Any], differ: Sequence[str]) -> str:
@@ -67,12 +57,15 @@ def name_of(run: Run, table: dict[str, Any], differ: Sequence[str]) -> str:
     return " · ".join(filter(None, [run.folder.name, " ".join(parts)]))
 
 
-def _table(runs: Sequence[Run], tables: Sequence[dict[str, Any]], differ: Sequence[str]) -> str:
-    why = any(run.reason for run in runs)
-    figures = ("bits/dim", "loss", "images")
+def _table(runs: Sequence[Run], tables: Sequence[dict[str, Any]], differ: Sequence[str]) -> tuple[str, str]:
+    """(headings, rows) of the table of all runs."""
+    why, figures = any(run.reason for run in runs), ("bits/dim", "loss", "images")
     numeric = {key for key in differ if all(number_in(table.get(key)) is not None for table in tables)}
-    heads = ["run", *figures, "state", *differ, *(["note"] if why else [])]
-    tops = "".join(_head(head, numeric=head in numeric or head in figures) for head in heads)
+    kinds = {"run": "name"} | dict.fromkeys((*figures, *numeric), "number")
+    heads = [
+        f'<th class="{kinds.get(name, "")}" scope="col"><button type="button">{escape(name)}</button></th>'
+        for name in ["run", *figures, "state", *differ, *["note"] * why]
+    ]
     rows = []
     for k, (run, table) in enumerate(zip(runs, tables, strict=True)):
         dot, shown = f'<span class="dot" style="--h:{hue(k)}"></span>', measured(run)
@@ -80,19 +73,11 @@ def _table(runs: Sequence[Run], tables: Sequence[dict[str, Any]], differ: Sequen
             _cell(run.folder.name, f'{dot}<a href="#run-{k}">{escape(run.folder.name)}</a>', "name"),
             *(_cell(run.numbers[head], shown[head], "number") for head in figures),
             _cell(run.state, run.state, run.state),
-            *(_cell(table.get(key), escape(text(table.get(key), "")), "number" * (key in numeric)) for key in differ),
+            *(_cell(table.get(key), escape(text(table.get(key), "")), kinds.get(key, "")) for key in differ),
             *([_cell(run.reason, escape(run.reason), "why")] if why else []),
         ]
         rows.append(f'<tr data-run="{k}">{"".join(cells)}</tr>')
-    body = "\n".join(rows)
-    return (
-        f'<h2>Runs</h2><div class="scroll"><table><thead><tr>{tops}</tr></thead>\n<tbody>{body}</tbody></table></div>'
-    )
-
-
-def _head(name: str, *, numeric: bool) -> str:
-    kind = "number" if numeric else "name" if name == "run" else ""
-    return f'<th class="{kind}" scope="col"><button type="button">{escape(name)}</button></th>'
+    return "".join(heads), "\n".join(rows)
 
 
 def _cell(value: Any, inner: str, kind: str) -> str:
@@ -102,41 +87,40 @@ def _cell(value: Any, inner: str, kind: str) -> str:
 
 def _charts(runs: Sequence[Run], names: Sequence[str]) -> str:
     bits = {key for run in runs for row in run.rows for key in row if key.startswith("eval/bpd") and "std" not in key}
-    kinds: list[tuple[str, Callable[[dict[str, Any]], Any]]] = [
-        ("training loss", lambda row: row.get("train/loss")),
-        ("held-out loss", lambda row: row.get("eval/loss")),
-        ("held-out bits/dim", lambda row: next((row[key] for key in sorted(bits) if key in row), None)),
-    ]
+    measures = {"training loss": {"train/loss"}, "held-out loss": {"eval/loss"}, "held-out bits/dim": bits}
     drawn = ""
-    for title, read in kinds:
-        curves = [Curve(name, k, _points(run, read)) for k, (run, name) in enumerate(zip(runs, names, strict=True))]
+    for title, keys_of in measures.items():
+        curves = [Curve(name, k, _points(run, keys_of)) for k, (run, name) in enumerate(zip(runs, names, strict=True))]
         try:
             drawn += chart(title, curves)
         except ImportError:
-            return "<p>Learning curves need matplotlib: <code>pip install 'scoresde[plot]'</code>.</p>"
-    return f'<div class="charts">{drawn}</div>' if drawn else ""
+            drawn = "<p>Learning curves need matplotlib: <code>pip install 'scoresde[plot]'</code>.</p>"
+            break
+    return drawn and f'<h2>Learning curves</h2><div class="charts">{drawn}</div>'
 
 
-def _points(run: Run, read: Callable[[dict[str, Any]], Any]) -> list[tuple[float, float]]:
-    pairs = [(number(row.get("images")), number(read(row)), row.get("final")) for row in run.rows]
-    known = [(x, y, final) for x, y, final in pairs if x is not None and y is not None]
+def _points(run: Run, keys_of: Set[str]) -> list[tuple[Any, Any]]:
+    """(images, value) of each row that has a number under one of the keys."""
+    found = [(row.get("images"), row[key], row.get("final")) for row in run.rows for key in keys_of & row.keys()]
+    known = [(x, y, final) for x, y, final in found if number(x) is not None and number(y) is not None]
     # the final number is measured on other held-out points than those during training: it is not on the same curve
     return [(x, y) for x, y, final in known if not final or all(end for _, _, end in known)]
 
 
-def _cards(runs: Sequence[Run], names: Sequence[str], base: Path, limit: int) -> list[str]:
-    cards, left = [], limit
+def _cards(runs: Sequence[Run], names: Sequence[str], base: Path, left: int) -> str:
+    """The last samples of each run; when `left` bytes of pictures are embedded, links to them."""
+    cards = ""
     for k, (run, name) in enumerate(zip(runs, names, strict=True)):
-        score = (
-            f"{run.bits:.4f} bits/dim" if run.bits is not None else f"loss {run.loss:.5g}" if run.loss else run.state
-        )
+        score = f"loss {run.loss:.5g}" if run.loss else run.state
+        if run.bits is not None:
+            score = f"{run.bits:.4f} bits/dim"
         body, used = _picture(run, name, base, left)
         left -= used
-        cards.append(
+        cards += (
             f'<figure class="card" id="run-{k}" data-run="{k}" style="--h:{hue(k)}"><figcaption>'
             f'<span class="dot"></span>{escape(name)}<small>{escape(score)}</small></figcaption>{body}</figure>'
         )
-    return cards
+    return cards and f'<h2>Samples</h2><div class="cards">{cards}</div>'
 
 
 def _picture(run: Run, name: str, base: Path, left: int) -> tuple[str, int]:

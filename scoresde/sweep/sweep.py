@@ -6,25 +6,23 @@ import contextlib
 import csv
 import itertools
 import logging
-import math
 import os
 import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Any, ClassVar
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
 from ..runs.files import natural, read, values
-from ..runs.listing import differing, layout, window
-from .job import AGAIN, STOP, objective_of, read_job, working, write_job
+from ..runs.listing import differing, layout, number, window
+from .job import AGAIN, STOP, Turn, objective_of, read_job, write_job
 from .page import write_page
 
 _FIXED = ("job", "status", "objective")
@@ -46,17 +44,13 @@ class SweepSummary(Callback):
         resume = OmegaConf.select(config, "resume") == "auto"
         there = (folder / "sweep.csv").exists() or any(folder.glob("*/job.json"))
         if there and not resume and OmegaConf.select(config, "overwrite") is not True:
+            cure = "Continue it with resume=auto, replace it with overwrite=true, or choose another folder: out=…."
             # Hydra swallows any other exception of a callback
-            raise SystemExit(
-                f"error: {folder} holds a sweep already. Continue it with resume=auto, replace it with overwrite=true, "
-                "or choose another folder: out=…."
-            )
-        jobs = [read(path.parent) for path in folder.glob("*/job.json")]
-        if busy := [run for run in jobs if run.state == "running"]:
-            raise SystemExit(
-                f"error: job {busy[0].folder.name} of the sweep in {folder} is running ({busy[0].reason}). Wait for it "
-                "to end, or choose another folder: out=…."
-            )
+            raise SystemExit(f"error: {folder} holds a sweep already. {cure}")
+        for job in (read(path.parent) for path in folder.glob("*/job.json")):
+            if job.state == "running":
+                where = f"job {job.folder.name} of the sweep in {folder} is running ({job.reason})"
+                raise SystemExit(f"error: {where}. Wait for it to end, or choose another folder: out=….")
         SweepSummary.current = Sweep(folder, planned(config), keep=resume)
         # jobs in a queue wait for their turn also when the command that sent them there is stopped
         if config.hydra.runtime.choices.get("hydra/launcher") != "submitit_slurm":
@@ -112,8 +106,8 @@ class Sweep:
 
     def restore_handlers(self) -> None:
         """Puts back the handlers that `install_handlers` replaced."""
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+        for caught, handler in self._before.items():
+            signal.signal(caught, handler)
         self._before = {}
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
@@ -121,7 +115,7 @@ class Sweep:
         self.restore_handlers()  # a second signal ends this process at once
         (self.folder / STOP).write_text(str(code), encoding="utf-8")
         os.write(2, f"\n{signal.Signals(number).name}: the sweep ends when the jobs that run have saved.\n".encode())
-        if working():
+        if Turn.taken:
             raise SystemExit(code)
         # the terminal has sent Ctrl-C to the jobs as well, and a second signal would end them at once
         if number == signal.SIGTERM:
@@ -157,26 +151,25 @@ class Sweep:
 
     def close(self) -> int:
         """Writes `sweep.csv` and `report.html`, prints the table. Returns the exit status: 0 if all jobs finished."""
-        for number, overrides in enumerate(self.jobs or []):
-            if not (self.folder / str(number) / "job.json").exists():
-                write_job(self.folder / str(number), overrides, "waiting")
+        for job, overrides in enumerate(self.jobs or []):
+            if not (self.folder / str(job) / "job.json").exists():
+                write_job(self.folder / str(job), overrides, "waiting")
         self.mark_dead()
         rows = gather(self.folder)
         if not rows:
             return 0
-        write_csv(self.folder / "sweep.csv", rows)
-        order = {row["job"]: place for place, row in enumerate(rows)}
-        runs = [read(path.parent) for path in self.folder.glob("*/job.json")]
-        runs.sort(key=lambda run: order.get(run.folder.name, len(order)))
+        with open(self.folder / "sweep.csv", "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+        runs = [read(self.folder / row["job"]) for row in rows]
         write_page(self.folder / "report.html", runs, title=self.folder.name)
         swept = [name for name in rows[0] if name not in (*_FIXED, *_MEASURED)]
         names = [*_FIXED, *swept, *(["error"] if any(row["error"] for row in rows) else [])]
         table, _ = layout({name: [_cell(row[name]) for row in rows] for name in names}, window(), optional=swept)
         print(f"\n{table}")
         print(f"Sweep in {self.folder / 'sweep.csv'}, pictures in {self.folder / 'report.html'}", flush=True)
-        return self._verdict([row["status"] for row in rows])
-
-    def _verdict(self, states: list[str]) -> int:
+        states = [row["status"] for row in rows]
         failed, left = states.count("failed"), sum(state not in ("finished", "failed") for state in states)
         if failed:
             print(f"error: {failed} of {len(states)} jobs failed", file=sys.stderr)
@@ -218,19 +211,15 @@ def planned(config: DictConfig) -> list[list[str]] | None:
         return None
     words = [f"{name}={value}" for name, value in (config.hydra.sweeper.params or {}).items()]
     try:
-        parsed = OverridesParser.create().parse_overrides([*words, *config.hydra.overrides.task])
-        # a later override of a key takes the place of an earlier one
-        choices = {override.get_key_element(): list(_choices(override)) for override in parsed}
+        choices = {}
+        for override in OverridesParser.create().parse_overrides([*words, *config.hydra.overrides.task]):
+            key, swept = override.get_key_element(), override.is_sweep_override()
+            found = override.sweep_string_iterator() if swept else [override.get_value_element_as_str()]
+            # a later override of a key takes the place of an earlier one
+            choices[key] = [f"{key}={value}" for value in found]
         return [list(job) for job in itertools.product(*choices.values())]
     except Exception:  # sde=glob(*) needs the folder of the configuration, which a callback does not know
         return None
-
-
-def _choices(override: Override) -> Iterator[str]:
-    """`seed=1`, `seed=2` of `seed=1,2`, as Hydra's basic sweeper gives them to its jobs."""
-    swept = override.is_sweep_override()
-    for value in override.sweep_string_iterator() if swept else [override.get_value_element_as_str()]:
-        yield f"{override.get_key_element()}={value}"
 
 
 def gather(folder: Path) -> list[dict[str, Any]]:
@@ -242,18 +231,12 @@ def gather(folder: Path) -> list[dict[str, Any]]:
     for job, table in zip(jobs, tables, strict=True):
         measured = {name: job.get(name, "") for name in _MEASURED}
         rows.append({n: job.get(n, "") for n in _FIXED} | {n: table.get(n, "") for n in swept} | measured)
-    return sorted(rows, key=lambda row: (row["status"] == "failed", _number(row["objective"]), natural(row["job"])))
 
+    def rank(row: dict[str, Any]) -> tuple[Any, ...]:
+        objective = number(row["objective"])
+        return row["status"] == "failed", objective is None, objective, natural(row["job"])
 
-def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-def _number(value: Any) -> float:
-    return value if isinstance(value, (int, float)) and math.isfinite(value) else math.inf
+    return sorted(rows, key=rank)
 
 
 def _cell(value: Any) -> str:

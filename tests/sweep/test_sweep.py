@@ -18,7 +18,7 @@ from hydra.experimental.callback import Callback
 from offline import offline_runs
 from omegaconf import OmegaConf
 
-from scoresde.sweep.job import _Turn, objective_of, read_job, write_job
+from scoresde.sweep.job import Turn, objective_of, read_job, write_job
 
 
 class Probe(Callback):
@@ -174,7 +174,7 @@ def test_a_turn_is_given_back_after_the_run_has_saved() -> None:
     before = signal.signal(signal.SIGUSR2, lambda *_: heard.append("scheduler"))
     ordinary = signal.getsignal(signal.SIGUSR1)
     try:
-        with _Turn() as turn:
+        with Turn() as turn:
             os.kill(os.getpid(), signal.SIGUSR2)
             assert heard == ["scheduler"]  # nobody to be asked to save: as if there were no block
             signal.signal(signal.SIGUSR1, lambda *_: heard.append("run"))
@@ -183,7 +183,7 @@ def test_a_turn_is_given_back_after_the_run_has_saved() -> None:
             assert heard == ["scheduler", "run"]
         turn.give_back()
         assert heard == ["scheduler", "run", "scheduler"]
-        with _Turn() as turn:
+        with Turn() as turn:
             pass
         turn.give_back()
         os.kill(os.getpid(), signal.SIGUSR2)
