@@ -13,9 +13,8 @@ from ..diffusion.conditions import Cond
 from ..evaluate import figures
 from ..evaluate.conditions import condition_arrays
 from ..evaluate.evaluation import Drawing, Samples, digest_of
-from ..evaluate.problem import Problem
+from ..evaluate.problem import Problem, measured, write_restored
 from ..evaluate.report import check_samplers, list_files, write_samples
-from ..evaluate.restored import measured, write_restored
 from ..runs import folder as folders
 from ..runs.listing import layout
 from ..runs.load import LoadedRun, chosen_run

@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..codecs.scaling import Scaling
-from .dataset import Dataset, Split
-from .hold_out import hold_out
+from .dataset import Dataset, Split, hold_out
 
 
 def Digits(test_fraction: float = 0.2, seed: int = 0) -> Dataset:

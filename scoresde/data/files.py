@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from ..codecs.scaling import Scaling
-from .dataset import Dataset, Split, check_samples, count_classes
-from .hold_out import hold_out
+from .dataset import Dataset, Split, check_samples, count_classes, hold_out
 from .source import existing, misfit
 
 

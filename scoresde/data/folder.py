@@ -11,8 +11,7 @@ from torch import Tensor
 
 from ..checks import whole
 from ..codecs.scaling import Scaling
-from .dataset import Dataset, Split, count_classes
-from .hold_out import hold_out
+from .dataset import Dataset, Split, count_classes, hold_out
 from .source import existing, misfit
 
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".gif")

@@ -187,10 +187,7 @@ class Pinwheel(Toy):
 
     def __init__(self, arms: int = 5, radial_std: float = 0.3, tangential_std: float = 0.1, rate: float = 0.25):
         if arms < 1 or not (radial_std > 0 and tangential_std > 0):
-            raise ValueError(
-                f"Expected arms ≥ 1 and positive stds; got arms={arms}, radial_std={radial_std}, "
-                f"tangential_std={tangential_std}."
-            )
+            raise ValueError(f"Expected arms ≥ 1 and stds > 0; got arms={arms}, stds {radial_std}, {tangential_std}.")
         self.arms, self.rate = arms, rate
         self.stds = torch.tensor([radial_std, tangential_std], dtype=torch.float64)
         self.scale = math.sqrt(2 / (1 + radial_std**2 + tangential_std**2))  # E |z|² = 1 + Σ std²

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -42,13 +40,13 @@ def alike(cond: Cond, dataset: Dataset) -> Tensor:
     return torch.ones(len(dataset.test), dtype=torch.bool)
 
 
-def condition_arrays(cond: Cond, inputs: int | None = None) -> dict[str, Any]:
+def condition_arrays(cond: Cond, inputs: int | None = None) -> dict[str, Tensor]:
     """Conditions by their names in `samples.npz`: `labels`, `cond_vector`, `cond_image`, `cond_tokens`, each (n, …), or
     (k, n, …) for the samples of the k inputs of a problem.
     """
-    rows = {"labels" if name == "label" else f"cond_{name}": value for name, value in named(cond).items()}
     return {
-        name: (value if inputs is None else value.unflatten(0, (inputs, -1))).numpy() for name, value in rows.items()
+        "labels" if name == "label" else f"cond_{name}": value if inputs is None else value.unflatten(0, (inputs, -1))
+        for name, value in named(cond).items()
     }
 
 

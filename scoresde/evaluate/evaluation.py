@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -119,14 +118,14 @@ class OdeLikelihood:
         solve = partial(log_likelihood, divergence=self.divergence, scaling=dataset.scaling, t_min=self.t_min)
 
         def batch(index: int) -> Iterator[Tensors]:
-            part, start = parts[index], time.monotonic()
+            part = parts[index]
             x, cond = data.raw[part].to(device), data.cond(part, conditional, device)
             rng = Rng(seeds=[seed * len(data) + i for i in part.tolist()])
             result = solve(denoiser, x, self.solver, cond=cond, rng=rng)
             yield {
                 "bits": bits_per_dim(result.log_prob, dataset.event_shape).double().cpu(),
                 "solver_error": bits_per_dim(-result.solver_error, dataset.event_shape).double().cpu(),
-                **_cost(result.evaluations, start),
+                "evaluations": torch.tensor(result.evaluations),
             }
 
         what = {"split": split, "points": points, "of": len(data), "seed": seed, "conditional": conditional}
@@ -135,20 +134,18 @@ class OdeLikelihood:
 
 
 def _bits_per_dim(batches: list[Tensors]) -> BitsPerDim:
-    bits, errors = (torch.cat([batch[name] for batch in batches]) for name in ("bits", "solver_error"))
+    bits, errors = _joined(batches, "bits"), _joined(batches, "solver_error")
     stderr = float(bits.std() / len(bits) ** 0.5) if len(bits) > 1 else float("nan")
     return BitsPerDim(float(bits.mean()), stderr, float(errors.mean()), bits, len(bits), *_costs(batches))
 
 
-def _cost(evaluations: int, start: float) -> Tensors:
-    seconds = time.monotonic() - start
-    return {"evaluations": torch.tensor(evaluations), "seconds": torch.tensor(seconds, dtype=torch.float64)}
+def _joined(batches: list[Tensors], name: str) -> Tensor:
+    return torch.cat([torch.atleast_1d(batch[name]) for batch in batches])
 
 
 def _costs(batches: list[Tensors]) -> tuple[float, float]:
     """(network calls per batch, on average; seconds of all)."""
-    calls, seconds = (sum(float(batch[name]) for batch in batches) for name in ("evaluations", "seconds"))
-    return calls / len(batches), seconds
+    return float(_joined(batches, "evaluations").double().mean()), float(_joined(batches, "seconds").sum())
 
 
 @dataclass(frozen=True)
@@ -170,6 +167,12 @@ class Samples:
     times: list[float]
     evaluations: float
     seconds: float
+
+
+def by_suffix(made: Mapping[str, Samples]) -> Iterator[tuple[str, Samples]]:
+    """The samples of each sampler, with what is put behind the names of its files: nothing for the first sampler."""
+    for index, (name, samples) in enumerate(made.items()):
+        yield f"-{name}" if index else "", samples
 
 
 @dataclass(frozen=True)
@@ -203,32 +206,24 @@ class Drawing:
         watch = _frame_indices(denoiser, sampler, self.frames)
 
         def batch(index: int) -> Iterator[Tensors]:
-            start, part = time.monotonic(), slice(index * size, (index + 1) * size)
-            kept, times = [], []
+            part, kept, times = slice(index * size, (index + 1) * size), [], []
             shape, cond = (len(seeds[part]), *self.event_shape), move(take(self.cond, part), device)
             for trace in sampler.iterate(denoiser, shape, cond=cond, rng=Rng(seeds=seeds[part])):
                 if index == 0 and trace.index in watch:
                     kept.append(trace.x[:watched].cpu())
                     times.append(trace.t)
                 yield {}
-            made = {"x": trace.x.cpu(), **_cost(trace.evaluations, start)}
+            made = {"x": trace.x.cpu(), "evaluations": torch.tensor(trace.evaluations)}
             if index == 0:
                 made |= {"frames": torch.stack(kept), "times": torch.tensor(times, dtype=torch.float64)}
             yield made
 
         def merge(batches: list[Tensors]) -> Samples:
-            x, first = torch.cat([batch["x"] for batch in batches]), batches[0]
+            x, first = _joined(batches, "x"), batches[0]
             return Samples(x, self.cond, first["frames"], first["times"].tolist(), *_costs(batches))
 
-        settings = {
-            "seeds": seeds,
-            "cond": None if self.cond is None else digest_of(self.cond),
-            "event_shape": list(self.event_shape),
-            "batch_size": size,
-            "steps": sampler.steps,
-            "frames": self.frames,
-            "watched": watched,
-        }
+        digest = None if self.cond is None else digest_of(self.cond)
+        settings = {**vars(self), "seeds": seeds, "cond": digest, "steps": sampler.steps, "watched": watched}
         count = math.ceil(len(seeds) / size)
         return Job(name, count, sampler.steps + 2 + int(sampler.denoise), batch, merge, settings)
 

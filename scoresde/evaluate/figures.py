@@ -34,11 +34,10 @@ def sample_grid(made: Tensor, real: Tensor, path: Path, *, columns: int = 8) -> 
         columns: images per row of a block.
     """
     if made.ndim < 3:
-        return _scatter({"generated": made, "real": real}, path, shared=True)
+        return _scatter([("generated", made), ("real", real)], path, shared=True)
     figure = _figure(2 * columns * 0.5 + 0.6, -(-len(made) // columns) * 0.5 + 0.4)
-    low, high = _limits(real)
     for axes, title, images in zip(figure.subplots(1, 2), ("generated", "real"), (made, real), strict=True):
-        _show(axes, _mosaic(images, columns, low, high))
+        _show(axes, _mosaic(images, columns, _limits(real)))
         axes.set_title(title)
     return _write(figure, path)
 
@@ -52,11 +51,11 @@ def trajectory(frames: Tensor, times: Sequence[float], path: Path) -> Path:
         path: the PNG to write.
     """
     if frames.ndim < 4:
-        return _scatter({f"t = {t:.2g}": x for t, x in zip(times, frames, strict=True)}, path)
+        return _scatter([(f"t = {t:.2g}", x) for t, x in zip(times, frames, strict=True)], path)
     figure = _figure(len(frames) * 0.8, frames.shape[1] * 0.8 + 0.3)
     for axes, t, x in zip(figure.subplots(1, len(frames), squeeze=False)[0], times, frames, strict=True):
         # each frame has its own range: at t_max a VE process is hundreds of times wider than the data
-        _show(axes, _mosaic(x, 1, *_limits(x)))
+        _show(axes, _mosaic(x, 1, _limits(x)))
         axes.set_title(f"t = {t:.2g}", fontsize=7)
     return _write(figure, path)
 
@@ -80,26 +79,24 @@ def restored(
         seen: (*y) bool, a chequerboard where it is False.
         limits: least and greatest value of the data, black and white.
     """
+    known = [] if truth is None else [("truth", truth)]
     if made.ndim < 4:
-        known = {} if truth is None else {"truth": truth}
-        return _scatter({"restored": made.flatten(0, 1), **known}, path, shared=True)
+        return _scatter([("restored", made.flatten(0, 1)), *known], path, shared=True)
     given, made = given[:8], made[:8, :16]
     columns = -(-made.shape[1] // 2)
-    titles = ["given", *([] if truth is None else ["truth"]), "mean", "standard deviation", "samples"]
+    means = [*known, ("mean", made.mean(1))]
+    titles = ["given", *(title for title, _ in means), "standard deviation", "samples"]
     widths = [1.0] * (len(titles) - 1) + [max(columns / 2, 1.0)]
     figure = _figure(1.6 * sum(widths), 1.8 * len(given) + 0.3)
-    panels = figure.subplots(len(given), len(titles), squeeze=False, width_ratios=widths)
-    for axes, title in zip(panels[0], titles, strict=True):
-        axes.set_title(title, fontsize=8)
-    for k, row in enumerate(panels):
-        pictures = [_tile(x[k], limits) for x in ([made.mean(1)] if truth is None else [truth, made.mean(1)])]
-        for axes, picture in zip(row, [_given(given[k], seen, limits), *pictures], strict=False):
-            _show(axes, picture)
+    for k, row in enumerate(figure.subplots(len(given), len(titles), squeeze=False, width_ratios=widths)):
         std = made[k].std(0, correction=0).mean(0, keepdim=True) / (limits[1] - limits[0])
-        _show(row[-2], _tile(std, (0.0, float(std.max()))), cmap="magma")
+        pictures = [_given(given[k], seen, limits), *(_tile(x[k], limits) for _, x in means)]
+        pictures += [_tile(std, (0.0, float(std.max()))), _mosaic(made[k], columns, limits)]
+        for axes, title, picture in zip(row, titles, pictures, strict=True):
+            _show(axes, picture, cmap="magma" if title == "standard deviation" else "gray")
+            axes.set_title(title if k == 0 else "", fontsize=8)
         brightest = f"brightest: {std.max():.2g} of the range"
         row[-2].text(0.5, -0.03, brightest, ha="center", va="top", fontsize=6, transform=row[-2].transAxes)
-        _show(row[-1], _mosaic(made[k], columns, *limits))
     return _write(figure, path)
 
 
@@ -111,19 +108,18 @@ def loss_curve(rows: Sequence[Mapping[str, Any]], path: Path) -> Path:
         points = [(row["images"], row[key]) for row in rows if isinstance(row.get(key), float)]
         if points:
             axes.plot(*zip(*points, strict=True), style, label=key, markersize=3)
-    positive = [row["train/loss"] for row in rows if isinstance(row.get("train/loss"), float)]
-    if positive and min(positive) > 0:
-        axes.set_yscale("log")
+        if points and key == "train/loss" and min(loss for _, loss in points) > 0:
+            axes.set_yscale("log")
     axes.set(xlabel="images seen", ylabel="loss")
     if axes.lines:
         axes.legend()
     return _write(figure, path)
 
 
-def _scatter(sets: Mapping[str, Tensor], path: Path, *, shared: bool = False) -> Path:
+def _scatter(sets: Sequence[tuple[str, Tensor]], path: Path, *, shared: bool = False) -> Path:
     figure = _figure(3 * len(sets), 3.2)
     panels = figure.subplots(1, len(sets), squeeze=False, sharex=shared, sharey=shared)[0]
-    for axes, (title, points) in zip(panels, sets.items(), strict=True):
+    for axes, (title, points) in zip(panels, sets, strict=True):
         flat = points.flatten(1).cpu().float().numpy()
         if flat.shape[1] > 1:
             axes.scatter(flat[:, 0], flat[:, 1], s=2)
@@ -134,9 +130,9 @@ def _scatter(sets: Mapping[str, Tensor], path: Path, *, shared: bool = False) ->
     return _write(figure, path)
 
 
-def _mosaic(images: Tensor, columns: int, low: float, high: float) -> np.ndarray:
+def _mosaic(images: Tensor, columns: int, limits: tuple[float, float]) -> np.ndarray:
     """(rows·H, columns·W) or (…, 3) picture of images (n, C, H, W), (n, C, L) or (n, C, D, H, W), scaled to [0, 1]."""
-    x = images.cpu().float()
+    x, (low, high) = images.cpu().float(), limits
     if x.ndim == 5:
         x = x[:, :, x.shape[2] // 2]  # the middle slice of a volume
     if x.ndim == 3:
@@ -152,7 +148,7 @@ def _mosaic(images: Tensor, columns: int, low: float, high: float) -> np.ndarray
 
 def _tile(x: Tensor, limits: tuple[float, float]) -> np.ndarray:
     """The picture of one event."""
-    return _mosaic(x[None], 1, *limits)[:-1, :-1]
+    return _mosaic(x[None], 1, limits)[:-1, :-1]
 
 
 def _given(y: Tensor, seen: Tensor | None, limits: tuple[float, float]) -> np.ndarray:

@@ -1,10 +1,15 @@
-"""An inverse problem in model coordinates: how it is measured, and its parts in units of the raw data."""
+"""An inverse problem in model coordinates: how it is measured, and how good restored samples are."""
 
 from __future__ import annotations
 
 import hashlib
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,6 +20,9 @@ from ..data.source import misfit
 from ..diffusion.conditions import Cond, named
 from ..inverse import Observation
 from ..noise.rng import Rng
+from . import figures
+from .conditions import condition_arrays
+from .evaluation import Samples, by_suffix
 
 _NOISE = 2**62  # seeds of the noise in measurements are above those of samples
 
@@ -51,10 +59,9 @@ class Problem:
         """The condition of n samples of each input for a posterior denoiser: y beside what else they have, `cond`."""
         return {"y": self.y.repeat_interleave(n, 0), **named(cond, "cond")}
 
-    def residual(self, x: Tensor) -> float:
-        """Root mean square of y − A(x) over what is seen, for x (k, n, *event): std if all is well."""
-        gap = self.observation(x.flatten(0, 1)) - self.y.repeat_interleave(x.shape[1], 0)
-        return float(gap[:, self.seen].double().square().mean().sqrt())
+    def by_input(self, samples: Samples) -> Tensor:
+        """(k, n, *event), the samples of each input."""
+        return samples.x.unflatten(0, (len(self.inputs), -1))
 
 
 class Measurement:
@@ -154,16 +161,69 @@ def affine(scaling: Scaling, picture: bool = False) -> tuple[float, float]:
     return slope, scaling.low - slope * low
 
 
-def raw_values(x: Tensor, dataset: Dataset) -> Tensor:
-    """Model data in units of the raw data, not rounded."""
-    slope, offset = affine(dataset.scaling)
-    return (x - offset) / slope
+def measured(problem: Problem, made: Mapping[str, Samples], dataset: Dataset) -> dict[str, dict[str, float]]:
+    """By sampler: `residual` beside `std`, and where the truth is known, `psnr_mean` and `psnr_sample`, in dB.
+
+    The residual is the root mean square of y − A(x) over what is seen, `std` if all is well. PSNR is
+    10 log₁₀ (range² / mean squared error), of the mean of the samples, and of one sample on average.
+    """
+    low, high = data_range(dataset)
+    found: dict[str, dict[str, float]] = {}
+    for name, samples in made.items():
+        x = problem.by_input(samples)
+        gap = (problem.observation(samples.x) - problem.y.repeat_interleave(x.shape[1], 0))[:, problem.seen]
+        residual, std = float(gap.double().square().mean().sqrt()), float(problem.observation.std.max())
+        found[name] = {"residual": residual, "std": std}
+        if problem.truth is not None:
+            for key, of in (("psnr_mean", x.mean(1, keepdim=True)), ("psnr_sample", x)):
+                error = float((of - problem.truth[:, None]).double().square().mean())
+                found[name][key] = 10 * math.log10((high - low) ** 2 / max(error, 1e-20))
+    return found
 
 
-def raw_measurement(problem: Problem, dataset: Dataset) -> Tensor:
-    """y (k, *y) in units of the raw data, NaN where nothing is seen; unchanged for operators that are not linear."""
-    if not problem.observation.linear:
-        return problem.y
-    slope, offset = affine(dataset.scaling)
-    constant = problem.observation(torch.full((1, *dataset.event_shape), offset))
-    return torch.where(problem.seen, (problem.y - constant) / slope, torch.nan)
+def write_restored(
+    problem: Problem,
+    made: Mapping[str, Samples],
+    dataset: Dataset,
+    folder: Path,
+    *,
+    cond: Cond,
+    seeds: Sequence[int],
+    pictures: bool,
+) -> None:
+    """`samples.npz` and pictures, of the first sampler without its name, of others with it.
+
+    Arrays, in the coordinates of the raw data: given (k, *y), NaN where nothing is seen, and in model coordinates for
+    operators that are not linear; mask (*event); truth (k, *event), where there is one; samples (k, n, *event); mean
+    and std (k, *event), not rounded; and the conditions of the samples, `labels` (k, n), `cond_vector`, `cond_image`,
+    `cond_tokens` (k, n, …).
+    """
+    observation, mask, truth = problem.observation, problem.mask, problem.truth
+    (slope, offset), given = affine(dataset.scaling), problem.y
+    if observation.linear:
+        constant = observation(torch.full((1, *dataset.event_shape), offset))
+        given = torch.where(problem.seen, (given - constant) / slope, torch.nan)
+    arrays: dict[str, Any] = {"given": given, "inputs": problem.inputs, "seeds": seeds}
+    arrays |= condition_arrays(cond, len(problem.inputs))
+    arrays |= {} if mask is None else {"mask": mask}
+    arrays |= {} if truth is None else {"truth": dataset.decode(truth)}
+    unit = (torch.ones(()) - offset) / slope - (torch.zeros(()) - offset) / slope
+    seen, limits = problem.seen if mask is not None else None, data_range(dataset)
+    for suffix, samples in by_suffix(made):
+        x = problem.by_input(samples)
+        arrays[f"samples{suffix}"] = dataset.decode(x)
+        arrays[f"mean{suffix}"] = (x.mean(1) - offset) / slope
+        arrays[f"std{suffix}"] = unit * x.std(1, correction=0)
+        if pictures:
+            figures.restored(problem.y, x, truth, folder / f"restored{suffix}.png", seen=seen, limits=limits)
+            figures.trajectory(samples.frames, samples.times, folder / f"trajectory{suffix}.png")
+    np.savez_compressed(folder / "samples.npz", **arrays)
+
+
+def data_range(dataset: Dataset) -> tuple[float, float]:
+    """(least, greatest) value of model data: those of the scaling, or those that the training data have."""
+    scaling = dataset.scaling
+    if scaling.levels is not None or scaling.bounded:
+        return scaling.low, scaling.high
+    x = dataset.encode(dataset.train.raw)
+    return float(x.min()), float(x.max())

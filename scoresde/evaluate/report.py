@@ -23,21 +23,8 @@ from ..runs.logger import Logger
 from ..sampling import Sampler
 from . import figures
 from .conditions import alike, condition_arrays, in_turn, turns_in_words
-from .evaluation import BitsPerDim, Drawing, OdeLikelihood, Samples, evenly_spaced
+from .evaluation import BitsPerDim, Drawing, OdeLikelihood, Samples, by_suffix, evenly_spaced
 from .shards import Job, Shards
-
-# What a command may leave in its folder, as it is listed at the end.
-_RESULTS = {
-    "restored": "restored.png",
-    "samples": "samples.png",
-    "trajectory": "trajectory.png",
-    "loss curve": "loss.png",
-    "arrays": "samples.npz",
-    "metrics": "metrics.jsonl",
-    "summary": "summary.md",
-    "checkpoints": "checkpoints",
-    "W&B": "wandb",
-}
 
 
 @dataclass(frozen=True)
@@ -92,14 +79,14 @@ def write_samples(
     `trajectory.png`; those of the others have its name besides.
     """
     cond = next(iter(made.values())).cond
-    real = real_beside(cond, dataset, len(seeds)) if pictures else None
-    for index, (name, samples) in enumerate(made.items()):
-        if real is not None:
-            suffix = f"-{name}" if index else ""
+    if pictures:
+        real = real_beside(cond, dataset, len(seeds))
+        for suffix, samples in by_suffix(made):
             figures.sample_grid(samples.x, real, folder / f"samples{suffix}.png")
             figures.trajectory(samples.frames, samples.times, folder / f"trajectory{suffix}.png")
-    arrays: dict[str, Any] = {name: np.asarray(dataset.decode(samples.x)) for name, samples in made.items()}
-    np.savez_compressed(folder / "samples.npz", seeds=np.asarray(list(seeds)), **condition_arrays(cond), **arrays)
+    arrays: dict[str, Any] = {"seeds": seeds, **condition_arrays(cond)}
+    arrays |= {name: dataset.decode(samples.x) for name, samples in made.items()}
+    np.savez_compressed(folder / "samples.npz", **arrays)
 
 
 def real_beside(cond: Cond, dataset: Dataset, n: int) -> Tensor:
@@ -184,19 +171,18 @@ class Report:
         dataset, accuracy = self.dataset, self.likelihood.solver.accuracy
         write_samples(made, dataset, folder, seeds=self.seeds, pictures=self.evaluation.pictures)
         distances, exact = distances_of(made, dataset), exact_bits(dataset, self.evaluation.points)
-        lines = [
-            {"sampler": name, "NFE": f"{samples.evaluations:.0f}", "seconds": f"{samples.seconds:.1f}"}
-            | ({"sliced-W2": f"{distances[name]:.4f}"} if distances else {})
-            | {"bits/dim": f"{bits.mean:.4f} ± {bits.stderr:.4f}"}
-            for name, samples in made.items()
-        ]
-        columns, rows = list(lines[0]), [list(line.values()) for line in lines]
+        columns = {
+            "sampler": list(made),
+            "NFE": [f"{samples.evaluations:.0f}" for samples in made.values()],
+            "seconds": [f"{samples.seconds:.1f}" for samples in made.values()],
+            **({"sliced-W2": [f"{distances[name]:.4f}" for name in made]} if distances else {}),
+            "bits/dim": [f"{bits.mean:.4f} ± {bits.stderr:.4f}"] * len(made),
+        }
+        rows = [list(row) for row in zip(*columns.values(), strict=True)]
+        logger.table("eval/summary", list(columns), rows)
         nfe = {name: samples.evaluations for name, samples in made.items()}
-        logger.table("eval/summary", columns, rows)
-        logger.summary(
-            {bits.estimator: bits.mean, "bpd_stderr": bits.stderr, "nfe": nfe}
-            | ({"w2": distances} if distances else {})
-        )
+        numbers = {bits.estimator: bits.mean, "bpd_stderr": bits.stderr, "nfe": nfe}
+        logger.summary(numbers | ({"w2": distances} if distances else {}))
         note = (
             f"bits/dim of the model on {bits.points} held-out points: probability-flow ODE, "
             f"{'uniform dequantisation, ' if dataset.scaling.levels else ''}"
@@ -204,33 +190,22 @@ class Report:
             f"evaluations, {bits.seconds:.1f} s."
             f"{'' if exact is None else f' The true density has {exact:.4f} on the same points.'}"
         )
-        (folder / "summary.md").write_text(markdown(columns, rows) + f"\n{note}\n", encoding="utf-8")
+        lines = ["| " + " | ".join(row) + " |" for row in (columns, ["---"] * len(columns), *rows)]
+        (folder / "summary.md").write_text("\n".join([*lines, "", note, ""]), encoding="utf-8")
         summary = {
             **facts,
             "bits_per_dim": {**{k: v for k, v in asdict(bits).items() if k != "values"}, **accuracy, "exact": exact},
             "samplers": [
-                {
-                    "sampler": name,
-                    "nfe": samples.evaluations,
-                    "seconds": samples.seconds,
-                    "samples": len(samples.x),
-                    "sliced_w2": distances.get(name),
-                }
+                {"sampler": name, "nfe": nfe[name], "seconds": samples.seconds, "samples": len(samples.x)}
+                | {"sliced_w2": distances.get(name)}
                 for name, samples in made.items()
             ],
         }
         finish(folder / "summary.json", summary)
-        print(f"\n{layout({name: [line[name] for line in lines] for name in columns}, None)[0]}\n{note}", flush=True)
+        print(f"\n{layout(columns, None)[0]}\n{note}", flush=True)
         return summary
 
 
-def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table in Markdown."""
-    lines = ["| " + " | ".join(map(str, row)) + " |" for row in [columns, ["---"] * len(columns), *rows]]
-    return "\n".join(lines) + "\n"
-
-
 def list_files(folder: Path) -> str:
-    """Lines 'meaning  path' for the results that a folder holds."""
-    lines = [f"  {label:<14} {folder / name}" for label, name in _RESULTS.items() if (folder / name).exists()]
-    return "\n".join([f"Results in {folder}:", *lines])
+    """What a command has left in its folder, a line each."""
+    return "\n".join([f"Results in {folder}:", *(f"  {path}" for path in sorted(folder.glob("[!.]*")))])

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+import torch
 from torch import Tensor
 
 from ..runs.publish import publish
@@ -56,14 +57,15 @@ class Job(Generic[Result]):
         return _digest([self.name, self.count, self.settings])
 
     def work(self, indices: Sequence[int], done: Callable[[int, Tensors], object], *, show: bool = True) -> None:
-        """Makes the batches `indices`, with a bar; `done` takes the index and the tensors of each."""
+        """Makes the batches `indices`, with a bar; `done` takes the index and the tensors of each, timed."""
 
         def steps() -> Iterator[Tensors]:
             for index in indices:
-                made: Tensors = {}
+                start, made = time.monotonic(), Tensors()
                 for made in self.batch(index):
                     yield made
-                done(index, made)
+                seconds = torch.tensor(time.monotonic() - start, dtype=torch.float64)
+                done(index, {**made, "seconds": seconds})
 
         for _ in track(steps(), self.name, self.ticks * len(indices), show=show):
             pass
@@ -130,11 +132,11 @@ class Shards:
         """Makes the batches of this rank that are missing. Does not wait for other ranks."""
         own = range(self.rank, job.count, self.world)
         todo = [index for index in own if self._load(job, index) is None]
-        for path in filter(Path.exists, (self._path(job, index) for index in todo)):
+        for path in filter(Path.exists, (self._file(job, index)[0] for index in todo)):
             _log.warning("%s is damaged or was made with other settings, and is made again", path)
         if self.rank == 0 and 0 < len(todo) < len(own):
-            there, where = len(own) - len(todo), self.folder / job.name
-            _log.info("%s: %d of %d batches are there already, in %s", job.name, there, len(own), where)
+            there = f"{len(own) - len(todo)} of {len(own)} batches are there already"
+            _log.info("%s: %s, in %s", job.name, there, self.folder / job.name)
         job.work(todo, lambda index, made: self._save(job, index, made), show=self.rank == 0)
 
     def result(self, job: Job[Result]) -> Result:
@@ -158,56 +160,50 @@ class Shards:
                     waiting.remove(index)
                     heard[index % self.world] = time.monotonic()
                     yield index, batch
-            owing = {index % self.world for index in waiting}
-            silent = sorted(rank for rank in owing if time.monotonic() - heard[rank] > self.timeout)
-            if silent:
-                raise ShardError(self._overdue(job, silent, waiting))
+            late = [index for index in sorted(waiting) if time.monotonic() - heard[index % self.world] > self.timeout]
+            if late:
+                owed = "; ".join(
+                    f"rank {rank} owes batches {', '.join(str(index) for index in late if index % self.world == rank)}"
+                    for rank in sorted({index % self.world for index in late})
+                )
+                raise ShardError(
+                    f"{job.name}: of {self.world} ranks, {owed}, and wrote nothing to {self.folder} for "
+                    f"{self.timeout:g} s. See how that ended, and repeat the command: what is done stays done, and any "
+                    "number of ranks may go on with it. Where a batch takes longer than that, give a longer timeout."
+                )
             if waiting:
                 time.sleep(min(0.5, self.timeout / 10))
-
-    def _overdue(self, job: Job[Any], silent: Sequence[int], waiting: set[int]) -> str:
-        owed = "; ".join(
-            f"rank {rank} owes batches {', '.join(str(i) for i in sorted(waiting) if i % self.world == rank)}"
-            for rank in silent
-        )
-        return (
-            f"{job.name}: of {self.world} ranks, {owed}, and wrote nothing to {self.folder} for {self.timeout:g} s. "
-            "See how that ended, and repeat the command: what is done stays done, and any number of ranks may go on "
-            "with it. Where a batch takes longer than that, give a longer timeout."
-        )
 
     def clear(self) -> None:
         """Removes the folder, once the results are written elsewhere."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _path(self, job: Job[Any], index: int) -> Path:
-        return self.folder / job.name / f"{index:06d}.safetensors"
-
-    def _stamp(self, job: Job[Any], index: int) -> dict[str, str]:
-        """The metadata of the file of a batch."""
-        return {"settings": self._digest, "job": job.digest, "batch": str(index)}
+    def _file(self, job: Job[Any], index: int) -> tuple[Path, dict[str, str]]:
+        """The file of a batch, and its metadata."""
+        stamp = {"settings": self._digest, "job": job.digest, "batch": str(index)}
+        return self.folder / job.name / f"{index:06d}.safetensors", stamp
 
     def _save(self, job: Job[Any], index: int, batch: Tensors) -> None:
         from safetensors.torch import save
 
-        path = self._path(job, index)
+        path, stamp = self._file(job, index)
         path.parent.mkdir(parents=True, exist_ok=True)
         if not (self.folder / "settings.json").exists():
             publish(self.folder / "settings.json", json.dumps(self.settings, indent=1))
         self._agree()
         # copies, because safetensors refuses tensors that share memory
         tensors = {name: value.detach().cpu().clone().contiguous() for name, value in batch.items()}
-        publish(path, save(tensors, self._stamp(job, index)))
+        publish(path, save(tensors, stamp))
 
     def _load(self, job: Job[Any], index: int) -> Tensors | None:
         from safetensors import SafetensorError, safe_open
 
+        path, stamp = self._file(job, index)
         try:
-            with safe_open(self._path(job, index), "pt") as file:
-                if file.metadata() != self._stamp(job, index):
-                    return None
+            with safe_open(path, "pt") as file:
                 # copies, because what is read is mapped from the file, which `clear` removes
-                return {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+                found = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+                return found if file.metadata() == stamp else None
         except (OSError, SafetensorError):
             return None
 
