@@ -147,7 +147,7 @@ def assemble(command: Command, world: World) -> Plan:
         figures.require()
     trainer, samplers = command.build("trainer"), command.samplers()
     torch.manual_seed(seed)  # initial weights and dropout; everything else takes an Rng
-    dataset = loading.build_dataset(config, command.allow)
+    dataset = command.build("data")
     denoiser = loading.build_denoiser(config, dataset, command.allow).to(device)
     loss: Any = loading.build_loss(config, denoiser, command.allow).to(device)
     loading.check_fit(denoiser, dataset, conditional=conditional)

@@ -22,6 +22,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from ..checks import whole
@@ -82,8 +84,6 @@ def save(
         ValueError: keep_last < 1 or keep_best < 0.
         CheckpointError: it could not be written (a full disk, say); earlier checkpoints are unchanged.
     """
-    from safetensors import SafetensorError
-
     whole(keep_last, "keep_last")
     whole(keep_best, "keep_best", 0)
     final = folder / f"step-{step:08d}"
@@ -113,13 +113,11 @@ def _write(
     new: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], records: Mapping[str, Any], score: float | None
 ) -> None:
     """Makes the folder `new` with every file of a checkpoint, and waits until all of it is on the disk."""
-    from safetensors.torch import save_file
-
     new.mkdir()
     for name, group in tensors.items():
         # a copy of each, because safetensors refuses tensors that share memory (tied weights)
         path = new / f"{name}.safetensors"
-        save_file({k: v.detach().cpu().clone().contiguous() for k, v in group.items()}, path)
+        safetensors.torch.save_file({k: v.detach().cpu().clone().contiguous() for k, v in group.items()}, path)
         # safetensors makes files that only their owner can read; what the umask allows is read from the folder,
         # because asking for the umask changes it, for every thread
         os.chmod(path, new.stat().st_mode & 0o666)
@@ -171,9 +169,6 @@ def load(path: Path | str) -> Checkpoint:
     Raises:
         CheckpointError: a file is missing, was cut or changed, or is no checkpoint.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     path = Path(path)
     try:
         manifest = _read(path / "manifest.json")
@@ -181,9 +176,7 @@ def load(path: Path | str) -> Checkpoint:
         if not (type(version) is type(step) is int and step >= 0 and isinstance(files, dict)):
             raise TypeError(f"format={version!r:.40}, step={step!r:.40}, files={files!r:.40}")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(
-            f"{path} has no readable manifest.json ({error}), so it is not a whole checkpoint."
-        ) from error
+        raise CheckpointError(f"{path} is no whole checkpoint: its manifest.json cannot be read: {error}") from error
     # format 0 had none, so a manifest that has one and says 0 is damaged; later formats have to keep it
     if (version or "sha256" in manifest) and manifest.get("sha256") != _digest(manifest):
         raise CheckpointError(f"{path / 'manifest.json'} is not what was written: its own SHA-256 differs.")
@@ -199,17 +192,15 @@ def load(path: Path | str) -> Checkpoint:
         if Path(name).name != name or suffix not in (".safetensors", ".json"):
             raise CheckpointError(f"{path}: the manifest names {name!r:.80}, which is no file of a checkpoint.")
         try:
-            if not _matches(path / name, expected):
-                raise CheckpointError(
-                    f"{path / name} is not what was written: its size or SHA-256 differs from the manifest."
-                )
+            _compare(path / name, expected)
             if suffix == ".json":
                 records[stem] = _read(path / name)
             else:
-                # copies: load_file maps the file into memory, which later saves remove
-                tensors[stem] = {key: value.clone() for key, value in load_file(path / name).items()}
+                # copies: what is loaded is mapped from the file, which later saves remove
+                mapped = safetensors.torch.load_file(path / name)
+                tensors[stem] = {key: value.clone() for key, value in mapped.items()}
         except (OSError, ValueError, SafetensorError) as error:
-            raise CheckpointError(f"{path}: {name:.80} cannot be read: {error!s:.500}") from error
+            raise CheckpointError(f"{path}: {name:.80} cannot be used: {error!s:.500}") from error
     return Checkpoint(path, step, tensors, records)
 
 
@@ -291,10 +282,11 @@ def _size(path: Path) -> int:
     return status.st_size
 
 
-def _matches(path: Path, expected: Any) -> bool:
-    """Whether a file is the one in the manifest; a file of another size is not read."""
+def _compare(path: Path, expected: Any) -> None:
+    """Refuses (by a ValueError) a file that is not the one in the manifest; a file of another size is not read."""
     size = _size(path)
-    return isinstance(expected, dict) and expected.get("bytes") == size and _fingerprint(path) == expected
+    if not (isinstance(expected, dict) and expected.get("bytes") == size and _fingerprint(path) == expected):
+        raise ValueError("it is not what was written: its size or SHA-256 differs from the manifest")
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:

@@ -184,13 +184,11 @@ def natural(name: str) -> list[tuple[int, int, str]]:
 
 def measured(run: Run) -> dict[str, str]:
     """Steps, images, bits/dim and loss of a run as a table shows them."""
-    bits = "–" if run.bits is None else f"{run.bits:.4f}"
-    return {
-        "step": "–" if run.step is None else f"{run.step:,}",
-        "images": "–" if run.images is None else f"{run.images:,}",
-        "bits/dim": bits if run.bits is None or run.stderr is None else f"{bits} ± {run.stderr:.4f}",
-        "loss": "–" if run.loss is None else f"{run.loss:.5g}",
-    }
+    digits = {"step": ",", "images": ",", "bits/dim": ".4f", "loss": ".5g"}
+    shown = {name: "–" if value is None else format(value, digits[name]) for name, value in run.numbers.items()}
+    if run.bits is not None and run.stderr is not None:
+        shown["bits/dim"] += f" ± {run.stderr:.4f}"
+    return shown
 
 
 def count_states(runs: Sequence[Run]) -> str:

@@ -8,10 +8,12 @@ import shutil
 import sys
 import textwrap
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from rich.table import Table
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
 
 def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
@@ -93,8 +95,6 @@ def layout(
             columns are left out, last first, until it has 24. None: every cell is shown in full.
         optional: columns that may be left out, named without their group where the last part alone is clear.
     """
-    from rich.console import Console
-
     keys = [key for key in columns if key in optional]
     console = Console(file=io.StringIO(), width=width or 100_000, color_system=None)
     for count in range(len(keys), -1, -1):
@@ -111,10 +111,6 @@ def layout(
 
 def _table(columns: Mapping[str, Sequence[Any]], longest: int | None) -> Table:
     """One line per row: the last column gives way where the table is too wide, the others never do."""
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-    from rich.text import Text
-
     table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
     *_, last = columns
     for place, name in enumerate(columns):

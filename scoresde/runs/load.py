@@ -86,10 +86,6 @@ def choose_kernels(kernels: str | bool | None, device: torch.device) -> None:
         raise ValueError(f"kernels are required, and {device} cannot have them: {reason}. Try kernels=auto.")
 
 
-def build_dataset(config: Mapping[str, Any], allow: Sequence[str]) -> Dataset:
-    return build(config["data"], allow, key="data")
-
-
 def build_denoiser(config: Mapping[str, Any], dataset: Dataset, allow: Sequence[str]) -> Denoiser:
     """The denoiser of a resolved configuration, or the classifier, freshly initialised."""
     classes, node = dataset.classes if config["conditional"] else 0, config["denoiser"]
@@ -210,7 +206,7 @@ def load_run(
     # a checkpoint is measured in full precision, however it was trained
     full = {"autocast": None} if "autocast" in config["denoiser"] else {}
     config = {**config, "denoiser": {**config["denoiser"], **full}}
-    dataset = build_dataset(config, allow)
+    dataset = build(config["data"], allow, key="data")
     denoiser = build_denoiser(config, dataset, allow)
     try:
         tensors = found.tensors[str(weights)] if length is None else reconstruct(folder / "averages", length)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import json
 import os
 import socket
@@ -66,8 +67,6 @@ def _take(descriptor: int) -> None:
     Raises:
         OSError: another process holds it, or the file system has no locks.
     """
-    import fcntl
-
     for _ in range(500):  # 5 s, where a probe takes microseconds
         with contextlib.suppress(BlockingIOError):
             return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -79,8 +78,6 @@ def _take(descriptor: int) -> None:
 
 def holder(folder: Path) -> dict[str, Any] | None:
     """{"pid", "host", "started"} of the process that holds `folder` now; None if no process does."""
-    import fcntl
-
     path = folder / _NAME
     try:
         descriptor = os.open(path, os.O_RDONLY)

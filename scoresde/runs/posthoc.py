@@ -33,7 +33,7 @@ def exponent(sigma_rel: float) -> float:
     """
     if not 0 < sigma_rel <= 12**-0.5 + 1e-12:
         raise ValueError(
-            f"sigma_rel is a share of training in (0, {12**-0.5:.4f}], the latter the plain mean; got {sigma_rel}."
+            f"sigma_rel is a share of training in (0, 0.2887], the latter the plain mean; got {sigma_rel}."
         )
     ratio = sigma_rel**-2
     return max(0.0, float(np.roots([1, 7, 16 - ratio, 12 - ratio]).real.max()))
@@ -126,11 +126,10 @@ def reconstruct(
     for path in used:
         lengths, tensors = _read(path)
         for index in range(len(lengths)):
-            factor = next(share)
-            part = {name: factor * value.double() for name, value in _group(tensors, index).items()}
+            part, factor = _group(tensors, index), next(share)
             if total and {n: v.shape for n, v in part.items()} != {n: v.shape for n, v in total.items()}:
                 raise ValueError(f"{path} is of another module than the snapshots before it.")
-            total = {name: value + total[name] for name, value in part.items()} if total else part
+            total = {name: total.get(name, 0.0) + factor * value.double() for name, value in part.items()}
     return {name: value.float() for name, value in total.items()} | _group(tensors, "buffers")
 
 
@@ -184,9 +183,7 @@ def _read(path: Path) -> tuple[list[float], Tensors]:
         if digest != _digest(tensors, facts) or path.name != _name(int(facts["images"])):
             raise ValueError("its SHA-256 or its name differs from what was written")
     except (OSError, SafetensorError, KeyError, ValueError) as error:
-        raise ValueError(
-            f"{path} is damaged: {error}. Remove it to go on without it, or restore it from a copy."
-        ) from error
+        raise ValueError(f"{path} is damaged: {error}. Remove it to go on without it, or restore a copy.") from error
     return lengths, tensors
 
 

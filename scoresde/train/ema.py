@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from ..checks import positive
 from ..runs.posthoc import exponent
 from .slices import local
 
@@ -95,11 +96,8 @@ class EMA(Average):
     """
 
     def __init__(self, module: nn.Module, *, half_life: float = 20_000, ramp: float | None = 0.05):
-        if not half_life > 0:
-            raise ValueError(f"half_life is a positive number of images; got {half_life}.")
-        if ramp is not None and not ramp > 0:
-            raise ValueError(f"ramp is a positive share of the images seen, or null; got {ramp}.")
-        self.half_life, self.ramp = float(half_life), ramp
+        self.half_life = positive(half_life, "half_life", "a number of images")
+        self.ramp = None if ramp is None else positive(ramp, "ramp", "null or a share of the images seen")
         super().__init__(module)
 
     def decays(self, images: int, batch: int) -> list[float]:
@@ -148,16 +146,12 @@ def pull(shadow: list[Tensor], weights: list[Tensor], share: float, keep: Tensor
     torch._foreach_add_(shadow, step)
 
 
-def _refuse_other(mine: Mapping[str, Tensor], theirs: Mapping[str, Tensor], what: str) -> None:
-    if list(mine) != list(theirs):
-        odd = sorted(mine.keys() ^ theirs.keys())
+def _refuse_other(average: Mapping[str, Tensor], module: Mapping[str, Tensor], what: str) -> None:
+    mine, theirs = ([f"{name} {tuple(value.shape)}" for name, value in part.items()] for part in (average, module))
+    if mine != theirs:
+        odd = [f"the average's {name}" for name in mine if name not in theirs]
+        odd += [f"the module's {name}" for name in theirs if name not in mine]
         raise ValueError(
-            f"The average has {len(mine)} {what} and the module {len(theirs)}, not the same ones in the same order"
-            f"{': ' + ', '.join(odd[:3]) if odd else ''}. Average the module that it was made from."
-        )
-    if [value.shape for value in mine.values()] != [value.shape for value in theirs.values()]:
-        name = next(name for name, value in mine.items() if value.shape != theirs[name].shape)
-        raise ValueError(
-            f"{what[:-1]} {name} has shape {tuple(theirs[name].shape)}, its average {tuple(mine[name].shape)}: "
-            "not the same module."
+            f"The average has {len(mine)} {what} and the module {len(theirs)}, not the same ones in the same order: "
+            f"{', '.join(odd[:4])}. Average the module that it was made from."
         )

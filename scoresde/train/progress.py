@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
 import torch
+from tqdm import tqdm
 
 Item = TypeVar("Item")
 
@@ -25,13 +26,9 @@ def track(
         show: False for silence.
         every: seconds between two lines.
     """
-    if not show:
-        return iter(items)
-    if not sys.stderr.isatty():
+    if show and not sys.stderr.isatty():
         return _lines(items, label, total, every)
-    from tqdm import tqdm
-
-    return iter(tqdm(items, desc=label, total=total, leave=False, dynamic_ncols=True))
+    return iter(tqdm(items, desc=label, total=total, leave=False, dynamic_ncols=True, disable=not show))
 
 
 def _lines(items: Iterable[Item], label: str, total: int | None, every: float) -> Iterator[Item]:
@@ -69,11 +66,8 @@ class Progress:
         self._start = self._shown = time.monotonic()
         self._marks: deque[tuple[float, int]] = deque(maxlen=11)  # clock and images at the end of each interval
         self._first, self._loss = done, ""
-        self._bar = None
-        if show and sys.stderr.isatty():
-            from tqdm import tqdm
-
-            self._bar = tqdm(total=total, initial=done, dynamic_ncols=True, bar_format="{bar:20} {desc}")
+        silent = not (show and sys.stderr.isatty())
+        self._bar = tqdm(total=total, initial=done, dynamic_ncols=True, bar_format="{bar:20} {desc}", disable=silent)
 
     def update(self, images: int, loss: float | None = None) -> None:
         """Reports that `images` images have been seen in all, and the loss where it is known."""
@@ -82,7 +76,7 @@ class Progress:
         now = time.monotonic()
         if loss is not None:
             self._loss = f"  loss {loss:.4g}"
-        if self._bar is not None:
+        if not self._bar.disable:
             if now - self._shown >= 0.1 or images >= self.total:
                 self._bar.n, self._shown = images, now
                 self._bar.set_description_str(self._text(images))
@@ -109,8 +103,7 @@ class Progress:
         return (last - first) / max(end - start, 1e-9)
 
     def close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
+        self._bar.close()
 
     def _clock(self) -> float:
         return time.monotonic() - self._idle
@@ -120,16 +113,9 @@ class Progress:
 
     def _text(self, images: int) -> str:
         rate = self.rate(images)
-        left = duration(max(self.total - images, 0) / max(rate, 1e-9))
+        left = tqdm.format_interval(max(self.total - images, 0) / max(rate, 1e-9))
         memory = peak_memory(self.device) / 2**30
         return f"train {images:,}/{self.total:,} images{self._loss}  {rate:,.0f} img/s  {left} left  {memory:.1f} GiB"
-
-
-def duration(seconds: float) -> str:
-    """m:ss, or h:mm:ss from one hour on."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 def peak_memory(device: torch.device) -> int:

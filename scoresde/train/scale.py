@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..checks import positive
+
 
 class LossScale:
     """Multiplies the loss by `value` before backward, and gradients by its inverse after.
@@ -20,11 +22,10 @@ class LossScale:
     GROWTH_STEPS = 2000
 
     def __init__(self, start: float | None, device: torch.device):
-        if start is not None and not start > 0:
-            raise ValueError(f"loss_scale starts above 0, or is null for none; got {start!r}.")
         self.fixed = start is None
-        self.value = torch.tensor(float(start or 1.0), device=device)
-        self.good = torch.zeros((), device=device)
+        first = 1.0 if start is None else positive(start, "loss_scale", "null or a number")
+        self.value = torch.tensor(first, device=device)
+        self.good = torch.zeros((), dtype=torch.int32, device=device)
 
     def up(self, loss: Tensor) -> Tensor:
         return loss if self.fixed else loss * self.value
@@ -35,17 +36,13 @@ class LossScale:
 
     def update(self, keep: Tensor) -> None:
         """Adapts the value to a step that was kept (a bool scalar on the device), or was not."""
-        if self.fixed:
-            return
-        self.good = torch.where(keep, self.good + 1, 0.0)
-        grown = self.good >= self.GROWTH_STEPS
-        self.value = torch.where(keep, torch.where(grown, self.value * 2, self.value), self.value / 2)
-        self.good = torch.where(grown, 0.0, self.good)
+        if not self.fixed:  # by what torch.amp.GradScaler calls
+            torch._amp_update_scale_(self.value, self.good, (~keep).float(), 2.0, 0.5, self.GROWTH_STEPS)
 
     def state_dict(self) -> dict[str, Tensor]:
         return {} if self.fixed else {"scale": self.value, "good": self.good}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        if self.fixed:
-            return
-        self.value, self.good = state["scale"].to(self.value.device), state["good"].to(self.value.device)
+        if not self.fixed:
+            self.value.copy_(state["scale"])
+            self.good.copy_(state["good"])

@@ -77,9 +77,7 @@ class TrainingState:
     ):
         self.world = Alone() if world is None else world
         if not optimizer.defaults.get("fused"):
-            raise ValueError(
-                "The trainer needs optimizer(fused=True): other ones cannot skip a bad step on the device."
-            )
+            raise ValueError("The trainer needs optimizer(fused=True): others cannot skip a bad step on the device.")
         for group in optimizer.param_groups:
             if not 0 <= group["lr"] < math.inf:
                 raise ValueError(f"lr is a finite number of at least 0; got {group['lr']}.")

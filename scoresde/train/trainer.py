@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import torch
 
-from ..checks import whole
+from ..checks import positive, whole
 from ..runs.checkpoint import save, sweep
 from ..runs.logger import Logger, NullLogger
 from .progress import Progress
@@ -83,9 +83,8 @@ class Trainer:
         for name in (*above, "warmup", "cooldown", "keep_best", *(f"{action}_every" for action in ACTIONS)):
             setattr(self, name, whole(getattr(self, name), name, least=int(name in above)))
         for name in ("clip", "loss_scale"):
-            value = getattr(self, name)
-            if value is not None and not (isinstance(value, (int, float)) and value > 0):
-                raise ValueError(f"{name} is a number above 0, or null for none; got {value!r}.")
+            if getattr(self, name) is not None:
+                positive(getattr(self, name), name, "null or a number")
         if self.keep_best and not self.evaluate_every:
             raise ValueError("keep_best compares measurements, and evaluate_every=0 makes none.")
 

@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..checks import positive
+
 Result = TypeVar("Result")
 
 
@@ -76,7 +78,6 @@ class Processes(World):
     _PATIENCE = datetime.timedelta(days=7)
 
     def __init__(self, device: torch.device, timeout: float = 600.0):
-        self.timeout = float(timeout)
         if not dist.is_initialized():
             if device.type == "cuda":
                 torch.cuda.set_device(device)
@@ -164,8 +165,7 @@ def join(device: torch.device, timeout: float = 600.0) -> World:
     Raises:
         ValueError: a timeout that is no positive number of seconds.
     """
-    if isinstance(timeout, bool) or not isinstance(timeout, (int, float)) or not timeout > 0:
-        raise ValueError(f"timeout is a number of seconds > 0; got {timeout!r}.")
+    timeout = positive(timeout, "timeout", "a number of seconds")
     return Processes(device, timeout) if int(os.environ.get("WORLD_SIZE", "1")) > 1 else Alone()
 
 

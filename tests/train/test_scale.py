@@ -47,7 +47,7 @@ def test_the_null_object_leaves_everything_as_it_is() -> None:
 
 @pytest.mark.parametrize("start", [0.0, -1.0, float("nan")])
 def test_it_starts_above_0(start: float) -> None:
-    with pytest.raises(ValueError, match="loss_scale starts above 0"):
+    with pytest.raises(ValueError, match="loss_scale is null or a number, > 0 and finite"):
         LossScale(start, CPU)
 
 

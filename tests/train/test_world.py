@@ -108,7 +108,10 @@ def patience(seconds: Any) -> None:
 @pytest.mark.parametrize("seconds", [0, -1.0, True, "60"])
 def test_a_timeout_is_a_positive_number(seconds: Any) -> None:
     ends = start(patience, seconds, world=2).wait()
-    assert all(end.code == 1 and f"timeout is a number of seconds > 0; got {seconds!r}" in end.output for end in ends)
+    assert all(
+        end.code == 1 and f"timeout is a number of seconds, > 0 and finite; got {seconds!r}" in end.output
+        for end in ends
+    )
 
 
 HOUR = 3600.0
