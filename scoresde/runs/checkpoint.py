@@ -33,7 +33,7 @@ _NAME = re.compile(r"step-([0-9]{8,})")
 _ABANDONED = re.compile(r"\.(step-[0-9]{8,})\.(new|old|gone)")
 _RECORD_BYTES = 16 << 20  # a record is a configuration or some counters
 FORMAT = 1
-
+Groups = Mapping[str, Mapping[str, Tensor]]  # name of the group -> name of the tensor -> tensor
 _log = logging.getLogger(__name__)
 
 
@@ -65,7 +65,7 @@ class Checkpoint:
 def save(
     folder: Path,
     step: int,
-    tensors: Mapping[str, Mapping[str, Tensor]],
+    tensors: Groups,
     records: Mapping[str, Any],
     *,
     keep_last: int = 2,
@@ -109,9 +109,7 @@ def save(
     return final
 
 
-def _write(
-    new: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], records: Mapping[str, Any], score: float | None
-) -> None:
+def _write(new: Path, step: int, tensors: Groups, records: Mapping[str, Any], score: float | None) -> None:
     """Makes the folder `new` with every file of a checkpoint, and waits until all of it is on the disk."""
     new.mkdir()
     for name, group in tensors.items():
@@ -131,7 +129,7 @@ def _write(
         sync(path)
 
 
-def _room(folder: Path, tensors: Mapping[str, Mapping[str, Tensor]]) -> str:
+def _room(folder: Path, tensors: Groups) -> str:
     needed = sum(value.numel() * value.element_size() for group in tensors.values() for value in group.values())
     free = shutil.disk_usage(folder).free if folder.is_dir() else 0
     return f"It takes {needed / 2**20:.1f} MiB, and {free / 2**20:.1f} MiB are free there."

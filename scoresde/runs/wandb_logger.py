@@ -51,7 +51,8 @@ class WandbLogger(Logger):
     ):
         if mode not in ("offline", "online", "disabled"):
             raise ValueError(f"mode is 'offline', 'online' or 'disabled'; got {mode!r}.")
-        self.mode, self.project, self.entity, self.tags = mode, project, entity, list(tags)
+        self.mode = mode
+        self.place: dict[str, Any] = {"project": project, "entity": entity, "tags": list(tags)}
         self.finish_timeout = positive(finish_timeout, "finish_timeout", "a number of seconds")
         self._view: subprocess.Popen[bytes] | None = None
         self._folder, self._warned = "", False
@@ -60,29 +61,17 @@ class WandbLogger(Logger):
         self.close()
         if self.mode == "disabled":
             return
-        run = {
-            "project": self.project,
-            "entity": self.entity,
-            "tags": self.tags,
-            "id": facts.id,
-            "name": facts.folder.name,
-            "group": facts.group,
-            "dir": str(facts.folder.absolute()),
-            "config": dict(facts.config),
-        }
+        run = self.place | {"id": facts.id, "name": facts.folder.name, "group": facts.group}
+        run |= {"dir": str(facts.folder.absolute()), "config": dict(facts.config)}
+        command = [sys.executable, "-P", wandb_view.__file__, str(os.getpid())]
+        environment = {"WANDB_ERROR_REPORTING": "false", **os.environ}  # telemetry, which can hold up the exit by 15 s
         self._folder, self._warned, self._cut = f"{facts.folder}/wandb/*run-*", False, b""
         try:
             # each end opens a file for itself, so that it has a position of its own; the names go at once
             with tempfile.NamedTemporaryFile() as sent, tempfile.NamedTemporaryFile() as said:
                 self._sent, self._said = open(sent.name, "ab"), open(said.name, "rb")  # noqa: SIM115 (closed by close)
                 self._view = subprocess.Popen(
-                    [sys.executable, "-P", wandb_view.__file__, str(os.getpid())],
-                    stdin=sent,
-                    stdout=said,
-                    stderr=subprocess.DEVNULL,
-                    start_new_session=True,
-                    # without telemetry, which can hold up the exit by 15 s
-                    env={"WANDB_ERROR_REPORTING": "false", **os.environ},
+                    command, stdin=sent, stdout=said, stderr=subprocess.DEVNULL, start_new_session=True, env=environment
                 )
         except OSError as error:
             self._warn(f"W&B cannot be started ({error}); the run goes on, metrics.jsonl has every row.")

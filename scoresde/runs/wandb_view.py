@@ -111,11 +111,11 @@ def begin(options: Mapping[str, Any], tell: Tell) -> Any:
         tell("folder", place(run))
         return run
 
-    if options["mode"] != "online":
-        return start(options["mode"])
     try:
-        return start("online")
+        return start(options["mode"])
     except Exception as error:
+        if options["mode"] != "online":
+            raise
         leave_service()
         run = start("offline")
         tell("say", f"W&B cannot be reached ({brief(error)}). The run is kept offline; later: wandb sync {place(run)}")

@@ -15,14 +15,11 @@ from tqdm import tqdm
 Item = TypeVar("Item")
 
 
-def track(
-    items: Iterable[Item], label: str, total: int | None = None, *, show: bool = True, every: float = 30.0
-) -> Iterator[Item]:
+def track(items: Iterable[Item], label: str, total: int, *, show: bool = True, every: float = 30.0) -> Iterator[Item]:
     """Passes the items on and shows the rate and the time left: a bar on a terminal, elsewhere a line now and then.
 
     Args:
-        items, label: the items and their name.
-        total: the number of items, if it is known.
+        items, label, total: the items, their name and their number.
         show: False for silence.
         every: seconds between two lines.
     """
@@ -31,16 +28,15 @@ def track(
     return iter(tqdm(items, desc=label, total=total, leave=False, dynamic_ncols=True, disable=not show))
 
 
-def _lines(items: Iterable[Item], label: str, total: int | None, every: float) -> Iterator[Item]:
+def _lines(items: Iterable[Item], label: str, total: int, every: float) -> Iterator[Item]:
     start = last = time.monotonic()
     for count, item in enumerate(items, 1):
         yield item
         now = time.monotonic()
         if now - last >= every:
             rate, last = count / (now - start), now
-            left = "" if total is None else f"  {(total - count) / rate:.0f} s left"
-            done = f"{count:,}" if total is None else f"{count:,}/{total:,}"
-            print(f"{label} {done}  {rate:.3g}/s{left}", file=sys.stderr, flush=True)
+            text = f"{label} {count:,}/{total:,}  {rate:.3g}/s  {(total - count) / rate:.0f} s left"
+            print(text, file=sys.stderr, flush=True)
 
 
 class Progress:
@@ -113,7 +109,7 @@ class Progress:
 
     def _text(self, images: int) -> str:
         rate = self.rate(images)
-        left = tqdm.format_interval(max(self.total - images, 0) / max(rate, 1e-9))
+        left = tqdm.format_interval(round(max(self.total - images, 0) / max(rate, 1e-9)))
         memory = peak_memory(self.device) / 2**30
         return f"train {images:,}/{self.total:,} images{self._loss}  {rate:,.0f} img/s  {left} left  {memory:.1f} GiB"
 

@@ -57,7 +57,6 @@ class Signals:
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
-        self._before = {}
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.code:
