@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -143,14 +144,11 @@ def _state(run: Run, summary: dict[str, Any], job: dict[str, Any], failure: dict
 
 def newest_checkpoint(folder: Path) -> int | None:
     """Step of the newest checkpoint whose files are all there with their sizes; None if there is none."""
-    steps = sorted((p for p in (folder / "checkpoints").glob("step-*") if p.name[5:].isdigit()), reverse=True)
-    for path in steps:
-        try:
+    for path in sorted((folder / "checkpoints").glob("step-*"), reverse=True):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
             files = json.loads((path / "manifest.json").read_text(encoding="utf-8"))["files"]
             if files and all((path / name).stat().st_size == entry["bytes"] for name, entry in files.items()):
-                return int(path.name[5:])
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            continue
+                return int(path.name.removeprefix("step-"))
     return None
 
 

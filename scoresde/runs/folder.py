@@ -47,7 +47,7 @@ def prepare(folder: Path, config: Mapping[str, Any], *, resume: str | bool, over
         raise ValueError(f"overwrite is true or false; got {overwrite!r}.")
     if resume == "auto" and overwrite:
         raise ValueError("resume=auto continues a run and overwrite=true replaces it; give one of the two.")
-    held = contents(folder)
+    held = [path for pattern in _FILES for path in sorted(folder.glob(pattern))]
     if not held:
         return None
     names = ", ".join(sorted({path.relative_to(folder).parts[0] for path in held}))
@@ -67,11 +67,6 @@ def prepare(folder: Path, config: Mapping[str, Any], *, resume: str | bool, over
     if checkpoint is not None:
         _check_identity(checkpoint, config)
     return checkpoint
-
-
-def contents(folder: Path) -> list[Path]:
-    """Files and checkpoints below `folder` that carry a name a run would write."""
-    return [path for pattern in _FILES for path in sorted(folder.glob(pattern))]
 
 
 def write_config(folder: Path, config: Mapping[str, Any], command: str) -> None:

@@ -148,20 +148,19 @@ def follow(run: Any, messages: Messages) -> None:
     """Every message until `close`."""
     import wandb
 
-    for name, *arguments in messages:
-        if name == "log":
-            run.log(arguments[0])
-        elif name == "image":
-            key, path, row = arguments
-            run.log({key: wandb.Image(path), **row})
-        elif name == "table":
-            key, columns, rows = arguments
-            run.log({key: wandb.Table(columns=columns, data=rows)})
-        elif name == "summary":
-            run.summary.update(arguments[0])
-        else:
-            run.finish(exit_code=arguments[0])
-            return
+    for message in messages:
+        match message:
+            case "log", row:
+                run.log(row)
+            case "image", key, path, row:
+                run.log({key: wandb.Image(path), **row})
+            case "table", key, columns, rows:
+                run.log({key: wandb.Table(columns=columns, data=rows)})
+            case "summary", values:
+                run.summary.update(values)
+            case "close", code:
+                run.finish(exit_code=code)
+                return
 
 
 if __name__ == "__main__":

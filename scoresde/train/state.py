@@ -54,7 +54,6 @@ class TrainingState:
         names, parameters: of the loss, in one order.
         step, images: optimizer steps taken, images seen.
         marks: action -> images seen when it was last done.
-        score: the last value of `Trainer.best`, and the images seen by then; None before the first.
 
     Raises:
         ValueError: an optimizer that is not fused, a learning rate that is not finite, labels that are not there, or
@@ -102,7 +101,6 @@ class TrainingState:
         self.tally = Tally(self.device, loss.denoiser.sde, self.names, self.world)
         self.step, self.images = 0, 0
         self.marks: dict[str, int] = {}
-        self.score: tuple[float, int] | None = None
 
     def batch(self) -> tuple[Tensor, Cond]:
         """This process's rows of the next batch: x0 (B/size, *event) and its condition, on the device."""
@@ -149,7 +147,7 @@ class TrainingState:
 
     def records(self) -> dict[str, Any]:
         """JSON records of a checkpoint."""
-        counters = {"step": self.step, "images": self.images, "marks": dict(self.marks), "score": self.score}
+        counters = {"step": self.step, "images": self.images, "marks": dict(self.marks)}
         return {"counters": counters, "order": self.order.state_dict()}
 
     def restore(self, checkpoint: Checkpoint) -> None:
@@ -176,8 +174,6 @@ class TrainingState:
             # a checkpoint of format 0 has no marks: it was written after everything that was due
             marks = counters.get("marks", dict.fromkeys(ACTIONS, self.images))
             self.marks = {name: int(value) for name, value in marks.items()}
-            score = counters.get("score")
-            self.score = None if score is None else (float(score[0]), int(score[1]))
             self._restore_generators(random)
         except (RuntimeError, KeyError, ValueError, TypeError, AttributeError, IndexError, OverflowError) as error:
             raise CheckpointError(f"{checkpoint.path} does not fit this run: {error}") from error

@@ -82,9 +82,8 @@ class Trainer:
         above = ("images", "batch_size", "accumulate", "keep_last", "max_bad_steps")
         for name in (*above, "warmup", "cooldown", "keep_best", *(f"{action}_every" for action in ACTIONS)):
             setattr(self, name, whole(getattr(self, name), name, least=int(name in above)))
-        for name in ("clip", "loss_scale"):
-            if getattr(self, name) is not None:
-                positive(getattr(self, name), name, "null or a number")
+        if self.clip is not None:
+            positive(self.clip, "clip", "null or a number")
         if self.keep_best and not self.evaluate_every:
             raise ValueError("keep_best compares measurements, and evaluate_every=0 makes none.")
 
@@ -181,6 +180,7 @@ class _FitLoop:
     def __post_init__(self) -> None:
         trainer, state, leads = self.trainer, self.state, self.state.world.rank == 0
         self.first, self.skipped = state.step, state.tally.averages().skipped
+        self.score: float | None = None  # what was measured after this step
         self.progress = Progress(trainer.images, state.images, device=state.device, show=leads)
         self.logger = self.logger if leads else NullLogger()
         self.saver = Saver(background=trainer.background, go_on=trainer.on_save_error == "warn")
@@ -224,7 +224,7 @@ class _FitLoop:
                 state.marks[name] = state.images
 
     def step(self) -> None:
-        state = self.state
+        state, self.score = self.state, None
         # the first compiles, perhaps for minutes, and nothing is lost if it is broken off; where the compiler swallows
         # what a signal raises, the step is finished and saved as any other
         alone = state.world.size == 1
@@ -263,7 +263,7 @@ class _FitLoop:
             return
         state, values = self.state, self.lead(self.evaluate)
         if self.trainer.best in values:
-            state.score = float(values[self.trainer.best]), state.images
+            self.score = float(values[self.trainer.best])
         elif self.trainer.keep_best:
             raise ValueError(f"best={self.trainer.best} is not among what is measured: {', '.join(values)}.")
         self.logger.log(values, step=state.step, images=state.images)
@@ -297,11 +297,9 @@ class _FitLoop:
         with self.progress.paused():
             tensors, records = state.tensors(), {**state.records(), "config": self.config}
             self.logger.sync()  # no checkpoint is ahead of its rows
-            score, measured_at = state.score or (None, None)
-            score = score if measured_at == state.images else None
             keep = {"keep_last": trainer.keep_last, "keep_best": trainer.keep_best}
             if state.world.rank == 0:
-                self.saver.start(partial(save, self.folder, state.step, tensors, records, score=score, **keep))
+                self.saver.start(partial(save, self.folder, state.step, tensors, records, score=self.score, **keep))
 
     def stop(self, code: int) -> None:
         """Saves unless that is done already, and raises `Stopped`."""
