@@ -32,9 +32,7 @@ def exponent(sigma_rel: float) -> float:
         ValueError: outside (0, 1/√12]: the longest is the plain mean, γ = 0.
     """
     if not 0 < sigma_rel <= 12**-0.5 + 1e-12:
-        raise ValueError(
-            f"sigma_rel is a share of training in (0, 0.2887], the latter the plain mean; got {sigma_rel}."
-        )
+        raise ValueError(f"sigma_rel is a share of training in (0, 0.2887], the last the plain mean; got {sigma_rel}.")
     ratio = sigma_rel**-2
     return max(0.0, float(np.roots([1, 7, 16 - ratio, 12 - ratio]).real.max()))
 
