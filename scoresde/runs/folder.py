@@ -70,10 +70,9 @@ def prepare(folder: Path, config: Mapping[str, Any], *, resume: str | bool, over
 
 
 def write_config(folder: Path, config: Mapping[str, Any], command: str) -> None:
-    """`config.yaml`, whose first line is the command and marks the folder as a run."""
+    """`config.yaml`, whose first line is the command and marks the folder, which is there, as a run."""
     from omegaconf import OmegaConf
 
-    folder.mkdir(parents=True, exist_ok=True)
     text = f"{MARK}: {redacted_text(command)}\n{OmegaConf.to_yaml(redacted(config))}"
     publish(folder / "config.yaml", text)
 

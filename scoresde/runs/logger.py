@@ -93,7 +93,6 @@ class JsonlLogger(Logger):
         self.view = NullLogger() if view is None else view
         self._file: FileIO | None = None
         self._waiting = bytearray()  # what the file has not taken yet; a torn line goes on where it stopped
-        self._step = 0
         self._missing_from: int | None = None
 
     def start(self, facts: RunFacts) -> None:
@@ -110,9 +109,8 @@ class JsonlLogger(Logger):
 
     def log(self, values: Mapping[str, float], *, step: int, images: int) -> None:
         file = self._open()
-        self._step = step
         self._waiting += _line({"step": step, "images": images, "time": round(time.time(), 3), **values})
-        self._write(file)
+        self._write(file, step)
         self.view.log(values, step=step, images=images)
 
     def image(self, key: str, path: Path, *, step: int, images: int) -> None:
@@ -149,15 +147,15 @@ class JsonlLogger(Logger):
             raise RuntimeError("metrics.jsonl is not open: call start before log, and nothing after close.")
         return self._file
 
-    def _write(self, file: FileIO) -> None:
+    def _write(self, file: FileIO, step: int | None = None) -> None:
         try:
             while self._waiting:
                 del self._waiting[: os.write(file.fileno(), self._waiting)]
         except OSError as error:
             if self._missing_from is None:
-                self._missing_from = self._step
+                self._missing_from = step
                 cure = "The run goes on; rows wait in memory until they can be written."
-                _log.warning("metrics.jsonl does not take the row of step %d (%s). %s", self._step, error, cure)
+                _log.warning("metrics.jsonl does not take the row of step %d (%s). %s", step, error, cure)
             return
         if self._missing_from is not None:
             _log.warning("metrics.jsonl has every row again: those from step %d on waited.", self._missing_from)

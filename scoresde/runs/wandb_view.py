@@ -76,8 +76,22 @@ def show(messages: Messages, tell: Tell) -> None:
 
 def begin(options: Mapping[str, Any], tell: Tell) -> Any:
     """A W&B run; an online one that does not begin is kept offline."""
+    try:
+        return start(options, options["mode"], tell)
+    except Exception as error:
+        if options["mode"] != "online":
+            raise
+        leave_service()
+        run = start(options, "offline", tell)
+        tell("say", f"W&B cannot be reached ({brief(error)}). The run is kept offline; later: wandb sync {place(run)}")
+        return run
+
+
+def start(options: Mapping[str, Any], mode: Any, tell: Tell) -> Any:
+    """A W&B run that is online or offline."""
     import wandb
 
+    patience = options["patience"] if mode == "online" else max(LOCAL, options["patience"])
     wanted = {
         # no argv, code, host, packages or git remote in what may be uploaded: secrets end up there
         "console": "off",
@@ -88,38 +102,25 @@ def begin(options: Mapping[str, Any], tell: Tell) -> Any:
         "x_save_requirements": False,
         "host": "",
         "x_stats_pid": options["pid"],
+        "init_timeout": patience,
+        "finish_timeout": patience,
         "finish_timeout_raises": True,
         "x_transaction_log_flush_interval": 1.0,
         "x_sync_dir_suffix": str(os.getpid()),  # W&B names a folder by the second, in which a run may start twice
     }
-
-    def start(mode: Any) -> Any:
-        patience = options["patience"] if mode == "online" else max(LOCAL, options["patience"])
-        given = {**wanted, "init_timeout": patience, "finish_timeout": patience}
-        known = {name: value for name, value in given.items() if name in wandb.Settings.model_fields}
-        run = wandb.init(
-            **options["run"],
-            mode=mode,
-            resume="allow" if mode == "online" else None,
-            job_type="train",
-            reinit="finish_previous",
-            settings=wandb.Settings(**known),
-        )
-        # one axis for all: W&B drops rows whose own step goes back, as it does after a restart
-        run.define_metric("images")
-        run.define_metric("*", step_metric="images")
-        tell("folder", place(run))
-        return run
-
-    try:
-        return start(options["mode"])
-    except Exception as error:
-        if options["mode"] != "online":
-            raise
-        leave_service()
-        run = start("offline")
-        tell("say", f"W&B cannot be reached ({brief(error)}). The run is kept offline; later: wandb sync {place(run)}")
-        return run
+    run = wandb.init(
+        **options["run"],
+        mode=mode,
+        resume="allow" if mode == "online" else None,
+        job_type="train",
+        reinit="finish_previous",
+        settings=wandb.Settings(**{k: v for k, v in wanted.items() if k in wandb.Settings.model_fields}),
+    )
+    # one axis for all: W&B drops rows whose own step goes back, as it does after a restart
+    run.define_metric("images")
+    run.define_metric("*", step_metric="images")
+    tell("folder", place(run))
+    return run
 
 
 def leave_service(seconds: float = 5.0) -> None:
