@@ -23,17 +23,13 @@ def track(items: Iterable[Item], label: str, total: int, *, show: bool = True, e
         show: False for silence.
         every: seconds between two lines.
     """
-    if show and not sys.stderr.isatty():
-        return _lines(items, label, total, every)
-    return iter(tqdm(items, desc=label, total=total, leave=False, dynamic_ncols=True, disable=not show))
-
-
-def _lines(items: Iterable[Item], label: str, total: int, every: float) -> Iterator[Item]:
+    terminal = sys.stderr.isatty()
+    bar = tqdm(items, desc=label, total=total, leave=False, dynamic_ncols=True, disable=not (show and terminal))
     start = last = time.monotonic()
-    for count, item in enumerate(items, 1):
+    for count, item in enumerate(bar, 1):
         yield item
         now = time.monotonic()
-        if now - last >= every:
+        if show and not terminal and now - last >= every:
             rate, last = count / (now - start), now
             text = f"{label} {count:,}/{total:,}  {rate:.3g}/s  {(total - count) / rate:.0f} s left"
             print(text, file=sys.stderr, flush=True)
