@@ -164,7 +164,7 @@ class JsonlLogger(Logger):
 
 def _line(row: Mapping[str, Any]) -> bytes:
     # NaN and infinity are not JSON: as text they do not make the file unreadable
-    finite = {name: plain(value) if isinstance(value, float) else value for name, value in row.items()}
+    finite = {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
     return _ENCODER.encode(finite).encode() + b"\n"
 
 

@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -65,7 +66,8 @@ class WandbLogger(Logger):
         run |= {"dir": str(facts.folder.absolute()), "config": dict(facts.config)}
         command = [sys.executable, "-P", wandb_view.__file__, str(os.getpid())]
         environment = {"WANDB_ERROR_REPORTING": "false", **os.environ}  # telemetry, which can hold up the exit by 15 s
-        self._folder, self._warned, self._cut = f"{facts.folder}/wandb/*run-*", False, b""
+        self._folder, self._warned = f"{facts.folder}/wandb/*run-*", False
+        self._cut, self._listened = b"", 0.0
         try:
             # each end opens a file for itself, so that it has a position of its own; the names go at once
             with tempfile.NamedTemporaryFile() as sent, tempfile.NamedTemporaryFile() as said:
@@ -98,7 +100,7 @@ class WandbLogger(Logger):
             self._end(f"W&B did not end within {self.finish_timeout:g} s")
 
     def _send(self, *message: Any) -> None:
-        """Leaves a message for the view and passes on what that has said, without waiting."""
+        """Leaves a message for the view and now and then passes on what that has said, without waiting."""
         if self._view is None:
             return
         try:
@@ -107,11 +109,13 @@ class WandbLogger(Logger):
         except OSError as error:
             self._end(f"W&B's process cannot be told more ({error})")
             return
-        self._listen()
-        if self._view.poll() is not None:
-            self._end("")
+        if time.monotonic() - self._listened >= 1:  # listening takes as long as sending
+            self._listen()
+            if self._view.poll() is not None:
+                self._end("")
 
     def _listen(self) -> None:
+        self._listened = time.monotonic()
         *lines, self._cut = (self._cut + self._said.read()).split(b"\n")
         for line in lines:
             kind, text = json.loads(line)
