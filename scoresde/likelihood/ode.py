@@ -32,12 +32,13 @@ class LogLikelihood:
 
     Attributes:
         log_prob: (B,) nats, of the data as they were given (raw, if a scaling was).
-        stderr: (B,) nats, √(divergence_error² + solver_error²), the terms that are known.
+        stderr: (B,) nats, √(divergence_error² + solver_error²); NaN where the solver does not know its error.
         latent: x_T (B, *event).
         evaluations: network calls, each on the batch or what is left of it.
         divergence_error: (B,) nats, standard error of the divergence estimate: 0 for Exact.
-        solver_error: (B,) nats, the sum of local errors in log p, by the embedded rule of lower order; an upper
-            estimate as a rule. NaN where the backend does not tell (torchdiffeq, scipy).
+        solver_error: (B,) nats, the sum of local errors in log p, by the embedded rule of lower order, widened for
+            kinked fields and learned scores; an upper estimate as a rule. NaN where the backend does not tell
+            (torchdiffeq, scipy).
         name: of the estimator.
     """
 
@@ -92,7 +93,7 @@ def log_likelihood(
         latent, change, errors = _solve(flow, solver, x, up=True)
         latent = latent.to(x.dtype)
         log_prob = flow.counted.prior_log_prob_given(latent, cond) + flow.log_scale + change + log_volume
-    return LogLikelihood(log_prob, _total(*errors), latent, flow.counted.evaluations, *errors)
+    return LogLikelihood(log_prob, torch.hypot(*errors), latent, flow.counted.evaluations, *errors)
 
 
 def sample_with_log_prob(
@@ -132,7 +133,7 @@ def sample_with_log_prob(
         flow = Flow(denoiser, latent, divergence or Hutchinson(), cond, rng, t_min=t_min, differentiable=differentiable)
         x, change, errors = _solve(flow, solver, latent, up=False)
         log_prob = flow.counted.prior_log_prob_given(latent, cond) + flow.log_scale + change
-    return x.to(latent.dtype), LogLikelihood(log_prob, _total(*errors), latent, flow.counted.evaluations, *errors)
+    return x.to(latent.dtype), LogLikelihood(log_prob, torch.hypot(*errors), latent, flow.counted.evaluations, *errors)
 
 
 def _solve(flow: Flow, solver: Solver, x: Tensor, *, up: bool) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
@@ -146,11 +147,7 @@ def _solve(flow: Flow, solver: Solver, x: Tensor, *, up: bool) -> tuple[Tensor, 
     solved = solver(flow, x.double().flatten(1) / alpha, up=up)
     change, divergence_error = flow.divergence.summarise(solved.columns, flow.probes)
     change = (change + solved.correction) * (1 if up else -1)
-    return (end_alpha * solved.end).reshape(x.shape), change, (divergence_error, solved.error)
-
-
-def _total(divergence_error: Tensor, solver_error: Tensor) -> Tensor:
-    return torch.hypot(divergence_error.detach(), solver_error.nan_to_num(0.0))
+    return (end_alpha * solved.end).reshape(x.shape), change, (divergence_error.detach(), solved.error)
 
 
 def _model_data(x0: Tensor, scaling: RawScaling | None, rng: Rng) -> tuple[Tensor, float]:
