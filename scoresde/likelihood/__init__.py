@@ -1,6 +1,6 @@
 """Likelihoods of data under a model: along the probability-flow ODE, as bounds, and of classes by Bayes' rule."""
 
-from .bounds import ImportanceBound, elbo, importance_weighted, vlb
+from .bounds import ImportanceBound, elbo, importance_weighted, ode_bound, vlb
 from .budget import Budget, LikelihoodGrid
 from .classify import Classification, classify
 from .divergence import Exact, Hutchinson, HutchPlusPlus
@@ -24,6 +24,7 @@ __all__ = [
     "elbo",
     "importance_weighted",
     "log_likelihood",
+    "ode_bound",
     "sample_with_log_prob",
     "vlb",
 ]

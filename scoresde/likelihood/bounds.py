@@ -25,7 +25,10 @@ from ..diffusion.denoiser import Cond, Denoiser
 from ..diffusion.grids import Grid
 from ..diffusion.sde import SDE
 from ..noise.rng import Rng
-from .scaling import BinScaling
+from .divergence import Divergence, spread
+from .ode import LogLikelihood, log_likelihood
+from .scaling import RawScaling
+from .solver import Solver
 from .terms import Bound, Setting, Term, mean_and_error
 
 
@@ -56,7 +59,7 @@ def elbo(
     samples: int,
     cond: Cond = None,
     rng: Rng | None = None,
-    scaling: BinScaling | None = None,
+    scaling: RawScaling | None = None,
     t_min: float | None = None,
     importance: bool = True,
 ) -> Bound:
@@ -98,6 +101,65 @@ def elbo(
 
 
 @torch.no_grad()
+def ode_bound(
+    denoiser: Denoiser,
+    x0: Tensor,
+    solver: Solver,
+    *,
+    scaling: RawScaling,
+    samples: int = 1,
+    dequantised: bool = True,
+    divergence: Divergence | None = None,
+    cond: Cond = None,
+    rng: Rng | None = None,
+    t_min: float | None = None,
+) -> LogLikelihood:
+    r"""A lower bound on log P of raw integers by the probability flow, through the noise at `t_min`:
+
+        log P(raw) ≥ E_{z ~ q(z|raw)} [log p_{t_min}(z) + log P(raw|z) − log q(z|raw)],
+
+    where log p_{t_min} is `log_likelihood`'s, q(z|raw) is the data at t_min, x of `raw` with noise, and P(raw|z) the
+    mass of N(z/α, (σ/α)²) in the bin of `raw`, the decoder of `elbo`. What is lost is KL(q(z|raw) ‖ p(z|raw)). With
+    an exact divergence the draws are importance-weighted (Burda et al. 2016, eq. 8), and the bound rises with `samples`
+    to log P(raw). With probes they are averaged: a weight e^noise would be too large in the mean.
+
+    Args:
+        scaling: of the integers, with levels.
+        samples: draws of z per sample, ≥ 1, each one solve. A single one has no `stderr`.
+        dequantised: the network was trained on integers with uniform noise, so q is uniform in the bin and has the
+            noise of t_min. False for the centres of the bins, as in `elbo`.
+        denoiser, x0, solver, divergence, cond, rng, t_min: as in `log_likelihood`.
+
+    Returns:
+        As of `log_likelihood`; `divergence_error` is the standard error of the draws, with that of their divergence.
+
+    Raises:
+        ValueError: no samples, a scaling without levels.
+        SolverError: a solve that failed.
+    """
+    setting = Setting(denoiser, x0, scaling, t_min, samples, rng, cond)
+    if setting.bins is None:
+        raise ValueError("ode_bound bounds the probability of integers: pass their scaling=, with levels.")
+    rng, t = setting.rng, torch.tensor(setting.start, dtype=torch.float64)
+    values, errors, evaluations = [], [], 0
+    for _ in range(setting.samples):
+        x = scaling.encode(x0, rng=rng) if dequantised else setting.x
+        z = setting.sde.perturb(x, t, rng.normal_like(x))
+        found = log_likelihood(denoiser, z, solver, divergence=divergence, cond=cond, rng=rng, t_min=t_min)
+        values.append(found.log_prob + setting.log_bins(z) - setting.log_noised(z, dequantised))
+        errors.append(found.solver_error)
+        evaluations += found.evaluations
+    draws, of_solver = torch.stack(values, 1), torch.stack(errors).mean(0)
+    log_prob, relative = draws.mean(1), draws
+    if not bool(found.divergence_error.any()):
+        log_prob = draws.logsumexp(1) - math.log(setting.samples)
+        relative = (draws - log_prob[:, None]).exp()
+    of_draws = spread(relative) if setting.samples > 1 else torch.full_like(log_prob, math.nan)
+    stderr = torch.hypot(of_draws, of_solver)
+    return LogLikelihood(log_prob, stderr, found.latent, evaluations, of_draws, of_solver, "bpd/ode-bound")
+
+
+@torch.no_grad()
 def vlb(
     denoiser: Denoiser,
     x0: Tensor,
@@ -107,7 +169,7 @@ def vlb(
     samples: int = 1,
     cond: Cond = None,
     rng: Rng | None = None,
-    scaling: BinScaling | None = None,
+    scaling: RawScaling | None = None,
     t_min: float | None = None,
 ) -> Bound:
     r"""L_0 + Σ L_{t−1} + L_T of the ancestral chain of T `steps` with the posterior variance (Ho et al. 2020, eq. 5).
@@ -150,7 +212,7 @@ def importance_weighted(
     grid: Grid | None = None,
     cond: Cond = None,
     rng: Rng | None = None,
-    scaling: BinScaling | None = None,
+    scaling: RawScaling | None = None,
     t_min: float | None = None,
 ) -> ImportanceBound:
     r"""log (1/K) Σ_k p(x, z^k_{0…T})/q(z^k_{0…T}|x), z^k ~ q: K = `samples` whole chains (Burda et al. 2016, eq. 8).

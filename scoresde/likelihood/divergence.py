@@ -33,6 +33,10 @@ class Divergence(abc.ABC):
         """
 
     @abc.abstractmethod
+    def products(self, dims: int) -> int:
+        """Backward products beside each network call, for D = `dims`."""
+
+    @abc.abstractmethod
     def columns(self, dims: int) -> tuple[int, int]:
         """(columns carried, how many of the leading ones are log-densities under error control) for D = `dims`."""
 
@@ -89,6 +93,9 @@ class Exact(Divergence):
     def columns(self, dims: int) -> tuple[int, int]:
         return 1, 1
 
+    def products(self, dims: int) -> int:
+        return dims
+
     def rates(self, value: Tensor, x: Tensor, probes: Tensor, differentiable: bool) -> Tensor:
         dims = x[0].numel()
         trace = torch.zeros(len(x), dtype=torch.float64, device=x.device)
@@ -137,6 +144,9 @@ class Hutchinson(Divergence):
     def columns(self, dims: int) -> tuple[int, int]:
         return (1 + dims if self.count == 1 else self.count), self.count
 
+    def products(self, dims: int) -> int:
+        return self.count
+
     def rates(self, value: Tensor, x: Tensor, probes: Tensor, differentiable: bool) -> Tensor:
         products = _products(value, x, probes, differentiable)
         estimates = (products * probes.flatten(2)).sum(2)
@@ -144,7 +154,7 @@ class Hutchinson(Divergence):
 
     def summarise(self, columns: Tensor, probes: Tensor) -> tuple[Tensor, Tensor]:
         if self.count > 1:
-            return columns.mean(1), _spread(columns)
+            return columns.mean(1), spread(columns)
         estimate, product = columns[:, 0], columns[:, 1:]
         e, dims = probes[:, 0].flatten(1).double(), product.shape[1]
         if dims <= 2:
@@ -199,6 +209,9 @@ class HutchPlusPlus(Divergence):
         total = self.count + min(self.sketch, dims) ** 2
         return total, total
 
+    def products(self, dims: int) -> int:
+        return min(self.sketch, dims) + self.count
+
     def rates(self, value: Tensor, x: Tensor, probes: Tensor, differentiable: bool) -> Tensor:
         products, flat = _products(value, x, probes, differentiable), probes.flatten(2)
         k = flat.shape[1] - self.count
@@ -219,10 +232,10 @@ class HutchPlusPlus(Divergence):
         mean = beside / (dims - length)  # c by each probe: exact for M = c I − QΛQᵀ
         c = (mean.sum(1, keepdim=True) - mean) / (p - 1)
         estimates = beside + c * (length - k) + trace
-        return estimates.mean(1), _spread(estimates)
+        return estimates.mean(1), spread(estimates)
 
 
-def _spread(estimates: Tensor) -> Tensor:
+def spread(estimates: Tensor) -> Tensor:
     """Standard error (B,) of the mean of p ≥ 2 estimates (B, p), widened so that ±1.96 of it covers 95 %."""
     p = estimates.shape[1]
     return estimates.std(1) / math.sqrt(p) * (_student(p - 1) / 1.96)

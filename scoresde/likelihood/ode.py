@@ -11,6 +11,7 @@ a tolerance, or along a path of exactly so many network calls (`Tolerance`, `Bud
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -24,6 +25,7 @@ from .divergence import Divergence, Hutchinson
 from .flow import Flow
 from .scaling import RawScaling
 from .solver import Solver
+from .terms import hidden_bits
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,8 @@ def log_likelihood(
 ) -> LogLikelihood:
     """log p of each sample, in nats.
 
-    The density is that of the marginal at `t_min`, not of the data themselves: they differ by the noise σ(t_min).
+    The density is that of the marginal at `t_min`, not of the data themselves: they differ by the noise σ(t_min). Where
+    that may be worth more than 0.01 bits/dim of integer data there is a warning; `ode_bound` bounds those.
     Put the network into `eval()` mode first: dropout would make the field random.
 
     Args:
@@ -88,6 +91,13 @@ def log_likelihood(
     """
     rng = Rng(0) if rng is None else rng
     x, log_volume = _model_data(x0, scaling, rng)
+    if (hidden := hidden_bits(denoiser.sde, scaling, t_min)) > 0.01:
+        warnings.warn(
+            f"The noise at t_min hides up to {hidden:.2g} bits/dim of these integers: it is wide beside a bin of "
+            "theirs, and this is the density of the dequantised data there. Take a smaller t_min, or `ode_bound` "
+            "(likelihood.bound=dequantised), which bounds the probability of the integers through that noise.",
+            stacklevel=2,
+        )
     with torch.set_grad_enabled(differentiable):
         flow = Flow(denoiser, x, divergence or Hutchinson(), cond, rng, t_min=t_min, differentiable=differentiable)
         latent, change, errors = _solve(flow, solver, x, up=True)

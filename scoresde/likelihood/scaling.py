@@ -11,16 +11,17 @@ from ..noise.rng import Rng
 
 
 class RawScaling(Protocol):
-    """How raw data became model data."""
+    """How raw data became model data; of integers, `levels` bins from `low` to `high`."""
+
+    @property
+    def low(self) -> float: ...
+
+    @property
+    def high(self) -> float: ...
+
+    @property
+    def levels(self) -> int | None: ...
 
     def encode(self, raw: Tensor, *, rng: Rng | None = None) -> Tensor: ...
 
     def log_volume(self, event_shape: Sequence[int]) -> float: ...
-
-
-class BinScaling(RawScaling, Protocol):
-    """How raw integers became model data: `levels` bins from `low` to `high`."""
-
-    low: float
-    high: float
-    levels: int | None

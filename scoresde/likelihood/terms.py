@@ -11,8 +11,9 @@ from torch import Tensor
 from ..checks import whole
 from ..diffusion.denoiser import Cond, CountingDenoiser, Denoiser
 from ..diffusion.grids import Grid, LogSNRGrid, spanning
+from ..diffusion.sde import SDE
 from ..noise.rng import Rng
-from .scaling import BinScaling
+from .scaling import RawScaling
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ class Setting:
         self,
         denoiser: Denoiser,
         x0: Tensor,
-        scaling: BinScaling | None,
+        scaling: RawScaling | None,
         t_min: float | None,
         samples: int,
         rng: Rng | None,
@@ -125,10 +126,27 @@ class Setting:
         if self.bins is None:
             quadratic = 0.5 * ((x - centre) / ratio).square().flatten(1).sum(1)
             return quadratic + dims * (math.log(ratio) + 0.5 * math.log(2 * math.pi)) - self.log_volume
-        half = self.half_bin
-        below = torch.where(x - half <= self.bins.low + half / 2, -math.inf, (x - half - centre) / ratio)
-        above = torch.where(x + half >= self.bins.high - half / 2, math.inf, (x + half - centre) / ratio)
-        return -_log_mass(below, above).flatten(1).sum(1)
+        return -self.log_bins(z)
+
+    def log_bins(self, z: Tensor, open_ends: bool = True) -> Tensor:
+        """log of the mass of N(z/α, ς²) in the bins of x (B,) at t_min; with `open_ends` the outer ones are endless."""
+        assert self.bins is not None
+        alpha, sigma = (float(v) for v in self.sde.marginal(torch.tensor(self.start, dtype=torch.float64)))
+        apart, half, ratio = self.x.double() - z.double() / alpha, self.half_bin, sigma / alpha
+        below, above = (apart - half) / ratio, (apart + half) / ratio
+        if open_ends:
+            below = below.masked_fill(self.x.double() - half <= self.bins.low + half / 2, -math.inf)
+            above = above.masked_fill(self.x.double() + half >= self.bins.high - half / 2, math.inf)
+        return _log_mass(below, above).flatten(1).sum(1)
+
+    def log_noised(self, z: Tensor, dequantised: bool) -> Tensor:
+        """log q(z|raw) (B,) at t_min, of the bins of x with uniform noise in them or of their centres."""
+        alpha, sigma = self.sde.marginal(torch.tensor(self.start, dtype=torch.float64))
+        dims = self.x[0].numel()
+        if dequantised:
+            return self.log_bins(z, open_ends=False) - dims * (2 * self.half_bin * alpha).log()
+        squares = ((z.double() - alpha * self.x.double()) / sigma).square().flatten(1).sum(1)
+        return -0.5 * (squares + dims * (2 * math.pi * sigma**2).log())
 
     def bound(self, name: str, diffusion: Term, steps: Term | None = None) -> Bound:
         """The terms together; prior and reconstruction by `samples` draws of their own, or in closed form."""
@@ -152,6 +170,17 @@ def _log_mass(below: Tensor, above: Tensor) -> Tensor:
     low, high = torch.where(mirrored, -above, below), torch.where(mirrored, -below, above)
     log_high, log_low = torch.special.log_ndtr(high), torch.special.log_ndtr(low)
     return log_high + torch.log1p(-(log_low - log_high).exp().clamp(max=1 - 1e-16))
+
+
+def hidden_bits(sde: SDE, scaling: RawScaling | None, t_min: float | None = None) -> float:
+    """What the noise at t_min costs a density of dequantised integers, in bits/dim, at most: that of a value which is
+    always the same. Its density at t_min is uniform on a bin and smoothed by ς = σ/α. 0 without levels."""
+    if scaling is None or scaling.levels is None:
+        return 0.0
+    ratio = float((-0.5 * sde.log_snr(torch.tensor(sde.cut_off(t_min, "likelihood"), dtype=torch.float64))).exp())
+    u = (torch.arange(256, dtype=torch.float64) + 0.5) / 256
+    width = (scaling.high - scaling.low) / scaling.levels / ratio
+    return -float(_log_mass(-u * width, (1 - u) * width).mean()) / math.log(2)
 
 
 def mean_and_error(draws: Tensor, stratified: bool = False) -> Term:
