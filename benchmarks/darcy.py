@@ -120,7 +120,7 @@ def held_out(denoiser: S.Denoiser, cfg: DictConfig, fields: Tensor) -> float:
 def posterior(denoiser: S.Denoiser, cfg: DictConfig, y: Tensor, places: Tensor, samples: int) -> Tensor:
     """(cases, samples, 2, 15, 15); sample j of a case is the same whatever the others are."""
     rows = torch.arange(len(y)).repeat_interleave(samples)
-    sampler = S.Sampler(build(cfg.step), S.LogisticGrid(denoiser.sigma_data), cfg.steps)
+    sampler = S.Sampler(build(cfg.step), S.LogisticGrid(denoiser.data_std), cfg.steps)
     made = []
     for part in torch.arange(len(rows)).split(cfg.batch_samples):
         told = build(cfg.method)(denoiser, Observation(y[rows[part]], Points(places), cfg.noise))

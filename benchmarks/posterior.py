@@ -84,7 +84,7 @@ class Method(NamedTuple):
 
 
 def grid(problem: Problem) -> S.Grid:
-    return S.LogisticGrid(problem.prior.sigma_data)
+    return S.LogisticGrid(problem.prior.data_std)
 
 
 def ancestral(told: Callable[[Problem], S.Denoiser], problem: Problem, cfg: DictConfig) -> tuple[S.Sampler, S.Denoiser]:

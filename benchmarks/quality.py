@@ -75,7 +75,7 @@ def default(denoiser: S.Denoiser, x: Tensor, budget: int) -> Tensor:
 
 def generic(denoiser: S.Denoiser) -> list[Method]:
     """Our steps on our generic grids."""
-    d = denoiser.sigma_data
+    d = denoiser.data_std
     grids: dict[str, S.Grid] = {
         "LogSNR": S.LogSNRGrid(), "Karras": S.KarrasGrid(), "Logistic 1.5": S.LogisticGrid(d),
         "Logistic 1.2": S.LogisticGrid(d, width=1.2),
@@ -170,7 +170,7 @@ class Case(NamedTuple):
         if x is None or not bool(torch.isfinite(x).all()):
             return None
         assert counted.evaluations <= budget or method.name == "dpm_adaptive", (method.name, counted.evaluations)
-        error = float((x - self.exact).square().mean().sqrt()) / self.denoiser.sigma_data
+        error = float((x - self.exact).square().mean().sqrt()) / self.denoiser.data_std
         return error, sliced_w2(x, self.samples, projections=64, rng=S.Rng(1))
 
 

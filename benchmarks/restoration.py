@@ -49,7 +49,7 @@ PROBLEMS: dict[str, Callable[[tuple[int, ...]], I.Operator]] = {
 
 def methods(run: LoadedRun, steps: int) -> dict[str, Callable[[I.Observation], tuple[S.Sampler, S.Denoiser]]]:
     """Name -> sampler and denoiser, all of `steps` + 1 network calls."""
-    prior, grid, ancestral = run.denoiser, S.LogisticGrid(run.denoiser.sigma_data), S.DDIM(eta=1.0)
+    prior, grid, ancestral = run.denoiser, S.LogisticGrid(run.denoiser.data_std), S.DDIM(eta=1.0)
 
     def told(kind: type[I.Posterior], **options: Any) -> Callable[[I.Observation], tuple[S.Sampler, S.Denoiser]]:
         return lambda seen: (S.Sampler(ancestral, grid, steps), kind(prior, seen, **options))

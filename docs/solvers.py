@@ -96,7 +96,7 @@ def oracle(denoiser: Denoiser, parameterization: Parameterization) -> Preconditi
         return parameterization.target(p.x0, p.eps, p.scales)
 
     return Preconditioned(
-        network, denoiser.sde, parameterization, sigma_data=denoiser.sigma_data, noise_input=lambda sde, t: t,
+        network, denoiser.sde, parameterization, sigma_data=denoiser.data_std, noise_input=lambda sde, t: t,
         scale_input=False,
     )  # fmt: skip
 

@@ -36,7 +36,7 @@ class Labelled(Denoiser):
         self.priors = torch.stack([weights[k].sum() for k in keep])
         self.log_weights = torch.where(keep, weights, 0).log() - self.priors[:, None].log()  # (classes + 1, 6)
         whole = self.whole = self.parts[-1]
-        self.sigma_data, self.data_mean, self.data_var = whole.sigma_data, whole.data_mean, whole.data_var
+        self.data_std, self.data_mean, self.data_var = whole.data_std, whole.data_mean, whole.data_var
         self.knows_null, self.calls = knows_null, []
 
     def forward(self, x: Tensor, t: Tensor, cond: Cond = None) -> Prediction:

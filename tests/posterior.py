@@ -62,7 +62,7 @@ class Shifted(Denoiser):
     """The prior's prediction, shifted by the exact ∇ log p(y | x_t)."""
 
     def __init__(self, prior: GaussianMixtureDenoiser, a: Tensor, y: Tensor, std: float):
-        super().__init__(prior.sde, prior.sigma_data)
+        super().__init__(prior.sde, prior.data_std)
         self.prior, self.a, self.y, self.std = prior, a, y, std
 
     def forward(self, x: Tensor, t: Tensor, cond=None) -> Prediction:

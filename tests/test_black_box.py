@@ -79,7 +79,7 @@ def functions(denoiser: GaussianMixtureDenoiser) -> dict[str, scoresde.Denoiser]
         assert ratio.shape == y.shape[:1]
         return exact_denoiser(denoiser, y, ratio)
 
-    spread = {"sigma_data": denoiser.sigma_data}
+    spread = {"data_std": denoiser.data_std}
     return {"score": ScoreFunction(score, sde, **spread), "denoiser": DenoiserFunction(denoise, sde, **spread)}
 
 
@@ -131,8 +131,8 @@ def test_edm_is_the_default_and_hands_x_and_sigma_over_as_they_are() -> None:
         seen.append((x, sigma))
         return 0.25 / (0.25 + sigma[:, None] ** 2) * x
 
-    denoiser = DenoiserFunction(fn, sigma_data=0.5)
-    assert type(denoiser.sde) is EDMSDE and denoiser.sigma_data == 0.5
+    denoiser = DenoiserFunction(fn, data_std=0.5)
+    assert type(denoiser.sde) is EDMSDE and denoiser.data_std == 0.5
     x, t = torch.randn(3, 2, generator=torch.Generator().manual_seed(0)), torch.tensor([0.1, 1.0, 50.0])
     denoiser(x, t)
     assert torch.equal(seen[0][0], x) and torch.equal(seen[0][1], t)
@@ -152,5 +152,5 @@ def test_conditions_reach_the_function() -> None:
 def test_a_wrong_shape_or_spread_is_refused(kind) -> None:
     with pytest.raises(ValueError, match="expected that of x"):
         kind(lambda x, t: x[:, :1], VPSDE())(torch.ones(2, 3), torch.tensor(0.5))
-    with pytest.raises(ValueError, match="sigma_data"):
-        kind(lambda x, t: x, VPSDE(), sigma_data=0.0)
+    with pytest.raises(ValueError, match="data_std"):
+        kind(lambda x, t: x, VPSDE(), data_std=0.0)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import abc
 import inspect
 from collections.abc import Callable
+from typing import Self
 
 import torch
 from torch import Tensor, nn
 
 from ..broadcast import per_sample
+from ..checks import positive
 from .conditions import Cond as Cond
 from .parameterization import Parameterization
 from .prediction import Prediction
@@ -27,18 +29,16 @@ class Denoiser(nn.Module, abc.ABC):
         data_mean, data_var: moments of the data (numbers, or tensors of the event shape) that the prior at t_max
             takes into account: p_T ≈ N(α_T mean, (α_T² var + σ_T²) I). 0 gives the usual N(0, σ_T² I).
         prior_evaluations: network calls of `prior_log_prob_given`.
-        sigma_data: about the standard deviation of the data, > 0: the noise level at which solvers and grids expect
-            noise to become data.
+        data_std: standard deviation of the data about their mean, > 0: the noise level at which solvers and grids
+            expect noise to become data. `measure` takes it from samples.
     """
 
     draws = True
 
-    def __init__(self, sde: SDE, sigma_data: float = 1.0):
+    def __init__(self, sde: SDE, data_std: float = 1.0):
         super().__init__()
-        if not sigma_data > 0:
-            raise ValueError(f"sigma_data is the standard deviation of the data, > 0; got {sigma_data}.")
         self.sde = sde
-        self.sigma_data = float(sigma_data)
+        self.data_std = positive(data_std, "data_std", "the standard deviation of the data")
         self.data_mean: Tensor | float = 0.0
         self.data_var: Tensor | float = 0.0
         self.prior_evaluations = 0
@@ -46,6 +46,19 @@ class Denoiser(nn.Module, abc.ABC):
     @abc.abstractmethod
     def forward(self, x: Tensor, t: Tensor, cond: Cond = None) -> Prediction:
         """The prediction at x (B, *event) and t (() or (B,)); a t of shape () may lie on the CPU."""
+
+    def measure(self, x0: Tensor) -> Self:
+        """Sets `data_std` from data as the network sees them, x0 (n, *event) with n ≥ 2; returns the denoiser itself.
+
+        data_std² is the variance over the samples, averaged over the dimensions.
+
+        Raises:
+            ValueError: fewer than two samples, or data that do not vary or are not finite.
+        """
+        if len(x0) < 2:
+            raise ValueError(f"The standard deviation of the data needs two samples or more; got {len(x0)}.")
+        self.data_std = positive(float(x0.double().var(0).mean().sqrt()), "data_std", "measured on these samples")
+        return self
 
     def null(self, cond: Cond) -> Cond:
         """The null condition: one entry like those of `cond` that says nothing. None of None, or if there is none."""
@@ -84,11 +97,13 @@ class Preconditioned(Denoiser):
             called without.
         sde: the forward process.
         parameterization: what the output means.
-        sigma_data: σ_d, standard deviation of the data, > 0; used in c_in, and by solvers.
+        sigma_data: σ_d > 0 in c_in: the standard deviation of the data that the network was trained with. It belongs to
+            the network and never changes.
         noise_input: (sde, t (B,)) -> c_noise (B,), for networks trained elsewhere: `lambda sde, t: 999 * t` for
             score_sde, `lambda sde, t: sde.marginal(t)[1]` for k-diffusion. Default −log_snr/8.
         scale_input: False feeds x_t itself.
         autocast: dtype of the network's autocast region ("bfloat16" or "float16"), None for none.
+        data_std: see `Denoiser`; None takes σ_d, until `measure` knows better.
     """
 
     def __init__(
@@ -101,11 +116,13 @@ class Preconditioned(Denoiser):
         noise_input: Callable[[SDE, Tensor], Tensor] | None = None,
         scale_input: bool = True,
         autocast: str | None = None,
+        data_std: float | None = None,
     ):
-        super().__init__(sde, sigma_data)
+        sigma_data = positive(sigma_data, "sigma_data", "the standard deviation of the data that c_in divides by")
+        super().__init__(sde, sigma_data if data_std is None else data_std)
         if autocast not in (None, "bfloat16", "float16"):
             raise ValueError(f"autocast is None, 'bfloat16' or 'float16'; got {autocast!r}.")
-        self.network = network
+        self.network, self.sigma_data = network, sigma_data
         self.takes_cond = _takes_cond(network)
         self.parameterization = parameterization
         self.noise_input = default_noise_input if noise_input is None else noise_input
@@ -151,11 +168,11 @@ class ScoreFunction(Denoiser):
     Args:
         fn: (x (B, *event), t (B,)) -> score like x, or (x, t, cond) when a condition is given.
         sde: the process whose marginals the score belongs to.
-        sigma_data: about the standard deviation of the data, for solvers that ask.
+        data_std: see `Denoiser`.
     """
 
-    def __init__(self, fn: Callable[..., Tensor], sde: SDE, *, sigma_data: float = 1.0):
-        super().__init__(sde, sigma_data)
+    def __init__(self, fn: Callable[..., Tensor], sde: SDE, *, data_std: float = 1.0):
+        super().__init__(sde, data_std)
         self.fn = fn
 
     def forward(self, x: Tensor, t: Tensor, cond: Cond = None) -> Prediction:
@@ -177,11 +194,11 @@ class DenoiserFunction(Denoiser):
     Args:
         fn: (y (B, *event), ς (B,)) -> x̂_0 like y, or (y, ς, cond) when a condition is given.
         sde: the process to sample by, by default `EDMSDE()`, in which y is x and ς is t.
-        sigma_data: about the standard deviation of the data, for solvers that ask.
+        data_std: see `Denoiser`.
     """
 
-    def __init__(self, fn: Callable[..., Tensor], sde: SDE | None = None, *, sigma_data: float = 1.0):
-        super().__init__(EDMSDE() if sde is None else sde, sigma_data)
+    def __init__(self, fn: Callable[..., Tensor], sde: SDE | None = None, *, data_std: float = 1.0):
+        super().__init__(EDMSDE() if sde is None else sde, data_std)
         self.fn = fn
 
     def forward(self, x: Tensor, t: Tensor, cond: Cond = None) -> Prediction:
@@ -201,7 +218,7 @@ class DenoiserWrapper(Denoiser):
     """
 
     def __init__(self, denoiser: Denoiser):
-        super().__init__(denoiser.sde, denoiser.sigma_data)
+        super().__init__(denoiser.sde, denoiser.data_std)
         self.denoiser = denoiser
         self.data_mean, self.data_var = denoiser.data_mean, denoiser.data_var
         self.prior_evaluations = denoiser.prior_evaluations

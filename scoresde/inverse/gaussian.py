@@ -163,7 +163,7 @@ class PiGDM(Matched):
         tolerance: float = 1e-6,
     ):
         super().__init__(denoiser, observation, iterations=iterations, tolerance=tolerance)
-        c = denoiser.sigma_data if sigma_data is None else sigma_data
+        c = denoiser.data_std if sigma_data is None else sigma_data
         self.c = positive(c, "sigma_data", "the standard deviation of the data")
 
     def covariance(self, p: Prediction, pull: Map) -> Map:

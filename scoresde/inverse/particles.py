@@ -54,7 +54,7 @@ class TwistedSMC(Step):
     where the effective number of particles is below `threshold`. Where the next x is not the one returned, because a
     corrector for the same posterior moved it, the run goes on from that x with equal weights.
 
-    Its denoiser is the prior's: `Sampler(TwistedSMC(seen), LogisticGrid(denoiser.sigma_data))(denoiser, shape)`. That
+    Its denoiser is the prior's: `Sampler(TwistedSMC(seen), LogisticGrid(denoiser.data_std))(denoiser, shape)`. That
     grid halves the discretisation error of `LogSNRGrid`. With more steps each proposal is closer and the weights vary
     less: the table of `benchmarks/posterior.py` is made with 400.
 

@@ -30,7 +30,7 @@ def default_sampler(denoiser: Denoiser, budget: int) -> Sampler:
     else:
         step = Adams(3, corrector=3)
         centre, width = 0.5, 1 + 0.5 * (12 / budget) ** 2
-    grid = LogisticGrid(denoiser.sigma_data, centre, width)
+    grid = LogisticGrid(denoiser.data_std, centre, width)
     return Sampler(step, grid, steps=budget, denoise=False)
 
 
@@ -42,7 +42,7 @@ def sample(
     They end at t_min, with what noise is left there.
 
     Args:
-        denoiser: the model; set its `sigma_data` to about the standard deviation of the data.
+        denoiser: the model; `measure` its `data_std` first.
         shape_or_x: (B, *event), or x_T to start from.
         budget: network calls, ≥ 1.
         cond: condition of each sample.

@@ -73,7 +73,7 @@ def fit_grid(
         raise ValueError(f"{type(step).__name__} chooses its own steps; fit a grid for a step that follows one.")
     rng = Rng(0) if rng is None else rng
     x = Sampler.start(denoiser, (samples, *shape), rng)
-    fine = LogisticGrid(denoiser.sigma_data, width=2.0)(denoiser.sde, fine_steps // 4 * 4).to(x.device)
+    fine = LogisticGrid(denoiser.data_std, width=2.0)(denoiser.sde, fine_steps // 4 * 4).to(x.device)
     with torch.no_grad():
         *_, end = _run(denoiser, Adams(3, 3), x, fine, cond)
         check_finite(end, "The reference solution of fit_grid is not finite")
@@ -137,7 +137,7 @@ class _Fit:
 
 
 def _generic(denoiser: Denoiser) -> list[Grid]:
-    logistic = [LogisticGrid(denoiser.sigma_data, centre, width) for centre in (0.0, 0.5, 1.5) for width in (1.0, 1.5)]
+    logistic = [LogisticGrid(denoiser.data_std, centre, width) for centre in (0.0, 0.5, 1.5) for width in (1.0, 1.5)]
     return [LogSNRGrid(), KarrasGrid(), *logistic]
 
 
@@ -155,7 +155,7 @@ def _spread_errors(
     """Knots at equal shares of ∫ c^{1/(p + 1)} dλ, where c h^{p + 1} is the step's error on every `stride`-th time."""
     sde, times = denoiser.sde, fine[::stride]
     alpha, sigma = sde.marginal(times)
-    unit = (alpha**2 * denoiser.sigma_data**2 + sigma**2).sqrt()
+    unit = (alpha**2 * denoiser.data_std**2 + sigma**2).sqrt()
     state, rng, errors = step.init(x), Rng(0), []
     exact = islice(_run(denoiser, Adams(3, 3), x, fine, cond), stride - 1, None, stride)
     for index, (t, s) in enumerate(pairwise(times)):

@@ -108,6 +108,34 @@ def weights(
     return (scale[..., None] * (lagrange(at, u) * kernel[..., None, :]).sum(-1)).unbind(-1)
 
 
+def bounded(
+    levels: list[Tensor], start: Knot, end: Knot, eta: Tensor | float, *, at: int, bound: float, angle: bool = False
+) -> tuple[Tensor, ...]:
+    r"""`weights` of which no step makes more than `bound` times the largest value: Σ |w_i| ≤ bound · |Σ w_i|.
+
+    A polynomial through values that a network gave a short while apart, continued over a long step, multiplies the
+    network's errors by Λ = Σ |w_i|/|Σ w_i|. So order after order is added to the rule of one node (for a corrector that
+    of the two ends), which has Λ = 1; and of an order with which Λ would exceed the bound only the share
+    (bound − Λ_lower)/(Λ − Λ_lower), as Λ is convex in the weights. On short equal steps Adams–Bashforth has
+    Λ = 1, 2, 3.67 and 6.67.
+
+    Args:
+        at: which of the levels the step starts at: 0 for a predictor.
+        bound: at least 1.
+    """
+    longer = range(max(at, 1) + 1 + (at == 1), len(levels) + 1)
+    orders = [[0, at] if at else [0], *(list(range(n)) for n in longer)]
+    rule, gain = torch.zeros(()), torch.ones(())
+    for chosen in orders:
+        found = dict(zip(chosen, weights([levels[i] for i in chosen], start, end, eta, angle=angle), strict=True))
+        wider = torch.stack([found.get(i, torch.zeros_like(found[0])) for i in range(len(levels))], -1)
+        widened = wider.abs().sum(-1) / wider.sum(-1).abs()
+        share = torch.where(widened > bound, (bound - gain) / (widened - gain), 1.0)
+        rule = rule + share[..., None] * (wider - rule)
+        gain = rule.abs().sum(-1) / rule.sum(-1).abs()
+    return rule.unbind(-1)
+
+
 def published(
     levels: list[Tensor], start: Knot, end: Knot, eta: Tensor | float, *, latest: bool, slope: str
 ) -> tuple[Tensor, ...]:

@@ -323,7 +323,7 @@ def test_a_prior_of_ones_own_need_not_know_of_conditions(wrapper):
 
     class Mine(wrapper):
         def __init__(self, inside):
-            super().__init__(inside) if wrapper is DenoiserWrapper else super().__init__(inside.sde, inside.sigma_data)
+            super().__init__(inside) if wrapper is DenoiserWrapper else super().__init__(inside.sde, inside.data_std)
             self.inside = inside
 
         def forward(self, x, t, cond=None):

@@ -467,7 +467,7 @@ def test_particles_weigh_out_the_bias_of_any_twist(twist, name) -> None:
     prior, seen, exact = two_modes(ALL[name])
     effective: list[Tensor] = []
     step = TwistedSMC(seen, method=twist, report=effective.append)
-    x = Sampler(step, LogisticGrid(prior.sigma_data), 80)(prior, (1000, 2), rng=Rng(5))
+    x = Sampler(step, LogisticGrid(prior.data_std), 80)(prior, (1000, 2), rng=Rng(5))
     weights, want = mode_weights(exact, x), exact.log_weights.exp()
     assert abs(float(weights[0] - want[0])) < 4.5 * math.sqrt(float(want[0] * want[1]) / 350) + 0.02
     mean, cov = data_moments(exact)
@@ -480,7 +480,7 @@ def test_particles_converge_and_alone_they_do_not() -> None:
     prior, seen, exact = two_modes(VPSDE())
     want, errors = exact.log_weights.exp()[0], []
     for size in (1, 8, 128):
-        x = Sampler(TwistedSMC(seen, size, DiffPIR), LogisticGrid(prior.sigma_data), 40)(prior, (1024, 2), rng=Rng(6))
+        x = Sampler(TwistedSMC(seen, size, DiffPIR), LogisticGrid(prior.data_std), 40)(prior, (1024, 2), rng=Rng(6))
         errors.append(abs(float(mode_weights(exact, x)[0] - want)))
     assert errors[2] < 0.5 * errors[1] < 0.5 * errors[0]
 
@@ -498,7 +498,7 @@ def test_particles_of_a_y_of_many_entries_do_not_fall_to_one() -> None:
     effective: list[Tensor] = []
     seen = Observation(y, Mask(torch.arange(40) % 4 == 0), 0.1)
     step = TwistedSMC(seen, report=effective.append)
-    Sampler(step, LogisticGrid(prior.sigma_data), 60)(prior, (64, 40), rng=Rng(2))
+    Sampler(step, LogisticGrid(prior.data_std), 60)(prior, (64, 40), rng=Rng(2))
     assert min(float(number) for number in effective) > 15
 
 
@@ -530,7 +530,7 @@ def test_particles_that_were_moved_by_others_begin_anew() -> None:
             return None
 
     step = Both(TwistedSMC(seen, method=DPS), Corrector())
-    x = Sampler(step, LogisticGrid(prior.sigma_data), 40)(prior, (1000, 2), rng=Rng(5))
+    x = Sampler(step, LogisticGrid(prior.data_std), 40)(prior, (1000, 2), rng=Rng(5))
     weights, want = mode_weights(exact, x), exact.log_weights.exp()
     assert abs(float(weights[0] - want[0])) < 4.5 * math.sqrt(0.25 / 350) + 0.03
 

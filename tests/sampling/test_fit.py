@@ -57,7 +57,7 @@ def rms(denoiser: Denoiser, step: Step, grid: Grid, steps: int) -> float:
     """RMS distance to the probability-flow end point, over the data's spread, on noise of its own."""
     x, exact = solved(denoiser)
     y = Sampler(step, grid, steps, denoise=False)(denoiser, x)
-    return float((y - exact).square().mean().sqrt()) / denoiser.sigma_data
+    return float((y - exact).square().mean().sqrt()) / denoiser.data_std
 
 
 @each_sde
