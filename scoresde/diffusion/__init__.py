@@ -10,6 +10,7 @@ from .grids import (
     LogSNRGrid,
     QuadraticGrid,
     SavedGrid,
+    SoftplusGrid,
     UniformGrid,
 )
 from .mixture import GaussianMixtureDenoiser
@@ -46,6 +47,7 @@ __all__ = [
     "Scales",
     "Score",
     "ScoreFunction",
+    "SoftplusGrid",
     "SubVPSDE",
     "TableSDE",
     "UniformGrid",

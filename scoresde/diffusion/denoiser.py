@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import inspect
+import math
 from collections.abc import Callable
 from typing import Self
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from ..broadcast import per_sample
 from ..checks import positive
+from ..noise.rng import Rng
 from .conditions import Cond as Cond
 from .parameterization import Parameterization
 from .prediction import Prediction
@@ -31,6 +33,9 @@ class Denoiser(nn.Module, abc.ABC):
         prior_evaluations: network calls of `prior_log_prob_given`.
         data_std: standard deviation of the data about their mean, > 0: the noise level at which solvers and grids
             expect noise to become data. `measure` takes it from samples.
+        roughness: how far x̂_0 strays at t_max, where it can know no more than the data's mean: its standard deviation
+            over draws from the prior, in units of data_std. 0 for exact scores; 0.03 to 2 was seen on networks that
+            predict x_0 or v or are small, 6 to 8 on U-Nets that predict noise; inf until `measure` knows.
     """
 
     draws = True
@@ -39,6 +44,7 @@ class Denoiser(nn.Module, abc.ABC):
         super().__init__()
         self.sde = sde
         self.data_std = positive(data_std, "data_std", "the standard deviation of the data")
+        self.roughness = math.inf
         self.data_mean: Tensor | float = 0.0
         self.data_var: Tensor | float = 0.0
         self.prior_evaluations = 0
@@ -47,17 +53,25 @@ class Denoiser(nn.Module, abc.ABC):
     def forward(self, x: Tensor, t: Tensor, cond: Cond = None) -> Prediction:
         """The prediction at x (B, *event) and t (() or (B,)); a t of shape () may lie on the CPU."""
 
-    def measure(self, x0: Tensor) -> Self:
-        """Sets `data_std` from data as the network sees them, x0 (n, *event) with n ≥ 2; returns the denoiser itself.
+    @torch.no_grad()
+    def measure(self, x0: Tensor, cond: Cond = None) -> Self:
+        """Sets `data_std` and `roughness`, which `sample` goes by, and returns the denoiser itself. One network call.
 
-        data_std² is the variance over the samples, averaged over the dimensions.
+        Args:
+            x0: data as the network sees them, (n, *event) with n ≥ 2, on its device.
+            cond: conditions, one for each of the first 16 of them or fewer; None for none.
 
         Raises:
-            ValueError: fewer than two samples, or data that do not vary or are not finite.
+            ValueError: fewer than two samples, data that do not vary, or values that are not finite.
         """
         if len(x0) < 2:
             raise ValueError(f"The standard deviation of the data needs two samples or more; got {len(x0)}.")
-        self.data_std = positive(float(x0.double().var(0).mean().sqrt()), "data_std", "measured on these samples")
+        self.data_std = positive(spread(x0), "data_std", "the standard deviation of these samples")
+        noise = self.prior_sample((min(len(x0), 16), *x0.shape[1:]), rng=Rng(0), dtype=x0.dtype, device=x0.device)
+        strayed = spread(self(noise, torch.tensor(self.sde.t_max, dtype=torch.float64), cond).x0)
+        if not strayed < math.inf:
+            raise ValueError(f"x0 predicted from the prior's noise is not finite (t = {self.sde.t_max}).")
+        self.roughness = strayed / self.data_std
         return self
 
     def null(self, cond: Cond) -> Cond:
@@ -79,6 +93,11 @@ class Denoiser(nn.Module, abc.ABC):
         `guidance/tilt.py`.
         """
         return self.prior_log_prob(z)
+
+
+def spread(x: Tensor) -> float:
+    """The standard deviation over the samples (n, *event): the root of the variance averaged over the dimensions."""
+    return float(x.double().var(0).mean().sqrt())
 
 
 def default_noise_input(sde: SDE, t: Tensor) -> Tensor:
@@ -219,7 +238,7 @@ class DenoiserWrapper(Denoiser):
 
     def __init__(self, denoiser: Denoiser):
         super().__init__(denoiser.sde, denoiser.data_std)
-        self.denoiser = denoiser
+        self.denoiser, self.roughness = denoiser, denoiser.roughness
         self.data_mean, self.data_var = denoiser.data_mean, denoiser.data_var
         self.prior_evaluations = denoiser.prior_evaluations
 

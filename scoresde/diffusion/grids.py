@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn.functional import softplus
 
 from .sde import SDE
 
@@ -162,6 +163,31 @@ class LogisticGrid(_Grid):
         middle = self.centre - math.log(self.sigma_data)
         first, last = (torch.sigmoid((0.5 * sde.log_snr(t) - middle) / self.width) for t in (start, stop))
         return sde.time(2 * (middle + self.width * torch.logit(first + u * (last - first))))
+
+
+class SoftplusGrid(_Grid):
+    r"""Equal steps in log-SNR while noise is above the data, ever longer ones below.
+
+    With ℓ = log(α σ_d/σ), equal steps in log(1 + e^{(centre − ℓ)/width}). For networks that predict noise: their x̂_0 is
+    rough where there is little but noise, and the first steps decide (centre 2, width 1; see `default_sampler`).
+
+    Args:
+        sigma_data: σ_d, about the standard deviation of the data, > 0.
+        centre: in units of ℓ, where steps begin to grow.
+        width: > 0, in units of ℓ: how slowly they do.
+        t_end: last time, None for the SDE's t_min.
+    """
+
+    def __init__(self, sigma_data: float = 1.0, centre: float = 2.0, width: float = 1.0, t_end: float | None = None):
+        super().__init__(t_end)
+        if not (sigma_data > 0 and width > 0):
+            raise ValueError(f"SoftplusGrid needs sigma_data > 0 and width > 0; got {sigma_data} and {width}.")
+        self.sigma_data, self.centre, self.width = float(sigma_data), float(centre), float(width)
+
+    def _between(self, sde: SDE, start: Tensor, stop: Tensor, u: Tensor) -> Tensor:
+        middle = self.centre - math.log(self.sigma_data)
+        first, last = (softplus((middle - 0.5 * sde.log_snr(t)) / self.width) for t in (start, stop))
+        return sde.time(2 * (middle - self.width * torch.expm1(first + u * (last - first)).log()))
 
 
 class FittedGrid:

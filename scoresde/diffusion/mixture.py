@@ -68,6 +68,7 @@ class GaussianMixtureDenoiser(Denoiser):
         var = weights @ (within + (self.means - mean) ** 2)
         self.data_mean, self.data_var = mean.reshape(self.event_shape), var.reshape(self.event_shape)
         self.data_std = math.sqrt(float(var.mean())) or 1.0  # data that are one point have no scale
+        self.roughness = 0.0
 
     def _components(self, x: Tensor, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Residuals r (B, K, D) in each basis, their variances v, and log w_k N(x; …) (B, K)."""

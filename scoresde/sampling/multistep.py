@@ -94,7 +94,8 @@ class Multistep(Step):
         self.nodes, self.eta, self.corrector = int(order), float(eta), int(corrector)
         self.sigma_data = None if sigma_data is None else float(sigma_data)
         self.slope, self.angle, self.bound = slope, angle, bound
-        reached = min(order + 1, corrector) if corrector > order else order
+        kept = order if bound is None else sum(gain <= bound for gain in _GAINS[:order])
+        reached = min(kept + 1, corrector) if corrector > kept else kept
         self.order = 1.0 if eta > 0 else float(reached)  # with noise 1, as x̂_0 along a Brownian path is not smooth
 
     def count(self, steps: int) -> int:
@@ -271,4 +272,5 @@ def _check_order(step: Multistep, order: int, highest: int) -> None:
         raise ValueError(f"{type(step).__name__} has orders 1 to {highest}; got {order!r}.")
 
 
+_GAINS = (1.0, 2.0, 11 / 3, 20 / 3)  # Λ of Adams–Bashforth on short equal steps
 _ADAMS_BASHFORTH = ((1.0,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import io
 import itertools
 import logging
 import os
@@ -22,6 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from ..runs.files import natural, read, values
 from ..runs.listing import differing, layout, number, window
+from ..runs.publish import publish
 from .job import AGAIN, STOP, Turn, objective_of, read_job, write_job
 from .page import write_page
 
@@ -158,10 +160,11 @@ class Sweep:
         rows = gather(self.folder)
         if not rows:
             return 0
-        with open(self.folder / "sweep.csv", "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+        publish(self.folder / "sweep.csv", text.getvalue())
         runs = [read(self.folder / row["job"]) for row in rows]
         write_page(self.folder / "report.html", runs, title=self.folder.name)
         swept = [name for name in rows[0] if name not in (*_FIXED, *_MEASURED)]

@@ -269,6 +269,58 @@ def test_bad_arguments_are_refused(arguments) -> None:
         Preconditioned(nn.Identity(), VPSDE(), Eps(), **arguments)
 
 
+@each_sde
+def test_the_data_and_the_roughness_of_a_network_are_measured(sde) -> None:
+    """Gaussian data of standard deviation s in 2,000 dimensions: x̂_0 = α s² x/v, v = α² s² + σ², strays by α s²/√v.
+
+    Of n draws in d dimensions a standard deviation has a relative error of 1/√(2(n − 1)d): 0.04 % for 1,000 samples of
+    the data, 0.4 % for the 16 of the noise; five of them are allowed. A network without a clue, ε̂ = 0, has x̂_0 = x/α.
+    """
+    s, dims = 0.3, 2000
+    gaussian = GaussianMixtureDenoiser(torch.zeros(1, dims), s**2, torch.ones(1), sde)
+    x0 = gaussian.sample(1000, rng=Rng(0), dtype=torch.float64)
+    alpha, sigma = (float(value) for value in sde.marginal(torch.tensor(sde.t_max, dtype=torch.float64)))
+    knows = ScoreFunction(lambda x, t: gaussian(x, t).score, sde)
+    assert knows.roughness == float("inf") and gaussian.roughness == 0
+    assert knows.measure(x0) is knows and knows.data_std == pytest.approx(s, rel=5 / (2 * 999 * dims) ** 0.5)
+    # the prior of data whose moments nobody has given is N(0, σ² I)
+    want = alpha * s * sigma / (alpha**2 * s**2 + sigma**2)
+    assert knows.roughness == pytest.approx(want, rel=5 / (2 * 15 * dims) ** 0.5 + 1e-3)
+    clueless = ScoreFunction(lambda x, t: torch.zeros_like(x), sde).measure(x0)
+    assert clueless.roughness == pytest.approx(sigma / alpha / s, rel=5 / (2 * 15 * dims) ** 0.5 + 1e-3)
+    assert CountingDenoiser(clueless).roughness == clueless.roughness
+
+
+def test_what_is_measured_leaves_the_network_as_it_was() -> None:
+    """σ_d in c_in belongs to the network; the spread of the data is what solvers ask for."""
+    network = lambda x, c: torch.tanh(x)  # noqa: E731
+    denoiser = Preconditioned(network, VPSDE(), Eps(), sigma_data=0.7)
+    x, t = torch.ones(2, 3), torch.tensor(0.5)
+    before = denoiser(x, t).x0
+    assert denoiser.data_std == 0.7
+    assert denoiser.measure(3 * torch.randn(50, 3, generator=torch.Generator().manual_seed(0))).data_std > 2
+    assert denoiser.sigma_data == 0.7 and torch.equal(denoiser(x, t).x0, before)
+    assert Preconditioned(network, VPSDE(), Eps(), data_std=0.2).data_std == 0.2
+
+
+@pytest.mark.parametrize(
+    ("x0", "message"),
+    [
+        (torch.ones(1, 3), "two samples"),
+        (torch.ones(5, 3), "standard deviation of these samples"),
+        (torch.full((5, 3), float("nan")), "standard deviation of these samples"),
+    ],
+)
+def test_data_that_say_nothing_are_refused(x0, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        Preconditioned(nn.Linear(3, 3), VPSDE(), Eps()).measure(x0)
+
+
+def test_a_network_that_is_not_finite_is_not_measured() -> None:
+    with pytest.raises(ValueError, match="not finite"):
+        ScoreFunction(lambda x, t: x / 0, VPSDE()).measure(torch.eye(3))
+
+
 @pytest.mark.parametrize("kind", [torch.int64, torch.int32])
 def test_step_indices_are_not_times(kind) -> None:
     for denoiser in (Preconditioned(nn.Identity(), VPSDE(), Eps()), mixture(VPSDE(), (3,))):

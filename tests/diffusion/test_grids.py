@@ -16,6 +16,7 @@ from scoresde import (
     LogisticGrid,
     LogSNRGrid,
     QuadraticGrid,
+    SoftplusGrid,
     TableSDE,
     UniformGrid,
 )
@@ -29,6 +30,7 @@ GRIDS = {
     "quadratic": QuadraticGrid,
     "cosine": CosineGrid,
     "logistic": LogisticGrid,
+    "softplus": SoftplusGrid,
 }
 each_sde = pytest.mark.parametrize("sde", ALL.values(), ids=ALL.keys())
 each_grid = pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS.keys())

@@ -11,6 +11,7 @@ from oracles import ring
 from torch import Tensor
 
 from scoresde import (
+    DDIM,
     EDM,
     EDMSDE,
     VESDE,
@@ -25,6 +26,7 @@ from scoresde import (
     KarrasGrid,
     LogSNRGrid,
     Preconditioned,
+    Prediction,
     QuadraticGrid,
     Rng,
     Sampler,
@@ -35,7 +37,7 @@ from scoresde import (
     fit_grid,
     sample,
 )
-from scoresde.diffusion.denoiser import CountingDenoiser
+from scoresde.diffusion.denoiser import CountingDenoiser, DenoiserWrapper
 from scoresde.diffusion.grids import Grid
 from scoresde.nn import MLP
 
@@ -149,6 +151,44 @@ def test_the_default_beats_the_usual_solvers_and_grids(sde, budget) -> None:
     chosen = default_sampler(denoiser, budget)
     usual = min(rms(denoiser, DPMSolverPP(2), grid, budget) for grid in GENERIC)
     assert rms(denoiser, chosen.step, chosen.grid, budget) < 0.8 * usual
+
+
+class Wrong(DenoiserWrapper):
+    """A denoiser whose ε̂ is off by `size`, by turns up and down, or always up."""
+
+    def __init__(self, denoiser: Denoiser, size: float, *, turns: bool):
+        super().__init__(denoiser)
+        self.size, self.turns, self.calls = size, turns, 0
+
+    def forward(self, x: Tensor, t: Tensor, cond=None) -> Prediction:
+        self.calls += 1
+        p, scales = self.denoiser(x, t, cond), self.sde.at(t, x)
+        eps = p.eps + self.size * (-1) ** (self.calls * self.turns)
+        return Prediction((x - scales.sigma * eps) / scales.alpha, eps, scales)
+
+
+@each_sde
+@pytest.mark.parametrize("budget", [5, 10, 20])
+@pytest.mark.parametrize("roughness", [1.0, math.inf])
+@pytest.mark.parametrize("size", [0.01, 0.05])
+def test_the_default_does_not_blow_up_the_errors_of_a_network(sde, budget, roughness, size) -> None:
+    """Errors that change their sign with every call, the worst that extrapolation can meet.
+
+    A step counts them at most `bound` = 3 times as much as a DDIM step does; DDIM along the same grid, with errors of
+    one sign, adds them up. Polynomials in the angle without a bound lose up to ten times as much.
+    """
+    exact, grid = ring(sde), None
+    x = exact.prior_sample((256, 2), rng=Rng(1), dtype=torch.float64)
+
+    def lost(step: Step, turns: bool) -> float:
+        sampler = Sampler(step, grid, budget, denoise=False)
+        return float((sampler(Wrong(exact, size, turns=turns), x) - sampler(exact, x)).square().mean().sqrt())
+
+    learned = Wrong(exact, size, turns=True)
+    learned.roughness = roughness
+    chosen = default_sampler(learned, budget)
+    grid = chosen.grid
+    assert lost(chosen.step, turns=True) <= 3 * lost(DDIM(), turns=False)
 
 
 @pytest.mark.parametrize("budget", [0, -1, 2.5, True, None])

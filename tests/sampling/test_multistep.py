@@ -32,7 +32,7 @@ from scoresde import (
 )
 from scoresde.diffusion.denoiser import CountingDenoiser
 from scoresde.ops import lincomb
-from scoresde.sampling.weights import knots
+from scoresde.sampling.weights import bounded, knots, weights
 
 SDES = {name: sde for name, sde in closed_form_sdes().items() if name in ("vp", "ve", "edm", "flow")}
 each_sde = pytest.mark.parametrize("name", SDES)
@@ -57,6 +57,11 @@ ODES: dict[str, Multistep] = {
     "adams3+3": Adams(3, 3),
     "adams3+4": Adams(3, 4),
     "adams3-log": Adams(3, angle=False),
+    "bounded3": Multistep(3, sigma_data=None, bound=3.0),
+    "bounded3-whole": Multistep(3, sigma_data=None, bound=4.0),
+    "bounded3+3": Multistep(3, sigma_data=None, corrector=3, bound=2.5),
+    "bounded4+4-angle": Multistep(4, sigma_data=None, corrector=4, angle=True, bound=2.5),
+    "bounded2-noise": Multistep(2, sigma_data=math.inf, bound=2.0),
     "sa2+2": SASolver(2, 2, tau=0.0),
     "sa3+4": SASolver(3, 4, tau=0.0),
 }
@@ -233,6 +238,28 @@ def test_times_may_differ_by_sample(step) -> None:
     torch.testing.assert_close(together, alone, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("q", [0.0, 0.2, 1.0])
+@pytest.mark.parametrize("angle", [False, True])
+def test_no_rule_exceeds_its_bound(q, angle) -> None:
+    """On knots anywhere, for predictors, correctors and starts: Σ |w| ≤ bound · Σ w, and Σ w is that of one node.
+
+    A bound that is never reached changes nothing.
+    """
+    times = torch.rand(8, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for row in times.mul(0.98).add(0.01).sort(descending=True).values:
+        made = knots(SDES["vp"], row, q)
+        levels = [knot.level for knot in made[3::-1]]  # the latest first
+        for at in range(4):
+            start, end = (made[3], made[4]) if at == 0 else (made[3 - at], made[3])
+            one = weights(levels[:1], start, end, 0.0)[0]
+            for bound in (2.0, 3.0):
+                rule = torch.stack(bounded(levels, start, end, 0.0, at=at, bound=bound, angle=angle))
+                assert float(rule.abs().sum() / rule.sum().abs()) <= bound * (1 + 1e-9)
+                torch.testing.assert_close(rule.sum(), one, rtol=1e-9, atol=0)
+            free = torch.stack(bounded(levels, start, end, 0.0, at=at, bound=1e12, angle=angle))
+            torch.testing.assert_close(free, torch.stack(weights(levels, start, end, 0.0, angle=angle)))
+
+
 def test_tau_acts_between_its_noise_levels_only() -> None:
     """SA-Solver with τ = 1 on a part of the path draws noise there and equals the ODE elsewhere (float64 round-off)."""
     denoiser, x, _ = reference("vp")
@@ -290,6 +317,8 @@ def test_the_published_third_order_formula_is_of_second_order() -> None:
         (lambda: DEIS(2, eta=-0.1), "eta >= 0"),
         (lambda: DEIS(2, eta=math.nan), "eta >= 0"),
         (lambda: Adams(2, sigma_data=-1.0), "sigma_data"),
+        (lambda: Multistep(2, bound=1.5), "bound >= 2"),
+        (lambda: Multistep(2, bound=3.0, slope="bh2"), "bound"),
         (lambda: SASolver(2, 2, 1.0, between=(2.0, 1.0)), "between"),
     ],
 )
