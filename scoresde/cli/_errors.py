@@ -85,6 +85,11 @@ def _unknown_key(key: str, parent: Any) -> str:
     siblings = [str(name) for name in parent if name not in ("hydra", "_target_")]
     paths = [path for path, _ in walk(OmegaConf.to_container(parent), prefix) if not path.startswith("hydra")]
     below = {path.rpartition(".")[2]: path for path in paths}
+    group, _, rest = key.partition(".")
+    files = Path(config_dir(), group).glob("*.yaml") if rest else ()
+    leaves = {path.stem: OmegaConf.to_container(OmegaConf.load(path)) for path in files}
+    if has := [f"{group}={name}" for name, leaf in sorted(leaves.items()) if rest in dict(walk(leaf))]:
+        return f"There is no key {key!r} in what was chosen; {' and '.join(has)} have it."
     if found := closest(last, siblings, 0.6):
         return f"There is no key {key!r}. Did you mean {'.'.join(filter(None, (prefix, found)))!r}?"
     if found := closest(last, below, 0.7):

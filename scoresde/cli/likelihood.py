@@ -34,6 +34,7 @@ def likelihood(cfg: DictConfig) -> float:
     if shards.rank:
         shards.work(job)
         return float("nan")
+    print(f"Batches: {job.count}; {measure.cost(run.dataset.event_shape)} …", flush=True)
     bits = shards.result(job)
     record = {"run": str(run.folder), "step": run.step}
     record |= {name: options[name] for name in ("weights", "split", "seed", "likelihood")}
@@ -43,7 +44,7 @@ def likelihood(cfg: DictConfig) -> float:
     shards.clear()
     print(
         f"{bits.mean:.4f} ± {bits.stderr:.4f} bits/dim on {bits.points} points of {options['split']} "
-        f"({bits.evaluations:.0f} evaluations, {bits.seconds:.1f} s). Values in {folder}"
+        f"({bits.evaluations:.0f} evaluations, {bits.seconds:.1f} s), of {bits.meaning}. Values in {folder}"
     )
     return bits.mean
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,15 +16,18 @@ from torch import Tensor
 from ..checks import whole
 from ..data import Dataset, Split
 from ..diffusion.conditions import Cond, move, named, take
-from ..diffusion.denoiser import Denoiser, model_device
-from ..likelihood.divergence import Divergence
-from ..likelihood.ode import bits_per_dim, log_likelihood
+from ..diffusion.denoiser import CountingDenoiser, Denoiser, model_device
+from ..diffusion.prediction import Prediction
+from ..likelihood.bounds import ode_bound
+from ..likelihood.divergence import Divergence, Hutchinson
+from ..likelihood.ode import LogLikelihood, bits_per_dim, log_likelihood
 from ..likelihood.solver import Solver
 from ..likelihood.tolerance import Tolerance
 from ..losses.loss import Loss
 from ..noise.rng import Rng
 from ..sampling import Sampler
-from .shards import Job, Tensors
+from ..train.progress import track
+from .shards import Job, Tensors, ranks
 
 
 def held_out_loss(loss: Loss, dataset: Dataset, *, conditional: bool = False, batch_size: int = 256) -> float:
@@ -68,6 +73,23 @@ class BitsPerDim:
     seconds: float
     estimator: str = "bpd/ode"
 
+    @property
+    def meaning(self) -> str:
+        """Of what this is the number."""
+        return "a bound for the data" if self.estimator == "bpd/ode-bound" else "the density at t_min"
+
+
+class _Shown(CountingDenoiser):
+    """Shows the network calls of one solve as they come."""
+
+    def __init__(self, denoiser: Denoiser, label: str, total: int | None):
+        super().__init__(denoiser)
+        self.calls = track(itertools.repeat(None), label, total, show=ranks()[0] == 0)
+
+    def forward(self, x: Tensor, t: Tensor, cond: Cond = None) -> Prediction:
+        next(self.calls)
+        return super().forward(x, t, cond)
+
 
 class OdeLikelihood:
     """How likelihoods are measured: raw integers, uniform dequantisation, one solve per batch.
@@ -79,9 +101,11 @@ class OdeLikelihood:
         solver: `Tolerance(rtol, atol)`, by default to 1e-5, or `Budget(calls)`.
         batch_size: points per solve, ≥ 1.
         t_min: likelihood cut-off; None for the SDE's own.
+        bound: "dequantised" or "centres" for a bound on the probability of integers (`ode_bound`) that the network was
+            trained on with uniform noise or as centres of their bins; None for the density of the data at t_min.
 
     Raises:
-        ValueError: a batch size below 1.
+        ValueError: a batch size below 1, another bound.
     """
 
     def __init__(
@@ -91,9 +115,18 @@ class OdeLikelihood:
         solver: Solver | None = None,
         batch_size: int = 64,
         t_min: float | None = None,
+        bound: str | None = None,
     ):
-        self.divergence, self.solver, self.t_min = divergence, solver or Tolerance(1e-5, 1e-5), t_min
-        self.batch_size = whole(batch_size, "batch_size")
+        if bound not in (None, "dequantised", "centres"):
+            raise ValueError(f"bound is 'dequantised', 'centres' or null; got {bound!r}.")
+        self.divergence, self.solver, self.t_min = divergence or Hutchinson(), solver or Tolerance(1e-5, 1e-5), t_min
+        self.batch_size, self.bound = whole(batch_size, "batch_size"), bound
+
+    def cost(self, event_shape: Sequence[int]) -> str:
+        """What a batch costs, in words."""
+        calls = self.solver.accuracy.get("budget", "as many as the tolerance takes")
+        products = self.divergence.products(math.prod(event_shape))
+        return f"network calls for each {self.batch_size} points: {calls}, each with {products:,} backward products"
 
     def job(
         self,
@@ -115,13 +148,16 @@ class OdeLikelihood:
         data = choose_split(dataset, split)
         parts = evenly_spaced(len(data), points).split(self.batch_size)
         device = model_device(denoiser)
-        solve = partial(log_likelihood, divergence=self.divergence, scaling=dataset.scaling, t_min=self.t_min)
+        solve: Callable[..., LogLikelihood]
+        solve = log_likelihood if self.bound is None else partial(ode_bound, dequantised=self.bound == "dequantised")
+        how: dict[str, Any] = {"divergence": self.divergence, "scaling": dataset.scaling, "t_min": self.t_min}
 
         def batch(index: int) -> Iterator[Tensors]:
             part = parts[index]
             x, cond = data.raw[part].to(device), data.cond(part, conditional, device)
             rng = Rng(seeds=[seed * len(data) + i for i in part.tolist()])
-            result = solve(denoiser, x, self.solver, cond=cond, rng=rng)
+            shown = _Shown(denoiser, f"network calls, batch {index + 1}", self.solver.settings.get("budget"))
+            result = solve(shown, x, self.solver, cond=cond, rng=rng, **how)
             yield {
                 "bits": bits_per_dim(result.log_prob, dataset.event_shape).double().cpu(),
                 "solver_error": bits_per_dim(-result.solver_error, dataset.event_shape).double().cpu(),
@@ -129,14 +165,21 @@ class OdeLikelihood:
             }
 
         what = {"split": split, "points": points, "of": len(data), "seed": seed, "conditional": conditional}
-        settings = {**what, "batch_size": self.batch_size, **self.solver.settings, "t_min": self.t_min}
-        return Job("bits_per_dim", len(parts), 1, batch, _bits_per_dim, settings)
+        settings = {
+            **what,
+            "batch_size": self.batch_size,
+            **self.solver.settings,
+            "t_min": self.t_min,
+            "bound": self.bound,
+        }
+        estimator = "bpd/ode" if self.bound is None else "bpd/ode-bound"
+        return Job("bits_per_dim", len(parts), 1, batch, partial(_bits_per_dim, estimator), settings)
 
 
-def _bits_per_dim(batches: list[Tensors]) -> BitsPerDim:
+def _bits_per_dim(estimator: str, batches: list[Tensors]) -> BitsPerDim:
     bits, errors = _joined(batches, "bits"), _joined(batches, "solver_error")
     stderr = float(bits.std() / len(bits) ** 0.5) if len(bits) > 1 else float("nan")
-    return BitsPerDim(float(bits.mean()), stderr, float(errors.mean()), bits, len(bits), *_costs(batches))
+    return BitsPerDim(float(bits.mean()), stderr, float(errors.mean()), bits, len(bits), *_costs(batches), estimator)
 
 
 def _joined(batches: list[Tensors], name: str) -> Tensor:

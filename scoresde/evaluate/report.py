@@ -144,7 +144,8 @@ class Report:
         if shards.rank == 0:
             said = turns_in_words(self.dataset, conditional)
             print(
-                f"Measuring bits/dim on {points or len(self.dataset.test):,} held-out points, drawing "
+                f"Measuring bits/dim on {points or len(self.dataset.test):,} held-out points "
+                f"({self.likelihood.cost(event)}), drawing "
                 f"{len(self.seeds):,} samples by each of {', '.join(self.samplers)}{said and ','}{said} …",
                 flush=True,
             )
@@ -184,7 +185,7 @@ class Report:
         numbers = {bits.estimator: bits.mean, "bpd_stderr": bits.stderr, "nfe": nfe}
         logger.summary(numbers | ({"w2": distances} if distances else {}))
         note = (
-            f"bits/dim of the model on {bits.points} held-out points: probability-flow ODE, "
+            f"bits/dim of the model on {bits.points} held-out points: {bits.meaning}, by the probability-flow ODE, "
             f"{'uniform dequantisation, ' if dataset.scaling.levels else ''}"
             f"{', '.join(f'{name}={value:g}' for name, value in accuracy.items())}, {bits.evaluations:.0f} "
             f"evaluations, {bits.seconds:.1f} s."

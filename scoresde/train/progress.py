@@ -15,11 +15,13 @@ from tqdm import tqdm
 Item = TypeVar("Item")
 
 
-def track(items: Iterable[Item], label: str, total: int, *, show: bool = True, every: float = 30.0) -> Iterator[Item]:
+def track(
+    items: Iterable[Item], label: str, total: int | None, *, show: bool = True, every: float = 30.0
+) -> Iterator[Item]:
     """Passes the items on and shows the rate and the time left: a bar on a terminal, elsewhere a line now and then.
 
     Args:
-        items, label, total: the items, their name and their number.
+        items, label, total: the items, their name and their number; None where it is not known.
         show: False for silence.
         every: seconds between two lines.
     """
@@ -31,8 +33,8 @@ def track(items: Iterable[Item], label: str, total: int, *, show: bool = True, e
         now = time.monotonic()
         if show and not terminal and now - last >= every:
             rate, last = count / (now - start), now
-            text = f"{label} {count:,}/{total:,}  {rate:.3g}/s  {(total - count) / rate:.0f} s left"
-            print(text, file=sys.stderr, flush=True)
+            of, left = ("", "") if total is None else (f"/{total:,}", f"  {(total - count) / rate:.0f} s left")
+            print(f"{label} {count:,}{of}  {rate:.3g}/s{left}", file=sys.stderr, flush=True)
 
 
 class Progress:

@@ -16,6 +16,7 @@ OVERRIDES = {
     "network.dpeth=3": "'network.dpeth'. Did you mean 'network.depth'?",
     "likelihood.rtl=1e-3": "'likelihood.rtl'. Did you mean 'likelihood.solver.rtol'?",
     "likelihood.atol=1e-3": "'likelihood.atol'. Did you mean 'likelihood.solver.atol'?",
+    "likelihood=exact likelihood.solver.rtol=1e-3": "likelihood=exact_tolerance and likelihood=hutchinson have it",
     "sed=1": "'sed'. Did you mean 'seed'?",
     "sampelr=ddim": "'sampelr'. Did you mean 'sampler'?",
     "+sampler.stesp=4": "sampler.stesp: scoresde.Sampler has no parameter 'stesp'. Did you mean 'step'?",

@@ -21,6 +21,7 @@ from scoresde import (
     Exact,
     GaussianMixtureDenoiser,
     Heun,
+    Hutchinson,
     Langevin,
     LogSNRGrid,
     Prediction,
@@ -92,6 +93,32 @@ def test_bits_per_dim_of_integers() -> None:
     assert abs(result.mean - nats / math.log(2)) < 4 * result.stderr + 1e-3
     assert 0 < result.stderr < 5e-3  # the noise is there, and differs from point to point
     assert len(set(result.values.tolist())) == 300
+    bound = OdeLikelihood(solver=Budget(40), bound="dequantised").job(denoiser, dataset).run()
+    assert (bound.estimator, bound.meaning) == ("bpd/ode-bound", "a bound for the data")
+    assert result.meaning == "the density at t_min" and abs(bound.mean - nats / math.log(2)) < 4 * bound.stderr + 1e-3
+
+
+def test_a_likelihood_says_its_cost_and_shows_its_calls(monkeypatch) -> None:
+    """Before it starts, and inside a solve: as many ticks as network calls, of a known number or not."""
+    ticks: list[tuple[str, int | None]] = []
+
+    def track(items, label, total, *, show):
+        for item in items:
+            ticks.append((label, total))
+            yield item
+
+    monkeypatch.setattr("scoresde.evaluate.evaluation.track", track)
+    dataset = TOY.dataset(train=10, test=10)
+    measure = OdeLikelihood(Exact(), solver=Budget(30), batch_size=5)
+    assert measure.cost((1, 8, 8)) == "network calls for each 5 points: 30, each with 64 backward products"
+    measure.job(toy_denoiser(VPSDE()), dataset).run()
+    assert ticks == [("network calls, batch 1", 30)] * 30 + [("network calls, batch 2", 30)] * 30
+    ticks.clear()
+    measure = OdeLikelihood(Hutchinson(2), solver=Tolerance(1e-2, 1e-2))
+    assert "as many as the tolerance takes, each with 2 backward" in measure.cost((2,))
+    assert measure.job(toy_denoiser(VPSDE()), dataset).run().evaluations == len(ticks) > 0
+    with pytest.raises(ValueError, match=r"'dequantised', 'centres' or null; got 'elbo'"):
+        OdeLikelihood(bound="elbo")
 
 
 def grey(n: int = 12) -> tuple[Denoiser, Dataset]:
