@@ -29,8 +29,7 @@ from scoresde.diffusion.denoiser import DenoiserWrapper
 from scoresde.metrics import frechet_distance, sliced_w2
 
 SETS = 4
-SCREENED = 8  # noises that decide which methods of a library are measured on all
-KEPT = 2  # of each library
+KEPT = 3  # methods of each library that are measured on all noises
 REFERENCE = 500  # network calls of the reference, about
 
 
@@ -186,18 +185,18 @@ def methods(c: float) -> dict[str, list[Method]]:
 def compare(case: Case, budgets: list[int]) -> dict[int, dict[str, Result]]:
     """budget -> group -> the best of the group; "default" is `sample(budget=)`.
 
-    All methods run on few noises, the first of each group on all. Above 20 calls only those run that were among the
-    first eight of their group before, with fewer calls.
+    All methods run on the first set of noises, the best `KEPT` of each group on all. Above 20 calls only those run
+    that were among the first eight of their group before, with fewer calls.
     """
-    groups, found = methods(case.spread), {}
+    found: dict[int, dict[str, Result]] = {}
+    ranked: dict[str, list[Method]] = {}
     for budget in sorted(budgets):
         best = {}
-        for group, candidates in groups.items():
-            screened = [(rms(r.squares), r.method) for m in candidates if (r := case.run(m, budget, SCREENED))]
-            ranked = [method for _, method in sorted(screened, key=lambda pair: pair[0])]
-            if budget >= 20:
-                groups[group] = ranked[:8]
-            results = [result for method in ranked[:KEPT] if (result := case.run(method, budget, case.n))]
+        for group, candidates in methods(case.spread).items():
+            first = ranked[group][:8] if budget > 20 and group in ranked else candidates
+            tried = [(rms(r.squares), r.method) for m in first if (r := case.run(m, budget, case.n // SETS))]
+            ranked[group] = [method for _, method in sorted(tried, key=lambda pair: pair[0])]
+            results = [result for method in ranked[group][:KEPT] if (result := case.run(method, budget, case.n))]
             if results:
                 best[group] = min(results, key=lambda result: rms(result.squares))
         if ours := case.run(Method("default", "sample(budget=)", False, default), budget, case.n):
@@ -211,8 +210,8 @@ def planned(c: float, n: int, budgets: list[int]) -> int:
     groups = methods(c)
     total, least = REFERENCE * n, min(budgets)
     for budget in budgets:
-        screened = sum(len(group) for group in groups.values()) if budget <= max(20, least) else 8 * len(groups)
-        total += budget * (screened * SCREENED + (KEPT * len(groups) + 1) * n)
+        tried = sum(len(group) for group in groups.values()) if budget <= max(20, least) else 8 * len(groups)
+        total += budget * (tried * n // SETS + (KEPT * len(groups) + 1) * n)
     return total
 
 

@@ -72,7 +72,7 @@ def main() -> None:
 def measure(options: argparse.Namespace, names: list[str]) -> None:
     """All networks at all budgets: rows as they come, then the tables and the picture."""
     folder = options.results or Path(__file__).parent / "results" / "networks"
-    kept = {key: value for key, value in vars(options).items() if key in ("names", "budgets", "noises", "threads")}
+    kept = {key: vars(options)[key] for key in ("names", "budgets", "noises", "threads")}
     report = Report(SimpleNamespace(results=str(folder), **kept), "networks")
     sizes = {name: SETS * options.noises * (16 if dims(name, options.folder) < 64 else 1) for name in names}
     known = {name: facts(name, options.folder) for name in names}

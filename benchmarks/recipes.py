@@ -262,7 +262,8 @@ def load(name: str, folder: Path | str) -> tuple[S.Denoiser, tuple[int, ...], Ca
     denoiser = recipe.denoiser()
     denoiser.network.load_state_dict(load_file(path))
     denoiser = denoiser.eval().requires_grad_(False)
-    shape = tuple(json.loads(facts(name, folder)["shape"]))
+    noted = facts(name, folder)
+    denoiser.data_std, shape = float(noted["spread"]), tuple(json.loads(noted["shape"]))
     if recipe.scale is None:
         return denoiser, shape, lambda n: None
     return S.ClassifierFree(denoiser, recipe.scale), shape, lambda n: torch.arange(n) % 10
