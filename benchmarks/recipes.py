@@ -156,6 +156,13 @@ class Recipe:
             noise_input=self.noise_input, scale_input=self.scale_input,
         )  # fmt: skip
 
+    def guided(self, denoiser: S.Denoiser) -> S.Denoiser:
+        return denoiser if self.scale is None else S.ClassifierFree(denoiser, self.scale)
+
+    def cond(self, n: int) -> S.Cond:
+        """Of n samples: the ten classes in turn, where there is guidance."""
+        return None if self.scale is None else torch.arange(n) % 10
+
 
 def unet(shape: Sequence[int], width: int, multipliers: Sequence[int], **more: Any) -> Callable[[], nn.Module]:
     return partial(S.nn.UNet, shape, width=width, multipliers=multipliers, blocks=1, **more)
@@ -234,13 +241,14 @@ def train(name: str, data: Path, folder: Path) -> None:
     trainer.fit(state)
     folder.mkdir(parents=True, exist_ok=True)
     weights = {key: value.contiguous() for key, value in state.average.denoiser.network.state_dict().items()}
-    spread = float(dataset.encode(dataset.train.raw).std(0).square().mean().sqrt())
-    noted = {"shape": json.dumps(dataset.event_shape), "spread": str(spread), "images": str(recipe.images)}
+    measured = recipe.guided(state.average.denoiser).measure(dataset.encode(dataset.train.raw), recipe.cond(16))
+    noted = {"shape": json.dumps(dataset.event_shape), "spread": str(measured.data_std),
+             "roughness": str(measured.roughness)}  # fmt: skip
     save_file(weights, folder / f"{name}.safetensors", noted)
 
 
 def facts(name: str, folder: Path | str) -> dict[str, str]:
-    """What is noted beside the weights: shape of one sample, spread of the data about their mean, images seen."""
+    """What is noted beside the weights: shape of one sample, and what `Denoiser.measure` found."""
     with safe_open(Path(folder) / f"{name}.safetensors", "pt") as file:
         return file.metadata()
 
@@ -262,8 +270,6 @@ def load(name: str, folder: Path | str) -> tuple[S.Denoiser, tuple[int, ...], Ca
     denoiser = recipe.denoiser()
     denoiser.network.load_state_dict(load_file(path))
     denoiser = denoiser.eval().requires_grad_(False)
-    noted = facts(name, folder)
-    denoiser.data_std, shape = float(noted["spread"]), tuple(json.loads(noted["shape"]))
-    if recipe.scale is None:
-        return denoiser, shape, lambda n: None
-    return S.ClassifierFree(denoiser, recipe.scale), shape, lambda n: torch.arange(n) % 10
+    guided, noted = recipe.guided(denoiser), facts(name, folder)
+    guided.data_std, guided.roughness = float(noted["spread"]), float(noted["roughness"])
+    return guided, tuple(json.loads(noted["shape"])), recipe.cond
