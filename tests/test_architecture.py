@@ -54,7 +54,7 @@ DOORS = {
     "PIL": ("data.folder", "evaluate.figures"),
     "torchdiffeq": ("ode",),
     "torchsde": ("sampling.torch_sde",),
-    "scipy": ("ode", "metrics", "losses.coupling"),
+    "scipy": ("ode", "metrics", "losses.coupling", "sampling.fit"),
 }
 
 FILES = sorted(PACKAGE.rglob("*.py"))

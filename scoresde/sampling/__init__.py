@@ -6,6 +6,8 @@ from .churn import Churn
 from .default import default_sampler, sample
 from .edit import attribute, interpolate, sdedit
 from .fit import fit_grid
+from .fit_sampler import fit_sampler
+from .fitted import FittedSampler
 from .multistep import DEIS, IPNDM, Adams, DPMSolverPP, Multistep, SASolver, UniPC
 from .restart import Restart
 from .runge_kutta import RK4, DPMSolver, Midpoint
@@ -36,6 +38,7 @@ __all__ = [
     "DPMSolver",
     "DPMSolverPP",
     "EulerMaruyama",
+    "FittedSampler",
     "Heun",
     "Langevin",
     "Midpoint",
@@ -52,6 +55,7 @@ __all__ = [
     "attribute",
     "default_sampler",
     "fit_grid",
+    "fit_sampler",
     "interpolate",
     "sample",
     "sdedit",

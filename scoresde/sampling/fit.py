@@ -1,15 +1,15 @@
-r"""A grid fitted to a model: n steps where the error is, instead of where a formula puts them.
+r"""Times fitted to a model: n steps where its errors are, instead of where a formula puts them.
 
-The knots of the log-SNR are the unknowns. By gradients, the end points of n steps are pulled to those of a fine solve
-from the same noise; without, the local errors of a fine solve are spread evenly over n steps. Either is one short
-calibration; the result is n + 1 numbers (`FittedGrid`).
+The knots of the log-SNR are the unknowns, and the distances of the end points to those of a fine solve from the same
+noise are the residuals. Levenberg and Marquardt's method needs a few runs for every derivative and no gradient of the
+network; with gradients Adam goes on from there.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from itertools import islice, pairwise
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -17,11 +17,15 @@ from torch import Tensor
 
 from ..diffusion.conditions import Cond, take
 from ..diffusion.denoiser import Denoiser
-from ..diffusion.grids import FittedGrid, Grid, KarrasGrid, LogisticGrid, LogSNRGrid
+from ..diffusion.grids import FittedGrid, Grid, KarrasGrid, LogisticGrid, LogSNRGrid, SoftplusGrid, UniformGrid
+from ..diffusion.sde import SDE
 from ..noise.rng import Rng
 from ..ode import check_finite
-from .multistep import Adams
+from .multistep import Multistep
 from .sampler import Sampler, Step
+
+_KNOBS = 8
+"""Unknowns that move the times: steps grow and shrink by a factor that is linear between so many of them."""
 
 
 def fit_grid(
@@ -40,12 +44,10 @@ def fit_grid(
 ) -> FittedGrid:
     r"""The grid of `steps` steps on which `step` comes closest to the exact solution, for this model.
 
-    With gradients: the mean distance of the end points to those of a fine solve, from the same noise, is minimised by
-    Adam over the log-SNR increments, from the best of the generic grids; the knots kept are those with the
-    smallest distance on a quarter of the samples that the gradients never saw. Without: the step is tried all along a
-    fine solve, at a quarter of the spacing; if it is of order p and errs by c h^{p + 1} there, Σ c h^{p + 1} is least
-    for h ∝ c^{−1/(p + 1)}; where n is too small for such asymptotics a generic grid wins. Errors count in
-    x/√(α²σ_d² + σ²), in which a Gaussian carries them on unchanged.
+    The mean distance of the end points to those of a fine solve, from the same noise, is minimised over the log-SNR of
+    the knots, from the best of the generic grids: by at most twelve iterations of Levenberg and Marquardt's method, and
+    with gradients by Adam after it, on batches; the knots kept are those with the smallest distance on a quarter of the
+    samples that the gradients never saw.
 
     Args:
         denoiser: the model; for a conditional one fit with conditions, use the grid under guidance.
@@ -71,77 +73,81 @@ def fit_grid(
         )
     if step.evaluations is None:
         raise ValueError(f"{type(step).__name__} chooses its own steps; fit a grid for a step that follows one.")
-    rng = Rng(0) if rng is None else rng
-    x = Sampler.start(denoiser, (samples, *shape), rng)
-    fine = LogisticGrid(denoiser.data_std, width=2.0)(denoiser.sde, fine_steps // 4 * 4).to(x.device)
-    with torch.no_grad():
-        *_, end = _run(denoiser, Adams(3, 3), x, fine, cond)
-        check_finite(end, "The reference solution of fit_grid is not finite")
+    with torch.inference_mode(False), torch.no_grad():
+        x = Sampler.start(denoiser, (samples, *shape), Rng(0) if rng is None else rng)
+        *_, end = reference(denoiser, x, cond, fine_steps)[1]
         fit = _Fit(denoiser, step, x, end, cond, samples // 4)
-        spread = [] if gradients else [_spread_errors(denoiser, step, x, fine, steps, cond)]
-        knots = fit.best([*_generic(denoiser), *spread], steps)
-    return fit.descend(knots, batch_size, iterations if gradients and steps > 1 else 0)
+        times = descend(
+            fit.residuals, best(fit.residuals, generic_grids(denoiser), denoiser.sde, steps)[0], denoiser.sde
+        )
+        return fit.by_gradients(times, batch_size, iterations if gradients and steps > 1 else 0)
 
 
 class _Fit:
-    """The distance of the end points as a function of the knots, and its minimisation."""
+    """The distance of the end points as a function of the times, and its minimisation by gradients."""
 
     def __init__(self, denoiser: Denoiser, step: Step, x: Tensor, end: Tensor, cond: Cond, held_out: int):
         self.denoiser, self.step, self.x, self.end, self.cond, self.held_out = denoiser, step, x, end, cond, held_out
-        self.times = torch.tensor([denoiser.sde.t_max, denoiser.sde.t_min], dtype=torch.float64, device=x.device)
+        self.ends = torch.tensor([denoiser.sde.t_max, denoiser.sde.t_min], dtype=torch.float64)
+
+    def residuals(self, times: Tensor) -> np.ndarray:
+        *_, y = run(self.denoiser, self.step, self.x, times, self.cond)
+        return residuals(y, self.end)
 
     def distance(self, knots: Tensor, rows: Tensor) -> Tensor:
         """Mean over the samples `rows` of the RMS distance per dimension, differentiable in the inner knots (n − 1,).
 
         Not the mean square: the few samples that end at another mode would outvote all others.
         """
-        inner = self.denoiser.sde.time(knots)
-        times = torch.cat([self.times[:1], inner, self.times[1:]])
-        *_, y = _run(self.denoiser, self.step, self.x[rows], times, take(self.cond, rows))
+        times = torch.cat([self.ends[:1], self.denoiser.sde.time(knots), self.ends[1:]])
+        *_, y = run(self.denoiser, self.step, self.x[rows], times, take(self.cond, rows))
         return (y - self.end[rows]).square().flatten(1).mean(1).add(1e-12).sqrt().mean()
 
     def held_out_distance(self, knots: Tensor) -> float:
-        with torch.no_grad():
-            value = float(self.distance(knots, torch.arange(self.held_out, device=self.x.device)))
+        value = float(self.distance(knots, torch.arange(self.held_out, device=self.x.device)))
         return math.inf if math.isnan(value) else value
 
-    def best(self, grids: Sequence[Grid], steps: int) -> Tensor:
-        """The inner knots of the best of several grids."""
-        sde = self.denoiser.sde
-        return min(
-            (sde.log_snr(grid(sde, steps))[1:-1].to(self.x.device) for grid in grids), key=self.held_out_distance
-        )
-
-    def descend(self, knots: Tensor, batch_size: int, iterations: int) -> FittedGrid:
-        """Adam over the logarithms of the increments, from `knots`."""
-        low, high = self.denoiser.sde.log_snr(self.times)
+    def by_gradients(self, times: Tensor, batch_size: int, iterations: int) -> FittedGrid:
+        """Adam over the logarithms of the increments of log-SNR, from `times`."""
+        level = self.denoiser.sde.log_snr(times)
+        low, high, knots = level[0], level[-1], level[1:-1]
         learned = torch.arange(self.held_out, len(self.x), device=self.x.device)
-        best, least = knots, self.held_out_distance(knots)
-        logits = torch.cat([low[None], knots, high[None]]).diff().log().requires_grad_()
+        found, least = knots, self.held_out_distance(knots)
+        logits = level.diff().log().requires_grad_()
         optimizer = torch.optim.Adam([logits], lr=0.05)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(iterations, 1))
         for index in range(iterations):
             rows = learned.roll(-index * batch_size)[:batch_size]
-            knots = low + (high - low) * logits.softmax(0).cumsum(0)[:-1]
-            (logits.grad,) = torch.autograd.grad(self.distance(knots, rows).log(), logits)
+            with torch.enable_grad():
+                knots = low + (high - low) * logits.softmax(0).cumsum(0)[:-1]
+                (logits.grad,) = torch.autograd.grad(self.distance(knots, rows).log(), logits)
             if not bool(torch.isfinite(logits.grad).all()):
                 break  # two knots have met; the best so far stands
             optimizer.step()
             schedule.step()
             if index % 20 == 19 or index == iterations - 1:
-                knots = (low + (high - low) * logits.softmax(0).cumsum(0)[:-1]).detach()
+                knots = low + (high - low) * logits.softmax(0).cumsum(0)[:-1]
                 value = self.held_out_distance(knots)
                 if value < least:
-                    best, least = knots, value
-        return FittedGrid([float(low), *best.tolist(), float(high)])
+                    found, least = knots, value
+        return FittedGrid([float(low), *found.tolist(), float(high)])
 
 
-def _generic(denoiser: Denoiser) -> list[Grid]:
-    logistic = [LogisticGrid(denoiser.data_std, centre, width) for centre in (0.0, 0.5, 1.5) for width in (1.0, 1.5)]
-    return [LogSNRGrid(), KarrasGrid(), *logistic]
+def generic_grids(denoiser: Denoiser) -> list[Grid]:
+    """Where fits begin."""
+    c = denoiser.data_std
+    logistic = [LogisticGrid(c, centre, width) for centre, width in ((0.25, 1.0), (0.25, 1.5), (0.25, 2.5), (1.5, 1.5))]
+    return [*logistic, SoftplusGrid(c), LogSNRGrid(), KarrasGrid(), UniformGrid()]
 
 
-def _run(denoiser: Denoiser, step: Step, x: Tensor, times: Tensor, cond: Cond) -> Iterator[Tensor]:
+def _at(level: Tensor, sde: SDE, ends: Tensor) -> Tensor:
+    """Times of rising log-SNR, with the first and the last of `ends`, which an inverse map would leave by round-off."""
+    times = sde.time(level)
+    times[0], times[-1] = ends[0], ends[-1]
+    return times
+
+
+def run(denoiser: Denoiser, step: Step, x: Tensor, times: Tensor, cond: Cond) -> Iterator[Tensor]:
     """The states after every step."""
     state, rng = step.init(x), Rng(0)
     for t, s in pairwise(times):
@@ -149,27 +155,59 @@ def _run(denoiser: Denoiser, step: Step, x: Tensor, times: Tensor, cond: Cond) -
         yield x
 
 
-def _spread_errors(
-    denoiser: Denoiser, step: Step, x: Tensor, fine: Tensor, steps: int, cond: Cond, stride: int = 4
-) -> FittedGrid:
-    """Knots at equal shares of ∫ c^{1/(p + 1)} dλ, where c h^{p + 1} is the step's error on every `stride`-th time."""
-    sde, times = denoiser.sde, fine[::stride]
-    alpha, sigma = sde.marginal(times)
-    unit = (alpha**2 * denoiser.data_std**2 + sigma**2).sqrt()
-    state, rng, errors = step.init(x), Rng(0), []
-    exact = islice(_run(denoiser, Adams(3, 3), x, fine, cond), stride - 1, None, stride)
-    for index, (t, s) in enumerate(pairwise(times)):
-        guess, state = step(denoiser, x, t, s, state, cond=cond, rng=rng)
-        x = next(exact)
-        errors.append((guess - x).double().square().mean().sqrt() / unit[index + 1])
-    level = sde.log_snr(times)
-    h = level.diff()
-    error = torch.stack(errors)
-    constant = (error.clamp(min=1e-3 * float(error.max())) / h ** (step.order + 1)) ** (1 / (step.order + 1))
-    # neighbours share, as a multistep error belongs to more than one step; a tenth is spread evenly
-    smooth = torch.nn.functional.avg_pool1d(constant[None, None], 3, 1, 1, count_include_pad=False)[0, 0]
-    mass = smooth * h / (smooth * h).sum() + 0.1 * h / h.sum()
-    place = torch.cat([mass.new_zeros(1), mass.cumsum(0)]) / mass.sum()
-    shares = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
-    knots = np.interp(shares.numpy(), place.cpu().numpy(), level.cpu().numpy())
-    return FittedGrid(knots.tolist())
+def reference(denoiser: Denoiser, x: Tensor, cond: Cond, steps: int) -> tuple[Tensor, Iterator[Tensor]]:
+    """Times (steps + 1,), and the states after each step of a solve that is meant to be exact.
+
+    Raises:
+        SolverError: the last state is not finite; as the iterator reaches it.
+    """
+    step = Multistep(3, sigma_data=None, corrector=3, bound=2.5)
+    times = LogisticGrid(denoiser.data_std, 0.0, 3.0)(denoiser.sde, steps)
+
+    def states() -> Iterator[Tensor]:
+        for y in run(denoiser, step, x, times, cond):
+            yield y
+        check_finite(
+            y, "The fine solve that a fit starts with is not finite: the network's values are not, or are wild"
+        )
+
+    return times, states()
+
+
+def residuals(x: Tensor, end: Tensor) -> np.ndarray:
+    """Numbers whose squares sum up to the mean over the samples of the RMS distance of x to `end`, both (B, *event).
+
+    So the few samples that end at another mode do not outvote all others, as they would with the mean square. Of more
+    than 2^16 numbers evenly spaced ones are taken.
+    """
+    error = (x - end).double().flatten(1)
+    error = (error / error.square().mean(1, keepdim=True).sqrt().clamp(min=1e-9).sqrt()).flatten()
+    error = error[:: max(1, error.numel() // 2**16)] / math.sqrt(error.numel())
+    return error.nan_to_num(1e3, 1e3, -1e3).cpu().numpy()
+
+
+def best(errors: Callable[[Tensor], np.ndarray], grids: Sequence[Grid], sde: SDE, steps: int) -> list[Tensor]:
+    """The times of all the grids, the best first."""
+    made = [grid(sde, steps) for grid in grids]
+    return sorted(made, key=lambda times: float(np.square(errors(times)).sum()))
+
+
+def descend(errors: Callable[[Tensor], np.ndarray], times: Tensor, sde: SDE, iterations: int = 12) -> Tensor:
+    """Times near `times` with a smaller sum of squares of `errors`, by Levenberg and Marquardt's method."""
+    from scipy.optimize import least_squares
+
+    n, level = len(times) - 1, sde.log_snr(times).numpy()
+    knobs = min(n, _KNOBS)
+    places, apart = np.linspace(0, n - 1, knobs), np.diff(level)
+    shape = np.stack([np.interp(np.arange(n), places, row) for row in np.eye(knobs)], 1)[:, 1:]
+
+    def moved(factors: np.ndarray) -> Tensor:
+        steps = apart * np.exp(shape @ (factors - 1))
+        shares = np.append(0.0, steps.cumsum()) / steps.sum()
+        return _at(torch.from_numpy(level[0] + shares * (level[-1] - level[0])), sde, times)
+
+    if knobs == 1 or iterations < 1:
+        return times
+    start = np.ones(knobs - 1)  # not zeros, as `diff_step` is relative
+    precision = {"diff_step": 0.05, "ftol": 1e-3, "xtol": 1e-3}
+    return moved(least_squares(lambda factors: errors(moved(factors)), start, max_nfev=iterations, **precision).x)

@@ -78,6 +78,14 @@ def test_without_gradients_it_is_still_better(sde) -> None:
     assert rms(denoiser, step, grid, 20) < 0.7 * min(rms(denoiser, step, other, 20) for other in GENERIC)
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_gradients_are_taken_in_every_mode(mode) -> None:
+    denoiser, options = ring(VPSDE()), {"steps": 3, "shape": (2,), "samples": 32, "iterations": 20, "fine_steps": 40}
+    plain = fit_grid(denoiser, DPMSolverPP(2), **options)
+    with mode():
+        assert torch.equal(fit_grid(denoiser, DPMSolverPP(2), **options).log_snr, plain.log_snr)
+
+
 def test_it_holds_on_a_trained_network() -> None:
     """A small network after some training, which is no closed form: half the error of every generic grid."""
     torch.manual_seed(0)
