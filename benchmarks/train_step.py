@@ -12,6 +12,7 @@ there already: what a step costs at least.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
 import os
@@ -31,6 +32,7 @@ from scoresde.codecs import Scaling
 from scoresde.data import Dataset, EpochOrder, Split
 from scoresde.losses.denoising import StratifiedTimes
 from scoresde.train.ema import EMA
+from scoresde.train.half import fast_half
 from scoresde.train.state import TrainingState
 from scoresde.train.trainer import Trainer
 
@@ -190,15 +192,16 @@ def ours(network: nn.Module, dataset: Dataset, size: int, **how: Any) -> Step:
     return lambda: trainer.step(run)
 
 
-def bare(network: nn.Module, dataset: Dataset, size: int, **how: Any) -> Step:
-    """The same loss, optimizer and average as ours and nothing else."""
+def bare(network: nn.Module, dataset: Dataset, size: int, *, plain: bool = False, **how: Any) -> Step:
+    """The same loss, optimizer and average as ours and nothing else; `plain` with PyTorch's own kernels for halves."""
     run = training(network, dataset, size, **how)
     x = run.batch()[0]
     weights, shadow = list(run.loss.parameters()), list(run.average.parameters())
     run.loss.train()
 
     def step() -> None:
-        run.loss(x, rng=run.rng).mean().backward()
+        with contextlib.nullcontext() if plain else fast_half(run.device):
+            run.loss(x, rng=run.rng).mean().backward()
         run.optimizer.step()
         run.optimizer.zero_grad(set_to_none=True)
         with torch.no_grad():
@@ -229,6 +232,8 @@ ENTRIES = (
     entry("fp32", bare),
     entry("fp32", ours),
     entry("fp32 channels_last", ours, channels_last=True),
+    entry("bf16, PyTorch's kernels", bare, autocast="bfloat16", plain=True),
+    entry("bf16 channels_last, PyTorch's kernels", bare, autocast="bfloat16", channels_last=True, plain=True),
     entry("bf16", bare, autocast="bfloat16"),
     entry("bf16", ours, autocast="bfloat16"),
     entry("bf16 channels_last", ours, autocast="bfloat16", channels_last=True),
@@ -364,7 +369,8 @@ def train_step(cfg: DictConfig) -> None:
         parts.append(efficiency(cfg, results))
     text = (
         f"{cfg.threads} threads, {cfg.clock} time, fastest and median of {cfg.rounds} rounds in which every loop takes "
-        f"{cfg.steps} steps. `× best peer`: speed over that of the fastest other library's loop, which are fp32."
+        f"{cfg.steps} steps. `× best peer`: speed over that of the fastest other library's loop, which are fp32. "
+        f"Processor: {results.facts['processor']}."
     )
     results.close("\n\n".join([text, *parts]))
 

@@ -33,11 +33,12 @@ class Net(nn.Module):
 
 def training(
     *, batch: int = 8, seed: int = 0, dropout: float = 0.0, autocast: str | None = None, optimizer: Any = None,
-    ramp: float | None = 0.05, **loss: Any,
+    ramp: float | None = 0.05, network: nn.Module | None = None, **loss: Any,
 ) -> TrainingState:  # fmt: skip
     """Two layers on 100 points of the plane, AdamW, an average."""
     torch.manual_seed(seed)
-    objective = DenoisingLoss(Preconditioned(Net(dropout), VPSDE(), Eps(), autocast=autocast), **loss)
+    network = Net(dropout) if network is None else network
+    objective = DenoisingLoss(Preconditioned(network, VPSDE(), Eps(), autocast=autocast), **loss)
     x = torch.randn(SAMPLES, 2, generator=torch.Generator().manual_seed(0))
     optimizer = torch.optim.AdamW(objective.parameters(), 1e-2, fused=True) if optimizer is None else optimizer
     return TrainingState(

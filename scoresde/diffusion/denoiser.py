@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import contextlib
 import inspect
 import math
 from collections.abc import Callable
@@ -109,7 +110,7 @@ class Preconditioned(Denoiser):
     r"""A network made into a denoiser: F = network(c_in x_t, c_noise, cond), read as the parameterisation says.
 
     `c_in = 1/√(α²σ_d² + σ²)`, so the network sees unit variance at every t. Coefficients are float32 (float64 for
-    float64 inputs); only the network itself runs under autocast.
+    float64 inputs); only the network itself runs under `autocast`.
 
     Args:
         network: callable (x (B, *event), c_noise (B,), cond) -> tensor like x; one that takes no third argument is
@@ -121,7 +122,7 @@ class Preconditioned(Denoiser):
         noise_input: (sde, t (B,)) -> c_noise (B,), for networks trained elsewhere: `lambda sde, t: 999 * t` for
             score_sde, `lambda sde, t: sde.marginal(t)[1]` for k-diffusion. Default −log_snr/8.
         scale_input: False feeds x_t itself.
-        autocast: dtype of the network's autocast region ("bfloat16" or "float16"), None for none.
+        autocast: dtype of the network's autocast region ("bfloat16" or "float16"); None for whatever the caller's is.
         data_std: see `Denoiser`; None takes σ_d, until `measure` knows better.
     """
 
@@ -155,7 +156,8 @@ class Preconditioned(Denoiser):
         c_noise = per_sample(self.noise_input(self.sde, scales.t), x)
         c_in = (scales.alpha**2 * self.sigma_data**2 + scales.sigma**2).rsqrt() if self.scale_input else None
         scaled = x if c_in is None else c_in * x
-        with torch.autocast(x.device.type, dtype=self.autocast, enabled=self.autocast is not None):
+        own = contextlib.nullcontext() if self.autocast is None else torch.autocast(x.device.type, dtype=self.autocast)
+        with own:
             output = self.network(scaled, c_noise, *([cond] if self.takes_cond else []))
         if output.shape != x.shape:
             raise ValueError(

@@ -15,6 +15,7 @@ import torch
 from ..checks import positive, whole
 from ..runs.checkpoint import save, sweep
 from ..runs.logger import Logger, NullLogger
+from .half import fast_half
 from .progress import Progress
 from .saver import Saver
 from .signals import Interrupted, Signals, Stopped
@@ -99,7 +100,7 @@ class Trainer:
             group.setdefault("peak_lr", group["lr"])
             group["lr"] = group["peak_lr"] * self.lr_scale(state.images)
         for left in reversed(range(self.accumulate)):
-            with state.parallel.exchange(now=left == 0):
+            with state.parallel.exchange(now=left == 0), fast_half(state.device):
                 terms = state.terms()
                 state.scale.up(terms.objective.mean() / self.accumulate).backward()
             state.tally.add(terms, 1 / self.accumulate)

@@ -224,6 +224,12 @@ def test_autocast_reaches_the_network_and_nothing_else() -> None:
     assert p.x0.dtype == p.eps.dtype == p.scales.alpha.dtype == torch.float32
     q = full(x, t)
     assert seen["inside"] is False and seen["output"] == torch.float32
+    with torch.autocast("cpu", torch.bfloat16):  # the caller's own region is theirs, and rounds the network alone too
+        around = full(x, t)
+        assert seen["output"] == torch.bfloat16 and torch.equal(around.eps, p.eps) and around.x0.dtype == torch.float32
+    with torch.autocast("cpu", torch.float16):
+        half(x, t)
+        assert seen["output"] == torch.bfloat16
     # the output alone is rounded, to 8 bits; the invariant holds to float32
     torch.testing.assert_close(p.eps, q.eps, rtol=0.02, atol=0.02)
     size = p.scales.alpha * p.x0.abs() + p.scales.sigma * p.eps.abs()
