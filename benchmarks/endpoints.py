@@ -108,12 +108,12 @@ class Case:
     """
 
     def __init__(self, name: str, folder: Path, noises: int, bar: tqdm):
-        model, self.shape, cond = load(name, folder)
+        model, self.shape, self.conditions = load(name, folder)
         self.name, self.folder, self.n = name, folder, SETS * noises
         self.spread = float(facts(name, folder)["spread"])
         self.dims = math.prod(self.shape)
         self.model, self.rtol = (model.double(), 1e-8) if self.dims < 64 else (model, 1e-6)
-        self.cond, self.seen = cond(self.n), bar.update
+        self.cond, self.seen = self.conditions(self.n), bar.update
         self.x = torch.cat([
             model.prior_sample((noises, *self.shape), rng=S.Rng(100 + k), dtype=torch.float64) for k in range(SETS)
         ])  # fmt: skip
@@ -154,6 +154,21 @@ def default(denoiser: S.Denoiser, x: Tensor, budget: int) -> Tensor:
     return S.sample(denoiser, x, budget=budget)
 
 
+def fit_samples(dims: int) -> int:
+    return min(max(4096 // dims, 16), 512)
+
+
+def fitted(case: Case, budget: int) -> Method:
+    """The sampler that is fitted to the network, on noises of its own."""
+    samples = fit_samples(case.dims)
+    denoiser, rng = Bound(case.model, None, case.seen), S.Rng(77)
+    made = S.fit_sampler(
+        denoiser, budget=budget, shape=case.shape, cond=case.conditions(samples), samples=samples, rng=rng
+    )
+    name = "fit_sampler" if made.is_fitted else "fit_sampler: the generic one"
+    return Method("fitted", name, False, lambda denoiser, x, _: made.sampler(denoiser, x))
+
+
 def named(c: float) -> list[Method]:
     """Our steps by name on our grids, told the spread of the data."""
     grids: dict[str, S.Grid] = {
@@ -183,8 +198,9 @@ def methods(c: float) -> dict[str, list[Method]]:
     return groups
 
 
-def compare(case: Case, budgets: list[int]) -> dict[int, dict[str, Result]]:
-    """budget -> group -> the best of the group; "default" is `sample(budget=)`.
+def compare(case: Case, budgets: list[int], fit: list[int]) -> dict[int, dict[str, Result]]:
+    """budget -> group -> the best of the group; "default" is `sample(budget=)`, "fitted" what
+    `fit_sampler` makes at the budgets in `fit`.
 
     All methods run on the first set of noises, the best `KEPT` of each group on all. Above 20 calls only those run
     that were among the first eight of their group before, with fewer calls.
@@ -200,16 +216,19 @@ def compare(case: Case, budgets: list[int]) -> dict[int, dict[str, Result]]:
             results = [result for method in ranked[group][:KEPT] if (result := case.run(method, budget, case.n))]
             if results:
                 best[group] = min(results, key=lambda result: rms(result.squares))
-        if ours := case.run(Method("default", "sample(budget=)", False, default), budget, case.n):
-            best["default"] = ours
+        ours = [
+            Method("default", "sample(budget=)", False, default),
+            *([fitted(case, budget)] if budget in fit else []),
+        ]
+        best |= {m.library: result for m in ours if (result := case.run(m, budget, case.n))}
         found[budget] = best
     return found
 
 
-def planned(c: float, n: int, budgets: list[int]) -> int:
-    """About how many samples `Case` and `compare` send through the network, the reference included."""
+def planned(c: float, dims: int, n: int, budgets: list[int], fit: list[int]) -> int:
+    """About how many samples `Case` and `compare` send through the network, the reference and the fits included."""
     groups = methods(c)
-    total, least = REFERENCE * n, min(budgets)
+    total, least = REFERENCE * n + 1600 * fit_samples(dims) * len({*fit} & {*budgets}), min(budgets)
     for budget in budgets:
         tried = sum(len(group) for group in groups.values()) if budget <= max(20, least) else 8 * len(groups)
         total += budget * (tried * n // SETS + (KEPT * len(groups) + 1) * n)

@@ -30,8 +30,14 @@ from recipes import load as load
 from tqdm import tqdm
 
 BUDGETS = (4, 5, 6, 8, 10, 12, 15, 20, 30, 50)
-COLUMNS = (*LIBRARIES, "DDIM", "default", "named")
-TITLES = {"DDIM": "DDIM, best grid", "default": "`sample(budget=)`", "named": "ours, by name"}
+COLUMNS = (*LIBRARIES, "DDIM", "default", "named", "fitted")
+OURS = ("default", "named", "fitted")
+TITLES = {
+    "DDIM": "DDIM, best grid",
+    "default": "`sample(budget=)`",
+    "named": "ours, by name",
+    "fitted": "`fit_sampler`",
+}
 
 
 def main() -> None:
@@ -46,6 +52,7 @@ def main() -> None:
     measuring.add_argument(
         "--noises", type=int, default=16, help=f"in each of {SETS} sets; 16 times as many below 64 dimensions"
     )
+    measuring.add_argument("--fit", nargs="*", type=int, default=[5, 10, 20], help="budgets to fit a sampler for, too")
     measuring.add_argument("--results", type=Path, help="folder; default results/networks beside this file")
     for command in (training, measuring):
         command.add_argument("--data", type=Path, default=Path(), help="folder of the data sets")
@@ -72,11 +79,14 @@ def main() -> None:
 def measure(options: argparse.Namespace, names: list[str]) -> None:
     """All networks at all budgets: rows as they come, then the tables and the picture."""
     folder = options.results or Path(__file__).parent / "results" / "networks"
-    kept = {key: vars(options)[key] for key in ("names", "budgets", "noises", "threads")}
+    kept = {key: vars(options)[key] for key in ("names", "budgets", "fit", "noises", "threads")}
     report = Report(SimpleNamespace(results=str(folder), **kept), "networks")
     sizes = {name: SETS * options.noises * (16 if dims(name, options.folder) < 64 else 1) for name in names}
     known = {name: facts(name, options.folder) for name in names}
-    total = sum(planned(float(known[name]["spread"]), n, options.budgets) for name, n in sizes.items())
+    total = sum(
+        planned(float(known[name]["spread"]), dims(name, options.folder), n, options.budgets, options.fit)
+        for name, n in sizes.items()
+    )
     parts, rows = [], []
     with tqdm(total=total, unit="sample", unit_scale=True, mininterval=5) as bar:
         for name, n in sizes.items():
@@ -84,7 +94,7 @@ def measure(options: argparse.Namespace, names: list[str]) -> None:
             before = bar.n
             case = Case(name, options.folder, n // SETS, bar)
             bar.total += bar.n - before - REFERENCE * n
-            found = compare(case, options.budgets)
+            found = compare(case, options.budgets, options.fit)
             text, new = section(case, found, options.data, report)
             parts.append(text)
             rows += new
@@ -103,7 +113,13 @@ def section(
     """The tables of one network, and its rows for the summary."""
     lenet = data / "features" / "lenet_mnist.npz"
     quality = worth(case.name, RECIPES[case.name].data(data), lenet if lenet.is_file() else None)
-    head = ["calls", *(TITLES.get(group, group) for group in COLUMNS), "`sample` / best peer", "by name / best peer"]
+    head = [
+        "calls",
+        *(TITLES.get(group, group) for group in COLUMNS),
+        "`sample` / best peer",
+        "by name / best peer",
+        "fitted / best peer",
+    ]
     errors, rows = [head], []
     values = [["calls", "best peer", *(TITLES[group] for group in COLUMNS[3:])]]
     for budget, best in found.items():
@@ -116,8 +132,8 @@ def section(
                 report.add("error", estimate.value, error=estimate.error, ratio=ratio.value, ratio_error=ratio.error,
                            network=case.name, budget=budget, group=group, method=best[group].method.name)  # fmt: skip
         rows.append(row)
-        cells = [f"{r.error}<br>{r.method.name}" if (r := best.get(group)) else "fails" for group in COLUMNS]
-        ratios = [str(best[group].over(peer)) if group in best else "" for group in ("default", "named")]
+        cells = [f"{r.error}<br>{r.method.name}" if (r := best.get(group)) else "–" for group in COLUMNS]
+        ratios = [str(best[group].over(peer)) if group in best else "" for group in OURS]
         errors.append([str(budget), *cells, *ratios])
         if quality is not None:
             made = {"peer": peer, **{group: best[group] for group in COLUMNS[3:] if group in best}}
@@ -125,7 +141,7 @@ def section(
             for group, estimate in measured.items():
                 report.add(quality[0], estimate.value, error=estimate.error, network=case.name, budget=budget,
                            group=group, method=made[group].method.name)  # fmt: skip
-            values.append([str(budget), *(str(measured.get(g, "fails")) for g in ("peer", *COLUMNS[3:]))])
+            values.append([str(budget), *(str(measured.get(g, "–")) for g in ("peer", *COLUMNS[3:]))])
     text = (
         f"## {case.name}\n\n{type(case.model.sde).__name__}, samples {case.shape}, spread of the data "
         f"{case.spread:.3g}; {case.n} noises. RMS distance per dimension to the end of the ODE; two solves of it, at "
@@ -144,12 +160,16 @@ def sampled(quality: Any, x: torch.Tensor) -> Estimate:
 def summary(rows: list[dict[str, Any]]) -> str:
     """How often ours is ahead of the best of all peers, by budget."""
     kinds = ("median ratio", "≤ 1", "≤ 0.7", "worst")
-    ours = [f"{TITLES[group]}: {kind}" for group in ("default", "named") for kind in kinds]
+    ours = [f"{TITLES[group]}: {kind}" for group in OURS for kind in kinds]
     lines = [["calls", "networks", *ours, "`sample` behind DDIM"]]
     for budget in sorted({row["budget"] for row in rows}):
         part, cells = [row for row in rows if row["budget"] == budget], []
-        for group in ("default", "named"):
-            ratios = [row.get(f"{group} / peer", float("inf")) for row in part]
+        for group in OURS:
+            there = [row for row in part if group in row or group != "fitted"]
+            ratios = [row.get(f"{group} / peer", math.inf) for row in there]
+            if not ratios:
+                cells += ["–"] * 4
+                continue
             cells += [f"{statistics.median(ratios):.2f}", str(sum(r <= 1 for r in ratios)),
                       str(sum(r <= 0.7 for r in ratios)), f"{max(ratios):.2f}"]  # fmt: skip
         behind = [row["network"] for row in part if row.get("default", float("inf")) > row.get("DDIM", 0)]
@@ -168,6 +188,8 @@ def picture(rows: list[dict[str, Any]]) -> Figure:
     for axes, name in zip(made.subplots(height, 4, squeeze=False).flat, names, strict=False):
         for group in COLUMNS:
             points = [(row["budget"], row[group]) for row in rows if row["network"] == name and group in row]
+            if not points:
+                continue
             style = "--" if group in LIBRARIES else ":" if group == "DDIM" else "o-"
             axes.loglog(*zip(*points, strict=True), style, label=TITLES.get(group, group), markersize=3, linewidth=1)
         axes.set_title(name, fontsize=9)
