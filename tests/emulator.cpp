@@ -43,6 +43,11 @@ static inline unsigned __umulhi(unsigned a, unsigned b)
     return static_cast<unsigned>(static_cast<unsigned long long>(a) * b >> 32);
 }
 
+static inline unsigned long long __umul64hi(unsigned long long a, unsigned long long b)
+{
+    return static_cast<unsigned long long>(static_cast<unsigned __int128>(a) * b >> 64);
+}
+
 namespace scoresde {
 namespace instructions {
 
@@ -184,10 +189,9 @@ EMULATE(rademacher, Lincomb)
 
 // ---- the functions of the header, on arrays ----
 
-extern "C" void philox_words(const u64* seed, const u32* counter, u32* words)
+extern "C" void philox_words(u64 seed, u64 draw, u64 block, u64* words)
 {
-    const Stream stream = {*seed, counter[2] | static_cast<u64>(counter[3]) << 32, counter[1]};
-    philox(stream, counter[0], *reinterpret_cast<u32(*)[4]>(words));
+    philox({seed, draw, 0}, block, *reinterpret_cast<u64(*)[4]>(words));
 }
 
 extern "C" void box_muller_pairs(size_t n, const u32* words, Real* z)

@@ -16,7 +16,7 @@ class Noise(NamedTuple):
 
     Attributes:
         seeds: (1,) or (B,) int64, one seed for all samples or one for each, on the device of the batch.
-        draws: (1,) or (B,) int64 on that device, the number of a first draw.
+        draws: int64 on that device, the number of a first draw: (1,), or one for each seed.
         draw: ≥ 0, added to `draws`.
         row: row of the first sample. With one seed, sample k has row `row` + k; with one seed each, all have `row`.
     """

@@ -1,128 +1,158 @@
-r"""Counter-based random bits: Philox4x32-10 (Salmon et al. 2011, *Parallel random numbers: as easy as 1, 2, 3*).
+r"""Counter-based random bits: Philox4x64-10 (Salmon et al. 2011, *Parallel random numbers: as easy as 1, 2, 3*).
 
-A block of 128 bits is a function of a 64-bit key, the seed, and of a 128-bit counter: the number of the block in its
-sample, the row of the sample and the number of the draw. So every number of every sample can be made alone, in any
-order, on any device and again, and the only state is the number of the draw.
+A draw of a seed is a sequence of 64-bit words, that of `np.random.Philox(key=seed, counter=draw << 64)`, and of numbers
+made from them. If a row has n of these, row k has the numbers k n … k n + n − 1. So every row of every draw can be made
+alone, in any order, on any device and again, and the only state is the number of the draw. The rows of a batch are one
+run of words, which NumPy makes in C.
 
-It is NumPy, as torch has no unsigned 64-bit arithmetic, and works in pieces that stay in the processor's cache. The
-kernels have the same function in C (`csrc/scoresde_math.h`).
+The kernels have the same function in C (`csrc/scoresde_math.h`).
 """
 
 from __future__ import annotations
 
+import functools
 import math
+import threading
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-_MULTIPLIERS = np.array([0xD2511F53, 0xCD9E8D57], np.uint64)[:, None, None]
-_WEYL = np.array([0x9E3779B9, 0xBB67AE85], np.uint64)[:, None, None]
 _LOW, _HALF = np.uint64(0xFFFFFFFF), np.uint64(32)
-_CACHED = 8192
-"""Blocks made at once: their two arrays of 128 KiB fit in a second-level cache."""
+_MULTIPLIERS = np.array([0xD2E7470EE14C6C93, 0xCA5A826395121157], np.uint64)[:, None, None]
+_WEYL = np.array([0x9E3779B97F4A7C15, 0xBB67AE8584CAA73B], np.uint64)[:, None, None]
+_CACHED = 2**15
+"""Words made at once: few enough for a second-level cache, and enough for the calls of NumPy to cost nothing."""
+_SHORT, _MANY = 64, 64
+"""From so many runs on, short ones are made side by side: to start one alone takes as long as to make 500 words."""
 _TINY, _TWICE, _TURN = np.float32(2.0**-32), np.float32(-2), np.float32(math.pi * 2.0**-31)
 
 
 class Streams(NamedTuple):
-    """Seed, row and draw of S samples whose numbers are wanted, uint64 (S,) each."""
+    """Runs of rows `row`, `row` + 1, … that are wanted, `rows` of each of R seeds and draws, uint64 (R,)."""
 
     seeds: np.ndarray
-    rows: np.ndarray  # below 2^32
     draws: np.ndarray
+    row: int
+    rows: int
 
 
 Maker = Callable[[Streams, int], Tensor]
 
 
-def streams(seeds: Tensor, row: int, draws: Tensor, rows: int) -> Streams:
-    """The samples of draws that stack as (…, rows), flattened.
+def streams(seeds: Tensor, row: int, draws: Tensor | int, rows: int) -> Streams:
+    """The samples of draws that stack as (…, rows).
 
     Args:
         seeds: (1,) or (rows,) int64.
         row: row of the first sample; with one seed sample k has row + k, with one seed each all have `row`.
-        draws: int64 that broadcasts to (…, rows).
+        draws: int64, (…, 1) or, with one seed each, (…, rows); or one for all.
         rows: number of samples.
     """
-    shape = torch.broadcast_shapes(draws.shape, (rows,))
-    numbered = torch.arange(row, row + rows) if len(seeds) == 1 else torch.tensor(row)
-    return Streams(*(part.expand(shape).flatten().numpy().view(np.uint64) for part in (seeds, numbered, draws)))
+    rows = rows if len(seeds) == 1 else 1
+    if isinstance(draws, int):  # without the calls of torch, which cost a tenth of a draw of 64 images
+        return Streams(seeds.numpy().view(np.uint64), np.full(len(seeds), draws, np.uint64), row, rows)
+    shape = *draws.shape[:-1], len(seeds)
+    each_seed, each_draw = (part.expand(shape).flatten().numpy().view(np.uint64) for part in (seeds, draws))
+    return Streams(each_seed, each_draw, row, rows)
 
 
 def bits(where: Streams, n: int) -> Tensor:
-    """64-bit words (S, n) as int64, n ≥ 0 of each of S samples.
-
-    Word j is half j % 2 of the sample's block j // 2: (w0, w1) or (w2, w3), the former the high 32 bits.
-    """
-    return torch.from_numpy(_words(where, (n + 1) // 2).view(np.int64)).flatten(1)[:, :n].contiguous()
+    """64-bit words (samples, n) as int64, n ≥ 0 of each sample."""
+    return _rows(where, _words(where, where.row * n, where.rows * n).view(np.int64), 0, n)
 
 
 def signs(where: Streams, n: int) -> Tensor:
-    """−1 or +1 (S, n) in float32: number e is bit e % 32 of 32-bit word e // 32."""
-    words = _words(where, (n + 127) // 128)
-    words = (words << _HALF) | (words >> _HALF)  # they lie with their low half first
-    octets = words.view(np.uint8).reshape(len(words), 16 * words.shape[1])
-    one = np.unpackbits(octets, axis=1, count=n, bitorder="little")
-    return torch.from_numpy(one).float().mul_(2).sub_(1)
+    """−1 or +1 (samples, n) in float32: number e is bit e % 64 of word e // 64."""
+    begin, skipped = divmod(where.row * n, 64)
+    words = _words(where, begin, -(-(skipped + where.rows * n) // 64))
+    octets = words.view(np.uint8).reshape(len(words), 8 * words.shape[1])
+    return _rows(where, np.unpackbits(octets, axis=1, bitorder="little"), skipped, n).float().mul_(2).sub_(1)
 
 
 def normals(where: Streams, n: int) -> Tensor:
-    r"""Standard normals (S, n) in float32, n ≥ 0 of each of S samples.
+    r"""Standard normals (samples, n) in float32, n ≥ 0 of each sample.
 
-    Word j = (a, b) gives numbers 2j and 2j + 1, √(−2 ln u) (cos πv, sin πv), with u = (a + ½)/2³² and v = b/2³¹, b
-    signed (Box & Muller 1958). The largest that can be had is 6.76.
+    Words 2j and 2j + 1 give numbers 4j … 4j + 3: (r₀ cos πv₀, r₁ cos πv₁, r₀ sin πv₀, r₁ sin πv₁), r = √(−2 ln u), with
+    u = (a + ½)/2³² of the low and the high half a of the one and v = b/2³¹ of the halves b, signed, of the other
+    (Box & Muller 1958). The largest that can be had is 6.76.
     """
-    # points in a plane need half a block
-    out = np.empty((len(where.seeds), (n + 3) // 4, 1 if n < 3 else 2, 2), np.float32)
-    for part, words in _parts(where, out.shape[1]):
-        halves = words[: out.shape[2]].view(np.uint32)  # b, a, b, a, …: words lie with their low half first
-        radius, angle = halves[..., 1::2].astype(np.float32), halves[..., 0::2].view(np.int32).astype(np.float32)
+    begin, skipped = divmod(where.row * n, 4)
+    quads = -(-(skipped + where.rows * n) // 4)
+    out = np.empty((len(where.seeds), quads, 2), np.uint64)  # two float32 each, which move together
+    for runs, part, words in _parts(where, 2 * begin, 2 * quads):
+        radius = words[:, 0::2].copy().view(np.uint32).astype(np.float32)
+        angle = words[:, 1::2].copy().view(np.int32).astype(np.float32)
         np.add(np.multiply(radius, _TINY, out=radius), 0.5 * _TINY, out=radius)
         np.sqrt(np.multiply(np.log(radius, out=radius), _TWICE, out=radius), out=radius)
         np.multiply(angle, _TURN, out=angle)
-        made = np.moveaxis(out[part], 2, 0)
-        np.multiply(np.cos(angle), radius, out=made[..., 0])
-        np.multiply(np.sin(angle, out=angle), radius, out=made[..., 1])
-    return torch.from_numpy(out.reshape(len(out), math.prod(out.shape[1:]))[:, :n]).contiguous()
+        made, cosine = out[runs, part.start // 2 : part.stop // 2], np.cos(angle)
+        made[..., 0] = np.multiply(cosine, radius, out=cosine).view(np.uint64)
+        made[..., 1] = np.multiply(np.sin(angle, out=angle), radius, out=angle).view(np.uint64)
+    return _rows(where, out.reshape(len(out), 2 * quads).view(np.float32), skipped, n)
 
 
-def _words(where: Streams, n: int) -> np.ndarray:
-    out = np.empty((len(where.seeds), n, 2), np.uint64)
-    for part, words in _parts(where, n):
-        np.moveaxis(out[part], 2, 0)[...] = words
+def _rows(where: Streams, numbers: np.ndarray, skipped: int, n: int) -> Tensor:
+    """(samples, n) of the numbers of every run (R, …), which begin with `skipped` of others."""
+    wanted = np.ascontiguousarray(numbers[:, skipped : skipped + where.rows * n])
+    return torch.from_numpy(wanted.reshape(len(numbers) * where.rows, n))
+
+
+def _words(where: Streams, first: int, n: int) -> np.ndarray:
+    out = np.empty((len(where.seeds), n), np.uint64)
+    for runs, part, words in _parts(where, first, n):
+        out[runs, part] = words
     return out
 
 
-def _parts(where: Streams, n: int) -> Iterator[tuple[tuple[slice, slice], np.ndarray]]:
-    """Yields (samples, blocks) and both words of each, (2, samples, blocks), a cacheful at a time in one array."""
-    seeds, rows, draws = where
-    shared = len(seeds) < 2 or bool((seeds == seeds[0]).all())
+def _parts(where: Streams, first: int, n: int) -> Iterator[tuple[slice, slice, np.ndarray]]:
+    """Yields words first … first + n − 1 of every run as (runs, part of the n, words), a cacheful at a time."""
     width = max(min(n, _CACHED), 1)
-    height = max(_CACHED // width, 1)
-    room = np.empty((2, 2 * height * width), np.uint64)
-    for first in range(0, len(seeds), height):
-        samples = slice(first, min(first + height, len(seeds)))
-        key = seeds[samples, None][: 1 if shared else None]
-        draw = draws[samples, None]
+    height = _CACHED // max(width, 4)
+    for top in range(0, len(where.seeds), height):
+        runs = slice(top, top + height)
+        seeds, draws = where.seeds[runs], where.draws[runs]
+        side_by_side = len(seeds) >= _MANY and n < _SHORT
         for begin in range(0, n, width):
-            blocks = slice(begin, min(begin + width, n))
-            shape = 2, samples.stop - first, blocks.stop - begin
-            state, product = (part[: math.prod(shape)].reshape(shape) for part in room)
-            np.left_shift(np.arange(begin, blocks.stop, dtype=np.uint64)[None], _HALF, out=state[0])
-            np.bitwise_or(state[0], rows[samples, None], out=state[0])
-            state[1] = (draw << _HALF) | (draw >> _HALF)
-            _rounds(state, product, np.stack([key & _LOW, key >> _HALF]))
-            yield (samples, blocks), state
+            part = slice(begin, min(begin + width, n))
+            # NumPy counts on before it makes a block, so the first is that of counter 1
+            block, skipped = divmod(first + begin, 4)
+            made = (_side_by_side if side_by_side else _in_turn)(seeds, draws, block, skipped + part.stop - begin)
+            yield runs, part, made[:, skipped:]
 
 
-def _rounds(state: np.ndarray, product: np.ndarray, key: np.ndarray) -> None:
-    """Ten rounds in place on (c0, c1) and (c2, c3), the former in the high halves; `product` is room."""
-    crossed = product[::-1]
+@functools.cache
+def _source(_: int) -> tuple[np.random.Philox, Any]:
+    """A generator for a thread alone, with its state, to be set: a new one takes as long as 10⁴ numbers."""
+    source = np.random.Philox(key=0)
+    return source, source.state
+
+
+def _in_turn(seeds: np.ndarray, draws: np.ndarray, block: int, n: int) -> np.ndarray:
+    """(R, n) words of every seed and draw (R,), from a block on."""
+    made, (source, state) = [], _source(threading.get_ident())
+    key, counter = state["state"]["key"], state["state"]["counter"]
+    for seed, draw in zip(seeds, draws, strict=True):
+        key[0], counter[0], counter[1] = seed, block, draw
+        source.state = state
+        made.append(source.random_raw(n))
+    return made[0][None] if len(made) == 1 else np.stack(made)
+
+
+def _side_by_side(seeds: np.ndarray, draws: np.ndarray, block: int, n: int) -> np.ndarray:
+    """What `_in_turn` makes, by calls of NumPy that are for all seeds."""
+    even, odd = np.zeros((2, 2, len(seeds), -(-n // 4)), np.uint64)  # words 0 and 2, words 1 and 3
+    even[0], odd[0] = np.arange(even.shape[2], dtype=np.uint64) + np.uint64(block + 1), draws[:, None]
+    key = np.stack([seeds, np.zeros_like(seeds)])[..., None]
     for turn in range(10):
-        bumped = ((key + np.uint64(turn) * _WEYL) & _LOW) << _HALF
-        np.multiply(np.right_shift(state, _HALF, out=product), _MULTIPLIERS, out=product)
-        # (c0, c1) ← (high half of c2's product ^ c1 ^ key, its low half), and the same the other way round
-        np.bitwise_xor(np.left_shift(state, _HALF, out=state), bumped, out=state)
-        np.bitwise_xor(state, crossed, out=state)
+        even, odd = (_high(even)[::-1] ^ odd ^ (key + np.uint64(turn) * _WEYL)), (even * _MULTIPLIERS)[::-1]
+    return np.stack([even[0], odd[0], even[1], odd[1]], -1).reshape(len(seeds), -1)[:, :n]
+
+
+def _high(x: np.ndarray) -> np.ndarray:
+    """The high 64 bits of x times the multipliers, by halves."""
+    (high, low), (left, right) = ((of >> _HALF, of & _LOW) for of in (x, _MULTIPLIERS))
+    middle = high * right + (low * right >> _HALF)
+    return high * left + (middle >> _HALF) + ((low * left + (middle & _LOW)) >> _HALF)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,26 +17,17 @@ from .address import Noise
 from .position import DevicePosition, Position
 from .switch import enabled
 
+VERSION = 2
+"""Of the numbers that a seed stands for: 1 was Philox4x32, rows by themselves; 2 is `philox`."""
 _AHEAD = 2**15
-"""Small draws are made ahead, so many blocks at once, because a call of NumPy costs as much as thousands of numbers."""
-
-
-@dataclass(frozen=True)
-class _Ahead:
-    """Draws first, first + 1, … of `rows` rows of n numbers, from row `row`."""
-
-    row: int = 0
-    rows: int = 0
-    n: int = -1
-    first: int = 0
-    numbers: Tensor = field(default_factory=lambda: torch.empty(0))
+"""Small draws are made ahead, so many words at once, because a call of NumPy costs as much as thousands of numbers."""
 
 
 class Rng:
     r"""A source of random numbers that is passed, saved and restored like any other value.
 
-    Numbers are made by counting (`philox`): each is a function of a seed, its row, the number of the draw and its place
-    within the sample alone. So a seed means the same on every device, and
+    Numbers are made by counting (`philox`): each is a function of a seed, the number of the draw, its row, its place in
+    the row and the size of that, alone. So a seed means the same on every device, and
 
     * `Rng(seed)` numbers its rows: sample k is the same in a batch of any size;
     * `Rng(seed).share(rank, world)` makes the rows of one process only, so a batch has the same noise whether it is
@@ -63,7 +54,8 @@ class Rng:
         if max(values) >= 2**63:
             raise ValueError(f"A seed is a whole number below 2^63; got {max(values)}.")
         self._position = Position(torch.tensor(values, dtype=torch.int64), per_sample=seeds is not None)
-        self._ahead: dict[str, _Ahead] = {}
+        # the rows of the last draw, and what was made ahead of it: the number of a first draw, and all numbers
+        self._ahead: dict[str, tuple[tuple[int, ...], int, Tensor | Sequence[Tensor]]] = {}
 
     def __len__(self) -> int:
         """Number of streams: 1, or one per sample."""
@@ -101,12 +93,21 @@ class Rng:
         self._position.skip(draws)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Every stream's seed and the number of its next draw, (streams, 2) int64."""
-        return {"streams": torch.stack([self._position.seeds, self._position.numbers()], 1)}
+        """Every stream's seed and the number of its next draw, (streams, 2) int64, and the version of the noise."""
+        streams = torch.stack([self._position.seeds, self._position.numbers()], 1)
+        return {"streams": streams, "version": torch.tensor(VERSION)}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Goes on from a state, with a warning where it is of a version that drew other numbers."""
         self._position.restore(state["streams"])
         self._ahead = {}
+        if (version := int(state.get("version", 1))) != VERSION:
+            warnings.warn(
+                f"This state is of version {version} of the noise, and this release has version {VERSION}. Seeds are "
+                "kept and draws counted on, but the draws from here on are of another stream than they would have "
+                "been; to go on with the same ones, use the release that wrote the state.",
+                stacklevel=2,
+            )
 
     def captured(self, device: torch.device | str) -> CapturedRng:
         """An Rng that starts here and has its position in device memory, for a CUDA graph."""
@@ -190,18 +191,18 @@ class Rng:
     def _draw(self, kind: str, shape: Sequence[int], make: philox.Maker, everybody: bool = False) -> Tensor:
         rows, row, draw, own = self._position.take(shape, everybody)
         n, seeds = math.prod(shape[1:]), self._position.seeds
-        if own is not None:
-            return make(philox.streams(seeds, row, own, rows), n).reshape(tuple(shape))
-        ahead = self._ahead.get(kind, _Ahead())
-        again = (ahead.row, ahead.rows, ahead.n) == (row, rows, n)
-        if not (again and ahead.first <= draw < ahead.first + len(ahead.numbers)):
-            many = max(min(_AHEAD // (rows * (n // 2 + 1) or 1), 64), 1) if again else 1
-            numbers = make(philox.streams(seeds, row, torch.arange(draw, draw + many)[:, None], rows), n)
-            ahead = _Ahead(row, rows, n, draw, numbers.unflatten(0, (many, rows)))
-            # a draw that is large, or comes for the first time, is not kept
-            self._ahead[kind] = ahead if many > 1 else _Ahead(row, rows, n)
-        one = ahead.numbers[draw - ahead.first]
-        return (one.clone() if len(ahead.numbers) > 1 else one).reshape(tuple(shape))
+        asked, many = (row, rows, n), _AHEAD // (rows * (n // 2 + 1) or 1)
+        before, first, numbers = self._ahead.get(kind, ((), 0, ()))
+        # made alone: what is large, what is at another place in each stream, and what comes for the first time
+        if many < 2 or own is not None or before != asked:
+            self._ahead[kind] = asked, 0, ()
+            return make(philox.streams(seeds, row, draw if own is None else own, rows), n).reshape(tuple(shape))
+        if not first <= draw < first + len(numbers):
+            first, many = draw, min(many, 64)
+            where = philox.streams(seeds, row, torch.arange(draw, draw + many)[:, None], rows)
+            numbers = make(where, n).unflatten(0, (many, rows))
+            self._ahead[kind] = asked, first, numbers
+        return numbers[draw - first].clone().reshape(tuple(shape))
 
 
 def _in_kernels(device: torch.device, dtype: torch.dtype) -> bool:

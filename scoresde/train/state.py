@@ -134,7 +134,9 @@ class TrainingState:
         groups: dict[str, Mapping[str, Tensor]] = {"optimizer": moments}
         for name, module in self._modules().items():
             groups |= _split(name, module)
-        random = {"noise": self.rng.state_dict()["streams"], "stats": self.tally.state(), **self.scale.state_dict()}
+        noise = self.rng.state_dict()
+        random = {"noise": noise["streams"], "noise_version": noise["version"], "stats": self.tally.state()}
+        random |= self.scale.state_dict()
         random["torch"] = torch.stack(self.world.gather(torch.get_rng_state()))
         if self.device.type == "cuda":  # dropout draws there
             random["cuda"] = torch.stack(self.world.gather(torch.cuda.get_rng_state(self.device)))
@@ -163,9 +165,11 @@ class TrainingState:
                 load(module, _joined(name, checkpoint.tensors))
             self._restore_optimizer(checkpoint.tensors["optimizer"])
             random = checkpoint.tensors["random"]
-            # bytes are the state of the generator before 0.1: the noise then begins anew, which is as good
-            if random["noise"].dtype != torch.uint8:
-                self.rng.load_state_dict({"streams": random["noise"]})
+            version = {"version": random["noise_version"]} if "noise_version" in random else {}
+            if random["noise"].dtype == torch.uint8:
+                _log.warning("The checkpoint has the generator of a release before 0.1: the noise begins anew.")
+            else:
+                self.rng.load_state_dict({"streams": random["noise"], **version})
             self.scale.load_state_dict(random)
             self.order.load_state_dict(checkpoint.records["order"])
             self.tally.load(random["stats"])

@@ -153,10 +153,12 @@ def test_normals_are_those_of_philox(device: torch.device, shape: tuple[int, ...
     for per_sample in (False, True):
         where, z = data.noise(per_sample)
         n = z[0].numel()
-        # by pairs, with the partner of the last where n is odd
+        # by quads of the draw, which are rows of four: (r₀ cos, r₁ cos, r₀ sin, r₁ sin)
         made = philox.streams(where.seeds.cpu(), where.row, where.draws.cpu() + where.draw, shape[0])
-        pairs = philox.normals(made, n + n % 2).double().unflatten(1, (-1, 2))
-        radius = pairs.norm(dim=-1, keepdim=True).expand_as(pairs).flatten(1)[:, :n].reshape(shape)
+        begin, count = made.row * n, made.rows * n
+        quads = philox.normals(made._replace(row=begin // 4, rows=-(-(begin % 4 + count) // 4)), 4).double()
+        radii = quads.view(len(made.seeds), -1, 2, 2).norm(dim=2, keepdim=True).expand(-1, -1, 2, 2).flatten(1)
+        radius = radii[:, begin % 4 :][:, :count].reshape(shape)
         found = draws.normal(shape, dtype, where).cpu().double()
         rounding = 0.0 if dtype in (torch.float32, torch.float64) else torch.finfo(dtype).eps / 2
         assert ((found - z).abs() <= 2.0**-22 * radius + rounding * z.abs() + 2.0**-25).all()

@@ -64,13 +64,13 @@ def test_p_values_along_every_axis_are_uniform(axis: int) -> None:
     """300 series in which one thing changes: the seed, the draw, the row or the element."""
     series, n = 300, 1000
     k, i = (part.flatten() for part in np.indices((series, n), np.uint64))
-    none = 0 * i
-    if axis == 3:
-        z = normals(Streams(*(np.arange(series, dtype=np.uint64) + np.uint64(1),) * 3), n)
-    else:
-        parts = [(i, k, k), (k, k, i), (k, i, k)][axis]
-        z = normals(Streams(*parts), 1)
-    assert z.numel() == len(none)
+    few = np.arange(1, series + 1, dtype=np.uint64)
+    z = {
+        0: lambda: normals(Streams(i, k, 5, 1), 1),
+        1: lambda: normals(Streams(k, i, 5, 1), 1),
+        2: lambda: normals(Streams(few, few, 3, n), 7)[:, 0],
+        3: lambda: normals(Streams(few, few, 3, 1), n),
+    }[axis]()
     p = p_values(z.double().reshape(series, n).numpy())
     assert scipy.stats.kstest(p, "uniform").pvalue > LEVEL
 
@@ -112,21 +112,22 @@ def test_no_two_counters_stand_for_each_other(noise: Tensor, axes: tuple[int, in
     assert abs(correlation(square[i, j], square[j, i])) < SIGMAS
 
 
-@pytest.mark.parametrize("part", range(3), ids=["seed", "row", "draw"])
+@pytest.mark.parametrize("part", range(3), ids=["seed", "draw", "row"])
 def test_every_bit_of_a_counter_matters(part: int) -> None:
-    """One bit of a seed, a row or a draw changed: noise that has nothing to do with the former."""
-    width, n = (64, 32, 64)[part], 4096
-    numbers = np.array([0] + [1 << bit for bit in range(width)], np.uint64)
-    where = [np.full(width + 1, 6, np.uint64) for _ in range(3)]
-    where[part] = numbers ^ where[part]
-    z = normals(Streams(*where), n).double()
+    """One bit of a seed, a draw or a row changed: noise that has nothing to do with the former."""
+    width, n = (64, 64, 32)[part], 4096
+    numbers = [6, *(6 ^ 1 << bit for bit in range(width))]
+    where = [[6] * (width + 1) for _ in range(3)]
+    where[part] = numbers
+    rows = zip(*(np.array(each, np.uint64)[:, None] for each in where[:2]), where[2], strict=True)
+    z = torch.cat([normals(Streams(seed, draw, row, 1), n) for seed, draw, row in rows]).double()
     products = (z @ z.mT).numpy() / math.sqrt(n)
     np.fill_diagonal(products, 0)
     assert abs(products).max() < 6.0  # of 2080 pairs
 
 
 @pytest.mark.parametrize("lanes", PAIRS, ids=lambda pair: f"{pair[0]}{pair[1]}")
-def test_the_four_normals_of_a_block_are_independent(noise: Tensor, lanes: tuple[int, int]) -> None:
+def test_the_four_normals_of_two_words_are_independent(noise: Tensor, lanes: tuple[int, int]) -> None:
     """Box–Muller makes two of one radius: χ² over 16 × 16 equally likely cells."""
     a, b = ((16 * torch.special.ndtr(noise[..., lane::4])).long().clamp(max=15).flatten() for lane in lanes)
     cells = torch.bincount(16 * a + b, minlength=256)
@@ -134,7 +135,7 @@ def test_the_four_normals_of_a_block_are_independent(noise: Tensor, lanes: tuple
 
 
 def test_radius_and_angle_are_independent_and_uniform(noise: Tensor) -> None:
-    x, y = noise[..., 0::2].flatten(), noise[..., 1::2].flatten()
+    x, y = (noise.unflatten(-1, (-1, 2, 2))[..., lane, :].flatten() for lane in range(2))
     radius, angle = (-0.5 * (x.square() + y.square())).exp(), torch.atan2(y, x) / (2 * math.pi) + 0.5
     for uniform in (radius, angle):
         assert scipy.stats.kstest(uniform.numpy(), "uniform").pvalue > LEVEL
@@ -144,19 +145,21 @@ def test_radius_and_angle_are_independent_and_uniform(noise: Tensor) -> None:
 
 @pytest.mark.parametrize("axis", range(4), ids=["seeds", "draws", "rows", "blocks"])
 def test_signs_are_even_and_independent_bit_by_bit(axis: int) -> None:
-    """Each of the 128 bits of a block, and each two of them, over 16384 blocks in which one thing changes."""
+    """Each of the 256 bits of a block, and each two of them, over 16384 blocks in which one thing changes."""
     n = 2**14
     i, k = np.arange(n, dtype=np.uint64), np.full(n, 3, np.uint64)
-    if axis == 3:
-        s = signs(Streams(k[:1], k[:1], k[:1]), 128 * n).reshape(n, 128)
-    else:
-        s = signs(Streams(*[(i, k, k), (k, k, i), (k, i, k)][axis]), 128)
+    s = {
+        0: lambda: signs(Streams(i, k, 3, 1), 256),
+        1: lambda: signs(Streams(k, i, 3, 1), 256),
+        2: lambda: signs(Streams(k[:1], k[:1], 0, n), 3 * 256)[:, :256],
+        3: lambda: signs(Streams(k[:1], k[:1], 0, 1), 256 * n).reshape(n, 256),
+    }[axis]()
     sums, products = s.sum(0).numpy(), (s.mT @ s).numpy()  # integers below 2^24: exact
     np.fill_diagonal(products, 0)
     # Hoeffding: a sum of n signs is beyond t √n with a probability of at most 2 exp(−t²/2)
-    count = 128 + 128 * 127 // 2
+    count = 256 + 256 * 255 // 2
     bound = math.sqrt(2 * n * math.log(2 * count / LEVEL))
     assert abs(sums).max() < bound and abs(products).max() < bound
     # and from one block to the next
     after = (s[1:].mT @ s[:-1]).numpy()
-    assert abs(after).max() < math.sqrt(2 * n * math.log(2 * 128**2 / LEVEL))
+    assert abs(after).max() < math.sqrt(2 * n * math.log(2 * 256**2 / LEVEL))

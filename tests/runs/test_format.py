@@ -2,8 +2,9 @@
 
 tests/data/run-8d13689 was made by scoresde-train at that commit, when its `_target_` names were others
 (`scoresde.loss.…`, `scoresde.coupling.…`, `scoresde.train.OdeLikelihood`); run-8d13689.json is what that commit made of
-it. The tolerance of 1e-4 is for other processors and builds of torch, whose float32 sums differ by 1e-7 and are carried
-through four optimizer steps or some hundred network calls; on one machine the numbers are equal.
+it, with the noise of then, which the tests bring along. The tolerance of 1e-4 is for other processors and builds of
+torch, whose float32 sums differ by 1e-7 and are carried through four optimizer steps or some hundred network calls; on
+one machine the numbers are equal.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import old_noise
 import pytest
 from commands import PLAIN, TINY, command, rows, sampled
 
@@ -27,6 +29,18 @@ def old(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.fixture
+def noise_of_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    old_noise.use(monkeypatch)
+
+
+def test_it_says_that_its_noise_is_another(old: Path) -> None:
+    with pytest.warns(UserWarning, match="version 1 of the noise.* of another stream"):
+        done = command("train", *TRAINED, "out=run", cwd=old)
+    assert done.code == 0 and "run at step 6." in done.out, done.err
+
+
+@pytest.mark.usefixtures("noise_of_then")
 def test_it_is_resumed(old: Path) -> None:
     done = command("train", *TRAINED, "out=run", cwd=old)
     assert done.code == 0 and "run at step 6." in done.out, done.err
@@ -39,11 +53,13 @@ def test_another_configuration_is_still_refused(old: Path) -> None:
     assert done.code == 1 and "was made with loss.weighting.sigma_data=0.7" in done.err, done.err
 
 
+@pytest.mark.usefixtures("noise_of_then")
 def test_it_is_sampled(old: Path) -> None:
     made = sampled(["run=run", "threads=1", "sampler=pc", "sampler.steps=5"], old, "drawn", "n=6")
     np.testing.assert_allclose(made["pc"], THEN["samples"]["pc"], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.usefixtures("noise_of_then")
 def test_it_is_measured(old: Path) -> None:
     tolerances = ("likelihood=hutchinson", "likelihood.solver.rtol=1e-4", "likelihood.solver.atol=1e-4")
     done = command("likelihood", "run=run", "n=6", "threads=1", *tolerances, "out=measured", cwd=old)

@@ -6,7 +6,8 @@ import math
 
 import pytest
 import torch
-from oracles import closed_form_sdes
+from oracles import Script, closed_form_sdes
+from torch import Tensor
 
 from scoresde import (
     DDIM,
@@ -45,17 +46,28 @@ def test_the_end_of_a_grid(sde, grid) -> None:
 def test_sdedit_on_a_gaussian(sde) -> None:
     """Noised to ς and drawn back by the exact reverse SDE, x_0 of N(0, v) moves as its posterior says:
 
-    x_0' | x_0 ~ N(v/(v + ς²) x_0, v²ς²/(v + ς²)² + vς²/(v + ς²)): mean and variance within 5 standard errors.
+    x_0' | x_0 ~ N(v/(v + ς²) x_0, v²ς²/(v + ς²)² + vς²/(v + ς²)): the law of n steps, which are linear, goes there with
+    1/n (half of it at twice n, but for terms of second order), and samples are of it to 5 standard errors.
     """
     v, level, n, start = 0.25, 0.4, 4000, 0.9
     exact = GaussianMixtureDenoiser(torch.zeros(1, 1), v, torch.ones(1), sde)
-    sampler = Sampler(Ancestral(), LogSNRGrid(), steps=100)
-    x = sdedit(exact, torch.full((n, 1), start, dtype=torch.float64), sampler, level, rng=Rng(3)).flatten()
+
+    def end(steps: int, rows: int, rng: Rng) -> Tensor:
+        sampler = Sampler(Ancestral(), LogSNRGrid(), steps=steps)
+        return sdedit(exact, torch.full((rows, 1), start, dtype=torch.float64), sampler, level, rng=rng).flatten()
+
+    def law(steps: int) -> tuple[float, float]:
+        """Mean and variance: row k has 1 for its k-th draw and 0 for all others, and the last row has 0."""
+        x = end(steps, steps + 2, Script(torch.eye(steps + 2, steps + 1, dtype=torch.float64)[..., None].unbind(1)))
+        return float(x[-1]), float((x[:-1] - x[-1]).square().sum())
+
     gain = v / (v + level**2)
-    var = gain**2 * level**2 + gain * level**2
-    # what 100 steps miss is of first order in the step, below one percent of the standard deviation
-    assert abs(float(x.mean()) - gain * start) < 5 * math.sqrt(var / n) + 0.01 * math.sqrt(var)
-    assert abs(float(x.var()) / var - 1) < 5 * math.sqrt(2 / n) + 0.02
+    expected = torch.tensor([gain * start, gain**2 * level**2 + gain * level**2])
+    few, many = (torch.tensor(law(steps)) / expected - 1 for steps in (100, 200))
+    assert bool((few.abs() < 0.15).all()) and bool((many.abs() <= 0.6 * few.abs() + 1e-6).all())
+    x, (mean, var) = end(100, n, Rng(3)), law(100)
+    assert abs(float(x.mean()) - mean) < 5 * math.sqrt(var / n)
+    assert abs(float(x.var()) / var - 1) < 5 * math.sqrt(2 / n)
 
 
 def test_sdedit_keeps_what_is_coarse() -> None:

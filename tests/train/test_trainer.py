@@ -26,6 +26,7 @@ from scoresde.data import Dataset, EpochOrder, Split
 from scoresde.evaluate.evaluation import held_out_loss
 from scoresde.losses.denoising import StratifiedTimes, Times
 from scoresde.nn import MLP
+from scoresde.noise.rng import VERSION
 from scoresde.runs.checkpoint import latest
 from scoresde.train.ema import EMA
 from scoresde.train.state import TrainingState
@@ -93,6 +94,20 @@ def test_a_stop_changes_no_bit(tmp_path: Path, stop: int, accumulate: int, autoc
     assert (run.step, run.images, run.order.state_dict()) == (whole.step, whole.images, whole.order.state_dict())
     assert rows.rows == [row for row in expected.rows if row["step"] > saved.step]
     assert rows.of("eval/loss") and rows.of("train/loss")
+
+
+def test_a_checkpoint_of_other_noise_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Version 1 had no word of its version; bytes are of torch's generator. Both are trained on, with other numbers."""
+    Trainer(images=40, batch_size=8, checkpoint_every=40).fit(training(), folder=tmp_path)
+    saved = latest(tmp_path)
+    assert saved is not None and saved.tensors["random"].pop("noise_version") == VERSION
+    run = training(seed=5)
+    with pytest.warns(UserWarning, match="version 1 of the noise.* of another stream"):
+        run.restore(saved)
+    assert torch.equal(run.rng.state_dict()["streams"], saved.tensors["random"]["noise"])
+    saved.tensors["random"]["noise"] = torch.get_rng_state()[None]
+    run.restore(saved)
+    assert "the noise begins anew" in caplog.text
 
 
 def test_a_finished_run_is_left_alone(tmp_path: Path) -> None:

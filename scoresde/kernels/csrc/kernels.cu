@@ -1,4 +1,4 @@
-// The fused updates. A thread owns a few quads of one sample; a quad is 4 neighbouring elements and one block of the
+// The fused updates. A thread owns a few quads of one sample; a quad is 4 neighbouring elements and half a block of the
 // noise generator. scoresde/kernels/arguments.py mirrors the structs and divides the work, and cuda.py launches.
 //
 // Compiled once per type of the tensors, with -DSCORESDE_SCALAR=0 float | 1 double | 2 half | 3 bfloat16. Arithmetic is
@@ -60,12 +60,13 @@ DEVICE Real value(const Coefficient& of, u32 sample)
     return static_cast<Real>(exact_value(of, sample));
 }
 
-DEVICE Stream stream_of(const Noise& noise, u32 sample)
+DEVICE Stream stream_of(const Noise& noise, u32 sample, u32 elements)
 {
     if (!noise.seeds) return {0, 0, 0};
     const long long seed = noise.seeds[sample * noise.seed_stride];
     const long long draw = noise.draws[sample * noise.draw_stride] + noise.draw;
-    return {static_cast<u64>(seed), static_cast<u64>(draw), noise.row + sample * noise.row_stride};
+    const u64 row = noise.row + static_cast<u64>(sample) * noise.row_stride;
+    return {static_cast<u64>(seed), static_cast<u64>(draw), row * elements};
 }
 
 // ---- memory ----
@@ -118,10 +119,17 @@ DEVICE Quad quad_of(const Layout& layout, u32 index, u32 instead)
 }
 
 // Quads of n inputs that a thread has in flight: enough loads to cover the latency of memory, few enough registers.
-// Two of them also share the part of their noise that is the same for a sample: the key schedule, and four products.
 DEVICE constexpr int in_flight(Path path, int n)
 {
     return path != scattered && n <= 2 ? 2 : 1;
+}
+
+// The distance of the quads that a thread has in flight. Two in `vector` are neighbours: they mostly share a block of
+// noise, which is most of the work.
+template <Path path, int width>
+DEVICE u32 gap_of(const Share& share)
+{
+    return path == vector && width == 2 ? 1 : share.step;
 }
 
 // Where the elements of any quad lie within the sample.
@@ -191,11 +199,19 @@ DEVICE void write(const Layout& layout, Scalar* sample, const Quad (&quads)[widt
     }
 }
 
-template <bool of_signs, int width>
+template <bool of_signs, Path path, int width>
 DEVICE void noise_of(const Stream& stream, const Quad (&quads)[width], Real (&z)[width][4])
 {
-    for (int k = 0; k < width; ++k)
-        of_signs ? signs(stream, quads[k].number, z[k]) : normals(stream, quads[k].number, z[k]);
+    if (path == vector) return numbers<of_signs>(stream, stream.first / 4 + quads[0].number, z);
+    constexpr int n = path == rows ? 1 : 2;
+    for (int k = 0; k < width; ++k) {
+        Real made[n][4];
+        numbers<of_signs>(stream, stream.first / 4 + quads[k].number, made);
+        // a row of an odd length may begin within a quad of the draw
+        for (u32 turn = 0; path == scattered && turn < stream.first % 4; ++turn)
+            for (int i = 0; i < 4 * n; ++i) made[i / 4][i % 4] = made[(i + 1) / 4 % n][(i + 1) % 4];
+        for (int lane = 0; lane < 4; ++lane) z[k][lane] = made[0][lane];
+    }
 }
 
 // ---- lincomb: out = sum of coefficients[i] inputs[i] + std z; out may be one of the inputs; z: normals or signs ----
@@ -221,14 +237,15 @@ DEVICE void combine(const Lincomb& args, const Share& share)
     }
     const bool noisy = args.noise.seeds;
     const Real std = noisy ? value(args.std, share.sample) : 0;
-    const Stream stream = stream_of(args.noise, share.sample);
+    const Stream stream = stream_of(args.noise, share.sample, args.layout.elements);
 
-    for (u32 index = share.first; index < args.layout.quads; index += width * share.step) {
+    const u32 gap = gap_of<path, width>(share), first = gap == 1 ? width * share.first : share.first;
+    for (u32 index = first; index < args.layout.quads; index += width * share.step) {
         Quad quads[width];
         Real x[width][slots][4], sum[width][4] = {};
-        for (int k = 0; k < width; ++k) quads[k] = quad_of<path>(args.layout, index + k * share.step, index);
+        for (int k = 0; k < width; ++k) quads[k] = quad_of<path>(args.layout, index + k * gap, index);
         if (n > 0) read<path>(args.layout, inputs, quads, x);
-        if (noisy) noise_of<of_signs>(stream, quads, sum);
+        if (noisy) noise_of<of_signs, path>(stream, quads, sum);
         for (int k = 0; k < width; ++k)
             for (u32 lane = 0; lane < 4; ++lane) {
                 sum[k][lane] *= std;
@@ -246,10 +263,10 @@ DEVICE void lincomb(const Lincomb& args)
 
 KERNEL(7) lincomb_0(Lincomb args) { lincomb<0>(args); }
 KERNEL(7) lincomb_1(Lincomb args) { lincomb<1>(args); }
-KERNEL(7) lincomb_2(Lincomb args) { lincomb<2>(args); }
-KERNEL(7) lincomb_3(Lincomb args) { lincomb<3>(args); }
-KERNEL(6) lincomb_4(Lincomb args) { lincomb<4>(args); }
-KERNEL(6) lincomb_5(Lincomb args) { lincomb<5>(args); }
+KERNEL(5) lincomb_2(Lincomb args) { lincomb<2>(args); }
+KERNEL(6) lincomb_3(Lincomb args) { lincomb<3>(args); }
+KERNEL(5) lincomb_4(Lincomb args) { lincomb<4>(args); }
+KERNEL(5) lincomb_5(Lincomb args) { lincomb<5>(args); }
 KERNEL(7) rademacher(Lincomb args) { lincomb<0, true>(args); }
 
 // ---- sums of squares per sample, in two kernels and always in the same order: no atomics ----
@@ -294,17 +311,18 @@ DEVICE void add_squares(const Squares& args, const Share& share, Real& errors, R
     const u64 start = static_cast<u64>(share.sample) * args.layout.elements;
     const Scalar* const a[1] = {args.a + start};
     const Scalar* const eps[1] = {args.eps ? args.eps + start : nullptr};
-    const Stream stream = stream_of(args.noise, share.sample);
+    const Stream stream = stream_of(args.noise, share.sample, args.layout.elements);
 
-    for (u32 index = share.first; index < args.layout.quads; index += width * share.step) {
+    const u32 gap = gap_of<path, width>(share), first = gap == 1 ? width * share.first : share.first;
+    for (u32 index = first; index < args.layout.quads; index += width * share.step) {
         Quad quads[width];
         Real x[width][1][4], given[width][1][4] = {}, z[width][4] = {};
-        for (int k = 0; k < width; ++k) quads[k] = quad_of<path>(args.layout, index + k * share.step, index);
+        for (int k = 0; k < width; ++k) quads[k] = quad_of<path>(args.layout, index + k * gap, index);
         read<path>(args.layout, a, quads, x);
         if (of == residual && args.eps)
             read<path>(args.layout, eps, quads, given);
         else if (of != alone)
-            noise_of<false>(stream, quads, z);
+            noise_of<false, path>(stream, quads, z);
         for (int k = 0; k < width; ++k)
             for (u32 lane = 0; lane < 4; ++lane) {
                 const Real noise = of == residual && args.eps ? given[k][0][lane] : z[k][lane];

@@ -123,31 +123,27 @@ struct Division {
 
 DEVICE u32 divide(u32 n, Division by) { return (__umulhi(n, by.magic) + n) >> by.shift; }
 
-// Where the noise of a sample is to be found: counter (quad, row, draw) under key seed.
+// Where the noise of a sample is to be found: element `first` of it has that number in its draw.
 struct Stream {
-    u64 seed, draw;
-    u32 row;
+    u64 seed, draw, first;
 };
 
-// Philox4x32-10 (Salmon et al. 2011, sec. 3.3; the constants are the paper's)
-DEVICE void philox(const Stream& stream, u32 quad, u32 (&words)[4])
+// Philox4x64-10 (Salmon et al. 2011, sec. 3.3; the constants are the paper's): the words of a block of a draw. NumPy
+// counts on before it makes a block, so the first is that of counter 1.
+DEVICE void philox(const Stream& stream, u64 block, u64 (&words)[4])
 {
-    u32 c0 = quad, c1 = stream.row, c2 = static_cast<u32>(stream.draw), c3 = static_cast<u32>(stream.draw >> 32);
-    u32 k0 = static_cast<u32>(stream.seed), k1 = static_cast<u32>(stream.seed >> 32);
+    u64 c0 = block + 1, c1 = stream.draw, c2 = 0, c3 = 0, k0 = stream.seed, k1 = 0;
     for (int round = 0; round < 10; ++round) {
-        const u32 high0 = __umulhi(c0, 0xD2511F53u), low0 = c0 * 0xD2511F53u;
-        const u32 high1 = __umulhi(c2, 0xCD9E8D57u), low1 = c2 * 0xCD9E8D57u;
-        c0 = high1 ^ c1 ^ k0;
-        c1 = low1;
-        c2 = high0 ^ c3 ^ k1;
-        c3 = low0;
-        k0 += 0x9E3779B9u;
-        k1 += 0xBB67AE85u;
+        const u64 high = __umul64hi(c0, 0xD2E7470EE14C6C93u), low = c0 * 0xD2E7470EE14C6C93u;
+        c0 = __umul64hi(c2, 0xCA5A826395121157u) ^ c1 ^ k0;
+        c1 = c2 * 0xCA5A826395121157u;
+        c2 = high ^ c3 ^ k1;
+        c3 = low;
+        k0 += 0x9E3779B97F4A7C15u;
+        k1 += 0xBB67AE8584CAA73Bu;
     }
-    words[0] = c0;
-    words[1] = c1;
-    words[2] = c2;
-    words[3] = c3;
+    const u64 made[4] = {c0, c1, c2, c3};
+    for (int k = 0; k < 4; ++k) words[k] = made[k];
 }
 
 // ---- normals ----
@@ -199,23 +195,33 @@ DEVICE void box_muller(u32 w0, u32 w1, Real& z0, Real& z1)
     z1 = flip_sign(r * cos_pi(a), w1);
 }
 
-// the four normals 4 quad ... 4 quad + 3 of a stream
-DEVICE void normals(const Stream& stream, u32 quad, Real (&z)[4])
+// the normals of half a block: one word has two u, the other their v
+DEVICE void normals(const u64 (&words)[4], bool second, Real (&z)[4])
 {
-    u32 words[4];
-    philox(stream, quad, words);
-    box_muller(words[0], words[1], z[0], z[1]);
-    box_muller(words[2], words[3], z[2], z[3]);
+    const u64 u = second ? words[2] : words[0], v = second ? words[3] : words[1];
+    box_muller(static_cast<u32>(u), static_cast<u32>(v), z[0], z[2]);
+    box_muller(static_cast<u32>(u >> 32), static_cast<u32>(v >> 32), z[1], z[3]);
 }
 
-// the four signs 4 quad ... 4 quad + 3: bit e & 31 of word e >> 5, one block of the generator for 32 quads
-DEVICE void signs(const Stream& stream, u32 quad, Real (&z)[4])
+// four of the 256 signs of a block: bit e & 63 of word e >> 6
+DEVICE void signs(const u64 (&words)[4], u32 quad, Real (&z)[4])
 {
-    u32 words[4];
-    philox(stream, quad >> 5, words);
-    const u32 low = quad & 8u ? words[1] : words[0], high = quad & 8u ? words[3] : words[2];
-    const u32 word = (quad & 16u ? high : low) >> (quad & 7u) * 4;
-    for (int lane = 0; lane < 4; ++lane) z[lane] = word >> lane & 1u ? Real(1) : Real(-1);
+    const u64 low = quad & 16u ? words[1] : words[0], high = quad & 16u ? words[3] : words[2];
+    const u32 bits = static_cast<u32>((quad & 32u ? high : low) >> (quad & 15u) * 4);
+    for (int lane = 0; lane < 4; ++lane) z[lane] = bits >> lane & 1u ? Real(1) : Real(-1);
+}
+
+// n neighbouring quads of a draw, numbers 4 quad ... 4 (quad + n) - 1; a block has 64 quads of signs, or 2 of normals
+template <bool of_signs, int n>
+DEVICE void numbers(const Stream& stream, u64 quad, Real (&z)[n][4])
+{
+    constexpr u32 of_block = of_signs ? 64 : 2;
+    u64 words[4];
+    for (int k = 0; k < n; ++k) {
+        const u32 place = static_cast<u32>(quad + k) % of_block;
+        if (k == 0 || place == 0) philox(stream, (quad + k) / of_block, words);
+        of_signs ? signs(words, place, z[k]) : normals(words, place, z[k]);
+    }
 }
 
 // ---- the Langevin rule ----
