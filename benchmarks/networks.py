@@ -191,7 +191,12 @@ def picture(rows: list[dict[str, Any]]) -> Figure:
             if not points:
                 continue
             style = "--" if group in LIBRARIES else ":" if group == "DDIM" else "o-"
-            axes.loglog(*zip(*points, strict=True), style, label=TITLES.get(group, group), markersize=3, linewidth=1)
+            axes.loglog(
+                *zip(*points, strict=True), style, label=TITLES.get(group, group).strip("`"), markersize=3, linewidth=1
+            )
+        budgets = sorted({row["budget"] for row in rows if row["network"] == name})
+        axes.set_xticks(budgets, [str(budget) for budget in budgets], fontsize=7)
+        axes.minorticks_off()
         axes.set_title(name, fontsize=9)
         axes.grid(alpha=0.3)
     made.axes[0].legend(fontsize=6)
