@@ -135,11 +135,13 @@ class Command:
         options: values by key.
         allow: further names that a configuration may build from.
         folder: to write to.
+        typed: the overrides of the command line.
     """
 
     options: dict[str, Any]
     allow: list[str]
     folder: Path
+    typed: list[str]
 
     def build(self, key: str, **runtime: Any) -> Any:
         """The object that a key describes; see `config.build`."""
@@ -203,4 +205,4 @@ def read(cfg: DictConfig) -> Command:
         typed = f"'allow_targets=[{','.join(names)}]'"
         raise ConfigError(f"allow_targets is taken from the command line alone, not from a file: {typed}.")
     set_threads(options["threads"])
-    return Command(options, names, Path(hydra.runtime.output_dir))
+    return Command(options, names, Path(hydra.runtime.output_dir), list(hydra.overrides.task))

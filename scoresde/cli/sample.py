@@ -10,6 +10,7 @@ from omegaconf import DictConfig
 from ..checks import whole
 from ..config import ConfigError
 from ..diffusion.conditions import Cond
+from ..diffusion.denoiser import Denoiser
 from ..evaluate import figures
 from ..evaluate.conditions import condition_arrays
 from ..evaluate.evaluation import Drawing, Samples, digest_of
@@ -18,6 +19,8 @@ from ..evaluate.report import check_samplers, list_files, write_samples
 from ..runs import folder as folders
 from ..runs.listing import layout
 from ..runs.load import LoadedRun, chosen_run
+from ..runs.samplers import Model, recall
+from ..sampling.sampler import Sampler
 from ._hydra import Command, launch, read, refusing
 from .conditions import choose_cond
 from .guided import build_guidance
@@ -65,6 +68,11 @@ def sample(cfg: DictConfig) -> None:
         digests = {} if guide is None else {"guide_checkpoint": guide}
         if cond is not None:
             digests["told"] = digest_of(cond)
+        if options["budget"] is not None:
+            sampler, how = of_budget(command, run, denoiser, Model.of(run, options, guide, cond))
+            _, *others = samplers.items()
+            method = Method(denoiser, {f"budget-{options['budget']}": sampler, **dict(others)}, options["batch_size"])
+            said, digests["sampler"] = f"{said}\n{how}".strip(), how
         if problem is not None:
             method = choose_method(problem, options["posterior"], method, allow, cond=cond, n=len(seeds))
             every, given = seeds * len(problem.inputs), problem.condition(len(seeds), cond)
@@ -83,6 +91,21 @@ def sample(cfg: DictConfig) -> None:
     shards.clear()
     print(table)
     print(list_files(command.folder))
+
+
+def of_budget(command: Command, run: LoadedRun, denoiser: Denoiser, model: Model) -> tuple[Sampler, str]:
+    """The sampler for the key `budget`, and a sentence that says which it is.
+
+    Raises:
+        ConfigError: a sampler is named besides, or a problem, which no sampler is fitted to.
+        ValueError: no number of calls, or a sampler that was fitted to other weights.
+    """
+    budget = whole(command.options["budget"], "budget, the number of network calls,")
+    if command.options["problem"] is not None:
+        raise ConfigError("budget= is of samples alone; a problem takes a sampler: sampler=ddim sampler.steps=….")
+    if named := [word for word in command.typed if word.startswith(("sampler=", "sampler.", "grid=", "grid."))]:
+        raise ConfigError(f"budget={budget} chooses sampler and grid; leave {named[0]} or budget= away.")
+    return recall(run.folder, model, budget, denoiser)
 
 
 def write(
@@ -104,7 +127,10 @@ def write(
         "seeds": seeds,
         **{name: options[name] for name in ("guidance", "guide", "cond")},
         "labels": None if labels is None else labels.tolist(),
-        "samplers": {chosen: options["sampler"], **{name: options["samplers"][name] for name in others}},
+        "samplers": {
+            chosen: options["budget"] or options["sampler"],
+            **{name: options["samplers"][name] for name in others},
+        },
         "cost": {name: {"nfe": s.evaluations, "seconds": s.seconds} for name, s in made.items()},
     }
     if problem is not None:

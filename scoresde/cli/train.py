@@ -16,19 +16,23 @@ from omegaconf import DictConfig
 
 from ..config import ConfigError
 from ..data import EpochOrder
+from ..diffusion.conditions import named
 from ..evaluate import figures
 from ..evaluate.conditions import in_turn
 from ..evaluate.evaluation import Drawing, OdeLikelihood, evenly_spaced, held_out
 from ..evaluate.report import Evaluation, Report, check_samplers, list_files, real_beside
 from ..evaluate.shards import Shards
 from ..noise.rng import Rng
+from ..ode import SolverError
 from ..runs import folder as folders
 from ..runs import load as loading
 from ..runs import lock
 from ..runs.checkpoint import Checkpoint, load
 from ..runs.logger import JsonlLogger, Logger, NullLogger, RunFacts, read_rows, run_id
 from ..runs.redact import redacted
+from ..runs.samplers import Model
 from ..sampling import Sampler
+from ..sampling.fit_sampler import samples_for
 from ..sweep.job import one_job
 from ..sweep.sweep import SweepSummary
 from ..train.parallel import spread_over
@@ -37,6 +41,7 @@ from ..train.state import TrainingState
 from ..train.trainer import Trainer
 from ..train.world import World, join
 from ._hydra import Command, in_sweep, launch, read, refusing
+from .fit import choose_budgets, fit_all
 
 _UNSAVED = ("out", "resume", "overwrite", "allow_targets")
 
@@ -63,6 +68,8 @@ class Plan:
         trainer, training: how to train, and what is trained.
         samplers, likelihood, evaluation: how the model is measured.
         view: what is kept of the metrics besides `metrics.jsonl`.
+        budgets: of network calls, for which samplers are fitted at the end.
+        allow: further names that a configuration may build from.
     """
 
     folder: Path
@@ -73,6 +80,8 @@ class Plan:
     likelihood: OdeLikelihood
     evaluation: Evaluation
     view: Logger
+    budgets: list[int]
+    allow: list[str]
 
     def say(self, text: str) -> None:
         """Prints, on rank 0."""
@@ -171,7 +180,8 @@ def assemble(command: Command, world: World) -> Plan:
     training = TrainingState(loss, optimizer, ema, dataset, order, Rng(seed), loss_scale=trainer.loss_scale, **how)
     likelihood, view = command.build("likelihood"), command.build("logger")
     # what is kept of it, in whatever file, holds no secret
-    return Plan(command.folder, redacted(config), trainer, training, samplers, likelihood, evaluation, view)
+    how = {"budgets": choose_budgets(config["fit"]), "allow": command.allow}
+    return Plan(command.folder, redacted(config), trainer, training, samplers, likelihood, evaluation, view, **how)
 
 
 def check_options(config: dict[str, Any]) -> None:
@@ -249,9 +259,26 @@ def fit_and_report(plan: Plan, logger: Logger, signals: Signals) -> dict[str, fl
     training.refresh()
     try:
         with signals.interruptible():
-            return finish(plan, logger, seconds)
+            result = finish(plan, logger, seconds)
+            fit_samplers(plan)
+            return result
     except Interrupted:
         raise Stopped(signals.code, "Stopped while measuring; training is complete and saved.") from None
+
+
+def fit_samplers(plan: Plan) -> None:
+    """Fits a sampler for each budget to the average, on rank 0; a model that cannot be sampled is left without."""
+    if plan.training.world.rank or not plan.budgets:
+        return
+    run = loading.load_run(plan.folder, allow=plan.allow, device=plan.config["device"])
+    shape = run.dataset.event_shape
+    samples = samples_for(shape)
+    cond = in_turn(run.dataset, samples, run.conditional)
+    model = Model(run.digest, "ema", None, None, sorted(named(cond)))
+    try:
+        fit_all(plan.folder, model, run.denoiser, shape, plan.budgets, cond=cond, samples=samples, seed=0, calls=1200)
+    except SolverError as error:
+        plan.say(f"No sampler was fitted: {error}")
 
 
 def finish(plan: Plan, logger: Logger, seconds: float) -> dict[str, float]:

@@ -111,6 +111,8 @@ def check_classifier(config: Mapping[str, Any]) -> None:
         return
     if not config["conditional"]:
         raise ConfigError("A classifier learns labels, which conditional=true tells it.")
+    if config["fit"]:
+        raise ConfigError("A classifier draws no samples, so no sampler is fitted to it: fit=[].")
     if config["evaluate_at_end"] or config["trainer"].get("sample_every"):
         raise ConfigError(
             "A classifier has no samples and no bits/dim; it is measured by its held-out loss: evaluate_at_end=false "

@@ -23,12 +23,11 @@ from torch import Tensor
 from ..checks import whole
 from ..diffusion.conditions import Cond
 from ..diffusion.denoiser import CountingDenoiser, Denoiser
-from ..diffusion.grids import FittedGrid
 from ..noise.rng import Rng
 from ..ode import lagrange
 from .default import default_sampler
 from .fit import best, descend, generic_grids, reference, residuals, run
-from .fitted import FittedSampler, FittedStep
+from .fitted import FittedSampler, build_sampler
 from .sampler import Sampler
 from .weights import Knot, knots, weights
 
@@ -71,12 +70,13 @@ def fit_sampler(
         SolverError: the fine solve is not finite, as with a network that returns NaN.
     """
     budget = whole(budget, "budget, the number of network calls,")
-    samples = min(max(4096 // math.prod(shape), 16), 512) if samples is None else samples
+    samples = samples_for(shape) if samples is None else samples
     samples, calls, fine = whole(samples, "samples", 8), whole(calls, "calls"), max(160, 8 * budget)
     counted, rng = CountingDenoiser(denoiser), Rng(0) if rng is None else rng
     generic = default_sampler(denoiser, budget)
     path = _Path(counted, Sampler.start(denoiser, (samples, *shape), rng), cond, fine)
-    fitted = _search(path, generic, budget, calls)
+    found = _search(path, generic, budget, calls)
+    fitted = build_sampler(denoiser, budget, *found)
     x = Sampler.start(denoiser, (samples, *shape), rng)
     *_, end = reference(counted, x, cond, fine)[1]
     ours, usual = (_distance(_last(counted, sampler, x, cond), end) for sampler in (fitted, generic))
@@ -84,33 +84,40 @@ def fit_sampler(
     is_fitted = float((usual - ours).mean()) > 2 * _stderr(usual - ours) + round_off
     kept, error = (fitted, ours) if is_fitted else (generic, usual)
     numbers = float(error.mean()), _stderr(error), float(usual.mean()), _stderr(usual)
-    return FittedSampler(kept, budget, *numbers, is_fitted, counted.evaluations)
+    return FittedSampler(kept, budget, *numbers, counted.evaluations, *(found if is_fitted else (None, None, None)))
+
+
+def samples_for(shape: Sequence[int]) -> int:
+    """How many samples a fit takes: 4096 numbers' worth, 16 to 512."""
+    return min(max(4096 // math.prod(shape), 16), 512)
+
+
+_Found = tuple[list[float], list[list[float]] | None, float | None]
+"""Knots, and the weights and the standard deviation of a `FittedStep`, or None of the generic step."""
 
 
 class _Candidate(NamedTuple):
     residuals: Callable[[Tensor], np.ndarray]
     times: Tensor
-    sampler: Callable[[Tensor], Sampler]
+    found: Callable[[Tensor], _Found]
 
 
-def _search(path: _Path, generic: Sampler, budget: int, calls: int) -> Sampler:
-    """The sampler that comes nearest on the noises of `path`."""
+def _search(path: _Path, generic: Sampler, budget: int, calls: int) -> _Found:
+    """What comes nearest on the noises of `path`."""
     sde = path.denoiser.sde
 
-    def on(times: Tensor) -> Sampler:
-        return Sampler(generic.step, FittedGrid(sde.log_snr(times).tolist()), generic.steps, denoise=False)
-
     def plain(times: Tensor) -> np.ndarray:
-        return residuals(_last(path.denoiser, on(times), path.x, path.cond), path.end)
+        *_, x = run(path.denoiser, generic.step, path.x, times, path.cond)
+        return residuals(x, path.end)
 
     grids = [*generic_grids(path.denoiser), generic.grid]
     starts = best(path.residuals, grids, sde, budget)[:2]
-    tried = [_Candidate(path.residuals, times, path.sampler) for times in starts]
-    tried.append(_Candidate(plain, generic.grid(sde, generic.steps), on))
+    tried = [_Candidate(path.residuals, times, path.found) for times in starts]
+    tried.append(_Candidate(plain, generic.grid(sde, generic.steps), lambda t: (sde.log_snr(t).tolist(), None, None)))
     iterations = (calls // budget - len(grids)) // (len(tried) * min(budget, 8))
     fitted = [one._replace(times=descend(one.residuals, one.times, sde, iterations)) for one in tried]
     chosen = min(fitted, key=lambda one: float(np.square(one.residuals(one.times)).sum()))
-    return chosen.sampler(chosen.times)
+    return chosen.found(chosen.times)
 
 
 class _Path:
@@ -159,9 +166,8 @@ class _Path:
     def residuals(self, times: Tensor) -> np.ndarray:
         return residuals(self.fitted(times)[0], self.end)
 
-    def sampler(self, times: Tensor) -> Sampler:
-        step = FittedStep(self.denoiser.sde.log_snr(times).tolist(), self.fitted(times)[1], self.std)
-        return Sampler(step, step.grid, len(times) - 1, denoise=False)
+    def found(self, times: Tensor) -> _Found:
+        return self.denoiser.sde.log_snr(times).tolist(), self.fitted(times)[1], self.std
 
 
 def _regressed(values: Sequence[Tensor], missing: Tensor, usual: Tensor) -> list[float]:

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from ..checks import positive
+from ..diffusion.denoiser import Denoiser
 from ..diffusion.grids import FittedGrid
+from .default import default_sampler
 from .multistep import Multistep
 from .sampler import Sampler
 from .weights import Knot
@@ -68,9 +70,10 @@ class FittedSampler:
             dimensions, mean over the samples, in units of x.
         error_stderr: standard error of that mean.
         generic, generic_stderr: the same of `default_sampler`, on the same noise.
-        is_fitted: False where the fitted sampler was not better by two standard errors of the paired difference; then
-            `sampler` is the generic one.
         calls: network calls of the whole fit, on batches of its samples.
+        log_snr: the fitted knots; None where the fitted sampler was not better by two standard errors of the paired
+            difference, and `sampler` is the generic one.
+        rows, data_std: the arguments `weights` and `data_std` of the `FittedStep`; None of the generic step.
     """
 
     sampler: Sampler
@@ -79,5 +82,40 @@ class FittedSampler:
     error_stderr: float
     generic: float
     generic_stderr: float
-    is_fitted: bool
     calls: int
+    log_snr: list[float] | None
+    rows: list[list[float]] | None
+    data_std: float | None
+
+    @property
+    def is_fitted(self) -> bool:
+        return self.log_snr is not None
+
+    def __str__(self) -> str:
+        kind = "fitted" if self.is_fitted else "generic"
+        against = f", {self.generic:.3g} ± {self.generic_stderr:.1g} before" if self.is_fitted else ""
+        return f"{self.budget} calls, {kind}: {self.error:.3g} ± {self.error_stderr:.1g} from the exact end{against}"
+
+
+def build_sampler(
+    denoiser: Denoiser,
+    budget: int,
+    log_snr: list[float] | None,
+    rows: list[list[float]] | None,
+    data_std: float | None,
+) -> Sampler:
+    """The sampler of such knots and weights; what is None is that of `default_sampler`.
+
+    Raises:
+        ValueError: a budget, knots or weights that do not belong together.
+    """
+    generic = default_sampler(denoiser, budget)
+    if log_snr is None:
+        return generic
+    step = generic.step if rows is None or data_std is None else FittedStep(log_snr, rows, data_std)
+    sampler = Sampler(step, FittedGrid(log_snr), len(log_snr) - 1, denoise=False)
+    if sampler.evaluations != budget:
+        raise ValueError(
+            f"A sampler for {budget} network calls takes {sampler.evaluations} on its {len(log_snr)} knots."
+        )
+    return sampler

@@ -1,0 +1,122 @@
+"""Samplers that were fitted to a run, in one file of its folder: to which model, for which budget, and how good."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ..diffusion.conditions import Cond, named
+from ..diffusion.denoiser import Denoiser
+from ..sampling.default import default_sampler
+from ..sampling.fitted import FittedSampler, build_sampler
+from ..sampling.sampler import Sampler
+from .folder import finish
+from .load import LoadedRun
+from .redact import redacted
+
+_FILE = "samplers.json"
+_UNGUIDED = {"_target_": "scoresde.Blend", "_partial_": True, "others": []}  # guidance=none
+
+
+@dataclass(frozen=True)
+class Model:
+    """What a sampler is fitted to.
+
+    Attributes:
+        checkpoint: SHA-256 of the checkpoint's manifest, so of its weights.
+        weights: which of its weights, the key `weights` of a command.
+        guidance: that key of a command; None where there is none.
+        guide: SHA-256 of the checkpoint of a guide; None where there is none.
+        cond: the kinds of conditions that the model is told.
+    """
+
+    checkpoint: str
+    weights: str
+    guidance: Any
+    guide: str | None
+    cond: list[str]
+
+    @classmethod
+    def of(cls, run: LoadedRun, options: Mapping[str, Any], guide: str | None, cond: Cond) -> Model:
+        guidance = None if options["guidance"] == _UNGUIDED else redacted(options["guidance"])
+        return cls(run.digest, str(options["weights"]), guidance, guide, sorted(named(cond)))
+
+
+def keep(folder: Path, model: Model, fitted: FittedSampler) -> None:
+    """Adds a fitted sampler to the file of a run, in place of any for the same budget, guidance and conditions.
+
+    Raises:
+        ValueError: the file that is there cannot be read.
+    """
+    names = ("budget", "error", "error_stderr", "generic", "generic_stderr", "calls", "log_snr", "rows", "data_std")
+    record = asdict(model) | {name: getattr(fitted, name) for name in names}
+    others = [other for other in _read(folder) if _use(other) != _use(record)]
+    finish(folder / _FILE, {"samplers": [*others, record]})
+
+
+def recall(folder: Path, model: Model, budget: int, denoiser: Denoiser) -> tuple[Sampler, str]:
+    """The sampler of a budget: that of the file of a run, or else `default_sampler`; and a sentence that says which.
+
+    Raises:
+        ValueError: the file cannot be read, or its sampler for this use was fitted to other weights.
+    """
+    wanted = asdict(model) | {"budget": budget}
+    found = next((record for record in _read(folder) if _use(record) == _use(wanted)), None)
+    again = f"scoresde-fit run={folder} budgets=[{budget}]"
+    if found is None:
+        said = f"{budget} calls by the generic sampler: none is fitted for this budget and guidance ({again} does)."
+        return default_sampler(denoiser, budget), said
+    if found["checkpoint"] != model.checkpoint:
+        raise ValueError(
+            f"The sampler for {budget} calls in {folder / _FILE} was fitted to other weights, of the checkpoint "
+            f"{found['checkpoint'][:12]}…, and these are of {model.checkpoint[:12]}…. Fit it to these: {again}; or "
+            "choose a sampler yourself: sampler=ddim sampler.steps=…."
+        )
+    sampler = build_sampler(denoiser, budget, *(found[name] for name in ("log_snr", "rows", "data_std")))
+    kind = "generic sampler, which no fitted one beat" if found["log_snr"] is None else "fitted sampler"
+    error = f"{found['error']:.3g} ± {found['error_stderr']:.1g}"
+    return sampler, f"{budget} calls by the {kind}: {error} from the exact end on noise that the fit had not seen."
+
+
+def _use(record: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What a sampler is chosen by; the checkpoint has to be right besides."""
+    return tuple(record[name] for name in ("budget", "weights", "guidance", "guide", "cond"))
+
+
+def _read(folder: Path) -> list[dict[str, Any]]:
+    """The records of the file of a run; none where it has no such file."""
+    path = folder / _FILE
+    if not path.exists():
+        return []
+    try:
+        records = json.loads(path.read_text(encoding="utf-8"))["samplers"]
+        for record in records:
+            _check(record)
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        raise ValueError(
+            f"{path} is not a file of scoresde-fit: {error!r}. Remove it; scoresde-fit run={folder} makes it again."
+        ) from error
+    return records
+
+
+def _check(record: Any) -> None:
+    """Refuses what `keep` would not write; whether knots and weights belong together `build_sampler` checks."""
+    texts, numbers = ("checkpoint", "weights"), ("error", "error_stderr", "generic", "generic_stderr")
+    _use(record)
+    kinds: dict[str, tuple[type, ...]] = {"budget": (int,), **dict.fromkeys(texts, (str,))}
+    kinds |= dict.fromkeys(numbers, (int, float)) | {"data_std": (int, float, type(None))}
+    kinds |= dict.fromkeys(("log_snr", "rows"), (list, type(None)))
+    for name, kind in kinds.items():
+        if type(record[name]) not in kind:
+            raise ValueError(f"{name} is {record[name]!r}")
+    _all_numbers(record["log_snr"] or [])
+    for row in record["rows"] or []:
+        _all_numbers(row)
+
+
+def _all_numbers(values: Sequence[Any]) -> None:
+    if not all(type(value) in (int, float) for value in values):
+        raise ValueError(f"{values!r:.80} are not all numbers")
