@@ -35,8 +35,8 @@ class Denoiser(nn.Module, abc.ABC):
         data_std: standard deviation of the data about their mean, > 0: the noise level at which solvers and grids
             expect noise to become data. `measure` takes it from samples.
         roughness: how far x̂_0 strays at t_max, where it can know no more than the data's mean: its standard deviation
-            over draws from the prior, in units of data_std. 0 for exact scores; 0.03 to 2 was seen on networks that
-            predict x_0 or v or are small, 6 to 8 on U-Nets that predict noise; inf until `measure` knows.
+            over draws from the prior, in units of data_std. 0 for exact scores; 0.03 to 1.1 was seen on networks
+            that predict x_0, v or EDM's F, 2 to 12 on ones that predict noise; inf until `measure` knows.
     """
 
     draws = True
