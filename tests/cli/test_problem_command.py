@@ -454,8 +454,11 @@ def test_the_guide_runs() -> None:
     names: dict[str, object] = {}
     for text in re.findall(r"^```python\n(.*?)^```", page, flags=re.DOTALL | re.MULTILINE):
         exec(text, names)
-    # one of two Gaussians that end √10 standard deviations from the border, by a trained classifier
-    assert (names["chosen"][:, 0] > 0).double().mean() > 0.97 and names["found"].label.all()
+    # one of two Gaussians that end √10 standard deviations from the border, by a trained classifier: 97 in 100, but for
+    # three standard errors of the share among 200 samples
+    assert (names["chosen"][:, 0] > 0).double().mean() > 0.97 - 3 * (0.97 * 0.03 / 200) ** 0.5 and names[
+        "found"
+    ].label.all()
     # x + its neighbour is 0.9 and 0.1 to within the noise, by the prior's 0.1
     residual = names["seen"](names["x"]) - names["seen"].y
     assert 0.05 < float(residual.square().mean().sqrt()) < 0.2

@@ -56,7 +56,7 @@ OVERRIDES = {
     "data.train=10": "10 samples, fewer than batch_size=64.* Set batch_size to at most 10",
     "evaluation.points=33": "between 1 and the 32 points",
     "resume=auto overwrite=true": "give one of the two",
-    "data=arrays data.path=x": "data.train.*data has path",
+    "data=arrays data.path=x": "data.train.*data=8gaussians.* have it",
     # not there
     "data.test=???": "data.test has no value yet; give it on the command line: data.test=",
     "optim.lr=${nope}": "optim.lr: Interpolation key 'nope' not found",
