@@ -198,7 +198,7 @@ def load(path: Path | str) -> Checkpoint:
                 mapped = safetensors.torch.load_file(path / name)
                 tensors[stem] = {key: value.clone() for key, value in mapped.items()}
         except (OSError, ValueError, SafetensorError) as error:
-            raise CheckpointError(f"{path / name} cannot be used: {error!s:.500}") from error
+            raise CheckpointError(f"{path}{os.sep}{name:.80} cannot be used: {error!s:.500}") from error
     return Checkpoint(path, step, tensors, records)
 
 
