@@ -1,16 +1,19 @@
-"""A training of a second: `from tiny_training import training`."""
+"""Trainings of a second: `from tiny_training import training`."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 import torch
+from oracles import ring
 from torch import Tensor, nn
 
-from scoresde import VPSDE, DenoisingLoss, Eps, Preconditioned, Rng
+from scoresde import EDM, VPSDE, DenoisingLoss, Eps, Preconditioned, Rng
 from scoresde.codecs import Scaling
 from scoresde.data import Dataset, EpochOrder, Split
+from scoresde.nn import MLP
 from scoresde.runs.logger import NullLogger
 from scoresde.train.ema import EMA
 from scoresde.train.state import TrainingState
@@ -29,6 +32,20 @@ class Net(nn.Module):
     def forward(self, x: Tensor, c_noise: Tensor, cond: Any = None) -> Tensor:
         self.calls += int(self.training)
         return self.outlet(self.drop(torch.tanh(self.inlet(torch.cat([x, c_noise[:, None]], 1)))))
+
+
+@cache
+def trained_on_a_ring() -> Preconditioned:
+    """A small network after some training, in float64: no closed form."""
+    torch.manual_seed(0)
+    exact = ring(VPSDE())
+    denoiser = Preconditioned(MLP((2,), width=64, depth=2), VPSDE(), EDM(sigma_data=0.7), sigma_data=0.7)
+    loss, optimizer = DenoisingLoss(denoiser), torch.optim.Adam(denoiser.parameters(), 3e-3)
+    for index in range(300):
+        optimizer.zero_grad()
+        loss(exact.sample(256, rng=Rng(index)), rng=Rng(index)).mean().backward()
+        optimizer.step()
+    return denoiser.eval().requires_grad_(False).double()
 
 
 def training(

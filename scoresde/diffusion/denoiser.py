@@ -67,9 +67,9 @@ class Denoiser(nn.Module, abc.ABC):
         """
         if len(x0) < 2:
             raise ValueError(f"The standard deviation of the data needs two samples or more; got {len(x0)}.")
-        self.data_std = positive(spread(x0), "data_std", "the standard deviation of these samples")
+        self.data_std = positive(sample_std(x0), "data_std", "the standard deviation of these samples")
         noise = self.prior_sample((min(len(x0), 16), *x0.shape[1:]), rng=Rng(0), dtype=x0.dtype, device=x0.device)
-        strayed = spread(self(noise, torch.tensor(self.sde.t_max, dtype=torch.float64), cond).x0)
+        strayed = sample_std(self(noise, torch.tensor(self.sde.t_max, dtype=torch.float64), cond).x0)
         if not strayed < math.inf:
             raise ValueError(f"x0 predicted from the prior's noise is not finite (t = {self.sde.t_max}).")
         self.roughness = strayed / self.data_std
@@ -96,7 +96,7 @@ class Denoiser(nn.Module, abc.ABC):
         return self.prior_log_prob(z)
 
 
-def spread(x: Tensor) -> float:
+def sample_std(x: Tensor) -> float:
     """The standard deviation over the samples (n, *event): the root of the variance averaged over the dimensions."""
     return float(x.double().var(0).mean().sqrt())
 

@@ -139,7 +139,22 @@ class CosineGrid(_Grid):
         return sde.time(-2 * torch.tan(first + u * (last - first)).log())
 
 
-class LogisticGrid(_Grid):
+class _DataGrid(_Grid):
+    """A grid that knows the noise level of the data: its `middle` is ℓ = `centre` in terms of log(α/σ)."""
+
+    def __init__(self, sigma_data: float, centre: float, width: float, t_end: float | None):
+        super().__init__(t_end)
+        if not (sigma_data > 0 and width > 0):
+            name = type(self).__name__
+            raise ValueError(f"{name} needs sigma_data > 0 and width > 0; got {sigma_data} and {width}.")
+        self.sigma_data, self.centre, self.width = float(sigma_data), float(centre), float(width)
+
+    @property
+    def middle(self) -> float:
+        return self.centre - math.log(self.sigma_data)
+
+
+class LogisticGrid(_DataGrid):
     r"""Steps where noise becomes data: quantiles of a logistic law of log(σ/α), between the ends.
 
     With ℓ = log(α σ_d/σ), step i ends at the share i/n of the mass that 1/(1 + e^{−(ℓ − centre)/width}) has between the
@@ -154,18 +169,15 @@ class LogisticGrid(_Grid):
     """
 
     def __init__(self, sigma_data: float = 1.0, centre: float = 0.5, width: float = 1.5, t_end: float | None = None):
-        super().__init__(t_end)
-        if not (sigma_data > 0 and width > 0):
-            raise ValueError(f"LogisticGrid needs sigma_data > 0 and width > 0; got {sigma_data} and {width}.")
-        self.sigma_data, self.centre, self.width = float(sigma_data), float(centre), float(width)
+        super().__init__(sigma_data, centre, width, t_end)
 
     def _between(self, sde: SDE, start: Tensor, stop: Tensor, u: Tensor) -> Tensor:
-        middle = self.centre - math.log(self.sigma_data)
+        middle = self.middle
         first, last = (torch.sigmoid((0.5 * sde.log_snr(t) - middle) / self.width) for t in (start, stop))
         return sde.time(2 * (middle + self.width * torch.logit(first + u * (last - first))))
 
 
-class SoftplusGrid(_Grid):
+class SoftplusGrid(_DataGrid):
     r"""Equal steps in log-SNR while noise is above the data, ever longer ones below.
 
     With ℓ = log(α σ_d/σ), equal steps in log(1 + e^{(centre − ℓ)/width}). For networks that predict noise: their x̂_0 is
@@ -179,13 +191,10 @@ class SoftplusGrid(_Grid):
     """
 
     def __init__(self, sigma_data: float = 1.0, centre: float = 2.0, width: float = 1.0, t_end: float | None = None):
-        super().__init__(t_end)
-        if not (sigma_data > 0 and width > 0):
-            raise ValueError(f"SoftplusGrid needs sigma_data > 0 and width > 0; got {sigma_data} and {width}.")
-        self.sigma_data, self.centre, self.width = float(sigma_data), float(centre), float(width)
+        super().__init__(sigma_data, centre, width, t_end)
 
     def _between(self, sde: SDE, start: Tensor, stop: Tensor, u: Tensor) -> Tensor:
-        middle = self.centre - math.log(self.sigma_data)
+        middle = self.middle
         first, last = (softplus((middle - 0.5 * sde.log_snr(t)) / self.width) for t in (start, stop))
         return sde.time(2 * (middle - self.width * torch.expm1(first + u * (last - first)).log()))
 

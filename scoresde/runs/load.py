@@ -14,14 +14,14 @@ import torch
 from ..checks import whole
 from ..config import ConfigError, build, build_network, leaves_open
 from ..data import Dataset
-from ..diffusion.denoiser import Denoiser, model_device, spread
+from ..diffusion.denoiser import Denoiser, model_device, sample_std
 from ..losses.denoising import DenoisingLoss
 from ..noise import switch
 from .checkpoint import CheckpointError, best, latest
 from .posthoc import reconstruct
 
 _NEEDED = {"data", "network", "denoiser", "sde", "parameterization", "conditional"}  # what a model is rebuilt from
-_MEASURED = 1024  # samples of the data that their spread is measured on
+_MEASURED = 1024  # samples of the data that their sample_std is measured on
 _CLASSIFIER_LOSS = "scoresde.ClassifierLoss"
 
 
@@ -97,7 +97,7 @@ def build_denoiser(config: Mapping[str, Any], dataset: Dataset, allow: Sequence[
     denoiser = build(node, allow, key="denoiser", **facts)
     if denoiser.draws:
         # data that do not vary have no scale
-        denoiser.data_std = spread(dataset.encode(dataset.train.raw[:_MEASURED])) or denoiser.data_std
+        denoiser.data_std = sample_std(dataset.encode(dataset.train.raw[:_MEASURED])) or denoiser.data_std
     return denoiser
 
 
@@ -221,7 +221,7 @@ def load_run(
     except (RuntimeError, KeyError) as error:
         raise CheckpointError(f"The weights in {found.path} do not fit its configuration: {error}") from error
     denoiser = denoiser.to(choose_device(device)).eval().requires_grad_(False)
-    if denoiser.draws and spread(x0 := dataset.encode(dataset.train.raw[:_MEASURED])) > 0:
+    if denoiser.draws and sample_std(x0 := dataset.encode(dataset.train.raw[:_MEASURED])) > 0:
         place = model_device(denoiser)
         denoiser.measure(x0.to(place), dataset.train.cond(slice(16), config["conditional"], place))
     digest = hashlib.sha256((found.path / "manifest.json").read_bytes()).hexdigest()

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..checks import whole
 from ..diffusion.conditions import Cond
-from ..diffusion.denoiser import CountingDenoiser, Denoiser
+from ..diffusion.denoiser import CountingDenoiser, Denoiser, sample_std
 from ..noise.rng import Rng
 from ..ode import lagrange
 from .default import default_sampler
@@ -133,7 +133,7 @@ class _Path:
         times, solve = reference(denoiser, x, cond, steps)
         states = [x, *solve]
         self.end = states[-1]
-        self.std = float(self.end.double().var(0).mean().sqrt()) or 1.0  # one point has no scale
+        self.std = sample_std(self.end) or 1.0  # one point has no scale
         self.points = knots(denoiser.sde, times, self._q)
         self.levels = torch.stack([point.level for point in self.points])
         self.states = torch.stack([y / point.norm.to(y) for y, point in zip(states, self.points, strict=True)])

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from functools import cache
 
 import pytest
 import torch
 from oracles import ring
+from tiny_training import trained_on_a_ring
 from torch import Tensor, nn
 
 from scoresde import (
@@ -17,7 +17,6 @@ from scoresde import (
     VPSDE,
     AdaptiveODE,
     Denoiser,
-    DenoisingLoss,
     Eps,
     FittedSampler,
     Preconditioned,
@@ -28,7 +27,6 @@ from scoresde import (
     fit_sampler,
 )
 from scoresde.diffusion.denoiser import CountingDenoiser
-from scoresde.nn import MLP
 from scoresde.sampling.fitted import FittedStep
 
 each_sde = pytest.mark.parametrize("sde", [VPSDE(), VESDE(), EDMSDE()], ids=["vp", "ve", "edm"])
@@ -48,19 +46,6 @@ def gains(denoiser: Denoiser, fitted: FittedSampler, cond: Tensor | None = None)
     return usual - ours
 
 
-@cache
-def trained() -> Preconditioned:
-    torch.manual_seed(0)
-    exact = ring(VPSDE())
-    denoiser = Preconditioned(MLP((2,), width=64, depth=2), VPSDE(), EDM(sigma_data=0.7), sigma_data=0.7)
-    loss, optimizer = DenoisingLoss(denoiser), torch.optim.Adam(denoiser.parameters(), 3e-3)
-    for index in range(300):
-        optimizer.zero_grad()
-        loss(exact.sample(256, rng=Rng(index)), rng=Rng(index)).mean().backward()
-        optimizer.step()
-    return denoiser.eval().requires_grad_(False).double()
-
-
 def not_worse(gain: Tensor) -> bool:
     """The mean gain is above −4 of its standard errors: a sampler that is as good falls below once in 30,000."""
     return float(gain.mean()) > -4 * float(gain.std()) / math.sqrt(len(gain))
@@ -78,7 +63,7 @@ def test_on_exact_scores_it_halves_the_error(sde, budget) -> None:
 
 @pytest.mark.parametrize("budget", [1, 5, 12])
 def test_on_a_trained_network_it_is_never_worse(budget) -> None:
-    denoiser = trained()
+    denoiser = trained_on_a_ring()
     fitted = fit_sampler(denoiser, budget=budget, shape=(2,), samples=128, rng=Rng(1))
     assert not_worse(gains(denoiser, fitted))
     assert fitted.is_fitted == (fitted.error < fitted.generic)
