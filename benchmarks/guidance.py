@@ -41,7 +41,8 @@ import scoresde as S
 from scoresde.data import Dataset, Split
 from scoresde.evaluate import figures
 from scoresde.metrics import Frechet
-from scoresde.runs.load import LoadedRun, load_run
+from scoresde.runs.load import load_run
+from scoresde.runs.run import Run
 
 
 class LeNet(nn.Module):
@@ -86,7 +87,7 @@ class Vectors(nn.Module):
 
 
 @torch.no_grad()
-def draw(run: LoadedRun, guided: S.Denoiser, cfg: DictConfig) -> tuple[Tensor, Tensor]:
+def draw(run: Run, guided: S.Denoiser, cfg: DictConfig) -> tuple[Tensor, Tensor]:
     """(pixels (n, *event), labels (n,))."""
     labels = torch.arange(cfg.samples) % run.dataset.classes
     made = [
@@ -133,7 +134,7 @@ def in_turn(split: Split, rows: int) -> Tensor:
     return torch.stack([split.raw[split.labels == k][:rows] for k in split.labels.unique()], 1).flatten(0, 1)
 
 
-def curve(run: LoadedRun, judge: LeNet | Vectors, cfg: DictConfig, out: report.Report) -> str:
+def curve(run: Run, judge: LeNet | Vectors, cfg: DictConfig, out: report.Report) -> str:
     """The table over guidance scales, and the samples with a row for each."""
     classifier: Any = load_run(Path(cfg.classifier)).denoiser if cfg.classifier else None
     train, test = run.dataset.train, run.dataset.test
@@ -181,7 +182,7 @@ def figure(judge: LeNet | Vectors, out: report.Report) -> Any:
     return made
 
 
-def worth(run: LoadedRun, cfg: DictConfig, out: report.Report) -> str:
+def worth(run: Run, cfg: DictConfig, out: report.Report) -> str:
     """What labels save of held-out bits/dim."""
     given, dims = bits(run.denoiser, run.dataset, cfg, told=True), math.prod(run.dataset.event_shape)
     out.add("bits_per_dim", float(given.mean()), of="given the label", measure="bits_per_dim")

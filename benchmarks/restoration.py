@@ -28,7 +28,8 @@ from torch import Tensor
 
 import scoresde as S
 from scoresde import inverse as I
-from scoresde.runs.load import LoadedRun, load_run
+from scoresde.runs.load import load_run
+from scoresde.runs.run import Run
 
 LUMA = torch.tensor([[0.299, 0.587, 0.114]])
 
@@ -47,7 +48,7 @@ PROBLEMS: dict[str, Callable[[tuple[int, ...]], I.Operator]] = {
 }
 
 
-def methods(run: LoadedRun, steps: int) -> dict[str, Callable[[I.Observation], tuple[S.Sampler, S.Denoiser]]]:
+def methods(run: Run, steps: int) -> dict[str, Callable[[I.Observation], tuple[S.Sampler, S.Denoiser]]]:
     """Name -> sampler and denoiser, all of `steps` + 1 network calls."""
     prior, grid, ancestral = run.denoiser, S.LogisticGrid(run.denoiser.data_std), S.DDIM(eta=1.0)
 

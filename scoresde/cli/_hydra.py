@@ -22,9 +22,10 @@ from ..config import ConfigError, Refusal, build, config_dir, resolved
 from ..evaluate.shards import ShardError, Shards, ranks
 from ..ode import SolverError
 from ..runs.checkpoint import CheckpointError
-from ..runs.load import LoadedRun, set_threads
+from ..runs.load import set_threads
 from ..runs.publish import publish
 from ..runs.redact import guard, redacted, redacted_text
+from ..runs.run import Run
 from ..sampling import Sampler
 from ..sweep.sweep import launching
 from ..train.trainer import TrainingDiverged
@@ -179,7 +180,7 @@ class Command:
             raise ValueError(f"{folder} is not empty, and nothing in it is overwritten: {other}")
         return True
 
-    def shards(self, run: LoadedRun, **digests: str) -> Shards:
+    def shards(self, run: Run, **digests: str) -> Shards:
         """This process's share of the work, whose batches depend on the options, the run, and files of these digests.
 
         Raises:

@@ -8,29 +8,14 @@ from typing import Any
 import torch
 
 from ..config import ConfigError
-from ..data import kinds
-from ..data.kinds import NAMES, Kind
+from ..data.kinds import NAMES, Kind, in_turn, turns_in_words
 from ..data.readers import names_held_out
 from ..diffusion.conditions import Cond, unnamed
-from ..evaluate.conditions import in_turn, turns_in_words
 from ..evaluate.problem import Problem
-from ..runs.load import LoadedRun
+from ..runs.run import Run
 
 
-def always_conditional(run: LoadedRun) -> bool:
-    """Whether the network is known never to have been trained without its condition; a classifier never is."""
-    if not run.draws:
-        return run.conditional
-    gaps = any(bool(values.isnan().flatten(1).all(1).any()) for values in run.dataset.train.conditions.values())
-    return run.conditional and run.config["network"].get("cond_dropout") == 0 and not gaps
-
-
-def kinds_of(run: LoadedRun) -> dict[str, Kind]:
-    """The conditions that the model was trained with, by name; none for an unconditional one."""
-    return kinds.kinds_of(run.dataset, always=always_conditional(run)) if run.conditional else {}
-
-
-def choose_cond(given: Any, n: int, run: LoadedRun, *, problem: Problem | None = None) -> tuple[Cond, str]:
+def choose_cond(given: Any, n: int, run: Run, *, problem: Problem | None = None) -> tuple[Cond, str]:
     """The condition of samples, and a sentence about it where there is more to know, else an empty one.
 
     Args:
@@ -45,7 +30,7 @@ def choose_cond(given: Any, n: int, run: LoadedRun, *, problem: Problem | None =
         ConfigError, ValueError, OSError: a kind that the model was not trained with, one that is missing, or values
             that are not of the kind; says what was given and what is expected.
     """
-    known = kinds_of(run)
+    known = run.kinds
     if given == "input" or names_held_out(given):
         given = dict.fromkeys(known or NAMES[:1], given)
     if not isinstance(given, Mapping) or not set(given) <= set(NAMES):
@@ -55,7 +40,7 @@ def choose_cond(given: Any, n: int, run: LoadedRun, *, problem: Problem | None =
     given = {name: value for name, value in given.items() if value is not None}
     if not given:
         return _unsaid(n, run, known, problem is None)
-    _check_kinds(given, known, run)
+    run.check_kinds(given)
     cond, notes, inputs = {}, [], 1 if problem is None else len(problem.inputs)
     for name, kind in known.items():
         if given[name] == "input":
@@ -68,31 +53,19 @@ def choose_cond(given: Any, n: int, run: LoadedRun, *, problem: Problem | None =
     return unnamed(cond), "\n".join(notes)
 
 
-def _unsaid(n: int, run: LoadedRun, known: Mapping[str, Kind], in_turns: bool) -> tuple[Cond, str]:
+def _unsaid(n: int, run: Run, known: Mapping[str, Kind], in_turns: bool) -> tuple[Cond, str]:
     """The condition of samples where nothing is given, and the sentence."""
     if in_turns or not known:
         said = turns_in_words(run.dataset, run.conditional)
         return in_turn(run.dataset, n, run.conditional), said and f"Samples are{said}."
-    if always_conditional(run):
+    if run.always_conditional:
         name = next(iter(known))
         cure = f"cond.{name}=…, or cond=input for that of the inputs themselves"
         raise ConfigError(f"{run.folder} was never trained without a {name}; say which: {cure}.")
     return None, ""
 
 
-def _check_kinds(given: Mapping[str, Any], known: Mapping[str, Kind], run: LoadedRun) -> None:
-    """Refuses a kind that the model was not trained with, and others without one that it was."""
-    listed = " and ".join(map(str, known.values()))
-    for name, value in given.items():
-        if name not in known:
-            what = f"with {listed}, and no {name}" if known else "without labels or other conditions (conditional=true)"
-            raise ConfigError(f"cond.{name}={value}: {run.folder} was trained {what}.")
-    if absent := [name for name in known if name not in given]:
-        cure = f"give cond.{absent[0]}=… too, or cond=test:0-7 for all conditions of those held-out samples"
-        raise ConfigError(f"{run.folder} was trained with {listed} together: {cure}.")
-
-
-def _held_out_inputs(kind: str, problem: Problem | None, run: LoadedRun) -> list[str]:
+def _held_out_inputs(kind: str, problem: Problem | None, run: Run) -> list[str]:
     """The inputs of a problem, all of them held-out samples of the run that knows their conditions."""
     if problem is None:
         example = "problem=inpaint input=test:0-7, …."

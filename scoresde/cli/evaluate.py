@@ -28,7 +28,7 @@ def evaluate(cfg: DictConfig) -> float:
         if evaluation.pictures:
             figures.require()
         samplers, likelihood = command.samplers(), command.build("likelihood")
-        run = chosen_run(options, allow)
+        run = chosen_run(options, allow, whole_data=True)
         check_samplers(samplers, run.denoiser)
         loss = build_loss(run.config, run.denoiser, allow)
         shards = command.shards(run)

@@ -38,7 +38,7 @@ def fit(cfg: DictConfig) -> None:
         samples = samples_for(shape) if options["samples"] is None else whole(options["samples"], "samples", 8)
         calls = whole(options["calls"], "calls")
         cond, said = choose_cond(options["cond"], samples, whose)
-        model, seed = Model.of(run, options, guide, cond), whole(options["seed"], "seed", 0)
+        model, seed = Model.of(run.digest, options, guide, cond), whole(options["seed"], "seed", 0)
     if ranks()[0]:
         return
     if said:

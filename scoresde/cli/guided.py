@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 from ..config import ConfigError, build
 from ..diffusion.denoiser import Denoiser, model_device
-from ..runs.load import LoadedRun, check_fit, load_run
-from .conditions import always_conditional, kinds_of
+from ..runs.load import check_fit, load_run, with_named
+from ..runs.run import Run
 
 _CLASSIFIER = "scoresde.Classifier"
 # guidance that needs another run: its option, that run in words, and an example
@@ -30,10 +30,10 @@ class Guided(NamedTuple):
 
     denoiser: Denoiser
     digest: str | None
-    conditioned: LoadedRun
+    conditioned: Run
 
 
-def check_guidance(node: Any, run: LoadedRun) -> None:
+def check_guidance(node: Any, run: Run) -> None:
     """Refuses classifier-free guidance of a model that has no condition, or was never trained without one.
 
     Raises:
@@ -44,12 +44,12 @@ def check_guidance(node: Any, run: LoadedRun) -> None:
     advice = "Train with conditional=true network.cond_dropout=0.1."
     if not run.conditional:
         raise ConfigError(f"guidance=cfg steers towards a condition, and {run.folder} was trained without. {advice}")
-    if always_conditional(run):
+    if run.always_conditional:
         why = f"and {run.folder} never was trained so (network.cond_dropout=0)"
         raise ConfigError(f"guidance=cfg also asks the model without its condition, {why}. {advice}")
 
 
-def build_guidance(options: Mapping[str, Any], run: LoadedRun, allow: Sequence[str]) -> Guided:
+def build_guidance(options: Mapping[str, Any], run: Run, allow: Sequence[str]) -> Guided:
     """The model of a run, guided as `guidance` and `guide` say, and called once so that a misfit shows at once.
 
     Raises:
@@ -65,7 +65,7 @@ def build_guidance(options: Mapping[str, Any], run: LoadedRun, allow: Sequence[s
         known = " or ".join(f"{what} of guidance={option}" for option, what, _ in _GUIDES.values())
         raise ConfigError(f"guide={folder} is {known}.")
     both = bool(settings.get("conditional", target != _CLASSIFIER))
-    if not both and always_conditional(run):
+    if not both and run.always_conditional:
         raise ConfigError(f"{run.folder} always had its condition: tell it, too, guidance.conditional=true.")
     guide = _load_guide(target, options, run, allow, both=both) if needed else None
     guides = [] if guide is None else [guide.denoiser]
@@ -78,15 +78,13 @@ def build_guidance(options: Mapping[str, Any], run: LoadedRun, allow: Sequence[s
     return Guided(guided, guide.digest if guide else None, conditioned)
 
 
-def _load_guide(
-    target: Any, options: Mapping[str, Any], run: LoadedRun, allow: Sequence[str], *, both: bool
-) -> LoadedRun:
+def _load_guide(target: Any, options: Mapping[str, Any], run: Run, allow: Sequence[str], *, both: bool) -> Run:
     """The run in `guide`, checked against `run`; `both` have the same condition, or only the guide has one."""
     folder, is_classifier = options["guide"], target == _CLASSIFIER
     option, what, example = _GUIDES.get(target, ("a class of one's own", "a run", "guide=runs/other"))
     if not isinstance(folder, str):
         raise ConfigError(f"guidance={option} needs {what}, the folder of a run: {example}; got {folder!r}.")
-    guide = load_run(Path(folder), allow=allow, device=options["device"])
+    guide = with_named(load_run(Path(folder), allow=allow, device=options["device"]), options)
     if target in _GUIDES and guide.draws == is_classifier:
         found = "a model of samples. One is trained by experiment=digits_classifier."
         if not guide.draws:
@@ -101,8 +99,8 @@ def _load_guide(
     return guide
 
 
-def _facts(run: LoadedRun, both: bool) -> dict[str, Any]:
+def _facts(run: Run, both: bool) -> dict[str, Any]:
     """What two runs have to agree in; `both` are given conditions."""
     facts = {"samples of shape": run.dataset.event_shape, "data scaled by": run.dataset.scaling}
-    kinds = {name: str(kind) for name, kind in kinds_of(run).items()}
+    kinds = {name: str(kind) for name, kind in run.kinds.items()}
     return facts | ({"conditional": run.conditional, "the conditions": kinds} if both else {})

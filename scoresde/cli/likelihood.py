@@ -26,7 +26,7 @@ def likelihood(cfg: DictConfig) -> float:
         if not command.is_due("likelihood.json"):
             return float("nan")
         measure = command.build("likelihood")
-        run = chosen_run(options, command.allow)
+        run = chosen_run(options, command.allow, whole_data=True)
         index = evenly_spaced(len(choose_split(run.dataset, options["split"])), options["n"])
         shards = command.shards(run)
     what = {"split": options["split"], "points": options["n"], "seed": options["seed"], "conditional": run.conditional}

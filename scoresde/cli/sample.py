@@ -18,7 +18,8 @@ from ..evaluate.problem import Problem, measured, write_restored
 from ..evaluate.report import check_samplers, list_files, write_samples
 from ..runs import folder as folders
 from ..runs.listing import layout
-from ..runs.load import LoadedRun, chosen_run
+from ..runs.load import chosen_run
+from ..runs.run import Run
 from ..runs.samplers import Model, recall
 from ..sampling.sampler import Sampler
 from ._hydra import Command, launch, read, refusing
@@ -69,7 +70,7 @@ def sample(cfg: DictConfig) -> None:
         if cond is not None:
             digests["told"] = digest_of(cond)
         if options["budget"] is not None:
-            sampler, how = of_budget(command, run, denoiser, Model.of(run, options, guide, cond))
+            sampler, how = of_budget(command, run, denoiser, Model.of(run.digest, options, guide, cond))
             _, *others = samplers.items()
             method = Method(denoiser, {f"budget-{options['budget']}": sampler, **dict(others)}, options["batch_size"])
             said, digests["sampler"] = f"{said}\n{how}".strip(), how
@@ -93,7 +94,7 @@ def sample(cfg: DictConfig) -> None:
     print(list_files(command.folder))
 
 
-def of_budget(command: Command, run: LoadedRun, denoiser: Denoiser, model: Model) -> tuple[Sampler, str]:
+def of_budget(command: Command, run: Run, denoiser: Denoiser, model: Model) -> tuple[Sampler, str]:
     """The sampler for the key `budget`, and a sentence that says which it is.
 
     Raises:
@@ -109,7 +110,7 @@ def of_budget(command: Command, run: LoadedRun, denoiser: Denoiser, model: Model
 
 
 def write(
-    command: Command, run: LoadedRun, problem: Problem | None, seeds: list[int], cond: Cond, made: Mapping[str, Samples]
+    command: Command, run: Run, problem: Problem | None, seeds: list[int], cond: Cond, made: Mapping[str, Samples]
 ) -> str:
     """Arrays, pictures and at last `summary.json`. Returns a table of costs, and of how good restored samples are."""
     folder, options, restored = command.folder, command.options, dict[str, dict[str, float]]()

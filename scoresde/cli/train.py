@@ -16,9 +16,9 @@ from omegaconf import DictConfig
 
 from ..config import ConfigError
 from ..data import EpochOrder
+from ..data.kinds import in_turn
 from ..diffusion.conditions import named
 from ..evaluate import figures
-from ..evaluate.conditions import in_turn
 from ..evaluate.evaluation import Drawing, OdeLikelihood, evenly_spaced, held_out
 from ..evaluate.report import Evaluation, Report, check_samplers, list_files, real_beside
 from ..evaluate.shards import Shards
@@ -28,6 +28,7 @@ from ..runs import folder as folders
 from ..runs import load as loading
 from ..runs import lock
 from ..runs.checkpoint import Checkpoint, load
+from ..runs.kept import keep
 from ..runs.logger import JsonlLogger, Logger, NullLogger, RunFacts, read_rows, run_id
 from ..runs.redact import redacted
 from ..runs.samplers import Model
@@ -127,6 +128,7 @@ def follow(plan: Plan, checkpoint: Checkpoint | None, signals: Signals) -> dict[
     command = " ".join(["scoresde-train", *HydraConfig.get().overrides.task])
     if plan.training.world.rank == 0:
         folders.write_config(plan.folder, plan.config, command)
+        keep(plan.folder, plan.training.dataset)
     logger, failed = start_logger(plan, checkpoint), True
     try:
         result = fit_and_report(plan, logger, signals)

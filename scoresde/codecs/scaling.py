@@ -11,12 +11,13 @@ from torch import Tensor
 
 from ..checks import whole
 from ..noise.rng import Rng
+from .codec import Codec
 
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 @dataclass(frozen=True)
-class Scaling:
+class Scaling(Codec):
     r"""An affine map from raw values to model values in [low, high], dequantised if the raw values are integers.
 
     Discrete (`levels` = L given, raw integers 0 … L − 1): x = low + (high − low)(raw + u)/L with u ~ U[0, 1), so each
@@ -63,6 +64,11 @@ class Scaling:
     def _slope(self) -> float:
         """dx/d raw."""
         return (self.high - self.low) / (self.levels or (self.raw_high - self.raw_low))
+
+    @property
+    def model_range(self) -> tuple[float, float] | None:
+        """(least, greatest) value of model data; None where they have no bounds."""
+        return (self.low, self.high) if self.levels is not None or self.bounded else None
 
     @property
     def raw_dtype(self) -> torch.dtype:

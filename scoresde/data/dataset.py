@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from ..codecs.scaling import Scaling
 from ..diffusion.conditions import Cond, move, take, unnamed
 from ..noise.rng import Rng
+from .statistics import Statistics, measured
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,6 +70,8 @@ class Dataset:
         scaling: raw ↔ model data.
         classes: labels are 0 … classes − 1; 0 for no labels.
         log_prob: raw samples (B, *event) -> exact log-density (B,) in nats, where it is known (the toys).
+        class_names: one for each class; without, they are called by their numbers.
+        known: of an excerpt: what is known of all the samples that it was taken from.
 
     Raises:
         TypeError: a dtype that the scaling cannot read, or labels that are not int64.
@@ -80,8 +84,12 @@ class Dataset:
     scaling: Scaling
     classes: int = 0
     log_prob: Callable[[Tensor], Tensor] | None = None
+    class_names: tuple[str, ...] = ()
+    known: Statistics | None = None
 
     def __post_init__(self) -> None:
+        if self.class_names and len(self.class_names) != self.classes:
+            raise ValueError(f"{self.name}: {len(self.class_names)} class_names for classes={self.classes}.")
         for part, split in (("train", self.train), ("test", self.test)):
             where = f"{self.name}, {part} split"
             check_samples(split.raw, where)
@@ -103,6 +111,21 @@ class Dataset:
     def event_shape(self) -> tuple[int, ...]:
         """Shape of one sample."""
         return tuple(self.train.raw.shape[1:])
+
+    @property
+    def names_of_classes(self) -> tuple[str, ...]:
+        """One for each class: its own, or its number."""
+        return self.class_names or tuple(map(str, range(self.classes)))
+
+    @functools.cached_property
+    def statistics(self) -> Statistics:
+        """What is known of all samples; of an excerpt, of all that it was taken from."""
+        return self.known or measured(self.train.raw, self.train.conditions, self.scaling, len(self.test))
+
+    @property
+    def complete(self) -> bool:
+        """Whether it has every held-out sample, as an excerpt of many may not."""
+        return len(self.test) == self.statistics.held_out
 
     def encode(self, raw: Tensor, rng: Rng | None = None) -> Tensor:
         """Model data of raw samples (B, *event); `rng` dequantises, None takes bin centres."""

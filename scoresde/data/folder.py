@@ -44,7 +44,7 @@ def ImageFolder(
     if size is not None:
         size = whole(size, "size in pixels", otherwise="None to keep images as they are")
     folder = existing(path, folder=True)
-    files, labels = _list(folder)
+    files, labels, names = _list(folder)
     images = [_pixels(file, _opened(existing(file)), size, grey) for file in files]
     for file, image in zip(files, images, strict=True):
         if image.shape != images[0].shape:
@@ -52,11 +52,11 @@ def ImageFolder(
             raise misfit(file, expected, in_pixels(image), "Give size=… to cut and resize all of them.")
     samples = Split(torch.from_numpy(np.stack(images)), labels)
     splits, scaling = hold_out(samples, test_fraction, seed), Scaling(levels=256)
-    return Dataset(folder.resolve().name, *splits, scaling, count_classes(samples))
+    return Dataset(folder.resolve().name, *splits, scaling, count_classes(samples), class_names=names)
 
 
-def _list(folder: Path) -> tuple[list[Path], Tensor | None]:
-    """(files, labels (N,) or None)."""
+def _list(folder: Path) -> tuple[list[Path], Tensor | None, tuple[str, ...]]:
+    """(files, labels (N,) or None, names of the classes)."""
     here, below = _images(folder), [entry for entry in sorted(folder.glob("[!.]*")) if entry.is_dir()]
     files = [file for entry in below for file in _images(entry)]
     if here and files:
@@ -65,14 +65,14 @@ def _list(folder: Path) -> tuple[list[Path], Tensor | None]:
             "the folder (no labels) or all in sub-folders (one per class)."
         )
     if here:
-        return here, None
+        return here, None, ()
     if not files:
         raise misfit(folder, f"images ({', '.join(_SUFFIXES)}) in it or in its sub-folders", "none")
     number = {entry: k for k, entry in enumerate(below)}
     labels = torch.tensor([number[file.parent] for file in files])
     if empty := [entry.name for entry in below if number[entry] not in labels]:
         raise ValueError(f"{folder}: the sub-folders are classes, but {', '.join(empty[:5])} holds no images.")
-    return files, labels
+    return files, labels, tuple(entry.name for entry in below)
 
 
 def _images(folder: Path) -> list[Path]:

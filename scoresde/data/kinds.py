@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from ..diffusion.conditions import filled
+from ..diffusion.conditions import Cond, filled
 from .dataset import Dataset
 from .folder import read_image
 from .readers import held_out, is_picture, names_held_out
 from .source import existing, read_array
+from .statistics import extremes
 
 NAMES = ("label", "vector", "image", "tokens")
 
@@ -27,33 +28,37 @@ class Kind:
     Attributes:
         name: label, vector, image or tokens.
         shape: of one; −1 is any length.
-        classes: number of labels.
-        train, test: (N, *shape), the conditions of the samples of a data set.
+        classes: the names of the labels.
+        test: (N, *shape), the conditions of the held-out samples.
+        span: the least and the greatest number among the training samples.
         always: the network never was without it.
     """
 
     name: str
     shape: tuple[int, ...]
-    classes: int
-    train: Tensor
+    classes: tuple[str, ...]
     test: Tensor
+    span: tuple[float, float]
     always: bool
 
     def __str__(self) -> str:
         if self.name == "label":
-            return f"a class 0 … {self.classes - 1}"
+            last = len(self.classes) - 1
+            ours = "" if self.classes == tuple(map(str, range(last + 1))) else f" or its name, {_listed(self.classes)}"
+            return f"a class 0 … {last}{ours}"
         article = {"vector": "a ", "image": "an ", "tokens": ""}[self.name]
         return f"{article}{self.name} of shape {_shown(self.shape)}"
 
     def rows(self, given: Any) -> Tensor:
-        """(m, *shape) of numbers as they are typed, of the name of a file, of test:0-7, or of a list of names.
+        """(m, *shape) of numbers as they are typed or in a tensor, of the name of a class, of a file, of test:0-7, or
+        of a list of names.
 
         Raises:
             ValueError, OSError: they are not of this kind.
         """
         words = given if isinstance(given, list) else [given]
         if not words or not all(isinstance(word, str) for word in words):
-            values = _typed(given)
+            values = given.cpu().numpy() if isinstance(given, Tensor) else _typed(given)
             return self._checked(values, f"cond.{self.name}", repr(given), f" of shape {values.shape}")
         rows = [row for word in words for row in self._named(word)]
         if self.name == "label":
@@ -65,13 +70,15 @@ class Kind:
         where = f"cond.{self.name}"
         if names_held_out(word):
             return self.test[held_out(word, len(self.test), where)]
+        if self.name == "label" and word in self.classes:
+            return torch.tensor([self.classes.index(word)])
         if not Path(word).suffix:
             raise self._unlike(where, repr(word))
         file = existing(word)
         if is_picture(file):
             if len(self.shape) != 3 or self.shape[0] not in (1, 3):
                 raise ValueError(f"{where}={word}: expected {self}, which no picture holds; give it as .npy.")
-            low, high = _range(self.train)
+            low, high = self.span
             values = (low + read_image(file, self.shape[0]) / 255 * (high - low)).numpy()
         else:
             values = read_array(file)
@@ -82,7 +89,7 @@ class Kind:
         if not values.size or values.dtype.kind not in ("iu" if self.name == "label" else "iuf"):
             raise self._unlike(where, found)
         if self.name == "label":
-            if values.ndim > 1 or values.min() < 0 or values.max() >= self.classes:
+            if values.ndim > 1 or values.min() < 0 or values.max() >= len(self.classes):
                 raise self._unlike(where, found if of_shape else f"{found} with values {values.min()} … {values.max()}")
             return torch.from_numpy(values.astype(np.int64).reshape(-1))
         with np.errstate(over="ignore"):  # what is too large becomes infinite, and is refused below
@@ -103,7 +110,7 @@ class Kind:
             raise self._unlike(where, "NaN or infinite numbers among others")
         if self.always and not bool(there.reshape(len(rows), -1).any(1).all()):
             raise self._unlike(where, "only NaN, the null condition, which the run never saw")
-        (least, most), (low, high) = _range(rows), _range(self.train)
+        (least, most), (low, high) = extremes(rows), self.span
         if least < 2 * low - high or most > 2 * high - low:
             raise ValueError(
                 f"{where}: numbers from {least:.3g} to {most:.3g} are far from those that the run was trained with, "
@@ -121,17 +128,33 @@ class Kind:
 
 def kinds_of(dataset: Dataset, *, always: bool) -> dict[str, Kind]:
     """The conditions that a data set has, by name; `always`: a network never was trained without them."""
-    kinds, train, test = {}, dataset.train.named, dataset.test.named
-    for name in (name for name in NAMES if name in train):
-        shape = (-1, train[name].shape[2]) if name == "tokens" else tuple(train[name].shape[1:])
-        kinds[name] = Kind(name, shape, dataset.classes, train[name], test[name], always)
+    kinds, test, spans = {}, dataset.test.named, dataset.statistics.conditions
+    for name in (name for name in NAMES if name in test):
+        shape = (-1, test[name].shape[2]) if name == "tokens" else tuple(test[name].shape[1:])
+        kinds[name] = Kind(name, shape, dataset.names_of_classes, test[name], spans.get(name, (0.0, 0.0)), always)
     return kinds
 
 
-def _range(values: Tensor) -> tuple[float, float]:
-    """The least and the greatest number; NaN is not counted."""
-    array = values.numpy()
-    return float(np.fmin.reduce(array, axis=None)), float(np.fmax.reduce(array, axis=None))
+def in_turn(dataset: Dataset, n: int, conditional: bool) -> Cond:
+    """The default conditions of n samples: sample k has class k mod classes, or if there are others than labels, the
+    condition of held-out sample k mod their number. None for an unconditional model.
+    """
+    if not conditional:
+        return None
+    if dataset.test.conditions:
+        return dataset.test.cond(torch.arange(n) % len(dataset.test), True, torch.device("cpu"))
+    return torch.arange(n) % dataset.classes if dataset.classes else None
+
+
+def turns_in_words(dataset: Dataset, conditional: bool) -> str:
+    """The default of `in_turn` in words, for sentences; empty where samples have classes, or no condition."""
+    if not conditional or not dataset.test.conditions:
+        return ""
+    return f" given the {' and '.join(dataset.test.named)} of the {len(dataset.test):,} held-out samples in turn"
+
+
+def _listed(names: tuple[str, ...]) -> str:
+    return f"{', '.join(names[:5])}{', …' if len(names) > 5 else ''}"
 
 
 def _typed(given: Any) -> np.ndarray:

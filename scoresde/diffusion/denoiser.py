@@ -55,19 +55,21 @@ class Denoiser(nn.Module, abc.ABC):
         """The prediction at x (B, *event) and t (() or (B,)); a t of shape () may lie on the CPU."""
 
     @torch.no_grad()
-    def measure(self, x0: Tensor, cond: Cond = None) -> Self:
+    def measure(self, x0: Tensor, cond: Cond = None, *, data_std: float | None = None) -> Self:
         """Sets `data_std` and `roughness`, which `sample` goes by, and returns the denoiser itself. One network call.
 
         Args:
             x0: data as the network sees them, (n, *event) with n ≥ 2, on its device.
             cond: conditions, one for each of the first 16 of them or fewer; None for none.
+            data_std: the standard deviation of the data, where it is known of more than these; None takes theirs.
 
         Raises:
             ValueError: fewer than two samples, data that do not vary, or values that are not finite.
         """
         if len(x0) < 2:
             raise ValueError(f"The standard deviation of the data needs two samples or more; got {len(x0)}.")
-        self.data_std = positive(sample_std(x0), "data_std", "the standard deviation of these samples")
+        found = sample_std(x0) if data_std is None else data_std
+        self.data_std = positive(found, "data_std", "the standard deviation of these samples")
         noise = self.prior_sample((min(len(x0), 16), *x0.shape[1:]), rng=Rng(0), dtype=x0.dtype, device=x0.device)
         strayed = sample_std(self(noise, torch.tensor(self.sde.t_max, dtype=torch.float64), cond).x0)
         if not strayed < math.inf:

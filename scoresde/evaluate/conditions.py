@@ -11,24 +11,6 @@ from ..diffusion.conditions import Cond, named
 _CPU = torch.device("cpu")
 
 
-def in_turn(dataset: Dataset, n: int, conditional: bool) -> Cond:
-    """The default conditions of n samples: sample k has class k mod classes, or if there are others than labels, the
-    condition of held-out sample k mod their number. None for an unconditional model.
-    """
-    if not conditional:
-        return None
-    if dataset.test.conditions:
-        return dataset.test.cond(torch.arange(n) % len(dataset.test), True, _CPU)
-    return torch.arange(n) % dataset.classes if dataset.classes else None
-
-
-def turns_in_words(dataset: Dataset, conditional: bool) -> str:
-    """The default of `in_turn` in words, for sentences; empty where samples have classes, or no condition."""
-    if not conditional or not dataset.test.conditions:
-        return ""
-    return f" given the {' and '.join(dataset.test.named)} of the {len(dataset.test):,} held-out samples in turn"
-
-
 def alike(cond: Cond, dataset: Dataset) -> Tensor:
     """(N,) bool: the held-out samples whose condition is one of those in `cond`; all of them where there is none."""
     own = dataset.test.cond(slice(None), True, _CPU)

@@ -25,8 +25,8 @@ from ..likelihood.solver import Solver
 from ..likelihood.tolerance import Tolerance
 from ..losses.loss import Loss
 from ..noise.rng import Rng
+from ..runs.progress import track
 from ..sampling import Sampler
-from ..train.progress import track
 from .shards import Job, Tensors, ranks
 
 

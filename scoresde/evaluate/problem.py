@@ -222,8 +222,4 @@ def write_restored(
 
 def data_range(dataset: Dataset) -> tuple[float, float]:
     """(least, greatest) value of model data: those of the scaling, or those that the training data have."""
-    scaling = dataset.scaling
-    if scaling.levels is not None or scaling.bounded:
-        return scaling.low, scaling.high
-    x = dataset.encode(dataset.train.raw)
-    return float(x.min()), float(x.max())
+    return dataset.statistics.span

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..checks import whole
 from ..data import Dataset
+from ..data.kinds import in_turn, turns_in_words
 from ..diffusion.denoiser import Cond, Denoiser
 from ..diffusion.grids import check_grid
 from ..likelihood.ode import bits_per_dim
@@ -22,7 +23,7 @@ from ..runs.listing import layout
 from ..runs.logger import Logger
 from ..sampling import Sampler
 from . import figures
-from .conditions import alike, condition_arrays, in_turn, turns_in_words
+from .conditions import alike, condition_arrays
 from .evaluation import BitsPerDim, Drawing, OdeLikelihood, Samples, by_suffix, evenly_spaced
 from .shards import Job, Shards
 

@@ -23,8 +23,8 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
+from ..runs.progress import track
 from ..runs.publish import publish
-from ..train.progress import track
 
 Tensors = dict[str, Tensor]
 Result = TypeVar("Result")

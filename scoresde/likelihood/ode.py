@@ -52,6 +52,11 @@ class LogLikelihood:
     solver_error: Tensor
     name: str = "bpd/ode"
 
+    @property
+    def bits_per_dim(self) -> Tensor:
+        """−log_prob/(D ln 2), (B,)."""
+        return bits_per_dim(self.log_prob, tuple(self.latent.shape[1:]))
+
 
 def log_likelihood(
     denoiser: Denoiser,

@@ -22,8 +22,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from ..checks import whole
@@ -84,6 +82,8 @@ def save(
         ValueError: keep_last < 1 or keep_best < 0.
         CheckpointError: it could not be written (a full disk, say); earlier checkpoints are unchanged.
     """
+    from safetensors import SafetensorError
+
     whole(keep_last, "keep_last")
     whole(keep_best, "keep_best", 0)
     final = folder / f"step-{step:08d}"
@@ -111,11 +111,13 @@ def save(
 
 def _write(new: Path, step: int, tensors: Groups, records: Mapping[str, Any], score: float | None) -> None:
     """Makes the folder `new` with every file of a checkpoint, and waits until all of it is on the disk."""
+    from safetensors.torch import save_file
+
     new.mkdir()
     for name, group in tensors.items():
         # a copy of each, because safetensors refuses tensors that share memory (tied weights)
         path = new / f"{name}.safetensors"
-        safetensors.torch.save_file({k: v.detach().cpu().clone().contiguous() for k, v in group.items()}, path)
+        save_file({k: v.detach().cpu().clone().contiguous() for k, v in group.items()}, path)
         # safetensors makes files that only their owner can read; what the umask allows is read from the folder,
         # because asking for the umask changes it, for every thread
         os.chmod(path, new.stat().st_mode & 0o666)
@@ -167,6 +169,9 @@ def load(path: Path | str) -> Checkpoint:
     Raises:
         CheckpointError: a file is missing, was cut or changed, or is no checkpoint.
     """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
     path = Path(path)
     try:
         manifest = _read(path / "manifest.json")
@@ -195,7 +200,7 @@ def load(path: Path | str) -> Checkpoint:
                 records[stem] = _read(path / name)
             else:
                 # copies: what is loaded is mapped from the file, which later saves remove
-                mapped = safetensors.torch.load_file(path / name)
+                mapped = load_file(path / name)
                 tensors[stem] = {key: value.clone() for key, value in mapped.items()}
         except (OSError, ValueError, SafetensorError) as error:
             raise CheckpointError(f"{path}{os.sep}{name:.80} cannot be used: {error!s:.500}") from error

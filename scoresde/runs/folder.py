@@ -19,7 +19,7 @@ from .redact import redacted, redacted_text
 _FILES = (
     "config.yaml", "metrics.jsonl", "loss.png", "samples.png", "samples.npz", "trajectory.png", "summary.json",
     "summary.md", "failed.json", "samplers.json", "samples-*.png", "trajectory-*.png", "progress/step-*.png",
-    "checkpoints/step-*", "checkpoints/.step-*", "averages/images-*", "batches/step-*",
+    "excerpt.safetensors", "checkpoints/step-*", "checkpoints/.step-*", "averages/images-*", "batches/step-*",
 )  # fmt: skip
 # Keys that define a run: a checkpoint made with another value belongs to another run.
 _IDENTITY = (

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,42 +13,16 @@ import torch
 from ..checks import whole
 from ..config import ConfigError, build, build_network, leaves_open
 from ..data import Dataset
-from ..diffusion.denoiser import Denoiser, model_device, sample_std
+from ..diffusion.denoiser import Denoiser, model_device
 from ..losses.denoising import DenoisingLoss
 from ..noise import switch
 from .checkpoint import CheckpointError, best, latest
+from .kept import recall
 from .posthoc import reconstruct
+from .run import Run, read_data
 
 _NEEDED = {"data", "network", "denoiser", "sde", "parameterization", "conditional"}  # what a model is rebuilt from
-_MEASURED = 1024  # samples of the data that their sample_std is measured on
 _CLASSIFIER_LOSS = "scoresde.ClassifierLoss"
-
-
-@dataclass(frozen=True)
-class LoadedRun:
-    """A trained model, rebuilt.
-
-    Attributes:
-        folder: of the run.
-        config: its resolved configuration.
-        step: optimizer step of the checkpoint.
-        digest: SHA-256 of its manifest, so of its weights.
-        dataset, denoiser: in eval mode, on the device; a classifier's run has that in place of a denoiser.
-        conditional: the network takes labels.
-    """
-
-    folder: Path
-    config: dict[str, Any]
-    step: int
-    digest: str
-    dataset: Dataset
-    denoiser: Denoiser
-    conditional: bool
-
-    @property
-    def draws(self) -> bool:
-        """Whether samples can be drawn from its model, which is no classifier."""
-        return self.denoiser.draws
 
 
 def choose_device(name: str) -> torch.device:
@@ -97,7 +70,7 @@ def build_denoiser(config: Mapping[str, Any], dataset: Dataset, allow: Sequence[
     denoiser = build(node, allow, key="denoiser", **facts)
     if denoiser.draws:
         # data that do not vary have no scale
-        denoiser.data_std = sample_std(dataset.encode(dataset.train.raw[:_MEASURED])) or denoiser.data_std
+        denoiser.data_std = dataset.statistics.data_std or denoiser.data_std
     return denoiser
 
 
@@ -153,8 +126,12 @@ def check_fit(denoiser: Denoiser, dataset: Dataset, *, conditional: bool) -> Non
         raise ValueError(f"network does not take samples of shape {dataset.event_shape}: {error}") from error
 
 
-def chosen_run(options: Mapping[str, Any], allow: Sequence[str]) -> LoadedRun:
+def chosen_run(options: Mapping[str, Any], allow: Sequence[str], *, whole_data: bool = False) -> Run:
     """`load_run` as the keys run, device, kernels, weights and checkpoint of a command say.
+
+    Args:
+        whole_data: with all of the data. They are read, too, where the command names held-out samples (test:5) and the
+            folder keeps a part of them only.
 
     Raises:
         ConfigError: it is the run of a classifier.
@@ -167,7 +144,43 @@ def chosen_run(options: Mapping[str, Any], allow: Sequence[str]) -> LoadedRun:
             f"run={run.folder} is a classifier, of which there are no samples and no likelihood. It guides those of "
             f"another run: scoresde-sample run=… guidance=classifier guide={run.folder} cond.label=…."
         )
-    return run
+    return run.whole_data() if whole_data else with_named(run, options)
+
+
+def with_named(run: Run, options: Mapping[str, Any]) -> Run:
+    """The run with all of its data if a command names held-out samples and the folder keeps a part of them only."""
+    named = any("test:" in str(options.get(key)) for key in ("input", "cond"))
+    return run.whole_data() if named and not run.dataset.complete else run
+
+
+def load(
+    path: Path | str,
+    *,
+    device: str = "auto",
+    weights: str | float = "ema",
+    checkpoint: str = "latest",
+    allow_targets: Sequence[str] = (),
+) -> Run:
+    """A trained run, ready to sample and to score raw data. It needs its folder alone, wherever that lies.
+
+        run = scoresde.load("runs/digits")
+        raw = run.sample(16, budget=10)
+        run.log_likelihood(raw, solver=scoresde.Budget(20)).bits_per_dim
+
+    Args:
+        path: the output folder of scoresde-train.
+        device: "cpu", "cuda", "cuda:1", or "auto": CUDA where there is one.
+        weights: "ema", "weights" (the last raw ones), or a number: the average of that length as a share of training
+            (EDM2's σ_rel), made of the snapshots of ema=power.
+        checkpoint: "latest", or "best": that with the lowest score.
+        allow_targets: dotted names of networks and the like of your own, which the run's configuration may build.
+
+    Raises:
+        CheckpointError: no whole checkpoint there, or its weights do not fit its configuration.
+        ConfigError: its configuration names something that may not be built; `allow_targets` allows it.
+        ValueError: another argument outside these.
+    """
+    return load_run(Path(path), allow=allow_targets, device=device, weights=weights, checkpoint=checkpoint)
 
 
 def load_run(
@@ -177,7 +190,7 @@ def load_run(
     device: str = "auto",
     weights: str | float = "ema",
     checkpoint: str = "latest",
-) -> LoadedRun:
+) -> Run:
     """Rebuilds the model of a run from the configuration and weights of a checkpoint.
 
     Args:
@@ -212,8 +225,8 @@ def load_run(
         )
     # a checkpoint is measured in full precision, however it was trained
     full = {"autocast": None} if "autocast" in config["denoiser"] else {}
-    config = {**config, "denoiser": {**config["denoiser"], **full}}
-    dataset = build(config["data"], allow, key="data")
+    config, conditional = {**config, "denoiser": {**config["denoiser"], **full}}, config["conditional"]
+    dataset = recall(folder, allow) or read_data(folder, config, allow)
     denoiser = build_denoiser(config, dataset, allow)
     try:
         tensors = found.tensors[str(weights)] if length is None else reconstruct(folder / "averages", length)
@@ -221,8 +234,9 @@ def load_run(
     except (RuntimeError, KeyError) as error:
         raise CheckpointError(f"The weights in {found.path} do not fit its configuration: {error}") from error
     denoiser = denoiser.to(choose_device(device)).eval().requires_grad_(False)
-    if denoiser.draws and sample_std(x0 := dataset.encode(dataset.train.raw[:_MEASURED])) > 0:
-        place = model_device(denoiser)
-        denoiser.measure(x0.to(place), dataset.train.cond(slice(16), config["conditional"], place))
+    if denoiser.draws and (data_std := dataset.statistics.data_std) > 0:
+        place, first = model_device(denoiser), slice(16)
+        x0, cond = dataset.encode(dataset.train.raw[first]).to(place), dataset.train.cond(first, conditional, place)
+        denoiser.measure(x0, cond, data_std=data_std)
     digest = hashlib.sha256((found.path / "manifest.json").read_bytes()).hexdigest()
-    return LoadedRun(folder, config, found.step, digest, dataset, denoiser, bool(config["conditional"]))
+    return Run(folder, config, found.step, digest, dataset, denoiser, conditional, str(weights), allow)

@@ -13,8 +13,7 @@ from ..diffusion.denoiser import Denoiser
 from ..sampling.default import default_sampler
 from ..sampling.fitted import FittedSampler, build_sampler
 from ..sampling.sampler import Sampler
-from .folder import finish
-from .load import LoadedRun
+from .publish import publish
 from .redact import redacted
 
 _FILE = "samplers.json"
@@ -40,9 +39,9 @@ class Model:
     cond: list[str]
 
     @classmethod
-    def of(cls, run: LoadedRun, options: Mapping[str, Any], guide: str | None, cond: Cond) -> Model:
+    def of(cls, digest: str, options: Mapping[str, Any], guide: str | None, cond: Cond) -> Model:
         guidance = None if options["guidance"] == _UNGUIDED else redacted(options["guidance"])
-        return cls(run.digest, str(options["weights"]), guidance, guide, sorted(named(cond)))
+        return cls(digest, str(options["weights"]), guidance, guide, sorted(named(cond)))
 
 
 def keep(folder: Path, model: Model, fitted: FittedSampler) -> None:
@@ -54,7 +53,7 @@ def keep(folder: Path, model: Model, fitted: FittedSampler) -> None:
     names = ("budget", "error", "error_stderr", "generic", "generic_stderr", "calls", "log_snr", "rows", "data_std")
     record = asdict(model) | {name: getattr(fitted, name) for name in names}
     others = [other for other in _read(folder) if _use(other) != _use(record)]
-    finish(folder / _FILE, {"samplers": [*others, record]})
+    publish(folder / _FILE, json.dumps({"samplers": [*others, record]}, indent=2) + "\n")
 
 
 def recall(folder: Path, model: Model, budget: int, denoiser: Denoiser) -> tuple[Sampler, str]:

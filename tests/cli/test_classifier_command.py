@@ -33,8 +33,9 @@ from scoresde.cli.conditions import choose_cond
 from scoresde.cli.guided import build_guidance
 from scoresde.config import ConfigError
 from scoresde.data import Dataset
-from scoresde.runs.load import LoadedRun, load_run
+from scoresde.runs.load import load_run
 from scoresde.runs.logger import read_rows
+from scoresde.runs.run import Run
 
 DRAW = ("sampler=ddim", "sampler.steps=4", "pictures=false", "threads=1")
 drawn = partial(sampled, DRAW)
@@ -97,17 +98,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @pytest.fixture(scope="module")
-def free(folder: Path) -> LoadedRun:
+def free(folder: Path) -> Run:
     return load_run(folder / "free")
 
 
 @pytest.fixture(scope="module")
-def told(folder: Path) -> LoadedRun:
+def told(folder: Path) -> Run:
     return load_run(folder / "told")
 
 
 @pytest.fixture(scope="module")
-def judge(folder: Path) -> LoadedRun:
+def judge(folder: Path) -> Run:
     return load_run(folder / "judge")
 
 
@@ -115,7 +116,7 @@ def made(denoiser: Denoiser, dataset: Dataset, n: int, cond: Tensor | None) -> n
     return dataset.decode(SAMPLER(denoiser, (n, 2), cond=cond, rng=Rng(seeds=range(n)))).numpy()
 
 
-def test_a_classifier_is_a_run_of_its_own(folder: Path, judge: LoadedRun) -> None:
+def test_a_classifier_is_a_run_of_its_own(folder: Path, judge: Run) -> None:
     """It learns; cross-entropy and share of right answers, of averaged weights, to the last digit; and no bits/dim."""
     rows = [row for row in read_rows(folder / "judge" / "metrics.jsonl") if "eval/loss" in row]
     assert len(rows) == 3 and not any("bpd" in key or "nfe" in key for row in rows for key in row)
@@ -132,7 +133,7 @@ def test_a_classifier_is_a_run_of_its_own(folder: Path, judge: LoadedRun) -> Non
     assert rows[-1]["eval/loss"] < 0.8 < np.log(3)
 
 
-def test_an_unconditional_model_is_guided_to_a_label(folder: Path, free: LoadedRun, judge: LoadedRun) -> None:
+def test_an_unconditional_model_is_guided_to_a_label(folder: Path, free: Run, judge: Run) -> None:
     """Classifier(P, log p(y|x_t)), to the bit; what classes there are says the classifier's run, and each is drawn in
     turn where none is given.
     """
@@ -152,7 +153,7 @@ def test_an_unconditional_model_is_guided_to_a_label(folder: Path, free: LoadedR
     assert np.array_equal(none["ddim"], plain)
 
 
-def test_a_conditional_model_is_told_the_label_or_not(folder: Path, told: LoadedRun, judge: LoadedRun) -> None:
+def test_a_conditional_model_is_told_the_label_or_not(folder: Path, told: Run, judge: Run) -> None:
     y = torch.arange(6) % 3
     for index, flag in enumerate((False, True)):
         words = ("run=told", "guidance=classifier", "guide=judge", f"guidance.conditional={flag}", "n=6")
@@ -161,7 +162,7 @@ def test_a_conditional_model_is_told_the_label_or_not(folder: Path, told: Loaded
     assert np.abs(np.load(folder / "told0/samples.npz")["ddim"] - made(guided, told.dataset, 6, y)).max() > 1e-3
 
 
-def test_a_problem_is_solved_under_the_label(folder: Path, free: LoadedRun, judge: LoadedRun) -> None:
+def test_a_problem_is_solved_under_the_label(folder: Path, free: Run, judge: Run) -> None:
     """PiGDM(Classifier(P)), and a step around the sampler's, whose last denoising hears the label and not y."""
     words = ("run=free", "problem=inpaint", "grid=uniform", "mask=mask.npy", "problem.std=0.1", "input=[test:3,test:8]",
              "guidance=classifier", "guide=judge", "n=4")  # fmt: skip
@@ -183,7 +184,7 @@ def test_a_problem_is_solved_under_the_label(folder: Path, free: LoadedRun, judg
             np.testing.assert_allclose(samples, free.dataset.decode(x).numpy(), rtol=0, atol=1e-4)
 
 
-def test_an_energy_of_ones_own(folder: Path, free: LoadedRun, told: LoadedRun) -> None:
+def test_an_energy_of_ones_own(folder: Path, free: Run, told: Run) -> None:
     """An object with parameters of its own, a function; of x_t and of x̂_0; told the label or not: to the bit."""
     import energies_of_mine as mine
 
@@ -247,13 +248,13 @@ def test_what_is_wrong_is_told_and_leaves_no_folder(words: str, folder: Path) ->
 
 
 def test_guides_that_do_not_fit_are_refused(
-    folder: Path, free: LoadedRun, told: LoadedRun, judge: LoadedRun, monkeypatch: pytest.MonkeyPatch
+    folder: Path, free: Run, told: Run, judge: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Other samples, other units, other classes; and a model that cannot be asked without its label."""
     node = {"_target_": "scoresde.Classifier", "scale": 1.0, "conditional": True}
     options = {"guidance": node, "guide": "judge", "device": "cpu"}
 
-    def found(run: LoadedRun, guide: LoadedRun, **changed: bool) -> str:
+    def found(run: Run, guide: Run, **changed: bool) -> str:
         monkeypatch.setattr(scoresde.cli.guided, "load_run", lambda *args, **kwargs: guide)
         with pytest.raises(ConfigError) as caught:
             build_guidance(options | {"guidance": node | changed}, run, [])

@@ -26,12 +26,13 @@ from scoresde import (
     bits_per_dim,
     log_likelihood,
 )
-from scoresde.cli.conditions import choose_cond, kinds_of
+from scoresde.cli.conditions import choose_cond
 from scoresde.config import ConfigError
 from scoresde.evaluate.problem import Problem
 from scoresde.evaluate.report import real_beside
 from scoresde.likelihood.tolerance import Tolerance
-from scoresde.runs.load import LoadedRun, load_run
+from scoresde.runs.load import load_run
+from scoresde.runs.run import Run
 
 DRAW = ("sampler=ddim", "sampler.steps=4", "pictures=false", "threads=1")
 SAMPLER = Sampler(DDIM(), steps=4)
@@ -72,12 +73,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @pytest.fixture(scope="module")
-def vec(folder: Path) -> LoadedRun:
+def vec(folder: Path) -> Run:
     return load_run(folder / "vec")
 
 
 @pytest.fixture(scope="module")
-def everything(folder: Path) -> LoadedRun:
+def everything(folder: Path) -> Run:
     return load_run(folder / "all")
 
 
@@ -87,13 +88,13 @@ def drawn(folder: Path, run: str, out: str, *arguments: str) -> tuple[dict[str, 
     return dict(np.load(folder / out / "samples.npz")), done
 
 
-def made(run: LoadedRun, n: int, cond: object, *, guided: float | None = None) -> np.ndarray:
+def made(run: Run, n: int, cond: object, *, guided: float | None = None) -> np.ndarray:
     denoiser = run.denoiser if guided is None else ClassifierFree(run.denoiser, guided)
     x = SAMPLER(denoiser, (n, *run.dataset.event_shape), cond=cond, rng=Rng(seeds=range(n)))
     return run.dataset.decode(x).numpy()
 
 
-def test_a_vector_is_typed_or_in_a_file_of_rows(folder: Path, vec: LoadedRun) -> None:
+def test_a_vector_is_typed_or_in_a_file_of_rows(folder: Path, vec: Run) -> None:
     rows = torch.from_numpy(np.load(folder / "v.npy")).float()
     cases = {
         "cond.vector=[0.3,-1]": torch.tensor([0.3, -1]).expand(4, 2),
@@ -112,7 +113,7 @@ def test_a_vector_is_typed_or_in_a_file_of_rows(folder: Path, vec: LoadedRun) ->
     assert json.loads((folder / "v2" / "summary.json").read_text())["cond"]["vector"] == "v.npy"
 
 
-def test_all_kinds_together(folder: Path, everything: LoadedRun) -> None:
+def test_all_kinds_together(folder: Path, everything: Run) -> None:
     """Of held-out samples, each in turn; or from a list, a picture and a file of tokens."""
     test, cpu = everything.dataset.test, torch.device("cpu")
     index = torch.tensor([2, 3, 4, 2])
@@ -122,7 +123,7 @@ def test_all_kinds_together(folder: Path, everything: LoadedRun) -> None:
     each = [f"cond.{name}=test:2-4" for name in ("label", "image", "tokens")]
     again, _ = drawn(folder, "all", "each", *each, "n=4", "guidance=cfg")
     assert np.array_equal(again["ddim"], arrays["ddim"])
-    image = everything.dataset.train.conditions["image"]
+    image = everything.whole_data().dataset.train.conditions["image"]
     low, high = image.min(), image.max()
     pixels = torch.from_numpy(np.array(Image.open(folder / "x.png")))[None, None]
     tokens = torch.from_numpy(np.load(folder / "t.npy"))
@@ -135,7 +136,7 @@ def test_all_kinds_together(folder: Path, everything: LoadedRun) -> None:
     told["image"] = torch.from_numpy(arrays["cond_image"])  # single precision rounds the scaling
     assert np.array_equal(arrays["ddim"], made(everything, 4, told))
     # tokens of other lengths are filled up with NaN
-    rows = kinds_of(everything)["tokens"].rows(["test:0", str(folder / "t.npy")])
+    rows = everything.kinds["tokens"].rows(["test:0", str(folder / "t.npy")])
     assert torch.equal(rows[0, :3].nan_to_num(9), test.conditions["tokens"][0].nan_to_num(9)) and rows.shape == (
         3,
         5,
@@ -144,7 +145,7 @@ def test_all_kinds_together(folder: Path, everything: LoadedRun) -> None:
     assert bool(rows[0, 3:].isnan().all()) and torch.equal(rows[1:], tokens)
 
 
-def test_where_nothing_is_said_held_out_samples_are_gone_through(folder: Path, everything: LoadedRun) -> None:
+def test_where_nothing_is_said_held_out_samples_are_gone_through(folder: Path, everything: Run) -> None:
     """In the sample command, and in what training and evaluation show at their end."""
     test, cpu = everything.dataset.test, torch.device("cpu")
     arrays, done = drawn(folder, "all", "turn", "n=23")
@@ -161,7 +162,7 @@ def test_where_nothing_is_said_held_out_samples_are_gone_through(folder: Path, e
     assert len(real_beside(cond, everything.dataset, 8)) == 8
 
 
-def test_a_measurement_and_a_vector_together(folder: Path, vec: LoadedRun) -> None:
+def test_a_measurement_and_a_vector_together(folder: Path, vec: Run) -> None:
     words = ("problem=inpaint", "mask=mask.npy", "input=[test:1,test:6]", "problem.std=0.1", "grid=uniform", "n=3")
     arrays, _ = drawn(
         folder, "vec", "both", *words, "cond.vector=[[0.3,-1],[1,1]]", "guidance=cfg", "guidance.scale=1.5"
@@ -175,7 +176,7 @@ def test_a_measurement_and_a_vector_together(folder: Path, vec: LoadedRun) -> No
         np.testing.assert_allclose(samples, vec.dataset.decode(x).numpy(), rtol=0, atol=1e-4)
 
 
-def test_every_input_is_told_what_belongs_to_itself(folder: Path, everything: LoadedRun) -> None:
+def test_every_input_is_told_what_belongs_to_itself(folder: Path, everything: Run) -> None:
     """All kinds at once, for two samples of each of three inputs, in batches of other sizes; or one of the kinds. What
     was told is beside the samples."""
     words = ("problem=inpaint", "mask=half.npy", "problem.std=0.1", "grid=uniform", "guidance=cfg", "n=2")
@@ -227,7 +228,7 @@ def test_inputs_with_their_own_conditions_go_on_where_they_stopped(folder: Path)
     assert command("sample", *words, "cond=input", cwd=folder).code == 0
 
 
-def test_what_no_input_is_known_to_be_told_is_refused(vec: LoadedRun) -> None:
+def test_what_no_input_is_known_to_be_told_is_refused(vec: Run) -> None:
     """A file among the inputs, a model that was trained with other samples held out, and no problem at all."""
     test, seen = vec.dataset.test, torch.ones(2, dtype=torch.bool)
     truth = vec.dataset.encode(test.raw[[1, 4]])
@@ -249,7 +250,7 @@ def test_what_no_input_is_known_to_be_told_is_refused(vec: LoadedRun) -> None:
         assert words in str(error.value)
 
 
-def test_held_out_samples_keep_their_own_conditions(folder: Path, vec: LoadedRun) -> None:
+def test_held_out_samples_keep_their_own_conditions(folder: Path, vec: Run) -> None:
     settings = ("likelihood.solver.rtol=1e-3", "likelihood.solver.atol=1e-3", "n=5", "out=nats", "threads=1")
     done = command("likelihood", "run=vec", *settings, cwd=folder)
     assert done.code == 0, done.err
@@ -315,7 +316,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("words", WRONG)
-def test_what_is_wrong_is_told(words: str, vec: LoadedRun, everything: LoadedRun, folder: Path, monkeypatch) -> None:
+def test_what_is_wrong_is_told(words: str, vec: Run, everything: Run, folder: Path, monkeypatch) -> None:
     monkeypatch.chdir(folder)
     name, *typed = words.split()
     cond = OmegaConf.to_container(OmegaConf.from_dotlist(typed))["cond"]

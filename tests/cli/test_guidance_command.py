@@ -31,7 +31,8 @@ from scoresde.cli.guided import build_guidance, check_guidance
 from scoresde.config import ConfigError
 from scoresde.evaluate.problem import Problem
 from scoresde.inverse.observation import WithoutMeasurement
-from scoresde.runs.load import LoadedRun, load_run
+from scoresde.runs.load import load_run
+from scoresde.runs.run import Run
 
 DRAW = ("run=run", "sampler=ddim", "sampler.steps=4", "pictures=false", "threads=1")
 drawn = partial(sampled, DRAW)
@@ -53,15 +54,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @pytest.fixture(scope="module")
-def run(folder: Path) -> LoadedRun:
+def run(folder: Path) -> Run:
     return load_run(folder / "run")
 
 
-def raw(run: LoadedRun, x: Tensor) -> np.ndarray:
+def raw(run: Run, x: Tensor) -> np.ndarray:
     return run.dataset.decode(x).numpy()
 
 
-def test_a_guided_label_is_what_the_library_makes(folder: Path, run: LoadedRun) -> None:
+def test_a_guided_label_is_what_the_library_makes(folder: Path, run: Run) -> None:
     """Seeds, label, scale, interval and rescale, to the bit; and all that was chosen is in summary.json."""
     made = drawn(
         folder, "guided", "guidance=cfg", "guidance.scale=3", "guidance.interval=[0.1,20]", "guidance.rescale=0.5",
@@ -78,7 +79,7 @@ def test_a_guided_label_is_what_the_library_makes(folder: Path, run: LoadedRun) 
     assert record["cost"]["ddim"]["nfe"] == 5
 
 
-def test_scale_1_is_the_model_and_0_the_model_without_labels(folder: Path, run: LoadedRun) -> None:
+def test_scale_1_is_the_model_and_0_the_model_without_labels(folder: Path, run: Run) -> None:
     expected = {
         "guidance=none": torch.arange(12) % 10, "guidance=cfg guidance.scale=1": torch.arange(12) % 10,
         "guidance=cfg guidance.scale=0": None,
@@ -98,7 +99,7 @@ def test_a_list_of_labels_is_gone_through_in_batches_of_any_size(folder: Path) -
     assert np.abs(parts["ddim"].astype(int) - whole["ddim"].astype(int)).max() <= 1
 
 
-def test_a_measurement_and_a_label_together(folder: Path, run: LoadedRun) -> None:
+def test_a_measurement_and_a_label_together(folder: Path, run: Run) -> None:
     """The posterior of the guided model: PiGDM(ClassifierFree(P)), of each input with all labels in turn."""
     mask = torch.arange(8) < 4  # the left half
     np.save(folder / "mask.npy", mask.expand(8, 8).numpy())
@@ -127,7 +128,7 @@ def test_a_measurement_and_a_label_together(folder: Path, run: LoadedRun) -> Non
     assert free["samples"].shape == (1, 2, 1, 8, 8) and np.array_equal(free["given"][0], made["given"][0], True)
 
 
-def test_the_prior_beside_a_step_is_told_all_but_y(run: LoadedRun) -> None:
+def test_the_prior_beside_a_step_is_told_all_but_y(run: Run) -> None:
     x, t, labels = Rng(0).normal((2, 1, 8, 8)), torch.tensor(0.5), torch.tensor([3, 4])
     prior = WithoutMeasurement(run.denoiser, Observation(None, Mask(torch.ones(1, 8, 8))))
     for cond, told in (({"y": x, "cond": labels}, labels), ({"y": x}, None), (labels, labels), (None, None)):
@@ -167,7 +168,7 @@ def test_what_is_wrong_is_told_and_leaves_no_folder(words: str, folder: Path) ->
     assert {path.name for path in folder.iterdir()} == before
 
 
-def test_a_model_that_cannot_be_guided_is_refused(run: LoadedRun) -> None:
+def test_a_model_that_cannot_be_guided_is_refused(run: Run) -> None:
     cfg = {"_target_": "scoresde.ClassifierFree", "scale": 2.0}
     check_guidance(cfg, run)
     unconditional = replace(run, conditional=False)
@@ -187,7 +188,7 @@ def test_a_model_that_cannot_be_guided_is_refused(run: LoadedRun) -> None:
     assert choose_cond(NOTHING, 4, unconditional, problem=problem) == (None, "")
 
 
-def test_a_weaker_run_can_guide(folder: Path, run: LoadedRun, monkeypatch) -> None:
+def test_a_weaker_run_can_guide(folder: Path, run: Run, monkeypatch) -> None:
     """The run's own first checkpoint: Auto(P, guide), to the bit, also in a class of one's own. A misfit is refused."""
     steps = sorted((folder / "run" / "checkpoints").iterdir())
     shutil.copytree(steps[0], folder / "weak" / "checkpoints" / steps[0].name)
@@ -208,7 +209,7 @@ def test_a_weaker_run_can_guide(folder: Path, run: LoadedRun, monkeypatch) -> No
         build_guidance(options, replace(run, conditional=False), [])
 
 
-def test_real_samples_beside_are_of_the_same_class(folder: Path, run: LoadedRun, monkeypatch) -> None:
+def test_real_samples_beside_are_of_the_same_class(folder: Path, run: Run, monkeypatch) -> None:
     seen: list[Tensor] = []
     monkeypatch.setattr("scoresde.evaluate.figures.sample_grid", lambda made, real, path: seen.append(real))
     done = command("sample", *DRAW, "cond.label=4", "n=5", "pictures=true", "out=pictures", cwd=folder)

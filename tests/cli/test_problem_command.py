@@ -31,7 +31,7 @@ from scoresde.codecs import Scaling
 from scoresde.config import config_dir, resolved
 from scoresde.data import Dataset, Split
 from scoresde.evaluate.figures import restored
-from scoresde.runs.load import LoadedRun
+from scoresde.runs.run import Run
 
 FAST = ("run=run", "sampler=dpmpp", "sampler.steps=20", "grid=log_snr", "threads=1", "pictures=false")
 LUMA = torch.tensor([[0.299, 0.587, 0.114]])
@@ -62,7 +62,7 @@ def known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tupl
 
     def use(*arguments, **options) -> tuple[GaussianMixtureDenoiser, Dataset]:
         p, dataset = gaussian(*arguments, **options)
-        model = LoadedRun(Path("run"), {"network": {}}, 1, "exact", dataset, p, conditional=False)
+        model = Run(Path("run"), {"network": {}}, 1, "exact", dataset, p, conditional=False)
         monkeypatch.setattr(scoresde.cli.sample, "chosen_run", lambda options, allow: model)
         return p, dataset
 
@@ -429,7 +429,7 @@ def test_vectors_are_restored_too(tmp_path: Path, known, monkeypatch) -> None:
 
     toy = EightGaussians()
     p = GaussianMixtureDenoiser(toy.means, toy.std**2, torch.ones(8), VPSDE())
-    run = LoadedRun(Path("run"), {"network": {}}, 1, "exact", toy.dataset(train=64, test=8), p, conditional=False)
+    run = Run(Path("run"), {"network": {}}, 1, "exact", toy.dataset(train=64, test=8), p, conditional=False)
     monkeypatch.setattr(scoresde.cli.sample, "chosen_run", lambda options, allow: run)
     (tmp_path / "run").mkdir(exist_ok=True)
     slope, offset = run.dataset.encode(torch.ones(1, 2)) - run.dataset.encode(torch.zeros(1, 2)), 0

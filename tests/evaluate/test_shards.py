@@ -28,7 +28,7 @@ from scoresde.data import Dataset, Split
 from scoresde.evaluate.evaluation import BitsPerDim, Drawing, OdeLikelihood, Samples
 from scoresde.evaluate.shards import Job, ShardError, Shards, ranks
 from scoresde.likelihood.tolerance import Tolerance
-from scoresde.train.progress import track
+from scoresde.runs.progress import track
 
 SETTINGS = {"model": {"name": "mixture", "step": 3}}
 SAMPLERS = {

@@ -8,7 +8,8 @@ import resource
 
 import pytest
 
-from scoresde.train.progress import Progress, track
+from scoresde.runs.progress import track
+from scoresde.train.progress import Progress
 
 
 class Terminal(io.StringIO):

@@ -1,0 +1,83 @@
+"""A few samples of a data set, and what is known of all: what a run folder keeps, as tensors and a record."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..codecs.codec import Codec
+from .dataset import Dataset, Split
+from .statistics import Statistics
+
+_BYTES = 1 << 20  # of held-out samples; the data sets in `conf` of up to some thousand small samples are kept whole
+_FEWEST = 16
+
+
+def excerpt(dataset: Dataset) -> Dataset:
+    """The first 16 training samples, and evenly spaced held-out ones: a mebibyte of them, at least 16."""
+    train, test = dataset.train, dataset.test
+    size = sum(values[0].numel() * values.element_size() for values in (test.raw, *test.conditions.values()))
+    kept = min(len(test), max(_FEWEST, _BYTES // size))
+    return dataclasses.replace(
+        dataset,
+        train=train.take(torch.arange(min(_FEWEST, len(train)))),
+        test=test.take(torch.arange(kept) * len(test) // kept),
+        log_prob=None,
+        known=dataset.statistics,
+    )
+
+
+def packed(dataset: Dataset) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors of a data set by name, and a record of JSON with all that is no tensor.
+
+    Raises:
+        TypeError: its codec is no dataclass.
+    """
+    codec, module = dataset.scaling, type(dataset.scaling).__module__
+    if module.startswith("scoresde."):
+        module = module.rpartition(".")[0]  # our packages publish what is in their modules
+    record = {
+        "name": dataset.name,
+        "codec": {"_target_": f"{module}.{type(codec).__name__}", **dataclasses.asdict(codec)},
+        "classes": dataset.classes,
+        "class_names": list(dataset.class_names),
+        "statistics": dataclasses.asdict(dataset.statistics),
+    }
+    splits = {"train": dataset.train, "test": dataset.test}
+    tensors = {f"{part}.raw": split.raw for part, split in splits.items()}
+    tensors |= {f"{part}.{name}": values for part, split in splits.items() for name, values in split.named.items()}
+    return tensors, record
+
+
+def unpacked(tensors: Mapping[str, Tensor], record: Mapping[str, Any], codec: Codec) -> Dataset:
+    """The data set that `packed` was given.
+
+    Raises:
+        KeyError, TypeError, ValueError: they are not what `packed` makes.
+    """
+
+    def split(part: str) -> Split:
+        named = {name.removeprefix(f"{part}."): v for name, v in tensors.items() if name.startswith(f"{part}.")}
+        return Split(named.pop("raw"), named.pop("label", None), named)
+
+    known = dict(record["statistics"])
+    known["span"] = _pair(known["span"])
+    known["conditions"] = {name: _pair(span) for name, span in known["conditions"].items()}
+    return Dataset(
+        record["name"],
+        split("train"),
+        split("test"),
+        codec,  # type: ignore[arg-type]  # the only one so far is Scaling
+        record["classes"],
+        class_names=tuple(map(str, record["class_names"])),
+        known=Statistics(**known),
+    )
+
+
+def _pair(values: Sequence[float]) -> tuple[float, float]:
+    low, high = values
+    return float(low), float(high)

@@ -1,0 +1,52 @@
+"""What a model has to know of the data that it was trained on, once they are gone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor
+
+from ..codecs.scaling import Scaling
+from ..diffusion.denoiser import sample_std
+
+_MEASURED = 1024  # samples that the standard deviation is measured on
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Numbers of a whole data set.
+
+    Attributes:
+        data_std: standard deviation of the model data about their mean, of the first 1,024 training samples.
+        span: the least and the greatest value of model data.
+        conditions: the same of each condition that is no label, by name; NaN is not counted.
+        gaps: some training sample or other has no condition: all of it is NaN.
+        training, held_out: numbers of samples.
+    """
+
+    data_std: float
+    span: tuple[float, float]
+    conditions: dict[str, tuple[float, float]]
+    gaps: bool
+    training: int
+    held_out: int
+
+
+def measured(raw: Tensor, conditions: Mapping[str, Tensor], scaling: Scaling, held_out: int) -> Statistics:
+    """Of training samples (N, *event) and their conditions."""
+    return Statistics(
+        data_std=sample_std(scaling.encode(raw[:_MEASURED])),
+        span=scaling.model_range or extremes(scaling.encode(raw)),
+        conditions={name: extremes(values) for name, values in conditions.items()},
+        gaps=any(bool(values.isnan().flatten(1).all(1).any()) for values in conditions.values()),
+        training=len(raw),
+        held_out=held_out,
+    )
+
+
+def extremes(values: Tensor) -> tuple[float, float]:
+    """The least and the greatest number; NaN is not counted."""
+    array = values.numpy()
+    return float(np.fmin.reduce(array, axis=None)), float(np.fmax.reduce(array, axis=None))
