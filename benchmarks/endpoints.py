@@ -8,8 +8,9 @@ sides share their noise.
 from __future__ import annotations
 
 import hashlib
+import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from quality import Method, others, stepping
 from recipes import facts, load
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
@@ -27,9 +29,10 @@ from scoresde.data import Dataset
 from scoresde.diffusion.conditions import take
 from scoresde.diffusion.denoiser import DenoiserWrapper
 from scoresde.metrics import frechet_distance, sliced_w2
+from scoresde.runs.logger import provenance
 
 SETS = 4
-KEPT = 3  # methods of each library that are measured on all noises
+FINALISTS = 3  # methods of each library that are measured on all noises
 REFERENCE = 500  # network calls of the reference, about
 
 
@@ -79,9 +82,10 @@ def rms(squares: Tensor) -> float:
 class Result(NamedTuple):
     """Of one method at one budget: mean square per dimension of every sample's distance to its end, and the samples."""
 
-    method: Method
+    method: str
     squares: Tensor
     x: Tensor
+    commit: str | None
 
     @property
     def error(self) -> Estimate:
@@ -105,6 +109,7 @@ class Case:
         rtol: of the reference: 1e-8 below 64 dimensions, else 1e-6.
         exact: (N, *event), its ends; kept in `folder`. Below 64 dimensions the network runs in float64, for all.
         gap: RMS distance to a solve at 10 rtol, of which the reference's own error is about a tenth.
+        key: of the name, the weights and the noises, in the names of files.
     """
 
     def __init__(self, name: str, folder: Path, noises: int, bar: tqdm):
@@ -117,13 +122,14 @@ class Case:
         self.x = torch.cat([
             model.prior_sample((noises, *self.shape), rng=S.Rng(100 + k), dtype=torch.float64) for k in range(SETS)
         ])  # fmt: skip
+        tensors = [*(value for _, value in sorted(self.model.state_dict().items())), self.x]
+        digest = hashlib.sha256(b"".join(value.numpy().tobytes() for value in tensors)).hexdigest()[:12]
+        self.key = f"{name}-{digest}-{self.n}-{self.rtol:g}"
         self.exact, loose = self._reference()
         self.gap = rms((self.exact - loose).square())
 
     def _reference(self) -> tuple[Tensor, Tensor]:
-        weights = sorted(self.model.state_dict().items())
-        digest = hashlib.sha256(b"".join(value.numpy().tobytes() for _, value in weights)).hexdigest()[:12]
-        path = self.folder / "references" / f"{self.name}-{digest}-{self.n}-{self.rtol:g}.safetensors"
+        path = self.folder / "references" / f"{self.key}.safetensors"
         if not path.is_file():
             bound, sde = Bound(self.model, self.cond, self.seen), self.model.sde
             t, s = torch.tensor([sde.t_max, sde.t_min], dtype=torch.float64)
@@ -147,7 +153,48 @@ class Case:
         if x is None or not bool(torch.isfinite(x).all()):
             return None
         assert denoiser.calls <= budget, (method.name, denoiser.calls, budget)
-        return Result(method, (x - self.exact[:n]).square().flatten(1).mean(1), x)
+        return Result(method.name, (x - self.exact[:n]).square().flatten(1).mean(1), x, provenance()["commit"])
+
+
+class Measured:
+    """The results at one budget, in a file beside the references, so that a comparison goes on where it was stopped.
+
+    Args:
+        case: whose they are.
+        budget: network calls.
+        again: groups to forget.
+
+    Attributes:
+        best: group -> the best of the group.
+        ranked: group -> names of its methods, the best first. A group has a place there once it has been measured.
+    """
+
+    def __init__(self, case: Case, budget: int, again: Sequence[str]):
+        self.path = case.folder / "measured" / f"{case.key}-{budget}.safetensors"
+        self.best: dict[str, Result] = {}
+        self.ranked: dict[str, list[str]] = {}
+        if not self.path.is_file():
+            return
+        tensors = load_file(self.path)
+        with safe_open(self.path, "pt") as file:
+            noted = json.loads(file.metadata()["groups"])
+        for group in noted.keys() - set(again):
+            self.ranked[group], commit = noted[group]
+            if f"{group}/x" in tensors:
+                found = tensors[f"{group}/squares"], tensors[f"{group}/x"]
+                self.best[group] = Result(self.ranked[group][0], *found, commit)
+
+    def add(self, group: str, names: Sequence[str], results: Sequence[Result | None]) -> None:
+        """The best of the results of a group whose methods have these names, the best first; and writes the file."""
+        there = sorted((r for r in results if r is not None), key=lambda r: rms(r.squares))
+        best = [there[0].method] if there else []
+        self.ranked[group] = [*best, *(name for name in names if name not in best)]
+        self.best |= {group: there[0]} if there else {}
+        tensors = {f"{group}/{k}": v for group, r in self.best.items() for k, v in (("squares", r.squares), ("x", r.x))}
+        commits = {group: result.commit for group, result in self.best.items()}
+        noted = {group: (names, commits.get(group)) for group, names in self.ranked.items()}
+        self.path.parent.mkdir(exist_ok=True)
+        save_file(tensors, self.path, {"groups": json.dumps(noted)})
 
 
 def default(denoiser: S.Denoiser, x: Tensor, budget: int) -> Tensor:
@@ -198,30 +245,35 @@ def methods(c: float) -> dict[str, list[Method]]:
     return groups
 
 
-def compare(case: Case, budgets: list[int], fit: list[int]) -> dict[int, dict[str, Result]]:
+def compare(case: Case, budgets: list[int], fit: list[int], again: Sequence[str]) -> dict[int, dict[str, Result]]:
     """budget -> group -> the best of the group; "default" is `sample(budget=)`, "fitted" what
     `fit_sampler` makes at the budgets in `fit`.
 
-    All methods run on the first set of noises, the best `KEPT` of each group on all. Above 20 calls only those run
-    that were among the first eight of their group before, with fewer calls.
+    All methods run on the first set of noises, the best `FINALISTS` of each group on all. Above 20 calls only those run
+    that were among the first eight of their group before, with fewer calls. What was measured before is kept, except
+    for the groups in `again`.
     """
     found: dict[int, dict[str, Result]] = {}
-    ranked: dict[str, list[Method]] = {}
+    last: dict[str, list[str]] = {}
     for budget in sorted(budgets):
-        best = {}
+        here = Measured(case, budget, again)
         for group, candidates in methods(case.spread).items():
-            first = ranked[group][:8] if budget > 20 and group in ranked else candidates
-            tried = [(rms(r.squares), r.method) for m in first if (r := case.run(m, budget, case.n // SETS))]
-            ranked[group] = [method for _, method in sorted(tried, key=lambda pair: pair[0])]
-            results = [result for method in ranked[group][:KEPT] if (result := case.run(method, budget, case.n))]
-            if results:
-                best[group] = min(results, key=lambda result: rms(result.squares))
-        ours = [
-            Method("default", "sample(budget=)", False, default),
-            *([fitted(case, budget)] if budget in fit else []),
-        ]
-        best |= {m.library: result for m in ours if (result := case.run(m, budget, case.n))}
-        found[budget] = best
+            if group not in here.ranked:
+                first = last[group][:8] if budget > 20 and group in last else [m.name for m in candidates]
+                screened = {
+                    m: rms(r.squares)
+                    for m in candidates
+                    if m.name in first and (r := case.run(m, budget, case.n // SETS))
+                }
+                ranked = sorted(screened, key=lambda m: screened[m])
+                here.add(group, [m.name for m in ranked], [case.run(m, budget, case.n) for m in ranked[:FINALISTS]])
+        if "default" not in here.ranked:
+            usual = Method("default", "sample(budget=)", False, default)
+            here.add("default", [usual.name], [case.run(usual, budget, case.n)])
+        if budget in fit and "fitted" not in here.ranked:
+            own = fitted(case, budget)
+            here.add("fitted", [own.name], [case.run(own, budget, case.n)])
+        found[budget], last = here.best, here.ranked
     return found
 
 
@@ -231,7 +283,7 @@ def planned(c: float, dims: int, n: int, budgets: list[int], fit: list[int]) -> 
     total, least = REFERENCE * n + 1600 * fit_samples(dims) * len({*fit} & {*budgets}), min(budgets)
     for budget in budgets:
         tried = sum(len(group) for group in groups.values()) if budget <= max(20, least) else 8 * len(groups)
-        total += budget * (tried * n // SETS + (KEPT * len(groups) + 1) * n)
+        total += budget * (tried * n // SETS + (FINALISTS * len(groups) + 1) * n)
     return total
 
 

@@ -53,6 +53,11 @@ def main() -> None:
         "--noises", type=int, default=16, help=f"in each of {SETS} sets; 16 times as many below 64 dimensions"
     )
     measuring.add_argument("--fit", nargs="*", type=int, default=[5, 10, 20], help="budgets to fit a sampler for, too")
+    measuring.add_argument(
+        "--again", nargs="+", default=[], choices=COLUMNS, metavar="GROUP",
+        help=f"measure these anew, of {', '.join(COLUMNS)}; all else that was measured on these noises is kept in "
+        "--folder, so calls for some of the networks or budgets can be joined by one for all",
+    )  # fmt: skip
     measuring.add_argument("--results", type=Path, help="folder; default results/networks beside this file")
     for command in (training, measuring):
         command.add_argument("--data", type=Path, default=Path(), help="folder of the data sets")
@@ -94,7 +99,7 @@ def measure(options: argparse.Namespace, names: list[str]) -> None:
             before = bar.n
             case = Case(name, options.folder, n // SETS, bar)
             bar.total += bar.n - before - REFERENCE * n
-            found = compare(case, options.budgets, options.fit)
+            found = compare(case, options.budgets, options.fit, options.again)
             text, new = section(case, found, options.data, report)
             parts.append(text)
             rows += new
@@ -130,9 +135,10 @@ def section(
                 estimate, ratio = best[group].error, best[group].over(peer)
                 row[group], row[f"{group} / peer"] = estimate.value, ratio.value
                 report.add("error", estimate.value, error=estimate.error, ratio=ratio.value, ratio_error=ratio.error,
-                           network=case.name, budget=budget, group=group, method=best[group].method.name)  # fmt: skip
+                           network=case.name, budget=budget, group=group,
+                           method=best[group].method, measured_at=best[group].commit)  # fmt: skip
         rows.append(row)
-        cells = [f"{r.error}<br>{r.method.name}" if (r := best.get(group)) else "–" for group in COLUMNS]
+        cells = [f"{r.error}<br>{r.method}" if (r := best.get(group)) else "–" for group in COLUMNS]
         ratios = [str(best[group].over(peer)) if group in best else "" for group in OURS]
         errors.append([str(budget), *cells, *ratios])
         if quality is not None:
@@ -140,7 +146,7 @@ def section(
             measured = {group: sampled(quality[1], r.x) for group, r in made.items()}
             for group, estimate in measured.items():
                 report.add(quality[0], estimate.value, error=estimate.error, network=case.name, budget=budget,
-                           group=group, method=made[group].method.name)  # fmt: skip
+                           group=group, method=made[group].method, measured_at=made[group].commit)  # fmt: skip
             values.append([str(budget), *(str(measured.get(g, "–")) for g in ("peer", *COLUMNS[3:]))])
     text = (
         f"## {case.name}\n\n{type(case.model.sde).__name__}, samples {case.shape}, spread of the data "
