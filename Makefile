@@ -18,7 +18,7 @@ test: $(VENV)/.installed
 	$(PYTEST)
 
 # For the inner loop, about a minute: lint, and the part of the tests that CONTRIBUTING.md describes.
-CHECKED := test_architecture.py test_broadcast.py test_ode.py noise ops diffusion/test_denoiser.py diffusion/test_grids.py \
+CHECKED := test_architecture.py test_ode.py noise ops diffusion/test_denoiser.py diffusion/test_grids.py \
 	diffusion/test_mixture.py diffusion/test_parameterization.py diffusion/test_prediction.py diffusion/test_sde.py \
 	diffusion/test_table.py nn/test_nn.py losses/test_loss.py guidance/test_tilt.py likelihood/test_classify.py \
 	likelihood/test_divergence.py likelihood/test_likelihood.py::test_the_error_follows_the_tolerance \

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 import scoresde as S
 from scoresde.config import build, build_network
 from scoresde.data import Dataset, EpochOrder, Split
-from scoresde.evaluate.evaluation import OdeLikelihood
+from scoresde.evaluate.likelihood import OdeLikelihood
 from scoresde.likelihood.budget import Budget
 from scoresde.runs.posthoc import reconstruct, write_snapshot
 from scoresde.train.ema import EMA, PowerEMA

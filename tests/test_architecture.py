@@ -19,7 +19,7 @@ PACKAGE = Path(scoresde.__file__).parent
 
 # The house, from the ground up: a file imports from its own folder and from lower floors.
 FLOORS = (
-    ("broadcast", "checks"),
+    ("checks",),
     ("noise",),
     ("ops",),  # what every fused op means
     ("kernels",),  # those ops in CUDA: nothing imports it, `noise.switch` loads it by name at the first tensor on a GPU
@@ -36,7 +36,7 @@ FLOORS = (
     ("evaluate",),
     ("sweep",),
     ("cli",),
-    ("public",),
+    ("public", "__main__"),
 )
 FLOOR = {name: height for height, names in enumerate(FLOORS) for name in names}
 

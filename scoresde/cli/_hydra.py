@@ -18,6 +18,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from .. import __version__
 from ..config import ConfigError, Refusal, build, config_dir, resolved
 from ..evaluate.shards import ShardError, Shards, ranks
 from ..ode import SolverError
@@ -44,6 +45,9 @@ def launch(task: Callable[[DictConfig], Any], name: str) -> None:
 
     An error that the user can mend is explained in a few lines. HYDRA_FULL_ERROR=1 shows the whole trace.
     """
+    if "--version" in sys.argv[1:]:  # Hydra's own would print Hydra's
+        print(f"scoresde {__version__}")
+        return
     OmegaConf.register_new_resolver("command", name_of_command, replace=True)
     guard()  # Hydra logs and prints the overrides of every job
     if problem := problem_in_options(sys.argv[1:]) or of_another_command(f"scoresde-{name}"):

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+import csv
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from omegaconf import DictConfig
+from torch import Tensor
 
 from ..evaluate.evaluation import choose_split, evenly_spaced
+from ..evaluate.likelihood import BitsPerDim
 from ..runs import folder as folders
 from ..runs.load import chosen_run
 from ._hydra import launch, read, refusing
@@ -38,8 +42,8 @@ def likelihood(cfg: DictConfig) -> float:
     bits = shards.result(job)
     record = {"run": str(run.folder), "step": run.step}
     record |= {name: options[name] for name in ("weights", "split", "seed", "likelihood")}
-    record |= {name: value for name, value in asdict(bits).items() if name != "values"}
-    np.savez_compressed(folder / "bits_per_dim.npz", index=index.numpy(), bits_per_dim=bits.values.numpy())
+    record |= bits.record
+    write_points(folder, index, bits, choose_split(run.dataset, options["split"]).labels)
     folders.finish(folder / "likelihood.json", record)
     shards.clear()
     print(
@@ -47,6 +51,16 @@ def likelihood(cfg: DictConfig) -> float:
         f"({bits.evaluations:.0f} evaluations, {bits.seconds:.1f} s), of {bits.meaning}. Values in {folder}"
     )
     return bits.mean
+
+
+def write_points(folder: Path, index: Tensor, bits: BitsPerDim, labels: Tensor | None) -> None:
+    """`bits_per_dim.npz` and `.csv`: index in the split, bits/dim, its standard error and label of each point."""
+    columns = {"index": index, "bits_per_dim": bits.values, "stderr": bits.errors}
+    columns |= {} if labels is None else {"label": labels[index]}
+    arrays: dict[str, Any] = {name: values.numpy() for name, values in columns.items()}
+    np.savez_compressed(folder / "bits_per_dim.npz", **arrays)
+    with open(folder / "bits_per_dim.csv", "w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([list(arrays), *zip(*arrays.values(), strict=True)])
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from .. import __version__
 from ..runs.files import STATES, Run, count_states, find, keys, measured, natural, read
 from ..runs.listing import layout, number_in, window, wrapped
 
@@ -21,6 +22,7 @@ def main() -> None:
     parser.add_argument("--sort", metavar="KEY", default="run", help="a column or a key")
     parser.add_argument("--json", action="store_true", help="everything that is known, as JSON")
     parser.add_argument("--html", metavar="FILE", type=Path, help="also write a page with curves and pictures")
+    parser.add_argument("--version", action="version", version=f"scoresde {__version__}")
     chosen = parser.parse_args()
     if not chosen.folder.is_dir():
         parser.error(f"{chosen.folder} is no folder; give one that holds runs: scoresde-runs runs")

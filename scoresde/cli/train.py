@@ -19,7 +19,8 @@ from ..data import EpochOrder
 from ..data.kinds import in_turn
 from ..diffusion.conditions import named
 from ..evaluate import figures
-from ..evaluate.evaluation import Drawing, OdeLikelihood, evenly_spaced, held_out
+from ..evaluate.evaluation import Drawing, evenly_spaced, held_out
+from ..evaluate.likelihood import Likelihood
 from ..evaluate.report import Evaluation, Report, check_samplers, list_files, real_beside
 from ..evaluate.shards import Shards
 from ..noise.rng import Rng
@@ -78,7 +79,7 @@ class Plan:
     trainer: Trainer
     training: TrainingState
     samplers: dict[str, Sampler]
-    likelihood: OdeLikelihood
+    likelihood: Likelihood
     evaluation: Evaluation
     view: Logger
     budgets: list[int]

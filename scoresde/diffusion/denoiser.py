@@ -12,9 +12,9 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from ..broadcast import per_sample
 from ..checks import positive
 from ..noise.rng import Rng
+from ..ops.broadcast import per_sample
 from .conditions import Cond as Cond
 from .parameterization import Parameterization
 from .prediction import Prediction

@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from ..broadcast import as_time, beside
 from ..noise.rng import Rng
+from ..ops.broadcast import as_time, beside
 from .conditions import Cond
 from .denoiser import Denoiser
 from .prediction import Prediction

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..broadcast import coefficient
+from ..ops.broadcast import coefficient
 from .sde import Scales
 
 

@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..broadcast import as_time, coefficient
 from ..noise.rng import Rng
 from ..ops import Noise, lincomb
+from ..ops.broadcast import as_time, coefficient
 
 
 @dataclass(frozen=True)

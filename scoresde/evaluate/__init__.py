@@ -1,5 +1,5 @@
 """A trained model measured and drawn: samples, bits/dim, held-out losses, figures and the report."""
 
-from .evaluation import OdeLikelihood
+from .likelihood import Elbo, OdeLikelihood
 
-__all__ = ["OdeLikelihood"]
+__all__ = ["Elbo", "OdeLikelihood"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,8 @@ from ..runs.logger import Logger
 from ..sampling import Sampler
 from . import figures
 from .conditions import alike, condition_arrays
-from .evaluation import BitsPerDim, Drawing, OdeLikelihood, Samples, by_suffix, evenly_spaced
+from .evaluation import Drawing, Samples, by_suffix, evenly_spaced
+from .likelihood import BitsPerDim, Likelihood
 from .shards import Job, Shards
 
 
@@ -132,7 +133,7 @@ class Report:
     dataset: Dataset
     conditional: bool
     samplers: Mapping[str, Sampler]
-    likelihood: OdeLikelihood
+    likelihood: Likelihood
     evaluation: Evaluation
     seed: int
 
@@ -167,10 +168,10 @@ class Report:
     ) -> dict[str, Any]:
         """Writes samples and pictures, `summary.md` and at last `summary.json`, logs and prints the table.
 
-        Bits/dim stand in every row: they are the model's, by the probability-flow ODE. Returns what `summary.json`
+        Bits/dim stand in every row: they are the model's. Returns what `summary.json`
         holds: `facts` and what was measured.
         """
-        dataset, accuracy = self.dataset, self.likelihood.solver.accuracy
+        dataset, accuracy = self.dataset, self.likelihood.accuracy
         write_samples(made, dataset, folder, seeds=self.seeds, pictures=self.evaluation.pictures)
         distances, exact = distances_of(made, dataset), exact_bits(dataset, self.evaluation.points)
         columns = {
@@ -186,8 +187,8 @@ class Report:
         numbers = {bits.estimator: bits.mean, "bpd_stderr": bits.stderr, "nfe": nfe}
         logger.summary(numbers | ({"w2": distances} if distances else {}))
         note = (
-            f"bits/dim of the model on {bits.points} held-out points: {bits.meaning}, by the probability-flow ODE, "
-            f"{'uniform dequantisation, ' if dataset.scaling.levels else ''}"
+            f"bits/dim of the model on {bits.points} held-out points: {bits.meaning}, {self.likelihood.how}, "
+            f"{'uniform dequantisation, ' if self.likelihood.dequantises and dataset.scaling.levels else ''}"
             f"{', '.join(f'{name}={value:g}' for name, value in accuracy.items())}, {bits.evaluations:.0f} "
             f"evaluations, {bits.seconds:.1f} s."
             f"{'' if exact is None else f' The true density has {exact:.4f} on the same points.'}"
@@ -196,7 +197,7 @@ class Report:
         (folder / "summary.md").write_text("\n".join([*lines, "", note, ""]), encoding="utf-8")
         summary = {
             **facts,
-            "bits_per_dim": {**{k: v for k, v in asdict(bits).items() if k != "values"}, **accuracy, "exact": exact},
+            "bits_per_dim": {**bits.record, **accuracy, "exact": exact},
             "samplers": [
                 {"sampler": name, "nfe": nfe[name], "seconds": samples.seconds, "samples": len(samples.x)}
                 | {"sliced_w2": distances.get(name)}

@@ -7,10 +7,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..broadcast import as_time, expand_as_batch, per_sample
 from ..diffusion.conditions import Cond
 from ..diffusion.denoiser import Denoiser, DenoiserWrapper
 from ..diffusion.prediction import Prediction
+from ..ops.broadcast import as_time, expand_as_batch, per_sample
 from .mixing import check_same
 from .scale import Scale, checked, strength
 from .tilt import by_slope, by_value

@@ -9,11 +9,11 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from ..broadcast import as_time, expand_as_batch
 from ..diffusion.conditions import Cond, expand, join, one_entry, override
 from ..diffusion.denoiser import Denoiser, DenoiserWrapper
 from ..diffusion.prediction import Prediction
 from ..diffusion.sde import SDE
+from ..ops.broadcast import as_time, expand_as_batch
 from .scale import Scale, checked, number, strength
 
 

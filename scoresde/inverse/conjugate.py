@@ -7,8 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..broadcast import expand_as_batch
 from ..checks import whole
+from ..ops.broadcast import expand_as_batch
 
 Product = Callable[[Tensor], Tensor]
 """S v for v (B, *y), linear and symmetric within each sample."""

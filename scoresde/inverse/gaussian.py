@@ -19,11 +19,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..broadcast import expand_as_batch
 from ..checks import positive
 from ..diffusion.denoiser import Cond, Denoiser, DenoiserWrapper
 from ..diffusion.prediction import Prediction
 from ..guidance.tilt import by_slope
+from ..ops.broadcast import expand_as_batch
 from .conjugate import checked, solve
 from .observation import Linear, Map, Observation
 

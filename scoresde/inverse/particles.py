@@ -8,7 +8,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..broadcast import coefficient
 from ..checks import whole
 from ..diffusion.conditions import Cond, named
 from ..diffusion.denoiser import Denoiser
@@ -16,6 +15,7 @@ from ..diffusion.prediction import Prediction
 from ..diffusion.sde import SDE
 from ..noise.rng import Rng
 from ..ops import lincomb
+from ..ops.broadcast import coefficient
 from ..sampling.sampler import State, Step
 from .gaussian import MMPS, Posterior, PosteriorPrediction
 from .observation import Observation

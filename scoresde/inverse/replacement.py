@@ -7,11 +7,11 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from ..broadcast import expand_as_batch
 from ..checks import whole
 from ..diffusion.denoiser import Cond, Denoiser
 from ..noise.rng import Rng
 from ..ops import lincomb
+from ..ops.broadcast import expand_as_batch
 from ..sampling.sampler import State, Step, StepWrapper
 from .conjugate import checked
 from .observation import Observation

@@ -7,11 +7,11 @@ from collections.abc import Callable
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..broadcast import per_sample
 from ..diffusion.conditions import Cond, named
 from ..diffusion.denoiser import default_noise_input
 from ..diffusion.sde import SDE
 from ..noise.rng import Rng
+from ..ops.broadcast import per_sample
 from .denoising import LogSNRTimes, Times
 from .loss import Loss, Terms, fresh
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..broadcast import coefficient
+from .broadcast import coefficient
 
 Coefficient = Tensor | float
 """A number, or a tensor () or (B,): one for all samples or one for each."""

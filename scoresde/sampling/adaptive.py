@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..broadcast import as_time
 from ..checks import whole
 from ..diffusion.denoiser import Cond, Denoiser
 from ..noise.rng import Rng
 from ..ode import METHODS, check_solver, integrate, log_ratio, point, probability_flow
+from ..ops.broadcast import as_time
 from .sampler import State, Step
 
 

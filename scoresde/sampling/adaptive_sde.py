@@ -11,7 +11,6 @@ import math
 import torch
 from torch import Tensor
 
-from ..broadcast import coefficient, expand_as_batch
 from ..checks import whole
 from ..diffusion.conditions import Cond, take
 from ..diffusion.denoiser import Denoiser
@@ -19,6 +18,7 @@ from ..diffusion.prediction import Prediction
 from ..diffusion.sde import SDE
 from ..noise.rng import Rng
 from ..ode import SolverError, check_finite, check_tolerances
+from ..ops.broadcast import coefficient, expand_as_batch
 from .sampler import State, Step
 
 

@@ -10,12 +10,12 @@ import bisect
 import torch
 from torch import Tensor
 
-from ..broadcast import expand_as_batch
 from ..checks import positive
 from ..diffusion.denoiser import Cond, Denoiser
 from ..diffusion.grids import Grid
 from ..diffusion.sde import SDE
 from ..noise.rng import Rng
+from ..ops.broadcast import expand_as_batch
 from .sampler import Sampler
 
 

@@ -7,11 +7,11 @@ import math
 import torch
 from torch import Tensor
 
-from ..broadcast import expand_as_batch
 from ..checks import positive, whole
 from ..diffusion.denoiser import Cond, Denoiser
 from ..noise.rng import Rng
 from ..ops import lincomb
+from ..ops.broadcast import expand_as_batch
 from .sampler import State, Step, StepWrapper
 from .steps import Heun
 

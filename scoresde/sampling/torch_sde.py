@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..broadcast import coefficient
 from ..checks import whole
 from ..diffusion.denoiser import Cond, Denoiser
 from ..noise.rng import Rng
 from ..ode import SolverError, check_finite, check_tolerances
+from ..ops.broadcast import coefficient
 from .sampler import State, Step
 
 METHODS: dict[str, tuple[float, int, str]] = {

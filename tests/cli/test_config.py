@@ -41,7 +41,7 @@ from scoresde.cli.train import assemble
 from scoresde.config import ConfigError, build, build_network, config_dir, parameters, targets
 from scoresde.data import Dataset
 from scoresde.diffusion.parameterization import Parameterization
-from scoresde.evaluate.evaluation import OdeLikelihood
+from scoresde.evaluate.likelihood import Likelihood
 from scoresde.evaluate.report import Evaluation
 from scoresde.nn import MLP, Classifier
 from scoresde.runs.load import build_denoiser
@@ -110,7 +110,7 @@ GROUPS: dict[str, tuple[Any, Callable[[], dict[str, Any]]]] = {
     "ema": (Average, lambda: {"module": nn.Linear(2, 2)}),
     "logger": (Logger, dict),
     "trainer": (Trainer, dict),
-    "likelihood": (OdeLikelihood, dict),
+    "likelihood": (Likelihood, dict),
     "grid": (object, dict),
     "guidance": (
         Denoiser,

@@ -32,13 +32,13 @@ from scoresde import (
     sample_with_log_prob,
     vlb,
 )
-from scoresde.broadcast import as_time, expand_as_batch
 from scoresde.diffusion.denoiser import DenoiserWrapper
 from scoresde.guidance import Auto, Blend, Classifier, ClassifierFree, Conditioned, Energy
 from scoresde.likelihood.budget import Budget
 from scoresde.likelihood.tolerance import Tolerance
 from scoresde.metrics.sliced import sliced_w2
 from scoresde.nn import MLP, UNet
+from scoresde.ops.broadcast import as_time, expand_as_batch
 
 SDES = closed_form_sdes()
 each_sde = pytest.mark.parametrize("sde", SDES.values(), ids=SDES.keys())

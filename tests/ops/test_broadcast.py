@@ -6,7 +6,7 @@ import pytest
 import torch
 from oracles import EVENT_SHAPES
 
-from scoresde.broadcast import as_time, coefficient, expand_as_batch
+from scoresde.ops.broadcast import as_time, coefficient, expand_as_batch
 
 
 @pytest.mark.parametrize("event", [(), *EVENT_SHAPES])

@@ -1,0 +1,269 @@
+"""Bits/dim of given data under a trained model, point by point: by the probability-flow ODE, or a bound."""
+
+from __future__ import annotations
+
+import abc
+import itertools
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..checks import whole
+from ..codecs import Scaling
+from ..data import Dataset
+from ..diffusion.conditions import Cond
+from ..diffusion.denoiser import CountingDenoiser, Denoiser, model_device
+from ..diffusion.prediction import Prediction
+from ..likelihood.bounds import elbo, ode_bound
+from ..likelihood.divergence import Divergence, Hutchinson
+from ..likelihood.ode import LogLikelihood, bits_per_dim, log_likelihood
+from ..likelihood.solver import Solver
+from ..likelihood.tolerance import Tolerance
+from ..noise.rng import Rng
+from ..runs.progress import track
+from .evaluation import choose_split, costs, evenly_spaced, joined
+from .shards import Job, Tensors, ranks
+
+_MEANINGS = {
+    "bpd/ode": "the density at t_min",
+    "bpd/ode-bound": "a bound for the data",
+    "bpd/elbo": "a bound for the data by the reverse SDE",
+}
+
+
+@dataclass(frozen=True)
+class BitsPerDim:
+    """Bits/dim of points.
+
+    Attributes:
+        mean: over the points.
+        stderr: standard deviation over the points / √points: sampling of the points, of the dequantisation noise and
+            of the probes or draws.
+        solver_error: what the solver may have added to the mean: mean over the points of its own upper estimate, NaN
+            where it has none.
+        values: (points,), in the order of the split.
+        errors: (points,) standard error of each value: of its probes or draws, and of the solver; NaN where it is not
+            known.
+        points: number of points.
+        evaluations: network calls per batch, on average.
+        seconds: time of all batches, added up.
+        estimator: the name under which it is logged.
+    """
+
+    mean: float
+    stderr: float
+    solver_error: float
+    values: Tensor
+    errors: Tensor
+    points: int
+    evaluations: float
+    seconds: float
+    estimator: str = "bpd/ode"
+
+    @property
+    def meaning(self) -> str:
+        """Of what this is the number."""
+        return _MEANINGS[self.estimator]
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """All but what there is for each point."""
+        return {name: value for name, value in asdict(self).items() if name not in ("values", "errors")}
+
+
+class Measured(NamedTuple):
+    """Of a batch, in nats, (B,): log p, its standard error, the solver's own part of it (NaN: unknown), and calls."""
+
+    log_prob: Tensor
+    stderr: Tensor
+    of_solver: Tensor
+    evaluations: int
+
+
+class _Shown(CountingDenoiser):
+    """Shows the network calls of one solve as they come."""
+
+    def __init__(self, denoiser: Denoiser, label: str, total: int | None):
+        super().__init__(denoiser)
+        self.calls = track(itertools.repeat(None), label, total, show=ranks()[0] == 0)
+
+    def forward(self, x: Tensor, t: Tensor, cond: Cond = None) -> Prediction:
+        next(self.calls)
+        return super().forward(x, t, cond)
+
+
+class Likelihood(abc.ABC):
+    """How likelihoods are measured, in batches.
+
+    Point i of n gets its own noise, of seed·n + i, so its value depends on neither batch size nor neighbours.
+
+    Attributes:
+        batch_size: points at a time, ≥ 1.
+        t_min: likelihood cut-off; None for the SDE's own.
+        estimator: the name under which the number is logged.
+        how: what measures it, in words.
+        dequantises: integers get uniform noise.
+        calls: network calls of a batch; None where the tolerance says.
+    """
+
+    estimator: str
+    how: str
+    dequantises: bool
+    calls: int | None
+
+    def __init__(self, batch_size: int, t_min: float | None):
+        self.batch_size, self.t_min = whole(batch_size, "batch_size"), t_min
+
+    @property
+    @abc.abstractmethod
+    def accuracy(self) -> Mapping[str, float]:
+        """The settings that a number has to be quoted with."""
+
+    @property
+    @abc.abstractmethod
+    def settings(self) -> dict[str, Any]:
+        """All settings that a value depends on, as JSON takes them."""
+
+    @abc.abstractmethod
+    def cost(self, event_shape: Sequence[int]) -> str:
+        """What a batch costs, in words."""
+
+    @abc.abstractmethod
+    def measure(self, denoiser: Denoiser, raw: Tensor, scaling: Scaling, cond: Cond, rng: Rng) -> Measured:
+        """log p of raw samples (B, *event), in their own coordinates."""
+
+    def job(
+        self,
+        denoiser: Denoiser,
+        dataset: Dataset,
+        *,
+        split: str = "test",
+        points: int | None = None,
+        seed: int = 0,
+        conditional: bool = False,
+    ) -> Job[BitsPerDim]:
+        """The work of measuring bits/dim on `points` evenly spaced points of a split, None for all of them.
+
+        Its batches raise `SolverError` where a solve fails; there is never a number instead.
+
+        Raises:
+            ValueError: an unknown split, or more points than it has.
+        """
+        data = choose_split(dataset, split)
+        parts = evenly_spaced(len(data), points).split(self.batch_size)
+        device, event = model_device(denoiser), dataset.event_shape
+
+        def batch(index: int) -> Iterator[Tensors]:
+            part = parts[index]
+            x, cond = data.raw[part].to(device), data.cond(part, conditional, device)
+            rng = Rng(seeds=[seed * len(data) + i for i in part.tolist()])
+            shown = _Shown(denoiser, f"network calls, batch {index + 1}", self.calls)
+            found = self.measure(shown, x, dataset.scaling, cond, rng)
+            bits = {
+                name: bits_per_dim(nats, event).double().cpu()
+                for name, nats in (("bits", found.log_prob), ("errors", -found.stderr), ("of_solver", -found.of_solver))
+            }
+            yield {**bits, "evaluations": torch.tensor(found.evaluations)}
+
+        def merge(batches: list[Tensors]) -> BitsPerDim:
+            bits, errors, of_solver = (joined(batches, name) for name in ("bits", "errors", "of_solver"))
+            stderr = float(bits.std() / len(bits) ** 0.5) if len(bits) > 1 else math.nan
+            means, cost = (float(bits.mean()), stderr, float(of_solver.mean())), costs(batches)
+            return BitsPerDim(*means, bits, errors, len(bits), *cost, self.estimator)
+
+        what = {"split": split, "points": points, "of": len(data), "seed": seed, "conditional": conditional}
+        settings = {**what, "batch_size": self.batch_size, **self.settings, "t_min": self.t_min, "errors": True}
+        return Job("bits_per_dim", len(parts), 1, batch, merge, settings)
+
+
+class OdeLikelihood(Likelihood):
+    """By the probability-flow ODE: raw integers, uniform dequantisation, one solve per batch.
+
+    Args:
+        divergence: `Hutchinson(probes, kind)`, `Exact()` …; default Hutchinson with one Rademacher probe.
+        solver: `Tolerance(rtol, atol)`, by default to 1e-5, or `Budget(calls)`.
+        batch_size: points per solve, ≥ 1.
+        t_min: likelihood cut-off; None for the SDE's own.
+        bound: "dequantised" or "centres" for a bound on the probability of integers (`ode_bound`) that the network was
+            trained on with uniform noise or as centres of their bins; None for the density of the data at t_min.
+
+    Raises:
+        ValueError: a batch size below 1, another bound.
+    """
+
+    def __init__(
+        self,
+        divergence: Divergence | None = None,
+        *,
+        solver: Solver | None = None,
+        batch_size: int = 64,
+        t_min: float | None = None,
+        bound: str | None = None,
+    ):
+        if bound not in (None, "dequantised", "centres"):
+            raise ValueError(f"bound is 'dequantised', 'centres' or null; got {bound!r}.")
+        super().__init__(batch_size, t_min)
+        self.divergence, self.solver, self.bound = divergence or Hutchinson(), solver or Tolerance(1e-5, 1e-5), bound
+        self.estimator, self.calls = "bpd/ode" if bound is None else "bpd/ode-bound", self.solver.settings.get("budget")
+        self.how, self.dequantises = "by the probability-flow ODE", bound != "centres"
+
+    @property
+    def accuracy(self) -> Mapping[str, float]:
+        return self.solver.accuracy
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return {**self.solver.settings, "bound": self.bound}
+
+    def cost(self, event_shape: Sequence[int]) -> str:
+        calls = self.solver.accuracy.get("budget", "as many as the tolerance takes")
+        products = self.divergence.products(math.prod(event_shape))
+        return f"network calls for each {self.batch_size} points: {calls}, each with {products:,} backward products"
+
+    def measure(self, denoiser: Denoiser, raw: Tensor, scaling: Scaling, cond: Cond, rng: Rng) -> Measured:
+        solve: Callable[..., LogLikelihood] = log_likelihood
+        if self.bound is not None:
+            solve = partial(ode_bound, dequantised=self.bound == "dequantised")
+        how: dict[str, Any] = {"divergence": self.divergence, "scaling": scaling, "t_min": self.t_min}
+        found = solve(denoiser, raw, self.solver, cond=cond, rng=rng, **how)
+        return Measured(found.log_prob, found.stderr, found.solver_error, found.evaluations)
+
+
+class Elbo(Likelihood):
+    """By the variational bound of continuous time (`elbo`), which no ODE and no backward product goes into.
+
+    Args:
+        samples: draws of noise and its level for each point, ≥ 1; a single one has no standard error.
+        batch_size: points at a time, ≥ 1.
+        t_min: likelihood cut-off; None for the SDE's own.
+
+    Raises:
+        ValueError: a batch size or number of samples below 1.
+    """
+
+    estimator, how, dequantises = "bpd/elbo", "by the variational bound of continuous time", False
+
+    def __init__(self, *, samples: int = 64, batch_size: int = 64, t_min: float | None = None):
+        super().__init__(batch_size, t_min)
+        self.calls = self.samples = whole(samples, "samples")
+
+    @property
+    def accuracy(self) -> Mapping[str, float]:
+        return {"samples": self.samples}
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return {"samples": self.samples, "bound": "elbo"}
+
+    def cost(self, event_shape: Sequence[int]) -> str:
+        return f"network calls for each {self.batch_size} points: {self.samples}"
+
+    def measure(self, denoiser: Denoiser, raw: Tensor, scaling: Scaling, cond: Cond, rng: Rng) -> Measured:
+        how: dict[str, Any] = {"samples": self.samples, "scaling": scaling, "t_min": self.t_min}
+        found = elbo(denoiser, raw, cond=cond, rng=rng, **how)
+        return Measured(found.log_prob, found.stderr, torch.full_like(found.log_prob, math.nan), found.evaluations)
