@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import os
 import sys
@@ -22,6 +23,7 @@ from .. import __version__
 from ..config import ConfigError, Refusal, build, config_dir, resolved
 from ..evaluate.shards import ShardError, Shards, ranks
 from ..ode import SolverError
+from ..runs import lock
 from ..runs.checkpoint import CheckpointError
 from ..runs.load import set_threads
 from ..runs.publish import publish
@@ -55,6 +57,8 @@ def launch(task: Callable[[DictConfig], Any], name: str) -> None:
     full = os.environ.get("HYDRA_FULL_ERROR", "0") not in ("", "0")
     os.environ["HYDRA_FULL_ERROR"] = "1"  # so that Hydra raises instead of printing
 
+    if name != "train":  # which takes the lock on all ranks' behalf, when everything is built
+        task = alone(task)
     try:
         launching(hydra_main(version_base="1.3", config_path=config_dir(), config_name=name)(task))
     except KeyboardInterrupt:
@@ -68,6 +72,20 @@ def launch(task: Callable[[DictConfig], Any], name: str) -> None:
             raise
         print(f"error: {explained}", file=sys.stderr)
         sys.exit(1)
+
+
+def alone(task: Callable[[DictConfig], Any]) -> Callable[[DictConfig], Any]:
+    """The task, which one process at a time does in its folder; the ranks of `torchrun` are one, held by rank 0."""
+
+    @functools.wraps(task)
+    def locked(cfg: DictConfig) -> Any:
+        with contextlib.ExitStack() as stack:
+            if ranks()[0] == 0:
+                with refusing():
+                    stack.enter_context(lock.hold(Path(HydraConfig.get().runtime.output_dir)))
+            return task(cfg)
+
+    return locked
 
 
 def name_of_command(run: str) -> str:
@@ -180,7 +198,8 @@ class Command:
         other = "choose another folder: out=…."
         if finished:
             raise ValueError(f"{folder} holds the results of a command already. To repeat it, {other}")
-        if folder.exists() and not (folder / "batches").exists() and any(folder.iterdir()):
+        there = {path.name for path in folder.iterdir()} - {lock.NAME} if folder.exists() else set()
+        if there and "batches" not in there:
             raise ValueError(f"{folder} is not empty, and nothing in it is overwritten: {other}")
         return True
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from ..evaluate.evaluation import choose_split, evenly_spaced
 from ..evaluate.likelihood import BitsPerDim
 from ..runs import folder as folders
 from ..runs.load import chosen_run
+from ..runs.publish import publish, replacing
 from ._hydra import launch, read, refusing
 
 
@@ -58,9 +60,10 @@ def write_points(folder: Path, index: Tensor, bits: BitsPerDim, labels: Tensor |
     columns = {"index": index, "bits_per_dim": bits.values, "stderr": bits.errors}
     columns |= {} if labels is None else {"label": labels[index]}
     arrays: dict[str, Any] = {name: values.numpy() for name, values in columns.items()}
-    np.savez_compressed(folder / "bits_per_dim.npz", **arrays)
-    with open(folder / "bits_per_dim.csv", "w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([list(arrays), *zip(*arrays.values(), strict=True)])
+    with replacing(folder / "bits_per_dim.npz") as file:
+        np.savez_compressed(file, **arrays)
+    csv.writer(text := io.StringIO(newline="")).writerows([list(arrays), *zip(*arrays.values(), strict=True)])
+    publish(folder / "bits_per_dim.csv", text.getvalue())
 
 
 if __name__ == "__main__":

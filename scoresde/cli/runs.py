@@ -6,7 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -88,8 +88,7 @@ def describe(runs: Sequence[Run], root: Path, *, width: int | None = None) -> st
 
 
 def _record(run: Run) -> dict[str, Any]:
-    record = asdict(run) | {"folder": str(run.folder)}
-    del record["rows"]
+    record = {field.name: getattr(run, field.name) for field in fields(run) if field.name != "rows"}
     return json.loads(json.dumps(record, default=str), parse_constant=lambda name: None)
 
 

@@ -237,8 +237,10 @@ class FittedGrid:
         return times
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the knots as JSON text."""
-        Path(path).write_text(json.dumps({"log_snr": self.log_snr.tolist()}) + "\n", encoding="utf-8")
+        """Writes the knots as JSON text; `path` is there whole or not at all."""
+        new = Path(f"{os.fspath(path)}.new")
+        new.write_text(json.dumps({"log_snr": self.log_snr.tolist()}) + "\n", encoding="utf-8")
+        os.replace(new, path)
 
 
 class SavedGrid(FittedGrid):
@@ -255,6 +257,6 @@ class SavedGrid(FittedGrid):
         try:
             content = json.loads(Path(path).read_text(encoding="utf-8"))
             knots = [float(value) for value in content["log_snr"]]
-        except (OSError, ValueError, TypeError, KeyError) as error:
+        except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
             raise ValueError(f"{path} is not a grid saved by FittedGrid.save: {error!r}.") from error
         super().__init__(knots)

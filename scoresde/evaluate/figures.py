@@ -10,6 +10,9 @@ import numpy as np
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..runs.listing import number
+from ..runs.publish import replacing
+
 
 def require() -> None:
     """Refuses to draw without matplotlib, before anything is computed.
@@ -105,7 +108,8 @@ def loss_curve(rows: Sequence[Mapping[str, Any]], path: Path) -> Path:
     figure = _figure(6, 3.5)
     axes = figure.subplots()
     for key, style in (("train/loss", "-"), ("eval/loss", "o-")):
-        points = [(row["images"], row[key]) for row in rows if isinstance(row.get(key), float)]
+        pairs = [(number(row.get("images")), number(row.get(key))) for row in rows]
+        points = [(x, y) for x, y in pairs if x is not None and y is not None]
         if points:
             axes.plot(*zip(*points, strict=True), style, label=key, markersize=3)
         if points and key == "train/loss" and min(loss for _, loss in points) > 0:
@@ -182,5 +186,6 @@ def _figure(width: float, height: float) -> Any:
 
 def _write(figure: Any, path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150, format="png")
+    with replacing(path) as file:
+        figure.savefig(file, dpi=150, format="png")
     return path

@@ -20,6 +20,7 @@ from ..data.source import misfit
 from ..diffusion.conditions import Cond, named
 from ..inverse import Observation
 from ..noise.rng import Rng
+from ..runs.publish import replacing
 from . import figures
 from .conditions import condition_arrays
 from .evaluation import Samples, by_suffix
@@ -217,7 +218,8 @@ def write_restored(
         if pictures:
             figures.restored(problem.y, x, truth, folder / f"restored{suffix}.png", seen=seen, limits=limits)
             figures.trajectory(samples.frames, samples.times, folder / f"trajectory{suffix}.png")
-    np.savez_compressed(folder / "samples.npz", **arrays)
+    with replacing(folder / "samples.npz") as file:
+        np.savez_compressed(file, **arrays)
 
 
 def data_range(dataset: Dataset) -> tuple[float, float]:

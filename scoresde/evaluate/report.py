@@ -21,6 +21,7 @@ from ..noise.rng import Rng
 from ..runs.folder import finish
 from ..runs.listing import layout
 from ..runs.logger import Logger
+from ..runs.publish import publish, replacing
 from ..sampling import Sampler
 from . import figures
 from .conditions import alike, condition_arrays
@@ -88,7 +89,8 @@ def write_samples(
             figures.trajectory(samples.frames, samples.times, folder / f"trajectory{suffix}.png")
     arrays: dict[str, Any] = {"seeds": seeds, **condition_arrays(cond)}
     arrays |= {name: dataset.decode(samples.x) for name, samples in made.items()}
-    np.savez_compressed(folder / "samples.npz", **arrays)
+    with replacing(folder / "samples.npz") as file:
+        np.savez_compressed(file, **arrays)
 
 
 def real_beside(cond: Cond, dataset: Dataset, n: int) -> Tensor:
@@ -194,7 +196,7 @@ class Report:
             f"{'' if exact is None else f' The true density has {exact:.4f} on the same points.'}"
         )
         lines = ["| " + " | ".join(row) + " |" for row in (columns, ["---"] * len(columns), *rows)]
-        (folder / "summary.md").write_text("\n".join([*lines, "", note, ""]), encoding="utf-8")
+        publish(folder / "summary.md", "\n".join([*lines, "", note, ""]))
         summary = {
             **facts,
             "bits_per_dim": {**bits.record, **accuracy, "exact": exact},

@@ -23,8 +23,9 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
+from ..runs.posthoc import digest
 from ..runs.progress import track
-from ..runs.publish import publish
+from ..runs.publish import content_of, publish
 
 Tensors = dict[str, Tensor]
 Result = TypeVar("Result")
@@ -118,10 +119,16 @@ class Shards:
         self._agree()
 
     def _agree(self) -> None:
+        path = self.folder / "settings.json"
         try:
-            found = json.loads((self.folder / "settings.json").read_text(encoding="utf-8"))
+            found = json.loads(content_of(path))
         except FileNotFoundError:
             return
+        except (OSError, ValueError, RecursionError) as error:
+            raise ValueError(
+                f"{path} is damaged, so what the batches beside it were made with is unknown. Remove {self.folder}, "
+                "and the same command begins anew."
+            ) from error
         for key, there, here in _differences(found, self.settings):
             raise ValueError(
                 f"{self.folder} holds batches made with {key}={there}, and this asks for {key}={here}; they are not "
@@ -193,19 +200,22 @@ class Shards:
         self._agree()
         # copies, because safetensors refuses tensors that share memory
         tensors = {name: value.detach().cpu().clone().contiguous() for name, value in batch.items()}
-        publish(path, save(tensors, stamp))
+        publish(path, save(tensors, {**stamp, "sha256": digest(tensors, stamp)}))
 
     def _load(self, job: Job[Any], index: int) -> Tensors | None:
         from safetensors import SafetensorError, safe_open
 
         path, stamp = self._file(job, index)
+        if not path.is_file():  # a pipe would keep us waiting
+            return None
         try:
             with safe_open(path, "pt") as file:
                 # copies, because what is read is mapped from the file, which `clear` removes
                 found = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-                return found if file.metadata() == stamp else None
+                whole = file.metadata() == {**stamp, "sha256": digest(found, stamp)}
         except (OSError, SafetensorError):
             return None
+        return found if whole else None
 
 
 def ranks() -> tuple[int, int]:

@@ -18,6 +18,7 @@ import yaml
 from . import lock
 from .listing import differing, flat, number
 from .logger import parse_rows
+from .publish import content_of
 
 STATES = ("running", "finished", "resumable", "failed", "empty")
 # Overrides that say how a job is run, not what it is.
@@ -25,6 +26,9 @@ CONTROL = ("out", "resume", "overwrite", "device", "threads", "kernels")
 MARK = "# scoresde"
 # Folders that hold no runs but may hold thousands of files.
 _CLOSED = ("checkpoints", "wandb", "progress", "batches", "averages")
+# Bytes of a file that are read, which every run keeps to: a megabyte of YAML takes ten seconds, one of JSON none.
+_YAML_BYTES, _JSON_BYTES, _ROW_BYTES = 1 << 18, 16 << 20, 1 << 30
+_DEPTH = 50  # levels of nesting that a record may have, a tenth of what Python's functions take
 
 
 @dataclass
@@ -73,24 +77,31 @@ def find(root: Path) -> Iterator[Path]:
 
 
 def read(folder: Path) -> Run:
-    """Reads the files of one run. A damaged file is named in `reason`; it raises nothing."""
+    """Reads the files of one run. A damaged file is named in `reason`; it raises nothing, whatever is in the folder."""
+    try:
+        return _read(folder)
+    except Exception as error:  # one folder that cannot be read hides no other
+        return Run(folder, "failed", f"damaged: {error!r:.200}")
+
+
+def _read(folder: Path) -> Run:
     broken: list[str] = []
 
-    def get(name: str, parse: Callable[[bytes], Any], kind: type) -> Any:
-        path = folder / name
+    def get(name: str, parse: Callable[[bytes], Any], kind: type, limit: int = _JSON_BYTES) -> Any:
         try:
-            found = parse(path.read_bytes()) if path.is_file() else kind()
-        except (OSError, ValueError, RecursionError, yaml.YAMLError):
+            found = parse(content_of(folder / name, limit))
+        except FileNotFoundError:
+            return kind()
+        except (OSError, ValueError, OverflowError, RecursionError, yaml.YAMLError):
             found = None
         if not isinstance(found, kind):
             broken.append(name)
             return kind()
         return found
 
-    # CSafeLoader would save 6 ms a file, and crashes Python on "[[[[…"
-    config = flat(get("config.yaml", yaml.safe_load, dict))
-    summary, job, failure = (get(f"{name}.json", json.loads, dict) for name in ("summary", "job", "failed"))
-    lines = get("metrics.jsonl", parse_rows, list)
+    config = get("config.yaml", _configuration, dict, _YAML_BYTES)
+    summary, job, failure = (get(f"{name}.json", _json, dict) for name in ("summary", "job", "failed"))
+    lines = get("metrics.jsonl", parse_rows, list, _ROW_BYTES)
     if None in lines[:-1]:  # the last line may still be being written
         broken.append("metrics.jsonl")
     rows = [row for row in lines if row is not None and "header" not in row]
@@ -107,6 +118,35 @@ def read(folder: Path) -> Run:
     if broken:
         run.reason = "; ".join(filter(None, [run.reason, f"damaged: {', '.join(broken)}"]))
     return run
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML without aliases, which no run writes and which unfold without end. (CSafeLoader crashes on "[[[[…".)"""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("a configuration of a run has no aliases")
+        return super().compose_node(parent, index)
+
+
+def _configuration(content: bytes) -> Any:
+    found = _shallow(yaml.load(content, _Loader))
+    repr(found)  # which refuses a number that is too long to be shown
+    return flat(found) if isinstance(found, dict) else None
+
+
+def _json(content: bytes) -> Any:
+    return _shallow(json.loads(content))
+
+
+def _shallow(value: Any, depth: int = _DEPTH) -> Any:
+    """The value itself, if its nesting ends within `depth` levels; whoever copies or shows it takes some for each."""
+    if isinstance(value, (dict, list)):
+        if depth == 0:
+            raise RecursionError("nested too deep")
+        for entry in value.values() if isinstance(value, dict) else value:
+            _shallow(entry, depth - 1)
+    return value
 
 
 def _numbers(name: str, records: Sequence[dict[str, Any]]) -> list[float]:
@@ -145,8 +185,8 @@ def _state(run: Run, summary: dict[str, Any], job: dict[str, Any], failure: dict
 def newest_checkpoint(folder: Path) -> int | None:
     """Step of the newest checkpoint whose files are all there with their sizes; None if there is none."""
     for path in sorted((folder / "checkpoints").glob("step-*"), reverse=True):
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
-            files = json.loads((path / "manifest.json").read_text(encoding="utf-8"))["files"]
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            files = json.loads(content_of(path / "manifest.json"))["files"]
             if files and all((path / name).stat().st_size == entry["bytes"] for name, entry in files.items()):
                 return int(path.name.removeprefix("step-"))
     return None
@@ -161,9 +201,8 @@ def values(overrides: Sequence[Any]) -> dict[str, str]:
 def marked(path: Path) -> bool:
     """Whether a configuration is a run's, whose first line says so."""
     try:
-        with open(path, "rb") as file:
-            return file.read(len(MARK)) == MARK.encode()
-    except OSError:
+        return content_of(path, _YAML_BYTES).startswith(MARK.encode())
+    except (OSError, ValueError):
         return False
 
 
@@ -176,8 +215,8 @@ def _written(path: Path) -> float:
 
 def natural(name: str) -> list[tuple[int, int, str]]:
     """A key that sorts 2 before 10."""
-    parts = re.split(r"(\d+)", name)
-    return [(1, 0, part) if i % 2 == 0 else (0, int(part), "") for i, part in enumerate(parts)]
+    parts = re.split(r"0*(\d+)", name)  # without the zeros in front, a longer number is the larger one
+    return [(1, 0, part) if i % 2 == 0 else (0, len(part), part) for i, part in enumerate(parts)]
 
 
 def measured(run: Run) -> dict[str, str]:

@@ -51,10 +51,13 @@ def differing(tables: Sequence[Mapping[str, Any]]) -> tuple[list[str], dict[str,
 
 
 def number(value: Any) -> float | None:
-    """`value` if it is a finite number, else None."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    """`value` if it is a finite number that a float can hold, else None."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
-    return value
+    try:
+        return value if math.isfinite(value) else None
+    except OverflowError:  # an integer of 400 digits
+        return None
 
 
 def number_in(value: Any) -> float | None:

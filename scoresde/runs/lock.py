@@ -13,7 +13,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-_NAME = ".lock"
+from .publish import content_of
+
+NAME = ".lock"
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EINVAL)
 
 
@@ -34,7 +36,7 @@ def hold(folder: Path) -> Iterator[None]:
         OSError: the folder cannot be made, or the lock cannot be asked for.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / _NAME
+    path = folder / NAME
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
@@ -78,9 +80,9 @@ def _take(descriptor: int) -> None:
 
 def holder(folder: Path) -> dict[str, Any] | None:
     """{"pid", "host", "started"} of the process that holds `folder` now; None if no process does."""
-    path = folder / _NAME
+    path = folder / NAME
     try:
-        descriptor = os.open(path, os.O_RDONLY)
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe of this name would keep us waiting
     except OSError:
         return None
     try:
@@ -95,8 +97,8 @@ def holder(folder: Path) -> dict[str, Any] | None:
 
 def _read(path: Path) -> dict[str, Any] | None:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        found = json.loads(content_of(path))
+    except (OSError, ValueError, RecursionError):
         return None
     return found if isinstance(found, dict) else None
 

@@ -101,7 +101,7 @@ class JsonlLogger(Logger):
         for line, row in zip(content.splitlines(), parse_rows(content), strict=True):
             if row is None:
                 _log.warning("%s: a line that was cut is left out: %.60r", path, line)
-            elif row.get("step", 0) <= last and not row.get("final"):
+            elif not (row.get("final") or (isinstance(row.get("step"), (int, float)) and row["step"] > last)):
                 kept += line + b"\n"
         publish(path, kept + _line({"header": provenance(), "step": last}))
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115 (closed by close)

@@ -79,7 +79,7 @@ def write_snapshot(
     facts = {"images": str(images), "sigma_rel": json.dumps([float(sigma) for sigma in sigma_rel])}
     path = Path(folder) / _name(images)
     path.parent.mkdir(parents=True, exist_ok=True)
-    publish(path, save(tensors, {**facts, "sha256": _digest(tensors, facts)}))
+    publish(path, save(tensors, {**facts, "sha256": digest(tensors, facts)}))
     return path
 
 
@@ -177,8 +177,8 @@ def _read(path: Path) -> tuple[list[float], Tensors]:
             facts = dict(file.metadata() or {})
             # copies: what is read is mapped from the file
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-        digest, lengths = facts.pop("sha256"), json.loads(facts["sigma_rel"])
-        if digest != _digest(tensors, facts) or path.name != _name(int(facts["images"])):
+        stored, lengths = facts.pop("sha256"), json.loads(facts["sigma_rel"])
+        if stored != digest(tensors, facts) or path.name != _name(int(facts["images"])):
             raise ValueError("its SHA-256 or its name differs from what was written")
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise ValueError(f"{path} is damaged: {error}. Remove it to go on without it, or restore a copy.") from error
@@ -190,7 +190,7 @@ def _group(tensors: Mapping[str, Tensor], group: int | str) -> Tensors:
     return {name.removeprefix(start): value for name, value in tensors.items() if name.startswith(start)}
 
 
-def _digest(tensors: Mapping[str, Tensor], facts: Mapping[str, str]) -> str:
+def digest(tensors: Mapping[str, Tensor], facts: Mapping[str, str]) -> str:
     """SHA-256 of names, shapes, types and bytes, and of what the file says of itself."""
     made = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
     for name in sorted(tensors):

@@ -19,6 +19,7 @@ from hydra.core.hydra_config import HydraConfig
 from ..config import Refusal
 from ..runs.files import values
 from ..runs.folder import finish
+from ..runs.publish import content_of, publish
 from ..runs.redact import guard, redacted
 
 # In the sweep's folder. STOP holds an exit status: no further job starts. AGAIN: the launcher was started once more
@@ -75,7 +76,7 @@ def one_job(work: Callable[[], Mapping[str, float]], *, resume: bool, in_process
         ended("stopped")
         turn.give_back()
         if in_process:
-            (sweep / STOP).write_text(str(code), encoding="utf-8")
+            publish(sweep / STOP, str(code))
     else:
         ended("finished", **result)
         return result["objective"]
@@ -92,8 +93,8 @@ def write_job(folder: Path, overrides: Sequence[str], status: str, **measured: A
 def read_job(folder: Path) -> dict[str, Any]:
     """The record in `job.json`; empty if the file is missing or damaged."""
     try:
-        found = json.loads((folder / "job.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        found = json.loads(content_of(folder / "job.json"))
+    except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) and isinstance(found.get("overrides"), list) else {}
 

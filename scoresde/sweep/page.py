@@ -12,7 +12,7 @@ from typing import Any
 from urllib.parse import quote
 
 from ..runs.files import Run, count_states, keys, measured
-from ..runs.listing import number, number_in, text
+from ..runs.listing import fit, number, number_in, text
 from ..runs.publish import publish
 from .curves import Curve, chart, hue
 
@@ -30,7 +30,8 @@ def write_page(path: Path, runs: Sequence[Run], *, title: str, limit: int = LIMI
         limit: bytes of embedded pictures, ≥ 0; further ones are links.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    publish(path, page(runs, title=title, base=path.parent, limit=limit))
+    # names of folders may hold bytes that are no UTF-8, and files halves of characters
+    publish(path, page(runs, title=title, base=path.parent, limit=limit).encode("utf-8", "replace"))
 
 
 def page(runs: Sequence[Run], *, title: str, base: Path, limit: int = LIMIT) -> str:
@@ -54,7 +55,7 @@ def page(runs: Sequence[Run], *, title: str, base: Path, limit: int = LIMIT) -> 
 def name_of(run: Run, table: dict[str, Any], differ: Sequence[str]) -> str:
     """`3 · sde=vp seed=1`: the folder, and up to four of the keys that set the run apart."""
     parts = [f"{key.rpartition('.')[2]}={text(table[key])}" for key in differ if key in table][:4]
-    return " · ".join(filter(None, [run.folder.name, " ".join(parts)]))
+    return fit(" · ".join(filter(None, [run.folder.name, " ".join(parts)])), None)
 
 
 def _table(runs: Sequence[Run], tables: Sequence[dict[str, Any]], differ: Sequence[str]) -> tuple[str, str]:
@@ -135,7 +136,7 @@ def _picture(run: Run, name: str, base: Path, left: int) -> tuple[str, int]:
     except OSError as error:
         return f'<p class="none">The picture cannot be read: {escape(str(error))}</p>', 0
     if content is None:
-        link = escape(quote(os.path.relpath(path, base)))
+        link = escape(quote(os.fsencode(os.path.relpath(path, base))))
         return f'<p class="none"><a href="{link}">{escape(path.name)}</a>, {size * 3 / 2**22:.1f} MB</p>', 0
     if not content.startswith(b"\x89PNG\r\n\x1a\n") or b"IEND" not in content[-16:]:
         return f'<p class="none">{escape(path.name)} is damaged.</p>', 0

@@ -98,7 +98,7 @@ class Sweep:
         if set(self.folder.glob("*/job.json")) - self._kept:
             return False
         for path, content in self._removed.items():
-            path.write_bytes(content)
+            publish(path, content)
         return True
 
     def install_handlers(self) -> None:
@@ -115,7 +115,7 @@ class Sweep:
     def _stop(self, number: int, frame: FrameType | None) -> None:
         code = _CODES[signal.Signals(number)]
         self.restore_handlers()  # a second signal ends this process at once
-        (self.folder / STOP).write_text(str(code), encoding="utf-8")
+        publish(self.folder / STOP, str(code))
         os.write(2, f"\n{signal.Signals(number).name}: the sweep ends when the jobs that run have saved.\n".encode())
         if Turn.taken:
             raise SystemExit(code)

@@ -161,6 +161,27 @@ def test_batches_of_other_settings_are_refused(tmp_path: Path) -> None:
     assert {name for name in tree(tmp_path) if not name.startswith(".")} == set(before)
 
 
+def flip(path: Path) -> None:
+    """Turns one bit of the last number of a safetensors file, whose header stays right."""
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 0x40
+    path.write_bytes(content)
+
+
+def pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[" * 100_000, None])
+def test_damaged_settings_are_named_with_the_cure(tmp_path: Path, content: bytes | None) -> None:
+    Shards(tmp_path, SETTINGS).work(samples(n=2))
+    path = tmp_path / "settings.json"
+    path.write_bytes(content) if content is not None else pipe(path)
+    with pytest.raises(ValueError, match=rf"{path} is damaged.*Remove {tmp_path}"):
+        Shards(tmp_path, SETTINGS)
+
+
 def test_a_batch_that_is_not_what_it_should_be_is_made_again(tmp_path: Path, caplog) -> None:
     """Cut short, of another place, or of a job with other seeds: never merged, and said."""
     shards, whole = Shards(tmp_path, SETTINGS), samples().run()
@@ -169,7 +190,7 @@ def test_a_batch_that_is_not_what_it_should_be_is_made_again(tmp_path: Path, cap
     assert caplog.text.count("is damaged or was made with other settings, and is made again") == 5
     first, second = tmp_path / "samples/000000.safetensors", tmp_path / "samples/000001.safetensors"
     for harm in (lambda: first.write_bytes(first.read_bytes()[:-1]), lambda: first.write_bytes(second.read_bytes()),
-                 lambda: first.write_bytes(b""), first.unlink):  # fmt: skip
+                 lambda: first.write_bytes(b""), first.unlink, lambda: flip(first), lambda: pipe(first)):  # fmt: skip
         harm()
         assert equal(shards.result(samples()), whole)
 

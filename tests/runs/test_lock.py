@@ -10,10 +10,14 @@ import re
 import socket
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from hydra.core.hydra_config import HydraConfig
 from together import Ended, start
 
+from scoresde.cli._hydra import alone
+from scoresde.config import Refusal
 from scoresde.runs.lock import Locked, hold, holder
 
 
@@ -182,3 +186,18 @@ def test_an_error_that_is_no_lock_of_another_is_not_called_one(tmp_path: Path, m
     monkeypatch.setattr(fcntl, "flock", fail)
     with pytest.raises(OSError, match="Input/output error"), hold(tmp_path):
         pass
+
+
+def test_commands_hold_their_folder_and_the_ranks_of_one_job_are_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rank 0 holds it while the task runs; the others, which come and go as they like, ask for nothing."""
+    hydra = SimpleNamespace(runtime=SimpleNamespace(output_dir=str(tmp_path)))
+    monkeypatch.setattr(HydraConfig, "get", lambda: hydra)
+    task = alone(lambda cfg: holder(tmp_path))
+    assert task(None)["pid"] == os.getpid() and not list(tmp_path.iterdir())
+    with hold(tmp_path):
+        with pytest.raises(Refusal, match=rf"Process {os.getpid()} on .* works in {tmp_path}"):
+            task(None)
+        monkeypatch.setenv("RANK", "1")
+        assert task(None)["pid"] == os.getpid()  # who holds it is rank 0

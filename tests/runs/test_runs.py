@@ -17,6 +17,7 @@ from commands import process
 from scoresde.cli.runs import arrange, describe, main
 from scoresde.runs.files import find, newest_checkpoint, read
 from scoresde.runs.listing import differing, fit, layout
+from scoresde.sweep.page import page
 
 CONFIG = """# scoresde: scoresde-train
 seed: {seed}
@@ -116,14 +117,18 @@ def test_a_checkpoint_counts_if_its_files_are_all_there_with_their_sizes(tmp_pat
 @pytest.mark.parametrize("name", ["config.yaml", "metrics.jsonl", "summary.json", "job.json", "failed.json"])
 @pytest.mark.parametrize(
     "content",
-    [b"", b"\xff\xfe\x00garbage", b"{", b"[" * 100_000, b'["a", 1, null]', b"a: &a [*a]", b"null", b"\n\n}{\n{}\n"],
-)
+    [
+        b"", b"\xff\xfe\x00garbage", b"{", b"[" * 100_000, b'["a", 1, null]', b"a: &a [*a]", b"null", b"\n\n}{\n{}\n",
+        b'{"a": ' * 60 + b"1" + b"}" * 60,
+    ],
+)  # fmt: skip
 def test_damaged_files_are_named_and_nothing_is_raised(tmp_path: Path, name: str, content: bytes) -> None:
     """Whatever is in one file, the others are still read."""
     folder = make(tmp_path / "run", checkpoint=5, summary=summary(1.5), job={"overrides": ["seed=0"]})
     (folder / name).write_bytes(content)
     run = read(folder)
-    damaged = content not in (b"", b"a: &a [*a]", b"null") or name.endswith(".json")
+    harmless = content in (b"", b"a: &a [*a]", b"null") or content.startswith(b'{"a"')
+    damaged = not harmless or name.endswith(".json")
     if name == "metrics.jsonl" and content.count(b"\n") == 0:
         damaged = False  # one line without an end is a line that is being written
     if name == "config.yaml" and content == b"":
@@ -131,7 +136,73 @@ def test_damaged_files_are_named_and_nothing_is_raised(tmp_path: Path, name: str
     assert (name in run.reason) == damaged or name == "config.yaml"
     assert run.bits == (None if name == "summary.json" else 1.5)
     text = describe([run], tmp_path)
+    assert page([run], title="t", base=tmp_path)
     assert text.splitlines()[-1].startswith("run") and "Traceback" not in text
+
+
+BIG, LAUGHS = (
+    "9" * 400,
+    "a: &a [1]\n" + "".join(f"b{n}: &b{n} [*{a}, *{a}]\n" for n, a in enumerate(["a", *[f"b{n}" for n in range(40)]])),
+)
+
+
+# rows, and a summary, of other types and sizes than a run writes
+_ROWS = '[1]\n"a"\n{"step": "a", "images": null, "eval/loss": {}}\n'
+_SUMMARY = f'{{"images": {BIG}, "step": {BIG}, "bits_per_dim": {{"mean": {BIG}}}}}'
+
+
+def odd_folders(root: Path) -> dict[str, str]:
+    """Folders that look like runs and are not, with the file that `reason` names; ""  where the run is only odd."""
+    files: dict[str, tuple[str, str | None, str]] = {
+        "row of 400 digits": ("metrics.jsonl", f'{{"step": 1, "images": {BIG}, "eval/loss": {BIG}}}\n', ""),
+        "rows of another type": ("metrics.jsonl", _ROWS, "metrics.jsonl"),
+        "summary of 400 digits": ("summary.json", _SUMMARY, ""),
+        "a number of 5000 digits": ("summary.json", f'{{"images": {"9" * 5000}}}', "summary.json"),
+        "a job of 400 digits": ("job.json", f'{{"status": "running", "pid": {BIG}, "overrides": [{BIG}, [[1]]]}}', ""),
+        "a lock of 400 digits": (".lock", f'{{"pid": {BIG}}}', ""),
+        "a deep job": ("job.json", '{"overrides": [' + "[" * 400 + "]" * 400 + "]}", "job.json"),
+        "aliases without end": ("config.yaml", f"# scoresde: x\n{LAUGHS}", "config.yaml"),
+        "a deep configuration": ("config.yaml", "# scoresde: x\na: " + "[" * 90 + "]" * 90, "config.yaml"),
+        "a long hexadecimal": ("config.yaml", f"# scoresde: x\nseed: 0x{'f' * 9000}", "config.yaml"),
+        "a huge configuration": ("config.yaml", f"# scoresde: x\na: {'x' * 300_000}", "config.yaml"),
+        "odd text": ("failed.json", json.dumps({"reason": "\ud800\x1b[31m\n" * 3}), ""),
+    }  # fmt: skip
+    for name in ("config.yaml", "metrics.jsonl", "summary.json", "job.json", "failed.json", ".lock"):
+        files[f"a pipe as {name}"] = (name, None, "" if name == ".lock" else name)
+    for folder, (name, content, _) in files.items():
+        path = make(root / folder) / name
+        path.unlink(missing_ok=True)
+        os.mkfifo(path) if content is None else path.write_text(content)
+    (make(root / "a deep manifest", checkpoint=1) / "checkpoints/step-00000001/manifest.json").write_text("[" * 100_000)
+    manifest = make(root / "a pipe as manifest", checkpoint=1) / "checkpoints/step-00000001/manifest.json"
+    manifest.unlink()
+    os.mkfifo(manifest)
+    return {folder: named for folder, (_, _, named) in files.items()} | {
+        "a deep manifest": "",
+        "a pipe as manifest": "",
+    }
+
+
+def test_no_folder_hides_another(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+    """Numbers without end, aliases without end, pipes and deep nesting: each is one line of the table."""
+    odd = odd_folders(tmp_path / "runs")
+    make(tmp_path / "runs" / "right", summary=summary(1.5))
+    for words in ([], ["--json"], ["--html", str(tmp_path / "page.html")], ["--sort", "seed"]):
+        monkeypatch.setattr("sys.argv", ["scoresde-runs", str(tmp_path / "runs"), *words])
+        main()
+        shown = capsys.readouterr().out
+        assert all(name in shown for name in [*odd, "right"]) and "1.5" in shown
+    for folder, named in odd.items():
+        reason = read(tmp_path / "runs" / folder).reason
+        assert named in reason and ("damaged" in reason) == bool(named), folder
+
+
+def test_whatever_reading_one_run_raises_is_its_reason(tmp_path: Path, monkeypatch: Any) -> None:
+    def broken(folder: Path) -> Any:
+        raise MemoryError("no room")
+
+    monkeypatch.setattr("scoresde.runs.files._read", broken)
+    assert "damaged: MemoryError('no room')" in read(tmp_path).reason
 
 
 def test_numbers_come_from_the_files_that_hold_them(tmp_path: Path) -> None:
