@@ -17,7 +17,7 @@ class OfflineRun:
 
     Attributes:
         folder: `wandb/offline-run-…`.
-        id, group, name, project, job_type: as given to `wandb.init`.
+        id, group, name, project, entity, job_type, tags, notes: as given to `wandb.init`.
         host: of the machine, as W&B shows it.
         config: key -> value.
         history: one dict per `log`.
@@ -31,7 +31,10 @@ class OfflineRun:
     group: str = ""
     name: str = ""
     project: str = ""
+    entity: str = ""
     job_type: str = ""
+    tags: list[str] = field(default_factory=list)
+    notes: str = ""
     host: str = ""
     config: dict[str, Any] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
@@ -65,7 +68,8 @@ def _read(path: Path) -> OfflineRun:
         if kind == "run":
             new = record.run
             run.id, run.group, run.name = new.run_id, new.run_group, new.display_name
-            run.project, run.job_type, run.host = new.project, new.job_type, new.host
+            run.project, run.entity, run.job_type, run.host = new.project, new.entity, new.job_type, new.host
+            run.tags, run.notes = list(new.tags), new.notes
             run.config |= {item.key: json.loads(item.value_json) for item in new.config.update}
         elif kind == "history":
             run.history.append(_items(record.history.item))

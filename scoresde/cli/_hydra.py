@@ -7,6 +7,7 @@ import functools
 import hashlib
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +37,7 @@ from ..train.world import ProcessLost
 from ._errors import explain, of_another_command
 from .own_options import problem_in_options
 
+_show_warning = warnings.showwarning
 # Errors whose message says what to do.
 _EXPLAINED = (Refusal, SolverError, CheckpointError, ProcessLost, ShardError, TrainingDiverged)
 # Keys of scoresde-sample, -likelihood and -evaluate on which no batch depends.
@@ -137,6 +139,20 @@ class OutputFolder(Callback):
         OutputFolder.created = []
 
 
+def _note(message: Warning | str, category: type[Warning], filename: str, *where: Any) -> None:
+    """A warning of ours among what the command prints, once; any other as Python shows it."""
+    if Path(filename).is_relative_to(Path(__file__).parents[1]):
+        _say_once(f"Note: {message}")
+    else:
+        _show_warning(message, category, filename, *where)
+
+
+@functools.cache
+def _say_once(text: str) -> None:
+    if ranks()[0] == 0:
+        print(text, flush=True)
+
+
 @contextlib.contextmanager
 def refusing() -> Iterator[None]:
     """Turns what goes wrong while objects are built and inputs read into a `Refusal`."""
@@ -229,4 +245,5 @@ def read(cfg: DictConfig) -> Command:
         typed = f"'allow_targets=[{','.join(names)}]'"
         raise ConfigError(f"allow_targets is taken from the command line alone, not from a file: {typed}.")
     set_threads(options["threads"])
+    warnings.showwarning = _note  # type: ignore[assignment]
     return Command(options, names, Path(hydra.runtime.output_dir), list(hydra.overrides.task))

@@ -14,6 +14,7 @@ from ..diffusion.denoiser import Denoiser, model_device
 from ..evaluate.shards import ranks
 from ..noise.rng import Rng
 from ..runs.load import chosen_run
+from ..runs.progress import CallsShown
 from ..runs.samplers import Model, keep
 from ..sampling.fit_sampler import fit_sampler, samples_for
 from ._hydra import launch, read, refusing
@@ -77,10 +78,11 @@ def fit_all(
     """
     cond = move(cond, model_device(denoiser))
     for budget in budgets:
-        cost = f"about {calls + 2 * max(160, 8 * budget):,} calls on batches of {samples}"
-        print(f"Fitting a sampler of {budget} calls, by {cost} …", flush=True)
-        rng = Rng(seed)
-        fitted = fit_sampler(denoiser, budget=budget, shape=shape, rng=rng, cond=cond, samples=samples, calls=calls)
+        cost = calls + 2 * max(160, 8 * budget)
+        print(f"Fitting a sampler of {budget} calls, by about {cost:,} calls on batches of {samples} …", flush=True)
+        how: dict[str, Any] = {"rng": Rng(seed), "cond": cond, "samples": samples, "calls": calls}
+        with CallsShown(denoiser, f"fitting {budget} calls: network calls", cost) as shown:
+            fitted = fit_sampler(shown, budget=budget, shape=shape, **how)
         keep(folder, model, fitted)
         print(f"  {fitted}", flush=True)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import time
 from collections.abc import Mapping
@@ -30,7 +31,7 @@ from ..runs import load as loading
 from ..runs import lock
 from ..runs.checkpoint import Checkpoint, load
 from ..runs.kept import keep
-from ..runs.logger import JsonlLogger, Logger, NullLogger, RunFacts, read_rows, run_id
+from ..runs.logger import JsonlLogger, Logger, NullLogger, RunFacts, identity, read_rows
 from ..runs.redact import redacted
 from ..runs.samplers import Model
 from ..sampling import Sampler
@@ -209,10 +210,13 @@ def start_logger(plan: Plan, checkpoint: Checkpoint | None) -> Logger:
     if plan.training.world.rank:
         return NullLogger()
     config, step = (checkpoint.records["config"], checkpoint.step) if checkpoint else (plan.config, 0)
-    identity = run_id({name: value for name, value in config.items() if name != "logger"}, plan.folder)
-    sweep = plan.folder.parent.name if in_sweep() else None
+    config = {name: value for name, value in config.items() if name != "logger"}
+    # in a sweep that name of one run would be that of all jobs
+    sweep, wanted = (
+        (Path(HydraConfig.get().sweep.dir).name, None) if in_sweep() else (None, os.environ.get("WANDB_RUN_ID"))
+    )
     logger = JsonlLogger(plan.view)
-    logger.start(RunFacts(plan.folder, identity, plan.config, sweep, step))
+    logger.start(RunFacts(plan.folder, identity(plan.folder, config, wanted=wanted), plan.config, sweep, step))
     return logger
 
 

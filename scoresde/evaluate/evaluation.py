@@ -15,8 +15,9 @@ from ..diffusion.conditions import Cond, move, named, take
 from ..diffusion.denoiser import Denoiser, model_device
 from ..losses.loss import Loss
 from ..noise.rng import Rng
+from ..runs.progress import track
 from ..sampling import Sampler
-from .shards import Job, Tensors
+from .shards import Job, Tensors, ranks
 
 
 def held_out_loss(loss: Loss, dataset: Dataset, *, conditional: bool = False, batch_size: int = 256) -> float:
@@ -29,7 +30,8 @@ def held_out(loss: Loss, dataset: Dataset, *, conditional: bool = False, batch_s
     """Mean held-out metrics by name, see `Loss.measured`, with noise and times that are the same at every call."""
     rng, split, device = Rng(0), dataset.test, model_device(loss.denoiser)
     totals: dict[str, float] = {}
-    for index in torch.arange(len(split)).split(batch_size):
+    parts = torch.arange(len(split)).split(batch_size)
+    for index in track(parts, "held-out loss, batches", len(parts), show=ranks()[0] == 0):
         x0 = dataset.encode(split.raw[index], rng).to(device)
         for name, values in loss.measured(x0, split.cond(index, conditional, device), rng=rng).items():
             totals[name] = totals.get(name, 0.0) + float(values.sum())

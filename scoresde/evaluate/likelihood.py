@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import abc
-import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -17,15 +16,14 @@ from ..checks import whole
 from ..codecs import Scaling
 from ..data import Dataset
 from ..diffusion.conditions import Cond
-from ..diffusion.denoiser import CountingDenoiser, Denoiser, model_device
-from ..diffusion.prediction import Prediction
+from ..diffusion.denoiser import Denoiser, model_device
 from ..likelihood.bounds import elbo, ode_bound
 from ..likelihood.divergence import Divergence, Hutchinson
 from ..likelihood.ode import LogLikelihood, bits_per_dim, log_likelihood
 from ..likelihood.solver import Solver
 from ..likelihood.tolerance import Tolerance
 from ..noise.rng import Rng
-from ..runs.progress import track
+from ..runs.progress import CallsShown
 from .evaluation import choose_split, costs, evenly_spaced, joined
 from .shards import Job, Tensors, ranks
 
@@ -83,18 +81,6 @@ class Measured(NamedTuple):
     stderr: Tensor
     of_solver: Tensor
     evaluations: int
-
-
-class _Shown(CountingDenoiser):
-    """Shows the network calls of one solve as they come."""
-
-    def __init__(self, denoiser: Denoiser, label: str, total: int | None):
-        super().__init__(denoiser)
-        self.calls = track(itertools.repeat(None), label, total, show=ranks()[0] == 0)
-
-    def forward(self, x: Tensor, t: Tensor, cond: Cond = None) -> Prediction:
-        next(self.calls)
-        return super().forward(x, t, cond)
 
 
 class Likelihood(abc.ABC):
@@ -162,8 +148,9 @@ class Likelihood(abc.ABC):
             part = parts[index]
             x, cond = data.raw[part].to(device), data.cond(part, conditional, device)
             rng = Rng(seeds=[seed * len(data) + i for i in part.tolist()])
-            shown = _Shown(denoiser, f"network calls, batch {index + 1}", self.calls)
-            found = self.measure(shown, x, dataset.scaling, cond, rng)
+            label, show = f"network calls, batch {index + 1}", ranks()[0] == 0
+            with CallsShown(denoiser, label, self.calls, show=show) as shown:
+                found = self.measure(shown, x, dataset.scaling, cond, rng)
             bits = {
                 name: bits_per_dim(nats, event).double().cpu()
                 for name, nats in (("bits", found.log_prob), ("errors", -found.stderr), ("of_solver", -found.of_solver))

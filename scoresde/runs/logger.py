@@ -27,7 +27,7 @@ class RunFacts:
 
     Attributes:
         folder: the output folder.
-        id: stable over restarts, see `run_id`.
+        id: of the run in a view; it follows the folder, see `identity`.
         config: resolved configuration.
         group: name of the sweep the run belongs to, None for none.
         resume_step: step of the checkpoint that is continued, 0 for a fresh run.
@@ -103,7 +103,7 @@ class JsonlLogger(Logger):
                 _log.warning("%s: a line that was cut is left out: %.60r", path, line)
             elif not (row.get("final") or (isinstance(row.get("step"), (int, float)) and row["step"] > last)):
                 kept += line + b"\n"
-        publish(path, kept + _line({"header": provenance(), "step": last}))
+        publish(path, kept + _line({"header": provenance(), "id": facts.id, "step": last}))
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115 (closed by close)
         self.view.start(facts)
 
@@ -234,11 +234,22 @@ def _commit() -> str | None:
         return None
 
 
-def run_id(config: Mapping[str, Any], folder: Path) -> str:
-    """First 12 hex digits of SHA-1 over the configuration and the last two parts of the output folder's path.
+def identity(folder: Path, config: Mapping[str, Any], *, wanted: str | None = None) -> str:
+    """The id of the run in `folder`: the one `wanted`, else the last that metrics.jsonl has, else a new one.
 
-    The same command in the same folder is the same run, also after a restart. `config` comes without the keys that
-    say where and how to log.
+    It stays in the folder, so a run that is continued, with whatever command, is the same run in a view, and one that
+    replaced another is not. A folder from before ids were kept goes by `run_id`, as it did then.
+
+    Args:
+        config: of the run, without the keys that say where and how to log.
     """
+    rows = read_rows(folder / "metrics.jsonl")
+    kept = [row["id"] for row in rows if "header" in row and isinstance(row.get("id"), str)]
+    new = run_id(config if rows else {**config, "started": time.time_ns()}, folder)
+    return wanted or next(reversed(kept), new)
+
+
+def run_id(config: Mapping[str, Any], folder: Path) -> str:
+    """First 12 hex digits of SHA-1 over the configuration and the last two parts of the output folder's path."""
     text = json.dumps([config, folder.resolve().parts[-2:]], sort_keys=True)
     return hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest()[:12]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import json
 import logging
 import os
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -17,9 +19,13 @@ from typing import Any
 from ..checks import positive
 from . import wandb_view
 from .logger import Logger, RunFacts, plain
+from .redact import redacted
 
 _log = logging.getLogger(__name__)
 _ENCODER = json.JSONEncoder(default=plain)
+_VARIABLES = {"group": "WANDB_RUN_GROUP", "id": "WANDB_RUN_ID"}  # others are named as the argument
+_TRUE = ("1", "true", "yes", "on", "t", "y")
+_OLD_MODES = {"dryrun": "offline", "run": "online"}  # that W&B still understands
 
 
 class WandbLogger(Logger):
@@ -30,30 +36,51 @@ class WandbLogger(Logger):
     network costs one warning and at most `finish_timeout` seconds at the end, and metrics.jsonl has every row. Offline,
     the view opens no connection, not even for W&B's own telemetry.
 
+    What is None is what W&B's own variable says, so that WANDB_MODE=disabled or WANDB_PROJECT=… work as everywhere;
+    WANDB_DIR, WANDB_RUN_ID and WANDB_RESUME are taken as well, and WANDB_SILENT=true prints no `wandb sync` line.
+
     Args:
-        mode: "offline" (default: no account, no network; `wandb sync` later), "online" or "disabled".
-        project, entity, tags: as in `wandb.init`.
+        mode: "offline" (no account, no network; `wandb sync` later), "online" or "disabled". None: WANDB_MODE, else
+            "online" for a run that `wandb agent` starts, else "offline".
+        project, entity, name, group, tags, notes, job_type: as in `wandb.init`. None: WANDB_PROJECT, WANDB_ENTITY,
+            WANDB_NAME, WANDB_RUN_GROUP, WANDB_TAGS (a,b), WANDB_NOTES, WANDB_JOB_TYPE, else project "scoresde", the
+            folder's name, the sweep as the group and "train".
         finish_timeout: seconds that `close` waits at most, > 0. W&B has two fifths of it to begin an online run, which
             is kept offline otherwise, and two fifths to upload the rest at the end. Rows that were not uploaded by then
             are on the disk, and one line says how to upload them.
 
     Raises:
-        ValueError: the mode is unknown, or the timeout is not positive.
+        ValueError: the mode is unknown, a project or run id is none of W&B's, or the timeout is not positive.
     """
 
     def __init__(
         self,
         *,
-        mode: str = "offline",
-        project: str = "scoresde",
+        mode: str | None = None,
+        project: str | None = None,
         entity: str | None = None,
-        tags: Sequence[str] = (),
+        name: str | None = None,
+        group: str | None = None,
+        tags: Sequence[str] | None = None,
+        notes: str | None = None,
+        job_type: str | None = None,
         finish_timeout: float = 60.0,
     ):
-        if mode not in ("offline", "online", "disabled"):
-            raise ValueError(f"mode is 'offline', 'online' or 'disabled'; got {mode!r}.")
-        self.mode = mode
-        self.place: dict[str, Any] = {"project": project, "entity": entity, "tags": list(tags)}
+        self.mode = _mode() if mode is None else mode
+        if self.mode not in ("offline", "online", "disabled"):
+            which = "WANDB_MODE" if mode is None else "mode"
+            raise ValueError(f"{which} is 'offline', 'online' or 'disabled'; got {self.mode!r}.")
+        if tags is not None:
+            tags = tags.split(",") if isinstance(tags, str) else [str(tag) for tag in tags]
+            if wrong := [tag for tag in tags if not 1 <= len(tag) <= 64]:
+                raise ValueError(f"A tag has 1 to 64 characters; got {wrong[0]!r}.")
+        said = {"project": project, "entity": entity, "name": name, "group": group, "tags": tags, "notes": notes}
+        said |= {"job_type": job_type}
+        self.said: dict[str, Any] = redacted({key: value for key, value in said.items() if value is not None})
+        for key, refused in (("project", "/\\#?%:"), ("id", ":;,#?/'")):
+            value = self.said.get(key) or _told(key)
+            if found := sorted(set(value) & set(refused)):
+                raise ValueError(f"The {key} of a W&B run holds none of {refused}; got {value!r} with {found[0]!r}.")
         self.finish_timeout = positive(finish_timeout, "finish_timeout", "a number of seconds")
         self._view: subprocess.Popen[bytes] | None = None
         self._folder, self._warned = "", False
@@ -62,8 +89,14 @@ class WandbLogger(Logger):
         self.close()
         if self.mode == "disabled":
             return
-        run = self.place | {"id": facts.id, "name": facts.folder.name, "group": facts.group}
-        run |= {"dir": str(facts.folder.absolute()), "config": dict(facts.config)}
+        self._id = facts.id if facts.group is not None else _told("id") or facts.id
+        if _told("id") not in ("", self._id):
+            _log.warning("WANDB_RUN_ID=%s is the name of one run; the jobs of a sweep have their own.", _told("id"))
+        usual = {"project": "scoresde", "name": facts.folder.name, "group": facts.group, "job_type": "train"}
+        usual |= {"dir": str(facts.folder.absolute()), "resume": "allow"}
+        # what is left away W&B takes from its variable
+        run = {key: value for key, value in usual.items() if not _told(key)} | self.said
+        run |= {"id": self._id, "config": dict(facts.config)}
         command = [sys.executable, "-P", wandb_view.__file__, str(os.getpid())]
         environment = {"WANDB_ERROR_REPORTING": "false", **os.environ}  # telemetry, which can hold up the exit by 15 s
         self._folder, self._warned = f"{facts.folder}/wandb/*run-*", False
@@ -98,6 +131,9 @@ class WandbLogger(Logger):
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._view.wait(self.finish_timeout)
             self._end(f"W&B did not end within {self.finish_timeout:g} s")
+            if not self._warned and "/offline-run-" in self._folder and _told("silent").lower() not in _TRUE:
+                earlier = Path(self._folder).parent.glob(f"offline-run-*-{glob.escape(self._id)}*")
+                _log.info("To upload the run to W&B: wandb sync %s", shlex.join(sorted(map(str, earlier))))
 
     def _send(self, *message: Any) -> None:
         """Leaves a message for the view and now and then passes on what that has said, without waiting."""
@@ -121,6 +157,8 @@ class WandbLogger(Logger):
             kind, text = json.loads(line)
             if kind == "folder":
                 self._folder = text
+            elif kind == "url":
+                _log.info("W&B shows the run at %s", text)
             else:
                 self._warn(text)
 
@@ -143,3 +181,12 @@ class WandbLogger(Logger):
     def _warn(self, text: str) -> None:
         self._warned = True
         _log.warning("%s", text)
+
+
+def _told(key: str) -> str:
+    """What W&B's variable of an argument says, empty where it is not set."""
+    return os.environ.get(_VARIABLES.get(key, f"WANDB_{key.upper()}"), "")
+
+
+def _mode() -> str:
+    return _OLD_MODES.get(_told("mode"), _told("mode")) or ("online" if _told("sweep_id") else "offline")

@@ -2,7 +2,8 @@
 
 Started by its path, so that it imports neither torch nor scoresde. Stdin is a file that grows; each line of it is a
 JSON list: a name and arguments. The first is `start`; a training that has gone without `close` was killed. Each line of
-stdout is a JSON pair: `folder` and where this run is kept, or `say` and what the user should know.
+stdout is a JSON pair: `folder` and where this run is kept, `url` and where it is shown, or `say` and what the user
+should know.
 """
 
 from __future__ import annotations
@@ -111,8 +112,6 @@ def start(options: Mapping[str, Any], mode: Any, tell: Tell) -> Any:
     run = wandb.init(
         **options["run"],
         mode=mode,
-        resume="allow" if mode == "online" else None,
-        job_type="train",
         reinit="finish_previous",
         settings=wandb.Settings(**{k: v for k, v in wanted.items() if k in wandb.Settings.model_fields}),
     )
@@ -120,6 +119,8 @@ def start(options: Mapping[str, Any], mode: Any, tell: Tell) -> Any:
     run.define_metric("images")
     run.define_metric("*", step_metric="images")
     tell("folder", place(run))
+    if mode == "online":
+        tell("url", str(run.url))
     return run
 
 

@@ -169,7 +169,7 @@ class Sweep:
         write_page(self.folder / "report.html", runs, title=self.folder.name)
         swept = [name for name in rows[0] if name not in (*_FIXED, *_MEASURED)]
         names = [*_FIXED, *swept, *(["error"] if any(row["error"] for row in rows) else [])]
-        table, _ = layout({name: [_cell(row[name]) for row in rows] for name in names}, window(), optional=swept)
+        table, _ = layout({name: [_cell(row, name) for row in rows] for name in names}, window(), optional=swept)
         print(f"\n{table}")
         print(f"Sweep in {self.folder / 'sweep.csv'}, pictures in {self.folder / 'report.html'}", flush=True)
         states = [row["status"] for row in rows]
@@ -242,5 +242,8 @@ def gather(folder: Path) -> list[dict[str, Any]]:
     return sorted(rows, key=rank)
 
 
-def _cell(value: Any) -> str:
+def _cell(row: dict[str, Any], name: str) -> str:
+    value, error = row[name], number(row["stderr"])
+    if name == "objective" and error is not None and value == row["bits_per_dim"]:
+        return f"{value:.4f} ± {error:.4f}"
     return f"{value:.4f}" if isinstance(value, float) else str(value)

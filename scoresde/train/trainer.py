@@ -34,8 +34,9 @@ class TrainingDiverged(RuntimeError):
 class Trainer:
     """Runs training until `images` images have been seen. Every length and interval counts images, not steps.
 
-    The learning rate rises linearly over `warmup`, stays, and falls linearly to 0 over `cooldown` at the end. A step
-    whose loss or gradient is not finite changes nothing (weights, moments, average) and is counted.
+    The learning rate rises linearly over `warmup`, stays, and falls linearly to 0 over `cooldown` at the end. Where the
+    two are longer than the whole training, both are scaled so that they fill it: it reaches its full rate. A step whose
+    loss or gradient is not finite changes nothing (weights, moments, average) and is counted.
 
     Args:
         images: length of training, ≥ 1.
@@ -90,9 +91,15 @@ class Trainer:
 
     def lr_scale(self, images: int) -> float:
         """Factor on the learning rate for a step that starts at `images`: above 0 at the first step and the last."""
-        rise = (images + self.batch_size * self.accumulate) / self.warmup if self.warmup else 1.0
-        fall = (self.images - images) / self.cooldown if self.cooldown else 1.0
+        warmup, cooldown = self.ramps()
+        rise = (images + self.batch_size * self.accumulate) / warmup if warmup else 1.0
+        fall = (self.images - images) / cooldown if cooldown else 1.0
         return max(0.0, min(1.0, rise, fall))
+
+    def ramps(self) -> tuple[float, float]:
+        """Images over which the learning rate rises and falls: warmup and cooldown, scaled to fit into the training."""
+        share = min(1.0, self.images / max(self.warmup + self.cooldown, 1))
+        return self.warmup * share, self.cooldown * share
 
     def step(self, state: TrainingState) -> None:
         """One optimizer step: `accumulate` batches, clipped, skipped on the device if it is not finite."""
@@ -160,6 +167,10 @@ class Trainer:
             Stopped: a signal came; the state after the last step is saved.
             CheckpointError: a checkpoint could not be written.
         """
+        if self.warmup + self.cooldown > self.images and state.world.rank == 0:
+            text = "warmup and cooldown (%s and %s images) are longer than the training of %s: scaled to %s and %s."
+            lengths = (self.warmup, self.cooldown, self.images, *map(round, self.ramps()))
+            _log.warning(text, *(f"{length:,}" for length in lengths))
         logger, signals = NullLogger() if logger is None else logger, signals or Signals()
         _FitLoop(self, state, logger, folder, dict(config or {}), evaluate, sample, snapshot, signals).run()
 

@@ -122,7 +122,7 @@ def test_a_likelihood_says_its_cost_and_shows_its_calls(monkeypatch) -> None:
             ticks.append((label, total))
             yield item
 
-    monkeypatch.setattr("scoresde.evaluate.likelihood.track", track)
+    monkeypatch.setattr("scoresde.runs.progress.track", track)
     dataset = TOY.dataset(train=10, test=10)
     measure = OdeLikelihood(Exact(), solver=Budget(30), batch_size=5)
     assert measure.cost((1, 8, 8)) == "network calls for each 5 points: 30, each with 64 backward products"

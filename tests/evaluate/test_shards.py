@@ -29,7 +29,6 @@ from scoresde.evaluate.evaluation import Drawing, Samples
 from scoresde.evaluate.likelihood import BitsPerDim, OdeLikelihood
 from scoresde.evaluate.shards import Job, ShardError, Shards, ranks
 from scoresde.likelihood.tolerance import Tolerance
-from scoresde.runs.progress import track
 
 SETTINGS = {"model": {"name": "mixture", "step": 3}}
 SAMPLERS = {
@@ -210,7 +209,7 @@ def test_arguments_out_of_range_are_refused(tmp_path: Path, monkeypatch) -> None
 
 
 def test_progress_is_shown_by_rank_0_alone(tmp_path: Path, monkeypatch) -> None:
-    """On a terminal a bar of all steps of its own batches, elsewhere lines; with the rate and the time left."""
+    """A bar of all steps of its own batches, with the rate and the time left."""
 
     class Terminal(io.StringIO):
         def isatty(self) -> bool:
@@ -220,13 +219,6 @@ def test_progress_is_shown_by_rank_0_alone(tmp_path: Path, monkeypatch) -> None:
         monkeypatch.setattr("sys.stderr", Terminal())
         Shards(tmp_path, SETTINGS, rank, 2).work(samples())
         assert ("/39 [" in sys.stderr.getvalue()) == ("it/s" in sys.stderr.getvalue()) == (rank == 0)  # 3 × (10 + 3)
-    monkeypatch.setattr("sys.stderr", io.StringIO())
-    assert list(track(range(3), "batches", 3, every=0.0)) == [0, 1, 2]
-    lines = sys.stderr.getvalue().splitlines()
-    assert [line.split("  ")[0] for line in lines] == ["batches 1/3", "batches 2/3", "batches 3/3"]
-    assert all(line.split("  ")[1].endswith("/s") and line.endswith(" s left") for line in lines)
-    assert list(track(range(3), "batches", 3, show=False, every=0.0)) == [0, 1, 2]
-    assert len(sys.stderr.getvalue().splitlines()) == 3
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import logging
 import math
@@ -29,7 +30,7 @@ from scoresde.nn import MLP
 from scoresde.runs import logger as module
 from scoresde.runs import wandb_view
 from scoresde.runs.checkpoint import latest
-from scoresde.runs.logger import JsonlLogger, Logger, NullLogger, RunFacts, provenance, run_id
+from scoresde.runs.logger import JsonlLogger, Logger, NullLogger, RunFacts, identity, provenance
 from scoresde.runs.wandb_logger import WandbLogger
 from scoresde.train.ema import EMA
 from scoresde.train.state import TrainingState
@@ -336,13 +337,39 @@ def test_a_run_that_was_stopped_has_the_rows_of_one_that_was_not(tmp_path: Path,
         assert set(row) == {"step", "images", "eval/loss"} or set(row) >= TRAIN_KEYS - {"train/imgs_per_s"}
 
 
-def test_run_id_names_configuration_and_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    name = run_id(CONFIG, tmp_path / "a" / "b")
+def test_the_id_follows_the_folder(tmp_path: Path, no_git: None) -> None:
+    """It outlives other commands, a start before the first checkpoint, and a move; a run in its place has another."""
+    folder = tmp_path / "a"
+    folder.mkdir()
+
+    def begin(config: dict[str, Any], step: int, wanted: str | None = None) -> str:
+        name = identity(folder, config, wanted=wanted)
+        logger = JsonlLogger()
+        logger.start(RunFacts(folder, name, config, resume_step=step))
+        logger.log({"train/loss": 1.0}, step=step + 1, images=8)
+        logger.close()
+        return name
+
+    name = begin(CONFIG, 0)
     assert len(name) == 12 and int(name, 16) >= 0
+    assert [begin({**CONFIG, "images": n}, step) for n, step in ((1, 1), (2, 2), (3, 3), (4, 0))] == [name] * 4
+    folder = folder.rename(tmp_path / "b")
+    assert begin(CONFIG, 1) == name
+    assert begin(CONFIG, 2, wanted="mine") == "mine"
+    assert begin(CONFIG, 1) == "mine"
+    (folder / "metrics.jsonl").unlink()  # as overwrite=true does
+    assert begin(CONFIG, 0) != name
+
+
+def test_a_folder_from_before_ids_were_kept_has_the_one_of_then(tmp_path: Path, no_git: None, monkeypatch) -> None:
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    (tmp_path / "a" / "b" / "metrics.jsonl").write_text('{"header": {}, "step": 0}\n{"step": 1, "images": 8}\n')
+    name = identity(tmp_path / "a" / "b", CONFIG)
     monkeypatch.chdir(tmp_path)
-    assert run_id(dict(reversed(CONFIG.items())), Path("a/b")) == name  # another order, another spelling
-    assert run_id(CONFIG, tmp_path / "moved" / "a" / "b") == name
-    assert len({name, run_id({**CONFIG, "seed": 4}, tmp_path / "a" / "b"), run_id(CONFIG, tmp_path / "a" / "c")}) == 3
+    assert identity(Path("a/b"), dict(reversed(CONFIG.items()))) == name  # another order, another spelling
+    # by its definition: SHA-1 of the JSON text, keys in order
+    text = json.dumps([CONFIG, ["a", "b"]], sort_keys=True)
+    assert name == hashlib.sha1(text.encode()).hexdigest()[:12]
 
 
 CANARIES = {
@@ -443,6 +470,7 @@ class FakeWandb(types.ModuleType):
         self.fault, self.error, self.only, self.calls = fault, error, only, []
         self.summary = types.SimpleNamespace(update=self.call("summary"))
         self.settings = types.SimpleNamespace(sync_dir="runs/a/wandb/offline-run-1")
+        self.url = "https://wandb.ai/us/scoresde/runs/0123456789ab"
         for name in ("Settings", "init", "define_metric", "log", "Image", "Table", "finish", "teardown"):
             setattr(self, name, self.call(name))
         self.Settings.model_fields = {"silent": None, "finish_timeout": None}
@@ -463,6 +491,7 @@ FAULTS = ("import", "Settings", "init", "define_metric", "log", "Image", "Table"
 def messages(folder: Path, mode: str = "offline") -> Iterator[list[Any]]:
     """What the view of a short run reads: all that `WandbLogger` can send."""
     run = {"id": "0123456789ab", "dir": str(folder), "config": CONFIG, "group": "g", "entity": "us", "tags": ["a"]}
+    run["resume"] = "allow"
     row = {"train/loss": 1.0, "step": 1, "images": 8}
     yield ["start", {"run": run, "mode": mode, "pid": 1, "patience": 4.0}]
     yield ["log", row]
@@ -507,12 +536,12 @@ def test_an_online_run_that_does_not_begin_is_kept_offline(tmp_path: Path, monke
 
 
 def test_wandb_is_told_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for mode, resume in (("offline", None), ("online", "allow")):
+    for mode in ("offline", "online"):
         fake = FakeWandb("", ValueError())
         assert show(fake, tmp_path, monkeypatch, mode) == []
         given = {name: kwargs for name, _, kwargs in fake.calls if name in ("init", "finish", "Settings")}
         init = given["init"]
-        assert (init["mode"], init["resume"], init["id"], init["config"]) == (mode, resume, "0123456789ab", CONFIG)
+        assert (init["mode"], init["resume"], init["id"], init["config"]) == (mode, "allow", "0123456789ab", CONFIG)
         assert (init["dir"], init["entity"], init["tags"], init["group"]) == (str(tmp_path), "us", ["a"], "g")
         assert given["finish"] == {"exit_code": 1}
         # those that this version of W&B knows; the network's patience is not that of W&B's own service

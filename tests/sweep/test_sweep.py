@@ -70,7 +70,10 @@ def test_a_sweep_makes_one_table_of_all_its_jobs(sweep: tuple[Path, Done, list[A
     start = max(i for i, line in enumerate(lines) if line.split()[:3] == ["job", "status", "objective"])
     printed = [line.split() for line in lines[start + 2 : start + 14]]
     assert [cells[0] for cells in printed] == [row["job"] for row in found]
-    assert [cells[2] for cells in printed] == [f"{value:.4f}" for value in objectives]
+    wanted = [
+        [f"{value:.4f}", "±", f"{float(row['stderr']):.4f}"] for value, row in zip(objectives, found, strict=True)
+    ]
+    assert [cells[2:5] for cells in printed] == wanted
 
 
 def test_each_job_of_a_sweep_has_its_folder(sweep: tuple[Path, Done, list[Any]]) -> None:

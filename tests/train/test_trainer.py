@@ -181,6 +181,25 @@ def test_learning_rate_rises_stays_and_falls() -> None:
     assert expected[0] > 0 and expected[-1] > 0 and max(expected) == 1e-2
 
 
+def test_ramps_longer_than_the_training_are_scaled_and_it_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    """By 300/1000, so that they meet at the full rate after 100 of 300 images; ramps that just fit stay."""
+    run, rows = training(batch=10), Rows()
+    Trainer(images=300, batch_size=10, warmup=333, cooldown=667, log_every=10).fit(run, logger=rows)
+    rise, fall = 333 * 0.3, 667 * 0.3
+    expected = [1e-2 * min(1, 10 * (k + 1) / rise, (300 - 10 * k) / fall) for k in range(30)]
+    assert rows.of("train/lr") == pytest.approx(expected, rel=1e-12)
+    assert max(expected) == 1e-2
+    (line,) = caplog.messages
+    assert (
+        line == "warmup and cooldown (333 and 667 images) are longer than the training of 300: scaled to 100 and 200."
+    )
+    caplog.clear()
+    Trainer(images=300, batch_size=10, warmup=100, cooldown=200).fit(training(batch=10))
+    assert not caplog.messages
+    assert Trainer(images=300, warmup=100, cooldown=200).ramps() == (100, 200)
+    assert Trainer(images=300, warmup=1000).ramps() == (300, 0) and Trainer(images=300).ramps() == (0, 0)
+
+
 def gradient(run: TrainingState) -> Tensor:
     x0 = run.dataset.train.raw[EpochOrder(SAMPLES, 50, 0).next()]
     loss = run.loss(x0, rng=Rng(0)).mean()
