@@ -49,7 +49,7 @@ DOORS = {
     "matplotlib": ("evaluate.figures", "sweep.curves"),
     "rich": ("runs.listing",),
     "tqdm": ("runs.progress", "train.progress"),
-    "safetensors": ("runs.bundle", "runs.checkpoint", "runs.posthoc", "evaluate.shards"),
+    "safetensors": ("runs.bundle", "runs.checkpoint", "runs.posthoc", "evaluate.shards", "evaluate.features"),
     "sklearn": ("data.digits", "metrics.c2st"),
     "PIL": ("data.folder", "evaluate.figures"),
     "torchdiffeq": ("ode",),

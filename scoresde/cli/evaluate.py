@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
+from ..config import ConfigError, build
 from ..evaluate import figures
 from ..evaluate.evaluation import held_out_loss
 from ..evaluate.report import Evaluation, Report, check_samplers, list_files
+from ..evaluate.scoring import Scoring, check_rank
+from ..runs.checkpoint import CheckpointError
 from ..runs.load import build_loss, chosen_run
 from ..runs.logger import NullLogger
-from ._hydra import launch, read, refusing
+from ..runs.run import Run
+from ._hydra import Command, launch, read, refusing
 
 
 def main() -> None:
@@ -28,11 +33,14 @@ def evaluate(cfg: DictConfig) -> float:
         if evaluation.pictures:
             figures.require()
         samplers, likelihood = command.samplers(), command.build("likelihood")
-        run = chosen_run(options, allow, whole_data=True)
+        run = with_data(chosen_run(options, allow))
         check_samplers(samplers, run.denoiser)
+        scoring = scoring_of(command).tried(run.dataset, evaluation.samples)
+        check_rank(evaluation.rank_by, ["sliced-W2", *scoring.names])
         loss = build_loss(run.config, run.denoiser, allow)
         shards = command.shards(run)
-    report = Report(run.denoiser, run.dataset, run.conditional, samplers, likelihood, evaluation, seed=options["seed"])
+    model = (run.denoiser, run.dataset, run.conditional)
+    report = Report(*model, samplers, likelihood, evaluation, seed=options["seed"], scoring=scoring)
     measured = report.measure(shards)
     if measured is None:
         return float("nan")
@@ -42,6 +50,38 @@ def evaluate(cfg: DictConfig) -> float:
     shards.clear()
     print(list_files(folder))
     return summary["bits_per_dim"]["mean"] if evaluation.objective == "bits_per_dim" else value
+
+
+def with_data(run: Run) -> Run:
+    """The run with all of its data, where they can be read; else, in words, with what its folder keeps of them."""
+    try:
+        return run.whole_data()
+    except CheckpointError as error:
+        test = run.dataset.test
+        print(f"{error}\nMeasured on the {len(test):,} held-out samples in the run folder, without training data.")
+        return run
+
+
+def scoring_of(command: Command) -> Scoring:
+    """The metrics of the command line, and the features that they are of.
+
+    Raises:
+        ConfigError: one of them cannot be built.
+    """
+    nodes = command.options["metrics"]
+    for name, node in nodes.items() if isinstance(nodes, dict) else [("", nodes)]:
+        if not isinstance(node, dict):
+            key = f"metrics.{name}".rstrip(".")
+            raise ConfigError(
+                f"{key} is a mapping with _target_, as in +metrics.mine._target_=my.metric; got {node!r}."
+            )
+    # a metric is a function, and its keys are keyword arguments of it
+    metrics = {
+        name: build({**node, "_partial_": True}, command.allow, key=f"metrics.{name}") for name, node in nodes.items()
+    }
+    settings = {"features": command.options["features"], **nodes}
+    optional = HydraConfig.get().runtime.choices["metrics"] == "default"
+    return Scoring(metrics, command.build("features"), settings, optional)
 
 
 if __name__ == "__main__":

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +17,23 @@ from ..data.kinds import in_turn, turns_in_words
 from ..diffusion.denoiser import Cond, Denoiser
 from ..diffusion.grids import check_grid
 from ..likelihood.ode import bits_per_dim
-from ..metrics import sliced_w2
-from ..noise.rng import Rng
+from ..metrics import Score, score, sliced_score
+from ..metrics.jackknife import GROUPS
 from ..runs.folder import finish
 from ..runs.listing import layout
 from ..runs.logger import Logger
 from ..runs.publish import publish, replacing
 from ..sampling import Sampler
 from . import figures
+from .calibration import Level, by_split, noise_levels
 from .conditions import alike, condition_arrays
 from .evaluation import Drawing, Samples, by_suffix, evenly_spaced
 from .likelihood import BitsPerDim, Likelihood
+from .scoring import TRAINING, Scoring, ranked
 from .shards import Job, Shards
+from .table import columns_of, markdown, printed, record_of, shown, verdict
+
+_LOGGED = {"sliced-W2": "w2"}  # under which name a number has always been logged
 
 
 @dataclass(frozen=True)
@@ -41,6 +47,9 @@ class Evaluation:
         batch_size: number of samples at a time, ≥ 1.
         pictures: draw PNGs, which needs matplotlib.
         objective: "bits_per_dim" or "loss", by which a sweep is sorted.
+        rank_by: the number by which samplers are sorted, least first; "-recall" puts the greatest first; None for the
+            first number of the table.
+        levels: noise levels at which the loss is measured on held-out and training points, 0 for none.
 
     Raises:
         ValueError: a value outside its range.
@@ -52,11 +61,15 @@ class Evaluation:
     batch_size: int = 128
     pictures: bool = True
     objective: str = "bits_per_dim"
+    rank_by: str | None = None
+    levels: int = 0
 
     def __post_init__(self) -> None:
         for name in ("points", "points_during", "samples", "batch_size"):
             if name != "points" or self.points is not None:
                 whole(getattr(self, name), f"evaluation.{name}")
+        if whole(self.levels, "evaluation.levels", 0) == 1:
+            raise ValueError("evaluation.levels is 0 or at least 2: from t_max to t_min; got 1.")
         if not isinstance(self.pictures, bool):
             raise ValueError(f"evaluation.pictures is true or false; got {self.pictures!r}.")
         if self.objective not in ("bits_per_dim", "loss"):
@@ -84,8 +97,8 @@ def write_samples(
     cond = next(iter(made.values())).cond
     if pictures:
         real = real_beside(cond, dataset, len(seeds))
-        for suffix, samples in by_suffix(made):
-            figures.sample_grid(samples.x, real, folder / f"samples{suffix}.png")
+        for (suffix, samples), name in zip(by_suffix(made), made, strict=True):
+            figures.sample_grid(samples.x, real, folder / f"samples{suffix}.png", sampler=name)
             figures.trajectory(samples.frames, samples.times, folder / f"trajectory{suffix}.png")
     arrays: dict[str, Any] = {"seeds": seeds, **condition_arrays(cond)}
     arrays |= {name: dataset.decode(samples.x) for name, samples in made.items()}
@@ -99,16 +112,19 @@ def real_beside(cond: Cond, dataset: Dataset, n: int) -> Tensor:
     return dataset.encode(real[evenly_spaced(len(real), min(n, len(real)))])
 
 
-def distances_of(made: Mapping[str, Samples], dataset: Dataset) -> dict[str, float]:
-    """Sliced-W2 distance of each sampler's vectors to the held-out ones, in raw units; empty for other events."""
-    if len(dataset.event_shape) > 1:
-        return {}
+def distances_of(made: Mapping[str, Tensor], dataset: Dataset) -> dict[str, dict[str, Score]]:
+    """Sliced-W2 distance of vectors, model data, to the held-out ones, in raw units, with an error where there are
+    enough; of other events there is none.
+    """
+    found: dict[str, dict[str, Score]] = {name: {} for name in made}
     real = dataset.test.raw.float()
-    return {
-        name: sliced_w2(dataset.decode(samples.x).float(), real, rng=Rng(0))
-        for name, samples in made.items()
-        if len(samples.x) > 1
-    }
+    for name, x in made.items() if len(dataset.event_shape) == 1 else ():
+        raw = dataset.decode(x).float()
+        if min(len(raw), len(real)) >= 2 * GROUPS:
+            found[name] = score(sliced_score, "sliced-W2", raw, real, real)
+        elif len(raw) > 1:
+            found[name]["sliced-W2"] = Score(sliced_score(raw, real, real), math.nan)
+    return found
 
 
 def exact_bits(dataset: Dataset, points: int | None) -> float | None:
@@ -128,6 +144,7 @@ class Report:
         conditional: whether the model gets the conditions of the data.
         samplers, likelihood: how samples are drawn, and how likelihoods are measured.
         evaluation: the numbers of samples and of points.
+        scoring: the metrics of the samples, `tried` on these data.
         seed: n samples have the seeds seed · n … (seed + 1) · n − 1.
     """
 
@@ -138,6 +155,7 @@ class Report:
     likelihood: Likelihood
     evaluation: Evaluation
     seed: int
+    scoring: Scoring = field(default_factory=lambda: Scoring({}))
 
     def measure(self, shards: Shards) -> tuple[BitsPerDim, dict[str, Samples]] | None:
         """(bits/dim, samples by sampler) on rank 0, which waits for the others; they do their share and get None."""
@@ -170,45 +188,107 @@ class Report:
     ) -> dict[str, Any]:
         """Writes samples and pictures, `summary.md` and at last `summary.json`, logs and prints the table.
 
-        Bits/dim stand in every row: they are the model's. Returns what `summary.json`
-        holds: `facts` and what was measured.
+        Returns what `summary.json` holds: `facts` and what was measured.
         """
-        dataset, accuracy = self.dataset, self.likelihood.accuracy
-        write_samples(made, dataset, folder, seeds=self.seeds, pictures=self.evaluation.pictures)
-        distances, exact = distances_of(made, dataset), exact_bits(dataset, self.evaluation.points)
-        columns = {
-            "sampler": list(made),
-            "NFE": [f"{samples.evaluations:.0f}" for samples in made.values()],
-            "seconds": [f"{samples.seconds:.1f}" for samples in made.values()],
-            **({"sliced-W2": [f"{distances[name]:.4f}" for name in made]} if distances else {}),
-            "bits/dim": [f"{bits.mean:.4f} ± {bits.stderr:.4f}"] * len(made),
-        }
+        dataset, evaluation, by = self.dataset, self.evaluation, self.evaluation.rank_by
+        write_samples(made, dataset, folder, seeds=self.seeds, pictures=evaluation.pictures)
+        scores = self.scores(made)
+        best, levels = ranked(scores, by)[0], self.levels()
+        columns = columns_of(made, scores, by)
         rows = [list(row) for row in zip(*columns.values(), strict=True)]
         logger.table("eval/summary", list(columns), rows)
         nfe = {name: samples.evaluations for name, samples in made.items()}
-        numbers = {bits.estimator: bits.mean, "bpd_stderr": bits.stderr, "nfe": nfe}
-        logger.summary(numbers | ({"w2": distances} if distances else {}))
-        note = (
-            f"bits/dim of the model on {bits.points} held-out points: {bits.meaning}, {self.likelihood.how}, "
-            f"{'uniform dequantisation, ' if self.likelihood.dequantises and dataset.scaling.levels else ''}"
+        numbers: dict[str, Any] = {bits.estimator: bits.mean, "bpd_stderr": bits.stderr, "nfe": nfe}
+        for name in dict.fromkeys(name for row in scores.values() for name in row):
+            numbers[_LOGGED.get(name, f"scores/{name}")] = {row: each[name].value for row, each in scores.items()}
+        logger.summary(numbers)
+        noise = {"noise σ/α": [f"{level.noise:.3g}" for level in levels]}
+        noise |= {what: [shown(score) for score in found] for what, found in by_split(levels).items()}
+        notes = [verdict(made, scores, by), *self.notes(made), self.bits_note(bits)]
+        text = [printed(columns), *notes, layout(noise, None)[0] if levels else ""]
+        lines = [markdown(columns), *notes, markdown(noise) if levels else ""]
+        publish(folder / "summary.md", "\n\n".join(filter(None, lines)) + "\n")
+        if evaluation.pictures:
+            self.draw(made, scores, levels, folder)
+        summary = {
+            **facts,
+            "bits_per_dim": {
+                **bits.record,
+                **self.likelihood.accuracy,
+                "exact": exact_bits(dataset, evaluation.points),
+            },
+            "best": best,
+            "protocol": self.scoring.protocol(dataset, evaluation.samples),
+            "samplers": [
+                {"sampler": name, "nfe": nfe[name], "seconds": samples.seconds, "samples": len(samples.x)}
+                | {"sliced_w2": scores[name]["sliced-W2"].value if "sliced-W2" in scores[name] else None}
+                for name, samples in made.items()
+            ],
+            "scores": record_of(scores, best),
+            "noise_levels": [asdict(level) for level in levels],
+        }
+        finish(folder / "summary.json", summary)
+        print("\n" + "\n\n".join(filter(None, text)), flush=True)
+        return summary
+
+    def scores(self, made: Mapping[str, Samples]) -> dict[str, dict[str, Score]]:
+        """Of each sampler, and of training data where the scoring has metrics."""
+        drawn = {name: samples.x for name, samples in made.items()}
+        found = self.scoring.of(drawn, self.dataset)
+        if TRAINING in found:
+            raw = self.dataset.train.raw
+            drawn[TRAINING] = self.dataset.encode(raw[evenly_spaced(len(raw), min(len(raw), len(self.seeds)))])
+        return {row: of_row | found[row] for row, of_row in distances_of(drawn, self.dataset).items()}
+
+    def levels(self) -> list[Level]:
+        """The loss at each noise level, where it is asked for."""
+        if not self.evaluation.levels:
+            return []
+        return noise_levels(self.denoiser, self.dataset, self.evaluation.levels, conditional=self.conditional)
+
+    def notes(self, made: Mapping[str, Samples]) -> list[str]:
+        """On what the numbers were measured, and which were not."""
+        protocol, skipped = self.scoring.protocol(self.dataset, self.evaluation.samples), self.scoring.skipped
+        said = [f"Not measured: {'; '.join(skipped)}."] if skipped else []
+        if self.scoring.metrics:
+            said.append(
+                f"Scores on {protocol['features']} ({protocol['coordinates']}) of {protocol['samples']:,} samples, "
+                f"{protocol['held_out']:,} held-out and {protocol['training'] or 'no'} training points; {protocol['error']}. "
+                f"{TRAINING} shows what samples of the law of the data score, and what copies do."
+            )
+        return said
+
+    def bits_note(self, bits: BitsPerDim) -> str:
+        """Bits/dim, which no sampler changes."""
+        exact, accuracy = exact_bits(self.dataset, self.evaluation.points), self.likelihood.accuracy
+        return (
+            f"bits/dim of the model: {bits.mean:.4f} ± {bits.stderr:.4f} on {bits.points} held-out points: "
+            f"{bits.meaning}, {self.likelihood.how}, "
+            f"{'uniform dequantisation, ' if self.likelihood.dequantises and self.dataset.scaling.levels else ''}"
             f"{', '.join(f'{name}={value:g}' for name, value in accuracy.items())}, {bits.evaluations:.0f} "
             f"evaluations, {bits.seconds:.1f} s."
             f"{'' if exact is None else f' The true density has {exact:.4f} on the same points.'}"
         )
-        lines = ["| " + " | ".join(row) + " |" for row in (columns, ["---"] * len(columns), *rows)]
-        publish(folder / "summary.md", "\n".join([*lines, "", note, ""]))
-        summary = {
-            **facts,
-            "bits_per_dim": {**bits.record, **accuracy, "exact": exact},
-            "samplers": [
-                {"sampler": name, "nfe": nfe[name], "seconds": samples.seconds, "samples": len(samples.x)}
-                | {"sliced_w2": distances.get(name)}
-                for name, samples in made.items()
-            ],
+
+    def draw(
+        self,
+        made: Mapping[str, Samples],
+        scores: Mapping[str, Mapping[str, Score]],
+        levels: Sequence[Level],
+        folder: Path,
+    ) -> None:
+        """`scores.png` and `noise.png`, where there is something to draw."""
+        values = {row: {name: (each.value, each.stderr) for name, each in of.items()} for row, of in scores.items()}
+        costs = {
+            "network calls": {name: samples.evaluations for name, samples in made.items()},
+            f"seconds for {len(self.seeds):,} samples": {name: samples.seconds for name, samples in made.items()},
         }
-        finish(folder / "summary.json", summary)
-        print(f"\n{layout(columns, None)[0]}\n{note}", flush=True)
-        return summary
+        if self.scoring.metrics:
+            figures.score_chart(costs, values, folder / "scores.png")
+        if levels:
+            losses = {what: [(each.value, each.stderr) for each in found] for what, found in by_split(levels).items()}
+            losses.pop("held out − training")
+            figures.noise_chart([level.noise for level in levels], losses, folder / "noise.png")
 
 
 def list_files(folder: Path) -> str:

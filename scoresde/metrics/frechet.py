@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..codecs.scaling import Scaling
+from .features import network_features
 from .pairs import paired
 
 
@@ -140,30 +141,9 @@ class Frechet:
             small=fewest < self.min_samples or fewest <= dims,
         )
 
-    @torch.no_grad()
     def features(self, x: Tensor) -> Tensor:
-        """(n, F) float64 on the CPU.
-
-        Raises:
-            ValueError: the extractor does not return (B, F) finite values.
-        """
-        modes = {module: module.training for module in self.extractor.modules()}
-        device = next((parameter.device for parameter in self.extractor.parameters()), x.device)
-        parts = []
-        self.extractor.eval()
-        try:
-            for batch in x.split(self.batch_size):
-                parts.append(self.extractor(self._rounded(batch).to(device)).double().cpu())
-        finally:
-            for module, training in modes.items():
-                module.training = training
-        found = torch.cat(parts)
-        if found.ndim != 2 or not bool(found.isfinite().all()):
-            raise ValueError(
-                f"{type(self.extractor).__name__} returned features of shape {tuple(found.shape)}"
-                f"{'' if bool(found.isfinite().all()) else ' with NaN or infinite values'}; expected finite (n, F)."
-            )
-        return found
+        """(n, F) float64 on the CPU; see `scoresde.metrics.features.network_features`."""
+        return network_features(self.extractor, self._rounded(x), self.batch_size)
 
     def _rounded(self, x: Tensor) -> Tensor:
         if self.scaling is None or self.scaling.levels is None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
-_ROWS = 1024  # of a block of distances: bounds the memory
+_ENTRIES = 2**20  # of a block of distances: bounds the memory
 
 
 def paired(x: Tensor, y: Tensor, *, minimum: int) -> tuple[Tensor, Tensor]:
@@ -34,21 +34,28 @@ def paired(x: Tensor, y: Tensor, *, minimum: int) -> tuple[Tensor, Tensor]:
 
 def mean_between(x: Tensor, y: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
     """Mean of `function` of the distances |x_i − y_j| over all n m pairs."""
-    return _total(x, y, function) / (len(x) * len(y))
+    total = sum((function(distances).sum() for _, distances in distances_between(x, y)), x.new_zeros(()))
+    return total / (len(x) * len(y))
 
 
 def mean_within(x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
     """Mean of `function` of |x_i − x_j| over the n (n − 1) pairs with i ≠ j: unbiased."""
-    own = len(x) * function(x.new_zeros(()))
-    return (_total(x, x, function, same=True) - own) / (len(x) * (len(x) - 1))
-
-
-def _total(x: Tensor, y: Tensor, function: Callable[[Tensor], Tensor], same: bool = False) -> Tensor:
-    centre = y.mean(0)  # distances are computed from products, which cancel less near the origin
-    total = x.new_zeros(())
-    for first in range(0, len(x), _ROWS):
-        distances = torch.cdist(x[first : first + _ROWS] - centre, y - centre)
-        if same:
-            distances.diagonal(first).zero_()
+    total = -len(x) * function(x.new_zeros(()))  # the pairs with i = j
+    for rows, distances in distances_between(x, x):
+        distances.diagonal(rows.start).zero_()
         total = total + function(distances).sum()
-    return total
+    return total / (len(x) * (len(x) - 1))
+
+
+def distances_between(x: Tensor, y: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Blocks of |x_i − y_j|: (the rows i, (rows, m)). They are computed from products, so 0 is one up to round-off."""
+    centre = y.mean(0)  # products cancel less near the origin
+    for rows in row_blocks(x, y):
+        yield rows, torch.cdist(x[rows] - centre, y - centre)
+
+
+def row_blocks(x: Tensor, y: Tensor) -> Iterator[slice]:
+    """Rows of x of which a block against all of y has a bounded number of entries."""
+    size = max(1, _ENTRIES // len(y))
+    for first in range(0, len(x), size):
+        yield slice(first, min(first + size, len(x)))

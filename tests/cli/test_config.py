@@ -41,6 +41,7 @@ from scoresde.cli.train import assemble
 from scoresde.config import ConfigError, build, build_network, config_dir, parameters, targets
 from scoresde.data import Dataset
 from scoresde.diffusion.parameterization import Parameterization
+from scoresde.evaluate import Features
 from scoresde.evaluate.likelihood import Likelihood
 from scoresde.evaluate.report import Evaluation
 from scoresde.nn import MLP, Classifier
@@ -54,7 +55,7 @@ CONF = Path(config_dir())
 OPTIONS = sorted(
     (path.parent.name, path.stem)
     for path in CONF.glob("*/*.yaml")
-    if path.parent.name != "experiment"
+    if path.parent.name not in ("experiment", "metrics", "features")  # the last two are built in a test of their own
     and path.relative_to(CONF) != Path("problem/none.yaml")  # there is nothing in it
 )
 EXPERIMENTS = sorted(path.stem for path in CONF.glob("experiment/*.yaml"))
@@ -220,6 +221,32 @@ def test_the_other_mains_build_every_option_of_their_groups(name: str, tmp_path:
             more = given.get(option, []) if group in ("grid", "guidance") else []
             node = composed(f"{group}={option}", "run=somewhere", *more, name=name)[group]
             assert isinstance(build(node, **wanted(node, runtime())), kind)
+
+
+METRICS = sorted(path.stem for path in CONF.glob("metrics/*.yaml"))
+
+
+@pytest.mark.parametrize("option", METRICS)
+def test_every_set_of_metrics_measures(option: str) -> None:
+    """Each entry is a function of samples, held-out and training points, and returns numbers with these settings."""
+    nodes, numbers = composed(f"metrics={option}", "run=somewhere", name="evaluate").metrics, {}
+    sets = [torch.randn(n, 3, generator=torch.Generator().manual_seed(n)) for n in (40, 41, 42)]
+    for name, node in nodes.items():
+        node = {**node, "steps": 2} if name == "c2st" else node
+        result = build({**node, "_partial_": True}, key=f"metrics.{name}")(*sets)
+        numbers |= result if isinstance(result, dict) else {name: result}
+    common = {"kernel", "precision", "recall", "density", "coverage", "memorised", "copies"}
+    expected = {"none": set(), "default": common, "images": common | {"frechet"}}
+    assert numbers.keys() == expected.get(option, common | {"frechet", "sliced", "c2st"})
+
+
+def test_every_kind_of_features_builds(tmp_path: Path) -> None:
+    torch.jit.save(torch.jit.script(torch.nn.Flatten()), tmp_path / "flat.pt")
+    flat = "features.network._target_=torch.nn.Flatten"
+    for option, more in (("pixels", []), ("module", [flat]), ("torchscript", [f"features.path={tmp_path}/flat.pt"])):
+        node = composed(f"features={option}", *more, "run=somewhere", name="evaluate").features
+        assert isinstance(build(node, ["torch.nn.Flatten"], key="features"), Features)
+    assert {path.stem for path in CONF.glob("features/*.yaml")} == {"pixels", "module", "torchscript"}
 
 
 @pytest.mark.parametrize("name", ["train", "evaluate"])
