@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
@@ -10,7 +12,6 @@ from ..evaluate import figures
 from ..evaluate.evaluation import held_out_loss
 from ..evaluate.report import Evaluation, Report, check_samplers, list_files
 from ..evaluate.scoring import Scoring, check_rank
-from ..runs.checkpoint import CheckpointError
 from ..runs.load import build_loss, chosen_run
 from ..runs.logger import NullLogger
 from ..runs.run import Run
@@ -53,13 +54,13 @@ def evaluate(cfg: DictConfig) -> float:
 
 
 def with_data(run: Run) -> Run:
-    """The run with all of its data, where they can be read; else, in words, with what its folder keeps of them."""
-    try:
+    """The run with all of its data; where their path is gone, said in words, with what its folder keeps of them."""
+    path = run.config["data"].get("path")
+    if path is None or Path(path).exists() or run.dataset.known is None:
         return run.whole_data()
-    except CheckpointError as error:
-        test = run.dataset.test
-        print(f"{error}\nMeasured on the {len(test):,} held-out samples in the run folder, without training data.")
-        return run
+    kept = f"the {len(run.dataset.test):,} held-out samples that the run folder keeps, and no training samples"
+    print(f"The data are not at {path} any more: measured on {kept}.")
+    return run
 
 
 def scoring_of(command: Command) -> Scoring:

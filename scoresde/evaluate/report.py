@@ -253,7 +253,8 @@ class Report:
         if self.scoring.metrics:
             said.append(
                 f"Scores on {protocol['features']} ({protocol['coordinates']}) of {protocol['samples']:,} samples, "
-                f"{protocol['held_out']:,} held-out and {protocol['training'] or 'no'} training points; {protocol['error']}. "
+                f"{protocol['held_out']:,} held-out and {protocol['training']:,} training points; "
+                f"{protocol['error']}. "
                 f"{TRAINING} shows what samples of the law of the data score, and what copies do."
             )
         return said

@@ -198,6 +198,8 @@ def test_every_key_is_a_parameter_of_its_target(path: Path) -> None:
     assert isinstance(tree, dict)
     tree.pop("hydra", None)  # Hydra's own callbacks
     for at, node in nodes(tree):
+        if node["_target_"] == "???":  # the user's own
+            continue
         module, _, name = node["_target_"].rpartition(".")
         made = getattr(importlib.import_module(module), name)
         names = set(inspect.signature(made).parameters)

@@ -191,7 +191,7 @@ def test_the_table_is_sorted_and_compares_in_pairs() -> None:
     assert verdict({"slow": drawn["slow"]}, SCORES, None) == verdict(drawn, {"slow": {}, "fast": {}}, None) == ""
     assert columns_of(drawn, {"slow": {}, "fast": {}}, None)["sampler"] == ["slow", "fast"]
     assert markdown({"a": ["1"], "b": ["2"]}) == "| a | b |\n| --- | --- |\n| 1 | 2 |"
-    assert shown(None) == "–" and shown(Score(-1234.5678, 56.7)) == "-1234.6 ± 56.7"
+    assert shown(None) == "–" and shown(Score(-1234.5678, 56.7)) == "-1235 ± 57"
 
 
 def test_a_wide_table_is_printed_in_parts_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
