@@ -130,7 +130,7 @@ def follow(plan: Plan, checkpoint: Checkpoint | None, signals: Signals) -> dict[
     command = " ".join(["scoresde-train", *HydraConfig.get().overrides.task])
     if plan.training.world.rank == 0:
         folders.write_config(plan.folder, plan.config, command)
-        keep(plan.folder, plan.training.dataset)
+        keep(plan.folder, plan.training.dataset, resumed=checkpoint is not None)
     logger, failed = start_logger(plan, checkpoint), True
     try:
         result = fit_and_report(plan, logger, signals)

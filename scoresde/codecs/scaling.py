@@ -101,7 +101,10 @@ class Scaling(Codec):
             return
         low, high = (int(value) for value in raw.aminmax())
         if low < 0 or high >= self.levels:
-            raise ValueError(f"{name} holds integers {low} … {high}, expected {expected}. Set levels to their number.")
+            cure = "Set levels to their number."
+            if low < 0:
+                cure = f"They count from 0: subtract the least, raw - ({low}), and set levels={high - low + 1} or more."
+            raise ValueError(f"{name} holds integers {low} … {high}, expected {expected}. {cure}")
 
     def _check_floats(self, raw: Tensor, name: str) -> None:
         if not raw.is_floating_point():

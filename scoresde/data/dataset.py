@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -55,6 +56,14 @@ class Split:
             return None
         return move(take(unnamed(self.named), index), device)
 
+    def digest(self) -> str:
+        """SHA-256 of samples, labels and other conditions."""
+        found = hashlib.sha256()
+        for name, values in sorted({"raw": self.raw, **self.named}.items()):
+            found.update(f"{name} {values.dtype} {tuple(values.shape)}".encode())
+            found.update(values.cpu().flatten().numpy().data)
+        return found.hexdigest()
+
     def _each(self, fn: Callable[[Tensor], Tensor]) -> Split:
         labels = None if self.labels is None else fn(self.labels)
         return Split(fn(self.raw), labels, {name: fn(values) for name, values in self.conditions.items()})
@@ -72,6 +81,7 @@ class Dataset:
         log_prob: raw samples (B, *event) -> exact log-density (B,) in nats, where it is known (the toys).
         class_names: one for each class; without, they are called by their numbers.
         known: of an excerpt: what is known of all the samples that it was taken from.
+        files: those that training and held-out samples were read from, for messages; empty where no file was read.
 
     Raises:
         TypeError: a dtype that the scaling cannot read, or labels that are not int64.
@@ -86,6 +96,7 @@ class Dataset:
     log_prob: Callable[[Tensor], Tensor] | None = None
     class_names: tuple[str, ...] = ()
     known: Statistics | None = None
+    files: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.class_names and len(self.class_names) != self.classes:
@@ -120,7 +131,29 @@ class Dataset:
     @functools.cached_property
     def statistics(self) -> Statistics:
         """What is known of all samples; of an excerpt, of all that it was taken from."""
-        return self.known or measured(self.train.raw, self.train.conditions, self.scaling, len(self.test))
+        if self.known is not None:
+            return self.known
+        train, test = self.train, self.test
+        found = measured(train.raw, train.labels, train.conditions, self.scaling, len(test))
+        return replace(found, digests={"train": train.digest(), "test": test.digest()} if self.files else {})
+
+    def altered(self, digests: Mapping[str, str]) -> str:
+        """The file whose samples are not those of these `Statistics.digests`; empty if there is none."""
+        own = self.statistics.digests
+        parts = zip(("train", "test"), self.files, strict=False)
+        return next((file for part, file in parts if digests.get(part, own[part]) != own[part]), "")
+
+    @property
+    def seen_classes(self) -> tuple[int, ...]:
+        """The classes that some training sample has: of others a model knows nothing."""
+        labels = self.statistics.labels
+        return tuple(range(self.classes)) if labels is None else labels
+
+    @property
+    def unseen(self) -> str:
+        """The names of the classes that no training sample has, in words; empty if there are none."""
+        names = [name for k, name in enumerate(self.names_of_classes) if k not in set(self.seen_classes)]
+        return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
     @property
     def complete(self) -> bool:

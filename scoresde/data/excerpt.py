@@ -66,6 +66,7 @@ def unpacked(tensors: Mapping[str, Tensor], record: Mapping[str, Any], codec: Co
 
     known = dict(record["statistics"])
     known["span"] = _pair(known["span"])
+    known["labels"] = None if known.get("labels") is None else tuple(map(int, known["labels"]))
     known["conditions"] = {name: _pair(span) for name, span in known["conditions"].items()}
     return Dataset(
         record["name"],

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import zipfile
-import zlib
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,7 +12,15 @@ from torch import Tensor
 
 from ..codecs.scaling import Scaling
 from .dataset import Dataset, Split, check_samples, count_classes, hold_out
-from .source import existing, misfit
+from .source import existing, explained, misfit, unpacked_bytes
+
+# What makes labels of other kinds class indices, by the letter of their dtype.
+_ADVICE = {
+    "f": "Store labels.astype(int).",
+    "b": "Store labels.astype(int).",
+    "U": "Number the names: np.unique(labels, return_inverse=True)[1].",
+    "S": "Number the names: np.unique(labels, return_inverse=True)[1].",
+}
 
 
 def Arrays(
@@ -71,7 +77,7 @@ def Arrays(
     if classes > n:  # the network would hold a row for each
         found, advice = f"{classes - 1} in {n} samples", "Number the classes without gaps."
         raise misfit(f"{file}[{keys['label']}]", "classes 0, 1, 2 …", found, advice)
-    return Dataset(file.stem, train, test, scaling, classes)
+    return Dataset(file.stem, train, test, scaling, classes, files=(str(path), str(test_path or path)))
 
 
 def _read_split(path: Path, key: str | None, keys: dict[str, str], channels_last: bool, add_channel: bool) -> Split:
@@ -89,16 +95,26 @@ def _read_split(path: Path, key: str | None, keys: dict[str, str], channels_last
     conditions = {name: torch.from_numpy(values.astype(np.float32)) for name, values in others.items()}
     if labels is None:
         return Split(raw, conditions=conditions)
-    least = labels.min() if labels.size and labels.dtype.kind in "ui" else None
-    if least is None or labels.shape != raw.shape[:1] or least < 0:
-        found = f"{labels.dtype} {labels.shape}{'' if least is None else f' with minimum {least}'}"
-        raise misfit(f"{path}[{keys['label']}]", f"({len(raw)},) integers ≥ 0, one class per sample", found)
-    return Split(raw, torch.from_numpy(labels.astype(np.int64)), conditions)
+    return Split(raw, _labels(labels, len(raw), f"{path}[{keys['label']}]"), conditions)
+
+
+def _labels(values: np.ndarray, n: int, where: str) -> Tensor:
+    """Class indices (n,) int64."""
+    advice, found = _ADVICE.get(values.dtype.kind, ""), f"{values.dtype} {values.shape}"
+    if values.shape != (n,):
+        advice = "Take labels[:, 0]." if values.shape == (n, 1) else "One-hot rows become labels.argmax(1)."
+    elif values.dtype.kind in "ui" and n:
+        least, most = int(values.min()), int(values.max())
+        if least >= 0 and most < 2**31:
+            return torch.from_numpy(values.astype(np.int64))
+        found += f" with minimum {least}" if least < 0 else f" with maximum {most}"
+        advice = "Number the classes from 0."
+    raise misfit(where, f"({n},) integers ≥ 0, one class per sample", found, advice)
 
 
 def _load(path: Path, key: str | None, keys: dict[str, str]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """The array of samples, and by name what has a key beside it."""
-    with _explained(path):
+    with explained(path, "a .npy or .npz file"):
         content = np.load(path, allow_pickle=False)
     if isinstance(content, np.ndarray):
         if key is not None or keys:
@@ -111,31 +127,36 @@ def _load(path: Path, key: str | None, keys: dict[str, str]) -> tuple[np.ndarray
         first = key or names[0]
         if absent := [at for at in (first, *keys.values()) if at not in names]:
             raise ValueError(f"{path} has no array {absent[0]!r}; found {', '.join(names)}.")
-        with _explained(path):
-            return content[first], {name: content[at] for name, at in keys.items()}
+        return _member(content, first, path), {name: _member(content, at, path) for name, at in keys.items()}
 
 
-@contextmanager
-def _explained(path: Path) -> Iterator[None]:
-    """NumPy's many ways to fail, in two sentences."""
-    try:
-        yield
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        if "Object arrays" in str(error):
-            raise TypeError(
-                f"{path}: expected numbers, found dtype object (samples of several shapes, or Python objects). "
-                "Store one array of numbers, all samples of one shape."
-            ) from error
-        raise misfit(path, "a .npy or .npz file", f"a damaged or other one ({error})") from error
+def _member(content: Any, name: str, path: Path) -> np.ndarray:
+    """One array of an .npz file."""
+    (entry,) = (info for info in content.zip.infolist() if info.filename in (name, f"{name}.npy"))
+    if entry.file_size > unpacked_bytes(entry.compress_size):
+        found = f"one that unpacks to {entry.file_size:,} bytes, {entry.file_size // max(entry.compress_size, 1)} times"
+        raise misfit(f"{path}[{name}]", "an array", f"{found} its own", "If that is right, store it as .npy.")
+    with explained(path, "a .npy or .npz file"):
+        values = content[name]
+    if not isinstance(values, np.ndarray):
+        raise misfit(f"{path}[{name}]", "an array of NumPy's", "another file")
+    return values
 
 
 def _tensor(values: np.ndarray, path: Path) -> Tensor:
-    """Integers in the smallest type that torch computes with, floats in float32."""
-    if values.dtype.kind not in "uif":
-        advice = " Store masks as uint8 and set levels=2." if values.dtype.kind == "b" else ""
+    """Integers in the smallest type that torch computes with, floats in float32; in this machine's order of bytes."""
+    kind = values.dtype.kind
+    if kind not in "uif":
+        advice = " Store masks as uint8 and set levels=2." if kind == "b" else ""
         raise TypeError(f"{path}: expected integers or real floats, found dtype {values.dtype}.{advice}")
-    kept = np.float32 if values.dtype.kind == "f" else np.uint8 if values.dtype == np.uint8 else np.int64
-    raw = torch.from_numpy(values.astype(kept))
+    if values.size and values.dtype.itemsize > 4 and kind != "i":
+        low, high = np.fmin.reduce(values, axis=None), np.fmax.reduce(values, axis=None)
+        if kind == "u" and int(high) >= 2**63:
+            raise misfit(path, "integers below 2^63", int(high), "Shift or scale them.")
+        if kind == "f" and (far := [end for end in (low, high) if np.finfo(np.float32).max < abs(end) < np.inf]):
+            raise misfit(path, "numbers that float32 holds, up to 3.4e38", f"{far[0]:.6g}", "Scale them.")
+    kept = np.float32 if kind == "f" else np.uint8 if values.dtype == np.uint8 else np.int64
+    raw = torch.from_numpy(values.astype(kept, order="C"))
     check_samples(raw, str(path))
     return raw
 
@@ -169,7 +190,10 @@ def _scaling(raw: Tensor, levels: int | None, raw_low: float | None, raw_high: f
         if raw_low is not None or raw_high is not None:
             raise ValueError(f"{path}: raw_low and raw_high are for floats; integers take levels=…. Found {raw.dtype}.")
         if levels is None and raw.dtype != torch.uint8:
-            raise ValueError(f"{path}: integers other than uint8 need levels=…. Found {found}.")
+            advice = (
+                "" if low >= 0 else f" They count from 0: store raw - ({low:g}) and set levels={high - low + 1:.0f}."
+            )
+            raise ValueError(f"{path}: integers other than uint8 need levels=…. Found {found}.{advice}")
         levels = 256 if levels is None else levels
         scaling, raw_low, raw_high = Scaling(levels=levels), 0, levels - 1
     scaling.check(raw, f"{path}: raw")

@@ -23,7 +23,8 @@ def ImageFolder(
     """8-bit images of a folder, decoded once and kept in memory.
 
     Images lie in the folder itself (no labels), or all in its sub-folders: one class each, in the order of their
-    names. Hidden files and files that are not named like images are passed over; orientation tags are not applied.
+    names. Hidden files and files that are not named like images are passed over. Images are turned as their orientation
+    tags say.
 
     Args:
         path: the folder.
@@ -38,8 +39,8 @@ def ImageFolder(
     Raises:
         ImportError: pillow is missing.
         FileNotFoundError: no such folder.
-        ValueError: no images, images both in the folder and below, mixed sizes, a file that is not an image or not an
-            8-bit one without transparency; path, expected and found are named.
+        ValueError: no images, images both in the folder and below, mixed sizes, a file that is not an image or not a
+            single 8-bit one without transparency; path, expected and found are named.
     """
     if size is not None:
         size = whole(size, "size in pixels", otherwise="None to keep images as they are")
@@ -52,12 +53,15 @@ def ImageFolder(
             raise misfit(file, expected, in_pixels(image), "Give size=… to cut and resize all of them.")
     samples = Split(torch.from_numpy(np.stack(images)), labels)
     splits, scaling = hold_out(samples, test_fraction, seed), Scaling(levels=256)
-    return Dataset(folder.resolve().name, *splits, scaling, count_classes(samples), class_names=names)
+    classes, both = count_classes(samples), (str(path), str(path))
+    return Dataset(folder.resolve().name, *splits, scaling, classes, class_names=names, files=both)
 
 
 def _list(folder: Path) -> tuple[list[Path], Tensor | None, tuple[str, ...]]:
     """(files, labels (N,) or None, names of the classes)."""
-    here, below = _images(folder), [entry for entry in sorted(folder.glob("[!.]*")) if entry.is_dir()]
+    here, below = _images(folder), _folders(folder)
+    if deeper := [file for entry in below for inner in _folders(entry) for file in _images(inner)]:
+        raise misfit(deeper[0], "images in the folder or in its sub-folders", "one that lies deeper", "Move it up.")
     files = [file for entry in below for file in _images(entry)]
     if here and files:
         raise ValueError(
@@ -76,7 +80,20 @@ def _list(folder: Path) -> tuple[list[Path], Tensor | None, tuple[str, ...]]:
 
 
 def _images(folder: Path) -> list[Path]:
-    return sorted(file for file in folder.glob("[!.]*") if file.suffix.lower() in _SUFFIXES and file.is_file())
+    return [path for path in _visible(folder) if path.suffix.lower() in _SUFFIXES and not path.is_dir()]
+
+
+def _folders(folder: Path) -> list[Path]:
+    return [path for path in _visible(folder) if path.is_dir()]
+
+
+def _visible(folder: Path) -> list[Path]:
+    """What is in a folder besides hidden files, in order; a link that leads nowhere is refused."""
+    paths = sorted(folder.glob("[!.]*"))
+    for path in paths:
+        if path.is_symlink() and not path.exists():
+            existing(path)
+    return paths
 
 
 def in_pixels(image: Any) -> str:
@@ -85,7 +102,7 @@ def in_pixels(image: Any) -> str:
 
 
 def read_image(path: str | Path, channels: int) -> Tensor:
-    """One 8-bit image without transparency, (channels, H, W) uint8; orientation tags are not applied.
+    """One 8-bit image without transparency, (channels, H, W) uint8, turned as its orientation tag says.
 
     Args:
         path: the file.
@@ -107,9 +124,14 @@ def read_image(path: str | Path, channels: int) -> Tensor:
 def _pixels(file: Path, image: Any, size: int | None, grey: bool) -> np.ndarray:
     """(C, H, W) uint8."""
     transparent = "A" in image.getbands() or "transparency" in image.info
+    grey_for_colour = image.mode in ("L", "1") and not transparent
     if image.mode not in (("L", "RGB", "P", "1") if grey else ("RGB", "P")) or transparent:
         found = f"mode {image.mode}{' with transparency' if transparent else ''}"
-        advice = "Set grey=True for grey images." if image.mode in ("L", "1") else "Convert it first."
+        advice = (
+            "Convert it first; a folder of grey images is read with grey=True."
+            if grey_for_colour
+            else "Convert it first."
+        )
         raise misfit(file, "an 8-bit grey or colour image" if grey else "an 8-bit RGB image", found, advice)
     image = image.convert("L" if grey else "RGB")
     if size is not None:
@@ -123,13 +145,33 @@ def _pixels(file: Path, image: Any, size: int | None, grey: bool) -> np.ndarray:
 
 
 def _opened(file: Path) -> Any:
-    """The image, decoded."""
+    """The image, decoded and turned as its orientation tag says; one that is not read whole is refused."""
     try:
-        from PIL import Image
+        from PIL import Image, ImageOps
     except ImportError as error:
         raise ImportError("Images are read with pillow: pip install 'scoresde[data]'.") from error
     try:
         with Image.open(file) as image:
-            return image.copy()
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            lost = _lost(image)
+            whole = None if lost else ImageOps.exif_transpose(image)
+    except Exception as error:  # a damaged file may raise anything
         raise misfit(file, "an image", f"a damaged or other file ({error})") from error
+    if lost:
+        raise misfit(file, "a single 8-bit image", lost, "Convert it first.")
+    return whole
+
+
+def _lost(image: Any) -> str:
+    """What pillow would leave out without a word, of an image that is opened and not yet decoded."""
+    if (frames := getattr(image, "n_frames", 1)) > 1:
+        return f"{frames} frames"
+    if image.format == "TIFF":
+        bits, formats, extra = (
+            image.tag_v2.get(tag, default) for tag, default in ((258, (1,)), (339, (1,)), (338, ()))
+        )
+        if max(bits) > 8:
+            return f"{max(bits)} bits a channel"
+        if set(formats) != {1}:
+            return "signed or other numbers"
+        return "further channels" if extra and "A" not in image.mode else ""
+    return "16 bits a channel" if any(str(tile[3]).endswith(";16B") for tile in image.tile) else ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import io
 import math
 import zlib
 from pathlib import Path
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from ..codecs.scaling import Scaling
 from .dataset import Dataset, Split, count_classes
-from .source import existing, misfit
+from .source import existing, misfit, unpacked_bytes
 
 _KINDS = {0x08: "uint8", 0x09: "int8", 0x0B: "int16", 0x0C: "int32", 0x0D: "float32", 0x0E: "float64"}
 
@@ -37,7 +38,8 @@ def Idx(path: str, labels: bool = True) -> Dataset:
     """
     folder = existing(path, folder=True)
     train, test = (_read_split(folder, part, labels) for part in ("train", "t10k"))
-    return Dataset(folder.resolve().name, train, test, Scaling(levels=256), count_classes(train, test))
+    files = tuple(str(folder / f"{part}-images-idx3-ubyte") for part in ("train", "t10k"))
+    return Dataset(folder.resolve().name, train, test, Scaling(levels=256), count_classes(train, test), files=files)
 
 
 def _read_split(folder: Path, part: str, labels: bool) -> Split:
@@ -71,10 +73,15 @@ def read_idx(path: Path, dims: int) -> Tensor:
     """
     content, start = path.read_bytes(), 4 + 4 * dims
     if content.startswith(b"\x1f\x8b"):
+        most = unpacked_bytes(len(content))
         try:
-            content = gzip.decompress(content)
+            content = gzip.GzipFile(fileobj=io.BytesIO(content)).read(most + 1)
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
             raise ValueError(f"{path}: the gzip stream is truncated or damaged ({error}). Fetch it again.") from error
+        if len(content) > most:
+            raise misfit(
+                path, f"at most {most:,} bytes when it is unpacked", "more", "If that is right, unpack it first."
+            )
     header = content[:4]
     if len(header) < 4 or not header.startswith(b"\x00\x00"):
         raise ValueError(f"{path}: not an IDX file. Expected it to begin 00 00 08 {dims:02x}, found {header.hex(' ')}.")

@@ -136,14 +136,17 @@ def kinds_of(dataset: Dataset, *, always: bool) -> dict[str, Kind]:
 
 
 def in_turn(dataset: Dataset, n: int, conditional: bool) -> Cond:
-    """The default conditions of n samples: sample k has class k mod classes, or if there are others than labels, the
-    condition of held-out sample k mod their number. None for an unconditional model.
+    """The default conditions of n samples: each class that training samples had, in turn, or if there are others than
+    labels, the condition of held-out sample k mod their number. None for an unconditional model.
     """
     if not conditional:
         return None
     if dataset.test.conditions:
         return dataset.test.cond(torch.arange(n) % len(dataset.test), True, torch.device("cpu"))
-    return torch.arange(n) % dataset.classes if dataset.classes else None
+    if not dataset.classes:
+        return None
+    classes = torch.tensor(dataset.seen_classes)
+    return classes[torch.arange(n) % len(classes)]
 
 
 def turns_in_words(dataset: Dataset, conditional: bool) -> str:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -21,16 +24,20 @@ def existing(path: str | Path, *, folder: bool = False) -> Path:
 
     Raises:
         FileNotFoundError: nothing is there.
-        ValueError: a file where a folder is expected, or the reverse; or a file without data.
+        ValueError: a file where a folder is expected, or the reverse; a file without data; or no file at all.
     """
     path = Path(path).expanduser()
     kind, other = ("folder", "file") if folder else ("file", "folder")
+    if path.is_symlink() and not path.exists():
+        raise FileNotFoundError(f"{path} is a link to {os.readlink(path)}, and nothing is there. Mend or remove it.")
     if not path.exists():
         near = next(parent for parent in path.absolute().parents if parent.exists())
         raise FileNotFoundError(f"There is no {kind} {path.absolute()} (the nearest folder that exists is {near}).")
     if path.is_dir() != folder:
         raise misfit(path, f"a {kind}", f"a {other}")
     if not folder:
+        if not path.is_file():  # a pipe would keep us waiting
+            raise misfit(path, "a file", "a pipe or a device")
         with path.open("rb") as file:
             start = file.read(len(_LFS))
         if start == _LFS:
@@ -40,16 +47,43 @@ def existing(path: str | Path, *, folder: bool = False) -> Path:
     return path
 
 
+def unpacked_bytes(packed: int) -> int:
+    """How many bytes a compressed file of `packed` bytes may unpack to: 256 MiB, or 200 times as many.
+
+    Zeros pack a thousandfold, and a small file of them would fill the memory; no data that are worth a model do.
+    """
+    return max(1 << 28, 200 * packed)
+
+
+@contextmanager
+def explained(path: Path, expected: str) -> Iterator[None]:
+    """NumPy's many ways to fail on a file, in two sentences.
+
+    Raises:
+        TypeError: it holds Python objects.
+        ValueError: anything else is wrong.
+    """
+    try:
+        yield
+    except Exception as error:  # of zip, zlib, the header's parser, or of memory that a header asks for
+        if "Object arrays" in str(error):
+            raise TypeError(
+                f"{path}: expected numbers, found dtype object (samples of several shapes, or Python objects). "
+                "Store one array of numbers, all samples of one shape."
+            ) from error
+        said = str(error) or type(error).__name__
+        raise misfit(path, expected, f"a damaged or other one ({said:.300})") from error
+
+
 def read_array(file: Path) -> np.ndarray:
     """The numbers of a .npy file; nothing is unpickled.
 
     Raises:
-        ValueError: a damaged or other file, or an array of anything else.
+        TypeError: it holds Python objects.
+        ValueError: a damaged or other file, or an array of anything else than numbers.
     """
-    try:
+    with explained(file, "an array of numbers"):
         values = np.load(file, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise misfit(file, "an array of numbers", f"a damaged or other file ({error})") from error
     if not isinstance(values, np.ndarray) or values.dtype.kind not in "biuf":
         found = f"dtype {values.dtype}" if isinstance(values, np.ndarray) else "several arrays (.npz)"
         raise misfit(file, "an array of numbers", found)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from torch import Tensor
@@ -24,6 +24,8 @@ class Statistics:
         conditions: the same of each condition that is no label, by name; NaN is not counted.
         gaps: some training sample or other has no condition: all of it is NaN.
         training, held_out: numbers of samples.
+        labels: classes that some training sample has; None where that was not kept.
+        digests: SHA-256 of the samples of the splits "train" and "test" that were read from files; empty for others.
     """
 
     data_std: float
@@ -32,10 +34,14 @@ class Statistics:
     gaps: bool
     training: int
     held_out: int
+    labels: tuple[int, ...] | None = None
+    digests: dict[str, str] = field(default_factory=dict)
 
 
-def measured(raw: Tensor, conditions: Mapping[str, Tensor], scaling: Scaling, held_out: int) -> Statistics:
-    """Of training samples (N, *event) and their conditions."""
+def measured(
+    raw: Tensor, labels: Tensor | None, conditions: Mapping[str, Tensor], scaling: Scaling, held_out: int
+) -> Statistics:
+    """Of training samples (N, *event), their labels and other conditions."""
     return Statistics(
         data_std=sample_std(scaling.encode(raw[:_MEASURED])),
         span=scaling.model_range or extremes(scaling.encode(raw)),
@@ -43,6 +49,7 @@ def measured(raw: Tensor, conditions: Mapping[str, Tensor], scaling: Scaling, he
         gaps=any(bool(values.isnan().flatten(1).all(1).any()) for values in conditions.values()),
         training=len(raw),
         held_out=held_out,
+        labels=() if labels is None else tuple(labels.unique().tolist()),
     )
 
 

@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from ..config import build
+from ..config import ConfigError, build
 from ..data import Dataset
 from ..data.excerpt import excerpt, packed, unpacked
+from ..data.statistics import Statistics
 from . import bundle
 from .checkpoint import CheckpointError
 
 FILE = "excerpt.safetensors"
 
 
-def keep(folder: Path, dataset: Dataset) -> None:
-    """Writes the file, unless it is there.
+def keep(folder: Path, dataset: Dataset, *, resumed: bool = False) -> None:
+    """Writes the file, unless the run is resumed, which is on the same data, and it is there.
 
     Raises:
         OSError: it could not be written.
     """
-    if not (folder / FILE).exists():
+    if not (resumed and (folder / FILE).exists()):
         bundle.write(folder / FILE, *packed(excerpt(dataset)))
 
 
@@ -38,3 +40,28 @@ def recall(folder: Path, allow: Sequence[str] = ()) -> Dataset | None:
         return unpacked(tensors, record, build(record["codec"], allow, key="codec"))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{path} holds no excerpt of data: {error!r:.300}.") from error
+
+
+def read_data(
+    folder: Path, config: Mapping[str, Any], allow: Sequence[str] = (), known: Statistics | None = None
+) -> Dataset:
+    """All of the data of a run, read again as its configuration says; `known` is what the folder kept of them.
+
+    Raises:
+        CheckpointError: they cannot be read, or are not those that it was trained on.
+    """
+    try:
+        dataset: Dataset = build(config["data"], allow, key="data")
+    except (ConfigError, OSError, ImportError) as error:
+        where = config["data"].get("path") if isinstance(config["data"], Mapping) else None
+        raise CheckpointError(
+            f"The data that {folder} was trained on cannot be read again: {error} "
+            f"{'Put them back' if where is None else f'Put them back at {where}'}, or score data of your own: "
+            "scoresde-likelihood run=… data=arrays data.path=…, run.log_likelihood(raw, …)."
+        ) from error
+    if known is not None and (file := dataset.altered(known.digests)):
+        raise CheckpointError(
+            f"{file} has changed: {folder} was trained on other samples under this name. Put the file back as it was, "
+            f"or score what it holds now as data of your own: data=… data.path={file}."
+        )
+    return dataset

@@ -17,9 +17,9 @@ from ..diffusion.denoiser import Denoiser, model_device
 from ..losses.denoising import DenoisingLoss
 from ..noise import switch
 from .checkpoint import CheckpointError, best, latest
-from .kept import recall
+from .kept import read_data, recall
 from .posthoc import reconstruct
-from .run import Run, read_data
+from .run import Run
 
 _NEEDED = {"data", "network", "denoiser", "sde", "parameterization", "conditional"}  # what a model is rebuilt from
 _CLASSIFIER_LOSS = "scoresde.ClassifierLoss"

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..checks import whole
 from ..codecs import Codec
-from ..config import ConfigError, build
+from ..config import ConfigError
 from ..data import Dataset
 from ..data import kinds as conditions
 from ..data.kinds import Kind
@@ -26,7 +26,7 @@ from ..likelihood.ode import LogLikelihood, log_likelihood
 from ..likelihood.solver import Solver
 from ..noise.rng import Rng
 from ..sampling.sampler import Sampler
-from .checkpoint import CheckpointError
+from .kept import read_data
 from .progress import track
 from .samplers import Model, recall
 
@@ -271,7 +271,7 @@ class Run:
         """
         if self.dataset.known is None:
             return self
-        return replace(self, dataset=self.adopt(read_data(self.folder, self.config, self.allow)))
+        return replace(self, dataset=self.adopt(read_data(self.folder, self.config, self.allow, self.dataset.known)))
 
     def adopt(self, dataset: Dataset) -> Dataset:
         """The raw samples of a data set under the codec of this run, which a model is to be measured on.
@@ -302,24 +302,6 @@ class Run:
                 f"{self.folder} is a classifier, of which there are no samples and no likelihood; it guides those of "
                 "another run: scoresde.Classifier(run.denoiser, judge.denoiser, scale)."
             )
-
-
-def read_data(folder: Path, config: Mapping[str, Any], allow: Sequence[str] = ()) -> Dataset:
-    """All of the data of a run, read again as its configuration says.
-
-    Raises:
-        CheckpointError: they cannot be read.
-    """
-    try:
-        dataset: Dataset = build(config["data"], allow, key="data")
-        return dataset
-    except (ConfigError, OSError, ImportError) as error:
-        where = config["data"].get("path") if isinstance(config["data"], Mapping) else None
-        raise CheckpointError(
-            f"The data that {folder} was trained on cannot be read again: {error} "
-            f"{'Put them back' if where is None else f'Put them back at {where}'}, or score data of your own: "
-            "scoresde-likelihood run=… data=arrays data.path=…, run.log_likelihood(raw, …)."
-        ) from error
 
 
 def _streams(rng: Rng | None, n: int) -> Rng:

@@ -87,6 +87,9 @@ class TrainingState:
                 f"batch_size={order.batch_size} is of all {self.world.size} processes together and has to be a "
                 "multiple of their number, with drop_last=True."
             )
+        if conditional and dataset.unseen and self.world.rank == 0:
+            said = "%s: no training sample has class %s; it is drawn only when asked for."
+            _log.warning(said, dataset.name, dataset.unseen)
         self.loss, self.optimizer, self.ema = loss, optimizer, ema
         self.parallel = Single(loss) if parallel is None else parallel
         self.dataset, self.order, self.conditional = dataset, order, conditional
@@ -150,7 +153,7 @@ class TrainingState:
     def records(self) -> dict[str, Any]:
         """JSON records of a checkpoint."""
         counters = {"step": self.step, "images": self.images, "marks": dict(self.marks)}
-        return {"counters": counters, "order": self.order.state_dict()}
+        return {"counters": counters, "order": self.order.state_dict(), "data": self.dataset.statistics.digests}
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Continues where `checkpoint` was written, as if there had been no stop.
@@ -160,6 +163,11 @@ class TrainingState:
         Raises:
             CheckpointError: it belongs to another network, optimizer or data set.
         """
+        if file := self.dataset.altered(checkpoint.records.get("data") or {}):
+            raise CheckpointError(
+                f"{file} has changed: {checkpoint.path} is of a run on other samples under this name. To resume, put "
+                "the file back as it was; or train on what it holds now in another folder: out=…."
+            )
         try:
             for name, module in self._modules().items():
                 load(module, _joined(name, checkpoint.tensors))

@@ -27,7 +27,7 @@ from scoresde.evaluate.evaluation import held_out_loss
 from scoresde.losses.denoising import StratifiedTimes, Times
 from scoresde.nn import MLP
 from scoresde.noise.rng import VERSION
-from scoresde.runs.checkpoint import latest
+from scoresde.runs.checkpoint import CheckpointError, latest, load, save
 from scoresde.train.ema import EMA
 from scoresde.train.state import TrainingState
 from scoresde.train.trainer import Trainer, TrainingDiverged
@@ -108,6 +108,29 @@ def test_a_checkpoint_of_other_noise_says_so(tmp_path: Path, caplog: pytest.LogC
     saved.tensors["random"]["noise"] = torch.get_rng_state()[None]
     run.restore(saved)
     assert "the noise begins anew" in caplog.text
+
+
+def test_a_file_that_changed_is_named_on_resume(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Other samples under the same name, as many as before; and a class that no training sample has."""
+
+    def of_file(raw: Tensor, labels: Tensor, files: tuple[str, ...] = ("x.npz", "x.npz")) -> TrainingState:
+        state = training()
+        samples = Split(raw, labels)
+        data = Dataset("x", samples, samples, state.dataset.scaling, classes=3, files=files)
+        how = {"conditional": True, "world": state.world}
+        return TrainingState(state.loss, state.optimizer, state.ema, data, state.order, state.rng, **how)
+
+    raw, labels = training().dataset.train.raw, torch.arange(100) % 2
+    run = of_file(raw, labels)
+    assert "no training sample has class 2; it is drawn only when asked for" in caplog.text
+    path = save(tmp_path, 0, run.tensors(), run.records())
+    of_file(raw.clone(), labels).restore(load(path))
+    of_file(raw + 1, labels, files=()).restore(load(path))  # made, not read: by other machines in other last bits
+    for other in (of_file(raw.flip(0), labels), of_file(raw, 1 - labels)):
+        with pytest.raises(CheckpointError, match=r"^x\.npz has changed: .*put the file back.*another folder: out="):
+            other.restore(load(path))
+    old = {name: record for name, record in run.records().items() if name != "data"}
+    of_file(raw + 1, labels).restore(load(save(tmp_path, 1, run.tensors(), old)))  # of a release that kept none
 
 
 def test_a_finished_run_is_left_alone(tmp_path: Path) -> None:
