@@ -81,7 +81,7 @@ def fit_all(
         cost = calls + 2 * max(160, 8 * budget)
         print(f"Fitting a sampler of {budget} calls, by about {cost:,} calls on batches of {samples} …", flush=True)
         how: dict[str, Any] = {"rng": Rng(seed), "cond": cond, "samples": samples, "calls": calls}
-        with CallsShown(denoiser, f"fitting {budget} calls: network calls", cost) as shown:
+        with CallsShown(denoiser, f"fitting {budget} calls, network calls", cost) as shown:
             fitted = fit_sampler(shown, budget=budget, shape=shape, **how)
         keep(folder, model, fitted)
         print(f"  {fitted}", flush=True)

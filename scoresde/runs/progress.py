@@ -94,7 +94,7 @@ def track(items: Iterable[Item], label: str, total: int | None, *, show: bool = 
     def text() -> str:
         of, rate = "" if total is None else f"/{total:,}", count / max(time.monotonic() - start, 1e-9)
         left = "" if total is None or not count else f"  {max(total - count, 0) / rate:.0f} s left"
-        return f"{label} {count:,}{of}" + (f"  {rate:.3g}/s{left}" if count else "")
+        return f"{label}: {count:,}{of}" + (f"  {rate:.3g}/s{left}" if count else "")
 
     with LINES.about(text) if show and not terminal else contextlib.nullcontext():
         for item in bar:

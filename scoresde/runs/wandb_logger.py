@@ -70,8 +70,10 @@ class WandbLogger(Logger):
         if self.mode not in ("offline", "online", "disabled"):
             which = "WANDB_MODE" if mode is None else "mode"
             raise ValueError(f"{which} is 'offline', 'online' or 'disabled'; got {self.mode!r}.")
+        if _told("resume") not in ("", "allow", "must", "never", "auto"):
+            raise ValueError(f"WANDB_RESUME is 'allow', 'must', 'never' or 'auto'; got {_told('resume')!r}.")
         if tags is not None:
-            tags = tags.split(",") if isinstance(tags, str) else [str(tag) for tag in tags]
+            tags = [str(tag) for tag in (tags if isinstance(tags, (list, tuple)) else str(tags).split(","))]
             if wrong := [tag for tag in tags if not 1 <= len(tag) <= 64]:
                 raise ValueError(f"A tag has 1 to 64 characters; got {wrong[0]!r}.")
         said = {"project": project, "entity": entity, "name": name, "group": group, "tags": tags, "notes": notes}
@@ -93,10 +95,10 @@ class WandbLogger(Logger):
         if _told("id") not in ("", self._id):
             _log.warning("WANDB_RUN_ID=%s is the name of one run; the jobs of a sweep have their own.", _told("id"))
         usual = {"project": "scoresde", "name": facts.folder.name, "group": facts.group, "job_type": "train"}
-        usual |= {"dir": str(facts.folder.absolute()), "resume": "allow"}
+        usual["resume"] = "allow"
         # what is left away W&B takes from its variable
         run = {key: value for key, value in usual.items() if not _told(key)} | self.said
-        run |= {"id": self._id, "config": dict(facts.config)}
+        run |= {"id": self._id, "dir": os.path.abspath(_told("dir") or facts.folder), "config": dict(facts.config)}
         command = [sys.executable, "-P", wandb_view.__file__, str(os.getpid())]
         environment = {"WANDB_ERROR_REPORTING": "false", **os.environ}  # telemetry, which can hold up the exit by 15 s
         self._folder, self._warned = f"{facts.folder}/wandb/*run-*", False

@@ -138,7 +138,10 @@ def leave_service(seconds: float = 5.0) -> None:
 
 
 def brief(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".partition("\n")[0][:300]
+    text = str(error)
+    if "validation error" in text:  # whose first line does not say which
+        text = " ".join(text.split())
+    return f"{type(error).__name__}: {text}".partition("\n")[0][:300]
 
 
 def place(run: Any) -> str:

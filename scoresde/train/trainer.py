@@ -167,7 +167,7 @@ class Trainer:
             Stopped: a signal came; the state after the last step is saved.
             CheckpointError: a checkpoint could not be written.
         """
-        if self.warmup + self.cooldown > self.images and state.world.rank == 0:
+        if self.warmup + self.cooldown > self.images > state.images and state.world.rank == 0:
             text = "warmup and cooldown (%s and %s images) are longer than the training of %s: scaled to %s and %s."
             lengths = (self.warmup, self.cooldown, self.images, *map(round, self.ramps()))
             _log.warning(text, *(f"{length:,}" for length in lengths))

@@ -58,11 +58,11 @@ def test_one_item_that_takes_minutes_is_spoken_of_all_along(monkeypatch) -> None
     steps = track(range(3), "steps", 3)
     next(steps)
     lines.until(100)
-    assert lines.said == [(at, "steps 0/3") for at in (10, 35, 60, 85)]
+    assert lines.said == [(at, "steps: 0/3") for at in (10, 35, 60, 85)]
     assert lines.said[0][0] < 15 and max(b - a for (a, _), (b, _) in pairwise(lines.said)) < 30
     next(steps)
     lines.until(120)
-    assert lines.said[4:] == [(110, "steps 1/3  0.00909/s  220 s left")]  # one in 110 s, two more
+    assert lines.said[4:] == [(110, "steps: 1/3  0.00909/s  220 s left")]  # one in 110 s, two more
     assert list(steps) == [2]
     assert lines._next() is None
 
@@ -76,7 +76,7 @@ def test_short_works_one_after_another_share_the_clock(monkeypatch) -> None:
         lines.until(4 * number + 4)
         work.close()
     assert [at for at, _ in lines.said] == [10, 35, 61, 86]  # at 60 one was over, and the next has its first second
-    assert [line for _, line in lines.said] == ["work 2 0", "work 8 0", "work 15 0", "work 21 0"]
+    assert [line for _, line in lines.said] == ["work 2: 0", "work 8: 0", "work 15: 0", "work 21: 0"]
 
 
 def test_what_is_within_another_stands_behind_it_in_one_line(monkeypatch) -> None:
@@ -87,7 +87,7 @@ def test_what_is_within_another_stands_behind_it_in_one_line(monkeypatch) -> Non
     lines.until(12)
     inner.close()
     lines.until(40)
-    assert [line for _, line in lines.said] == ["outer 0/2; inner 0/2", "outer 0/2"]
+    assert [line for _, line in lines.said] == ["outer: 0/2; inner: 0/2", "outer: 0/2"]
 
 
 def test_after_a_long_silence_a_line_comes_soon_but_not_at_once(monkeypatch) -> None:
@@ -100,7 +100,7 @@ def test_after_a_long_silence_a_line_comes_soon_but_not_at_once(monkeypatch) -> 
     second = track(range(2), "second", 2)
     next(second)
     lines.until(1030)
-    assert lines.said == [(10, "first 0/2"), (1012, "second 0/2")]
+    assert lines.said == [(10, "first: 0/2"), (1012, "second: 0/2")]
 
 
 def test_the_thread_speaks_while_the_work_stands_still_and_ends_with_it(monkeypatch) -> None:
@@ -112,15 +112,14 @@ def test_the_thread_speaks_while_the_work_stands_still_and_ends_with_it(monkeypa
 
     class Heard(io.StringIO):
         def write(self, text: str) -> int:
-            if "work 0/2" in text:
+            if "work: 0/2" in text:
                 spoken.set()
             raise BrokenPipeError
 
     monkeypatch.setattr("sys.stderr", Heard())
-    before = threading.active_count()
+    before = set(threading.enumerate())
     for _ in track(range(2), "work", 2):
         assert spoken.wait(60)
-    (*others,) = (thread for thread in threading.enumerate() if thread.daemon and thread.name.startswith("Thread"))
-    for thread in others:
+    for thread in set(threading.enumerate()) - before:
         thread.join(60)
-    assert threading.active_count() <= before
+        assert not thread.is_alive()

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -110,12 +111,14 @@ def begun(folder: Path, monkeypatch: pytest.MonkeyPatch, url: str) -> Run:
     raise AssertionError(run.said)
 
 
-def test_a_sound_server_gets_every_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sound_server_gets_every_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog) -> None:
     server = Server()
+    caplog.set_level(logging.INFO)
     run = Run(tmp_path / "run", monkeypatch, server.url, finish_timeout=600)
     run.log(200)
     run.close()
     assert run.said == []
+    assert caplog.messages == [f"W&B shows the run at {server.url}/entity/scoresde/runs/0123456789ab"]
     assert [row["step"] for row in server.rows] == run.kept() == list(range(1, 201))
     assert not any("otel" in path for path in server.paths)  # telemetry can hold up the end of a run by 15 s
     asked = len(server.paths)

@@ -49,9 +49,9 @@ def test_what_the_command_does_not_say_the_variables_do(tmp_path: Path, monkeypa
     keys = {"project": "p", "entity": "e", "name": "n", "group": "g", "tags": ["t", "u"], "notes": "o", "job_type": "j"}
     logged(tmp_path / "said", sweep="sweep", **keys)
     monkeypatch.setenv("WANDB_RUN_ID", "abc")
-    monkeypatch.setenv("WANDB_DIR", str(tmp_path / "elsewhere"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WANDB_DIR", "elsewhere")
     monkeypatch.setenv("WANDB_RESUME", "never")
-    (tmp_path / "elsewhere").mkdir()
     logged(tmp_path / "unsaid")
     (plain,), (said,) = offline_runs(tmp_path / "plain"), offline_runs(tmp_path / "said")
     assert not (tmp_path / "unsaid" / "wandb").exists()
@@ -104,6 +104,7 @@ def test_disabled_by_the_variable_starts_nothing(tmp_path: Path, monkeypatch) ->
     ("variables", "keys", "words"),
     [
         ({"WANDB_MODE": "shared"}, {}, "WANDB_MODE is 'offline', 'online' or 'disabled'; got 'shared'"),
+        ({"WANDB_RESUME": "true"}, {}, "WANDB_RESUME is 'allow', 'must', 'never' or 'auto'; got 'true'"),
         ({"WANDB_PROJECT": "a/b"}, {}, "The project of a W&B run holds none of .*; got 'a/b' with '/'"),
         ({}, {"project": "a:b"}, "The project of a W&B run holds none of .*; got 'a:b' with ':'"),
         ({"WANDB_RUN_ID": "a,b"}, {}, "The id of a W&B run holds none of .*; got 'a,b' with ','"),
@@ -119,7 +120,12 @@ def test_what_wandb_would_refuse_is_refused_before_the_run(variables, keys, word
 
 
 def test_one_tag_or_several_in_a_text(tmp_path: Path) -> None:
-    assert [WandbLogger(tags=tags).said["tags"] for tags in ("a", "a,b", [1, "c"])] == [["a"], ["a", "b"], ["1", "c"]]
+    assert [WandbLogger(tags=tags).said["tags"] for tags in ("a", "a,b", [1, "c"], 3)] == [
+        ["a"],
+        ["a", "b"],
+        ["1", "c"],
+        ["3"],
+    ]
 
 
 def test_no_secret_is_in_a_key(monkeypatch) -> None:
