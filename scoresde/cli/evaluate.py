@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
@@ -12,7 +14,7 @@ from ..evaluate import figures
 from ..evaluate.evaluation import held_out_loss
 from ..evaluate.report import Evaluation, Report, check_samplers, list_files
 from ..evaluate.scoring import Scoring, check_rank
-from ..runs.load import build_loss, chosen_run
+from ..runs.load import build_loss, choose_device, chosen_run
 from ..runs.logger import NullLogger
 from ..runs.run import Run
 from ._hydra import Command, launch, read, refusing
@@ -35,13 +37,15 @@ def evaluate(cfg: DictConfig) -> float:
             figures.require()
         samplers, likelihood = command.samplers(), command.build("likelihood")
         run = with_data(chosen_run(options, allow))
-        check_samplers(samplers, run.denoiser)
+        versus = compared(run, options, allow)
+        for each in filter(None, (run, versus)):
+            check_samplers(samplers, each.denoiser)
         scoring = scoring_of(command).tried(run.dataset, evaluation.samples)
         check_rank(evaluation.rank_by, ["sliced-W2", *scoring.names])
         loss = build_loss(run.config, run.denoiser, allow)
-        shards = command.shards(run)
+        shards = command.shards(run, **({} if versus is None else {"versus": versus.digest}))
     model = (run.denoiser, run.dataset, run.conditional)
-    report = Report(*model, samplers, likelihood, evaluation, seed=options["seed"], scoring=scoring)
+    report = Report(*model, samplers, likelihood, evaluation, seed=options["seed"], scoring=scoring, versus=versus)
     measured = report.measure(shards)
     if measured is None:
         return float("nan")
@@ -63,6 +67,21 @@ def with_data(run: Run) -> Run:
     return run
 
 
+def compared(run: Run, options: Mapping[str, Any], allow: Sequence[str]) -> Run | None:
+    """The run of versus=….
+
+    Raises:
+        ValueError: its samples are of another kind than those of the first.
+    """
+    if options["versus"] is None:
+        return None
+    other = chosen_run({**options, "run": options["versus"]}, allow)
+    kinds = [f"samples of shape {each.event_shape} by {each.dataset.scaling}" for each in (run, other)]
+    if (run.event_shape, run.dataset.scaling) != (other.event_shape, other.dataset.scaling):
+        raise ValueError(f"versus={other.folder} makes {kinds[1]}; run={run.folder} makes {kinds[0]}: not comparable.")
+    return other
+
+
 def scoring_of(command: Command) -> Scoring:
     """The metrics of the command line, and the features that they are of.
 
@@ -82,7 +101,8 @@ def scoring_of(command: Command) -> Scoring:
     }
     settings = {"features": command.options["features"], **nodes}
     optional = HydraConfig.get().runtime.choices["metrics"] == "default"
-    return Scoring(metrics, command.build("features"), settings, optional)
+    features = command.build("features").to(choose_device(command.options["device"]))
+    return Scoring(metrics, features, settings, optional)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from ..checks import whole
 from ..data import Dataset
 from ..metrics.features import network_features
+from ..runs.progress import track
 
 
 class Features:
@@ -34,9 +36,16 @@ class Features:
         if network is not None:
             self.name = type(network).__name__
         if path is not None:
-            self.network, self.name = _read(Path(path), network), f"{self.name if network else 'TorchScript'}"
-            digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
-            self.name += f" of {Path(path).name} (SHA-256 {digest[:12]})"
+            file = Path(path)
+            self.network, kind = _read(file, network), "TorchScript" if network is None else self.name
+            digest = hashlib.sha256(file.read_bytes()).hexdigest()
+            self.name = f"{kind} of {file.name} (SHA-256 {digest[:12]})"
+
+    def to(self, device: torch.device) -> Features:
+        """The same, computed on `device`."""
+        if self.network is not None:
+            self.network.to(device)
+        return self
 
     def __call__(self, x: Tensor, dataset: Dataset) -> Tensor:
         """The features of model data x (n, *event).
@@ -45,10 +54,11 @@ class Features:
             ValueError: the network does not take them, or does not return finite (n, F).
         """
         x = dataset.encode(dataset.decode(x))
+        shown = partial(track, label="features", total=-(-len(x) // self.batch_size))
         if self.network is None:
             return x.float()
         try:
-            return network_features(self.network, x, self.batch_size).float()
+            return network_features(self.network, x, self.batch_size, shown).float()
         except (RuntimeError, TypeError, AttributeError, IndexError) as error:
             shape = tuple(x.shape[1:])
             raise ValueError(f"features: {self.name} does not take samples of shape {shape}: {error}") from error

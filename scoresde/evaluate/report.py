@@ -23,6 +23,7 @@ from ..runs.folder import finish
 from ..runs.listing import layout
 from ..runs.logger import Logger
 from ..runs.publish import publish, replacing
+from ..runs.run import Run
 from ..sampling import Sampler
 from . import figures
 from .calibration import Level, by_split, noise_levels
@@ -145,6 +146,7 @@ class Report:
         samplers, likelihood: how samples are drawn, and how likelihoods are measured.
         evaluation: the numbers of samples and of points.
         scoring: the metrics of the samples, `tried` on these data.
+        versus: another run, whose samples by the same samplers and from the same seeds are scored, too.
         seed: n samples have the seeds seed · n … (seed + 1) · n − 1.
     """
 
@@ -156,19 +158,19 @@ class Report:
     evaluation: Evaluation
     seed: int
     scoring: Scoring = field(default_factory=lambda: Scoring({}))
+    versus: Run | None = None
 
     def measure(self, shards: Shards) -> tuple[BitsPerDim, dict[str, Samples]] | None:
         """(bits/dim, samples by sampler) on rank 0, which waits for the others; they do their share and get None."""
         points, conditional = self.evaluation.points, self.conditional
         bits = self.likelihood.job(self.denoiser, self.dataset, points=points, seed=self.seed, conditional=conditional)
-        event, cond = self.dataset.event_shape, in_turn(self.dataset, len(self.seeds), conditional)
-        draws = Drawing(event, self.seeds, cond, self.evaluation.batch_size).jobs(self.denoiser, self.samplers)
+        event, draws = self.dataset.event_shape, self.drawn()
         if shards.rank == 0:
             said = turns_in_words(self.dataset, conditional)
             print(
                 f"Measuring bits/dim on {points or len(self.dataset.test):,} held-out points "
                 f"({self.likelihood.cost(event)}), drawing "
-                f"{len(self.seeds):,} samples by each of {', '.join(self.samplers)}{said and ','}{said} …",
+                f"{len(self.seeds):,} samples by each of {', '.join(draws)}{said and ','}{said} …",
                 flush=True,
             )
         jobs: list[Job[Any]] = [bits, *draws.values()]
@@ -177,6 +179,17 @@ class Report:
         if shards.rank:
             return None
         return shards.result(bits), {name: shards.result(job) for name, job in draws.items()}
+
+    def drawn(self) -> dict[str, Job[Samples]]:
+        """The work of every sampler, on this model, and on the other with its name behind an @."""
+        models, made = {"": (self.denoiser, self.conditional)}, dict[str, Job[Samples]]()
+        if self.versus is not None:
+            models[f"@{self.versus.folder.name}"] = (self.versus.denoiser, self.versus.conditional)
+        for label, (denoiser, conditional) in models.items():
+            cond = in_turn(self.dataset, len(self.seeds), conditional)
+            drawing = Drawing(self.dataset.event_shape, self.seeds, cond, self.evaluation.batch_size)
+            made |= drawing.jobs(denoiser, {f"{name}{label}": sampler for name, sampler in self.samplers.items()})
+        return made
 
     @property
     def seeds(self) -> range:
@@ -204,7 +217,7 @@ class Report:
         logger.summary(numbers)
         noise = {"noise σ/α": [f"{level.noise:.3g}" for level in levels]}
         noise |= {what: [shown(score) for score in found] for what, found in by_split(levels).items()}
-        notes = [verdict(made, scores, by), *self.notes(made), self.bits_note(bits)]
+        notes = [verdict(made, scores, by), *self.notes(), self.bits_note(bits)]
         text = [printed(columns), *notes, layout(noise, None)[0] if levels else ""]
         lines = [markdown(columns), *notes, markdown(noise) if levels else ""]
         publish(folder / "summary.md", "\n\n".join(filter(None, lines)) + "\n")
@@ -246,10 +259,11 @@ class Report:
             return []
         return noise_levels(self.denoiser, self.dataset, self.evaluation.levels, conditional=self.conditional)
 
-    def notes(self, made: Mapping[str, Samples]) -> list[str]:
+    def notes(self) -> list[str]:
         """On what the numbers were measured, and which were not."""
         protocol, skipped = self.scoring.protocol(self.dataset, self.evaluation.samples), self.scoring.skipped
         said = [f"Not measured: {'; '.join(skipped)}."] if skipped else []
+        said += [f"@{self.versus.folder.name} is the run {self.versus.folder}."] if self.versus else []
         if self.scoring.metrics:
             said.append(
                 f"Scores on {protocol['features']} ({protocol['coordinates']}) of {protocol['samples']:,} samples, "

@@ -32,6 +32,7 @@ class Scoring:
         optional: what cannot be measured on so many samples is left out, in words, and nothing is refused.
         skipped: what is left out, and why.
         names: of the numbers that there will be, once they are `tried`.
+        data: held-out points and training samples as the metrics get them, once they are `tried`.
     """
 
     metrics: Mapping[str, Metric]
@@ -40,6 +41,7 @@ class Scoring:
     optional: bool = False
     skipped: tuple[str, ...] = ()
     names: tuple[str, ...] = ()
+    data: tuple[Tensor, Tensor] = (torch.empty(0), torch.empty(0))
 
     def tried(self, dataset: Dataset, samples: int) -> Scoring:
         """These metrics, after each was called once on as few samples as it will be, with held-out data in place of
@@ -48,7 +50,10 @@ class Scoring:
         Raises:
             ValueError: the features, or a metric, cannot be had of so many; the keys to change are named.
         """
-        held, train = self._data(dataset)
+        if not self.metrics:
+            return self
+        train = dataset.train.raw if trained_on(dataset) else dataset.train.raw[:0]
+        held, train = (self.features(dataset.encode(raw), dataset) for raw in (dataset.test.raw, train))
         made = held[torch.arange(samples) % len(held)]
         counted = f"evaluation.samples={samples} and {len(held)} held-out points"
         metrics, skipped, names = dict(self.metrics), [], list[str]()
@@ -65,7 +70,7 @@ class Scoring:
                 del metrics[name]
         if doubled := {name for name in names if names.count(name) > 1}:
             raise ValueError(f"metrics: two of them return a number called {min(doubled)!r}; give one another name.")
-        return replace(self, metrics=metrics, skipped=tuple(skipped), names=tuple(names))
+        return replace(self, metrics=metrics, skipped=tuple(skipped), names=tuple(names), data=(held, train))
 
     def of(self, made: Mapping[str, Tensor], dataset: Dataset) -> dict[str, dict[str, Score]]:
         """The scores of each sampler's samples (n, *event), model data; and of as many training samples, which is what
@@ -73,7 +78,7 @@ class Scoring:
         """
         if not self.metrics:
             return {name: {} for name in made}
-        found, (held, train) = dict[str, dict[str, Score]](), self._data(dataset)
+        found, (held, train) = dict[str, dict[str, Score]](), self.data
         rows = {name: self.features(x, dataset) for name, x in made.items()}
         if len(train) >= 2 * GROUPS:
             rows[TRAINING] = train[evenly_spaced(len(train), min(len(train), *map(len, made.values())))]
@@ -98,12 +103,6 @@ class Scoring:
             "error": f"jackknife without one of {GROUPS} groups; of memorisation and c2st in closed form",
             "settings": dict(self.settings),
         }
-
-    def _data(self, dataset: Dataset) -> tuple[Tensor, Tensor]:
-        """(held out, training) as the metrics get them; no training samples where they are not all there."""
-        train = dataset.train.raw if trained_on(dataset) else dataset.train.raw[:0]
-        held, seen = (self.features(dataset.encode(raw), dataset) for raw in (dataset.test.raw, train))
-        return held, seen
 
 
 def trained_on(dataset: Dataset) -> bool:

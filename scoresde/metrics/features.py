@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+
 import torch
 from torch import Tensor, nn
 
 
 @torch.no_grad()
-def network_features(network: nn.Module, x: Tensor, batch_size: int) -> Tensor:
-    """(n, F) float64 on the CPU; the network runs where its parameters are, and is left in the mode it was in.
+def network_features(
+    network: nn.Module, x: Tensor, batch_size: int, track: Callable[[Iterable[Tensor]], Iterable[Tensor]] = iter
+) -> Tensor:
+    """(n, F) float64 on the CPU; the network runs where its parameters are, and is left in the mode it was in. `track`
+    passes the batches on, and may show how far they are.
 
     Raises:
         ValueError: it does not return finite values (B, F).
@@ -17,7 +22,7 @@ def network_features(network: nn.Module, x: Tensor, batch_size: int) -> Tensor:
     device = next((parameter.device for parameter in network.parameters()), x.device)
     network.eval()
     try:
-        found = torch.cat([network(batch.to(device)).double().cpu() for batch in x.split(batch_size)])
+        found = torch.cat([network(batch.to(device)).double().cpu() for batch in track(x.split(batch_size))])
     finally:
         for module, training in modes.items():
             module.training = training
