@@ -41,7 +41,7 @@ def evaluate(cfg: DictConfig) -> float:
         for each in filter(None, (run, versus)):
             check_samplers(samplers, each.denoiser)
         scoring = scoring_of(command).tried(run.dataset, evaluation.samples)
-        check_rank(evaluation.rank_by, ["sliced-W2", *scoring.names])
+        check_rank(evaluation.rank_by, [*["sliced-W2"] * (len(run.event_shape) == 1), *scoring.names])
         loss = build_loss(run.config, run.denoiser, allow)
         shards = command.shards(run, **({} if versus is None else {"versus": versus.digest}))
     model = (run.denoiser, run.dataset, run.conditional)

@@ -55,12 +55,12 @@ class Scoring:
         train = dataset.train.raw if trained_on(dataset) else dataset.train.raw[:0]
         held, train = (self.features(dataset.encode(raw), dataset) for raw in (dataset.test.raw, train))
         made = held[torch.arange(samples) % len(held)]
-        counted = f"evaluation.samples={samples} and {len(held)} held-out points"
+        counted = f"evaluation.samples={samples} and {len(held)} held-out points, less a twentieth for the error"
         metrics, skipped, names = dict(self.metrics), [], list[str]()
         for name, metric in self.metrics.items():
             try:
                 if min(len(made), len(held)) < 2 * GROUPS:
-                    raise ValueError(f"its error takes at least {2 * GROUPS} of either")
+                    raise ValueError(f"it takes at least {2 * GROUPS} of either")
                 names += numbers(metric(without(made, 0, GROUPS), without(held, 0, GROUPS), train), name)
             except _FAILURES as error:
                 why = f"metrics.{name} on {counted}: {error}"

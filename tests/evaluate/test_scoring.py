@@ -128,8 +128,8 @@ def test_each_sampler_and_the_training_data_get_every_number() -> None:
 
 def test_too_few_are_refused_before_anything_is_drawn_or_said() -> None:
     for wrong, samples, words in (
-        ({"spread": spread}, 39, r"spread on evaluation.samples=39 and 60 held-out .*at least 40.*'~metrics.spread'"),
-        ({"many": many}, 99, r"metrics.many on evaluation.samples=99 and 60 held-out points: fewer than 100"),
+        ({"spread": spread}, 39, r"spread on evaluation.samples=39 and 60 .*at least 40 of either.*'~metrics.spread'"),
+        ({"many": many}, 99, r"metrics.many on evaluation.samples=99 and 60 held-out points, .*: fewer than 100"),
         ({"a": lambda *_: "much"}, 99, r"metrics.a on .*it returned 'much'; expected a number"),
         ({"a": lambda *_: {"x": 1.0}, "b": lambda *_: {"x": 1.0}}, 99, "two of them return a number called 'x'"),
     ):  # fmt: skip
