@@ -122,6 +122,16 @@ def renamed(tree: Any, depth: int = 0) -> Any:
     return [renamed(value, depth + 1) for value in tree] if isinstance(tree, list) else tree
 
 
+def essential(node: Any) -> Any:
+    """A node without what its target, if it is one of ours, does by default: what two of them are compared by."""
+    if not isinstance(node, dict) or node.get("_target_") not in targets():
+        return node
+    signature = inspect.signature(_locate(node["_target_"])).parameters
+    usual = {name: parameter.default for name, parameter in signature.items()}
+    usual = {name: list(value) if isinstance(value, tuple) else value for name, value in usual.items()}
+    return {n: essential(v) for n, v in node.items() if n != "_partial_" and not (n in usual and usual[n] == v)}
+
+
 def _with_solver(node: dict[str, Any]) -> dict[str, Any]:
     """An `OdeLikelihood` of before, with tolerances or a budget of its own, as one that has a solver."""
     names = ("rtol", "atol", "backend", "method", "budget")

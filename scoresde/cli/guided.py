@@ -33,22 +33,6 @@ class Guided(NamedTuple):
     conditioned: Run
 
 
-def check_guidance(node: Any, run: Run) -> None:
-    """Refuses classifier-free guidance of a model that has no condition, or was never trained without one.
-
-    Raises:
-        ConfigError: it is one of these; says how to train one that can be guided.
-    """
-    if not isinstance(node, Mapping) or node.get("_target_") != "scoresde.ClassifierFree":
-        return
-    advice = "Train with conditional=true network.cond_dropout=0.1."
-    if not run.conditional:
-        raise ConfigError(f"guidance=cfg steers towards a condition, and {run.folder} was trained without. {advice}")
-    if run.always_conditional:
-        why = f"and {run.folder} never was trained so (network.cond_dropout=0)"
-        raise ConfigError(f"guidance=cfg also asks the model without its condition, {why}. {advice}")
-
-
 def build_guidance(options: Mapping[str, Any], run: Run, allow: Sequence[str]) -> Guided:
     """The model of a run, guided as `guidance` and `guide` say, and called once so that a misfit shows at once.
 
@@ -57,7 +41,7 @@ def build_guidance(options: Mapping[str, Any], run: Run, allow: Sequence[str]) -
         CheckpointError: the guide's folder holds no run.
     """
     node, folder = options["guidance"], options["guide"]
-    check_guidance(node, run)
+    run.check_guidance(node)
     settings = node if isinstance(node, Mapping) else {}
     target = settings.get("_target_")
     needed = target in _GUIDES or (folder is not None and target in allow)  # a class of one's own may take a guide

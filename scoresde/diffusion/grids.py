@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
+from .readable import Readable
 from .sde import SDE
 
 Grid = Callable[[SDE, int], Tensor]
@@ -51,7 +52,7 @@ def spanning(grid: Grid, sde: SDE, steps: int, start: float) -> Tensor:
     return times
 
 
-class _Grid(abc.ABC):
+class _Grid(Readable, abc.ABC):
     """n + 1 times from t_max down to `t_end`, by a rule for what lies between."""
 
     def __init__(self, t_end: float | None = None):
@@ -199,7 +200,7 @@ class SoftplusGrid(_DataGrid):
         return sde.time(2 * (middle - self.width * torch.expm1(first + u * (last - first)).log()))
 
 
-class FittedGrid:
+class FittedGrid(Readable):
     """Steps that were fitted to a model (`scoresde.fit_grid`): log-SNR from t_max to the data, for any SDE.
 
     For another number of steps than the fitted one the knots are read off between those that were fitted. The ends are

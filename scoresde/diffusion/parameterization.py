@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from .prediction import Prediction
+from .readable import Readable
 from .sde import Scales
 
 
-class Parameterization(abc.ABC):
+class Parameterization(Readable, abc.ABC):
     """A row (p, q) of the table; singular where det = α q − σ p vanishes."""
 
     @abc.abstractmethod

@@ -19,6 +19,7 @@ from torch import Tensor
 from ..noise.rng import Rng
 from ..ops import Noise, lincomb
 from ..ops.broadcast import as_time, coefficient
+from .readable import Readable
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Scales:
         return coefficient(d_alpha, self.like), coefficient(d_sigma, self.like)
 
 
-class SDE(abc.ABC):
+class SDE(Readable, abc.ABC):
     r"""A forward process with Gaussian marginal `x_t | x_0 ~ N(α_t x_0, σ_t² I)`.
 
     Three methods define it: `marginal`, `rates` and `time`. Everything else follows: with λ = log α²/σ²,

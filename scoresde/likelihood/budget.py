@@ -24,6 +24,7 @@ from torch import Tensor
 
 from ..checks import whole
 from ..diffusion.grids import Grid, spanning
+from ..diffusion.readable import Readable
 from ..diffusion.sde import SDE
 from ..ode import SolverError, lagrange, log_ratio
 from .flow import Flow
@@ -41,7 +42,7 @@ PathField = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """(u (B,), y (B, D)) -> (ε̂ (B, D), rates d log p/du (B, C)), float64."""
 
 
-class LikelihoodGrid:
+class LikelihoodGrid(Readable):
     """Times for a likelihood: their density in u = log σ/α is `floor` + sech((u − log centre)/width).
 
     Data of order 1 have their structure at ς from 0.02 to 3; above, ε̂ is nearly y/ς, below, the ODE hardly moves.

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..checks import whole
+from ..diffusion.readable import Readable
 from ..noise.rng import Rng
 
 Field = Callable[[Tensor], Tensor]
@@ -22,7 +23,7 @@ Denoised = Callable[[Tensor, float], Tensor]
 """(x0 (B, *event), ς) -> x̂_0 of x0 with noise of σ/α = ς: one network call."""
 
 
-class Divergence(abc.ABC):
+class Divergence(Readable, abc.ABC):
     """How log-density changes are measured along the ODE."""
 
     @abc.abstractmethod

@@ -52,6 +52,15 @@ class LogLikelihood:
     solver_error: Tensor
     name: str = "bpd/ode"
 
+    def __repr__(self) -> str:
+        """Mean ± standard error over the samples; of a single one, itself ± its own error."""
+        shown, n = [], len(self.log_prob)
+        per_bit = self.latent[0].numel() * math.log(2)
+        for values, scale, unit in ((self.log_prob, 1.0, "nats"), (self.bits_per_dim, per_bit, "bits/dim")):
+            error = float(values.detach().double().std()) / n**0.5 if n > 1 else float(self.stderr[0]) / scale
+            shown.append(f"{float(values.detach().double().mean()):.5g} ± {error:.2g} {unit}")
+        return f"LogLikelihood({', '.join(shown)}; samples: {n:,}, evaluations: {self.evaluations:,})"
+
     @property
     def bits_per_dim(self) -> Tensor:
         """−log_prob/(D ln 2), (B,)."""

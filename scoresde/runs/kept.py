@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from ..config import ConfigError, build
 from ..data import Dataset
 from ..data.excerpt import excerpt, packed, unpacked
@@ -35,7 +37,15 @@ def recall(folder: Path, allow: Sequence[str] = ()) -> Dataset | None:
     path = folder / FILE
     if not path.exists():
         return None
-    tensors, record = bundle.read(path)
+    return unpack(path, *bundle.read(path), allow)
+
+
+def unpack(path: Path, tensors: Mapping[str, Tensor], record: Any, allow: Sequence[str]) -> Dataset:
+    """The excerpt that a file, `path`, holds.
+
+    Raises:
+        CheckpointError: it holds none.
+    """
     try:
         return unpacked(tensors, record, build(record["codec"], allow, key="codec"))
     except (KeyError, TypeError, ValueError, AttributeError) as error:

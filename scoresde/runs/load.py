@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..checks import whole
 from ..config import ConfigError, build, build_network, leaves_open
@@ -16,12 +18,14 @@ from ..data import Dataset
 from ..diffusion.denoiser import Denoiser, model_device
 from ..losses.denoising import DenoisingLoss
 from ..noise import switch
+from . import bundle
 from .checkpoint import CheckpointError, best, latest
-from .kept import read_data, recall
+from .kept import read_data, recall, unpack
 from .posthoc import reconstruct
 from .run import Run
 
 _NEEDED = {"data", "network", "denoiser", "sde", "parameterization", "conditional"}  # what a model is rebuilt from
+_log = logging.getLogger(__name__)
 _CLASSIFIER_LOSS = "scoresde.ClassifierLoss"
 
 
@@ -130,7 +134,8 @@ def chosen_run(options: Mapping[str, Any], allow: Sequence[str], *, whole_data: 
     """`load_run` as the keys run, device, kernels, weights and checkpoint of a command say.
 
     Args:
-        whole_data: with all of the data. They are read, too, where the command names held-out samples (test:5) and the
+        whole_data: with all of the data; where they are gone, with all held-out samples if the folder keeps these. They
+            are read, too, where the command names held-out samples (test:5) and the
             folder keeps a part of them only.
 
     Raises:
@@ -144,7 +149,16 @@ def chosen_run(options: Mapping[str, Any], allow: Sequence[str], *, whole_data: 
             f"run={run.folder} is a classifier, of which there are no samples and no likelihood. It guides those of "
             f"another run: scoresde-sample run=… guidance=classifier guide={run.folder} cond.label=…."
         )
-    return run.whole_data() if whole_data else with_named(run, options)
+    if not whole_data:
+        return with_named(run, options)
+    try:
+        return run.whole_data()
+    except CheckpointError as error:
+        if not run.dataset.complete or options.get("split") == "train":
+            raise
+        held = f"{len(run.dataset.test):,} held-out samples, and these are measured"
+        _log.warning("%s The folder keeps all %s.", error, held)
+        return run
 
 
 def with_named(run: Run, options: Mapping[str, Any]) -> Run:
@@ -168,7 +182,7 @@ def load(
         run.log_likelihood(raw, solver=scoresde.Budget(20)).bits_per_dim
 
     Args:
-        path: the output folder of scoresde-train.
+        path: the output folder of scoresde-train, or a file that `Run.export` wrote.
         device: "cpu", "cuda", "cuda:1", or "auto": CUDA where there is one.
         weights: "ema", "weights" (the last raw ones), or a number: the average of that length as a share of training
             (EDM2's σ_rel), made of the snapshots of ema=power.
@@ -180,7 +194,19 @@ def load(
         ConfigError: its configuration names something that may not be built; `allow_targets` allows it.
         ValueError: another argument outside these.
     """
-    return load_run(Path(path), allow=allow_targets, device=device, weights=weights, checkpoint=checkpoint)
+    path = Path(path).expanduser()
+    if not path.exists():
+        raise CheckpointError(
+            f"There is no {path.absolute()}; give the output folder of scoresde-train, or a file of run.export."
+        )
+    if path.is_dir():
+        return load_run(path, allow=allow_targets, device=device, weights=weights, checkpoint=checkpoint)
+    run = _load_exported(path, allow_targets, device)
+    if weights not in ("ema", run.weights) or checkpoint != "latest":
+        raise ValueError(
+            f"{path} holds one set of weights, {run.weights}; weights= and checkpoint= choose in a folder."
+        )
+    return run
 
 
 def load_run(
@@ -216,27 +242,66 @@ def load_run(
     found = find(folder / "checkpoints")
     if found is None:
         raise CheckpointError(f"{folder} holds no {what}; run=… is the output folder of scoresde-train.")
-    config: Any = found.records.get("config")
+    try:
+        tensors = found.tensors[str(weights)] if length is None else reconstruct(folder / "averages", length)
+    except KeyError as error:
+        raise CheckpointError(f"{found.path} holds no weights called {error}.") from error
+    config = _configuration(found.records.get("config"), f"The record config.json in {found.path}")
+    dataset = recall(folder, allow) or read_data(folder, config, allow)
+    digest = hashlib.sha256((found.path / "manifest.json").read_bytes()).hexdigest()
+    return _rebuilt(
+        folder, config, dataset, tensors, device, allow, step=found.step, digest=digest, weights=str(weights)
+    )
+
+
+def _load_exported(path: Path, allow: Sequence[str], device: str) -> Run:
+    """The run that `Run.export` wrote to a file.
+
+    Raises:
+        CheckpointError: the file is damaged, or another.
+    """
+    tensors, records = bundle.read(path)
+    model = {name.removeprefix("model."): value for name, value in tensors.items() if name.startswith("model.")}
+    if not model or {"config", "data", "step", "digest", "weights"} - set(records):
+        raise CheckpointError(f"{path} holds no run; run.export(path) writes such a file.")
+    config = _configuration(records["config"], f"The record config in {path}")
+    dataset = unpack(
+        path, {name: value for name, value in tensors.items() if name not in model}, records["data"], allow
+    )
+    facts = {name: records[name] for name in ("step", "digest", "weights")}
+    return _rebuilt(path, config, dataset, model, device, allow, **facts)
+
+
+def _configuration(config: Any, where: str) -> dict[str, Any]:
+    """A configuration that was stored, for measuring: in full precision, however it was trained."""
     missing = _NEEDED - set(config) if isinstance(config, dict) else _NEEDED
     if missing or not isinstance(config["denoiser"], dict) or not isinstance(config["conditional"], bool):
         raise CheckpointError(
-            f"The record config.json in {found.path} is no configuration of a run: it needs "
+            f"{where} is no configuration of a run: it needs "
             f"{', '.join(sorted(missing)) or 'denoiser to be a mapping and conditional to be true or false'}."
         )
-    # a checkpoint is measured in full precision, however it was trained
     full = {"autocast": None} if "autocast" in config["denoiser"] else {}
-    config, conditional = {**config, "denoiser": {**config["denoiser"], **full}}, config["conditional"]
-    dataset = recall(folder, allow) or read_data(folder, config, allow)
-    denoiser = build_denoiser(config, dataset, allow)
+    return {**config, "denoiser": {**config["denoiser"], **full}}
+
+
+def _rebuilt(
+    path: Path,
+    config: dict[str, Any],
+    dataset: Dataset,
+    tensors: Mapping[str, Tensor],
+    device: str,
+    allow: Sequence[str],
+    **facts: Any,
+) -> Run:
+    """The run in `path` with these weights, its model on the device and measured."""
+    denoiser, conditional = build_denoiser(config, dataset, allow), bool(config["conditional"])
     try:
-        tensors = found.tensors[str(weights)] if length is None else reconstruct(folder / "averages", length)
         denoiser.load_state_dict(tensors)
-    except (RuntimeError, KeyError) as error:
-        raise CheckpointError(f"The weights in {found.path} do not fit its configuration: {error}") from error
+    except RuntimeError as error:
+        raise CheckpointError(f"The weights in {path} do not fit its configuration: {error}") from error
     denoiser = denoiser.to(choose_device(device)).eval().requires_grad_(False)
     if denoiser.draws and (data_std := dataset.statistics.data_std) > 0:
         place, first = model_device(denoiser), slice(16)
         x0, cond = dataset.encode(dataset.train.raw[first]).to(place), dataset.train.cond(first, conditional, place)
         denoiser.measure(x0, cond, data_std=data_std)
-    digest = hashlib.sha256((found.path / "manifest.json").read_bytes()).hexdigest()
-    return Run(folder, config, found.step, digest, dataset, denoiser, conditional, str(weights), allow)
+    return Run(path, config, dataset=dataset, denoiser=denoiser, conditional=conditional, allow=allow, **facts)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,25 +13,24 @@ import torch
 from torch import Tensor
 
 from ..checks import whole
-from ..codecs import Codec
-from ..config import ConfigError
 from ..data import Dataset
-from ..data import kinds as conditions
-from ..data.kinds import Kind
-from ..diffusion.conditions import Cond, move, named, take, unnamed
-from ..diffusion.denoiser import Denoiser, model_device
+from ..data.excerpt import excerpt, packed
+from ..diffusion.conditions import Cond, move, named, take
+from ..diffusion.denoiser import model_device
 from ..likelihood.divergence import Divergence
 from ..likelihood.ode import LogLikelihood, log_likelihood
 from ..likelihood.solver import Solver
 from ..noise.rng import Rng
 from ..sampling.sampler import Sampler
+from . import bundle, samplers
+from .batches import joined, streams_of
 from .kept import read_data
+from .model import Guidance, LoadedModel
 from .progress import track
-from .samplers import Model, recall
 
 
 @dataclass(frozen=True, eq=False)
-class Run:
+class Run(LoadedModel):
     """A trained model with all that it needs to make and to score raw data; `scoresde.load` makes it.
 
     Attributes:
@@ -48,53 +46,10 @@ class Run:
         allow: targets of the user's own that its configuration may name.
     """
 
-    folder: Path
-    config: dict[str, Any]
-    step: int
-    digest: str
-    dataset: Dataset
-    denoiser: Denoiser
-    conditional: bool
-    weights: str = "ema"
-    allow: Sequence[str] = ()
-
     def __repr__(self) -> str:
         kind = "samples" if self.draws else "a classifier"
         told = f" given {' and '.join(self.kinds)}" if self.kinds else ""
         return f"Run({str(self.folder)!r}: {kind} of {self.dataset.name} {self.event_shape}{told}, step {self.step:,})"
-
-    @property
-    def draws(self) -> bool:
-        """Whether samples can be drawn from its model, which is no classifier."""
-        return self.denoiser.draws
-
-    @property
-    def codec(self) -> Codec:
-        """Raw values to model data and back."""
-        return self.dataset.scaling
-
-    @property
-    def event_shape(self) -> tuple[int, ...]:
-        """Shape of one sample."""
-        return self.dataset.event_shape
-
-    @property
-    def classes(self) -> tuple[str, ...]:
-        """The names of the classes, in the order of their labels; empty where the data have none."""
-        return self.dataset.names_of_classes
-
-    @property
-    def always_conditional(self) -> bool:
-        """Whether the network is known never to have been trained without its condition; a classifier never is."""
-        if not self.draws:
-            return self.conditional
-        gaps = self.dataset.statistics.gaps
-        return self.conditional and self.config["network"].get("cond_dropout") == 0 and not gaps
-
-    @functools.cached_property
-    def kinds(self) -> dict[str, Kind]:
-        """The conditions that the model was trained with, by name; none for an unconditional one."""
-        return conditions.kinds_of(self.dataset, always=self.always_conditional) if self.conditional else {}
 
     def encode(self, raw: Tensor, *, rng: Rng | None = None) -> Tensor:
         """Model data of raw values (B, *event); `rng` dequantises integers, None takes the centres of their bins.
@@ -102,8 +57,7 @@ class Run:
         Raises:
             TypeError, ValueError: values or a shape that the model was not trained on.
         """
-        self._check_raw(raw)
-        return self.codec.encode(raw, rng=rng)
+        return self.codec.encode(self._checked(raw), rng=rng)
 
     def decode(self, x: Tensor) -> Tensor:
         """Raw values of model data (B, *event)."""
@@ -120,44 +74,6 @@ class Run:
         self.denoiser.to(device=device, dtype=dtype)
         return self
 
-    def cond(self, given: Any, n: int) -> Cond:
-        """The conditions of n samples.
-
-        Args:
-            given: the name or number of a class, a list or tensor of such, or a mapping by kind ("label", "vector",
-                "image", "tokens") of numbers, tensors or file names. Rows are repeated in turn. None goes through the
-                classes, or through the conditions of held-out samples, in turn.
-
-        Raises:
-            ValueError, OSError: a kind that the model was not trained with, one that is missing, or values that are
-                not of the kind.
-        """
-        if given is None:
-            return conditions.in_turn(self.dataset, n, self.conditional)
-        given = given if isinstance(given, Mapping) else {"label": given}
-        self.check_kinds(given)
-        rows = {name: kind.rows(given[name]) for name, kind in self.kinds.items()}
-        for name, values in rows.items():
-            if len(values) > n:
-                raise ValueError(f"cond has {len(values)} rows of {name} for {n} samples.")
-        return unnamed({name: values[torch.arange(n) % len(values)] for name, values in rows.items()})
-
-    def check_kinds(self, given: Mapping[str, Any]) -> None:
-        """Refuses kinds of conditions that the model was not trained with, and some without others that it was.
-
-        Raises:
-            ConfigError: it is one of these.
-        """
-        listed = " and ".join(map(str, self.kinds.values()))
-        for name, value in given.items():
-            if name not in self.kinds:
-                none = "without labels or other conditions (conditional=true)"
-                what = f"with {listed}, and no {name}" if self.kinds else none
-                raise ConfigError(f"cond.{name}={value}: {self.folder} was trained {what}.")
-        if absent := [name for name in self.kinds if name not in given]:
-            cure = f"give cond.{absent[0]}=… too, or cond=test:0-7 for all conditions of those held-out samples"
-            raise ConfigError(f"{self.folder} was trained with {listed} together: {cure}.")
-
     def sample(
         self,
         n: int,
@@ -165,6 +81,7 @@ class Run:
         cond: Any = None,
         budget: int | None = None,
         sampler: Sampler | None = None,
+        guidance: Guidance = None,
         rng: Rng | None = None,
         batch_size: int = 128,
         progress: bool = True,
@@ -177,6 +94,8 @@ class Run:
             budget: network calls of a sample, by the sampler that was fitted to this run for so many, else by a generic
                 one; default 20. Exclusive with `sampler`.
             sampler: any `Sampler`, without a budget.
+            guidance: the scale of classifier-free guidance, 1 for none; or what the files of conf/guidance hold, a
+                mapping with `_target_`. None is the model itself.
             rng: source of the noise, default Rng(0). A single stream gives each sample a seed of its own, and
                 `Rng(seeds=[…])` has one for each; sample k depends on its own alone, and not on `batch_size`.
             batch_size: samples at a time, ≥ 1.
@@ -187,17 +106,18 @@ class Run:
             SolverError: a sample that is not finite.
         """
         self._check_draws()
-        told, streams = self.cond(cond, whole(n, "n, the number of samples,")), _streams(rng, n)
+        told, streams = self.cond(cond, whole(n, "n, the number of samples,")), streams_of(rng, n)
         if budget is not None and sampler is not None:
             raise ValueError(f"budget={budget} chooses a sampler; give budget= or sampler=, not both.")
+        denoiser = self.guided(guidance)
         if sampler is None:
-            sampler = self.sampler(20 if budget is None else budget, told)
+            sampler = self.sampler(20 if budget is None else budget, told, guidance)
         device, parts = model_device(self.denoiser), torch.arange(n).split(whole(batch_size, "batch_size"))
 
         def steps() -> Iterator[Tensor]:
             for part in parts:
                 shape, own = (len(part), *self.event_shape), move(take(told, part), device)
-                for trace in sampler.iterate(self.denoiser, shape, cond=own, rng=streams.rows(part)):
+                for trace in sampler.iterate(denoiser, shape, cond=own, rng=streams.rows(part)):
                     yield trace.x
                 made.append(self.decode(trace.x.float().cpu()))
 
@@ -207,15 +127,19 @@ class Run:
             pass
         return torch.cat(made)
 
-    def sampler(self, budget: int, cond: Cond = None) -> Sampler:
+    def sampler(self, budget: int, cond: Cond = None, guidance: Guidance = None) -> Sampler:
         """The sampler for a budget of network calls: the fitted one of the folder, or else a generic one.
+
+        Args:
+            budget: network calls of a sample, ≥ 1.
+            cond, guidance: what it is used under, as in `sample`; samplers are fitted for kinds of conditions.
 
         Raises:
             ValueError: a budget below 1, or a sampler that was fitted to other weights.
         """
         budget = whole(budget, "budget, the number of network calls,")
-        model = Model(self.digest, self.weights, None, None, sorted(named(cond)))
-        return recall(self.folder, model, budget, self.denoiser)[0]
+        model = samplers.Model(self.digest, self.weights, self.guidance_node(guidance), None, sorted(named(cond)))
+        return samplers.recall(self.folder, model, budget, self.denoiser)[0]
 
     def log_likelihood(
         self,
@@ -244,7 +168,7 @@ class Run:
             SolverError: a solve that failed; the samples are named.
         """
         self._check_draws()
-        self._check_raw(raw)
+        raw = self._checked(raw)
         for parameter in itertools.islice(self.denoiser.parameters(), 1):
             if parameter.dtype in (torch.bfloat16, torch.float16):
                 raise ValueError(
@@ -254,14 +178,29 @@ class Run:
         if cond is None and self.always_conditional:
             raise ValueError(f"{self.folder} was never trained without its condition, so log p needs it: cond=….")
         n = len(raw)
-        told, streams = None if cond is None else self.cond(cond, n), _streams(rng, n)
+        told, streams = None if cond is None else self.cond(cond, n), streams_of(rng, n)
         device, parts = model_device(self.denoiser), torch.arange(n).split(whole(batch_size, "batch_size"))
         found: list[LogLikelihood] = []
         for part in track(parts, "log-likelihood", len(parts), show=progress):
             x0, own = raw[part].to(device), move(take(told, part), device)
             how: dict[str, Any] = {"divergence": divergence, "scaling": self.dataset.scaling, "t_min": t_min}
             found.append(log_likelihood(self.denoiser, x0, solver, cond=own, rng=streams.rows(part), **how))
-        return _joined(found)
+        return joined(found)
+
+    def export(self, path: Path | str) -> Path:
+        """Writes all that `scoresde.load` needs into one file: weights, codec, excerpt of the data, fitted samplers.
+
+        It is a safetensors file, in which nothing is pickled.
+
+        Raises:
+            OSError: it could not be written.
+        """
+        tensors, record = packed(self.dataset if self.dataset.known else excerpt(self.dataset))
+        records = {name: value for name, value in vars(self).items() if name in ("config", "step", "digest", "weights")}
+        records |= {"data": record, "samplers": samplers.read(self.folder)}
+        model = {f"model.{name}": value for name, value in self.denoiser.state_dict().items()}
+        bundle.write(Path(path), tensors | model, records)
+        return Path(path)
 
     def whole_data(self) -> Run:
         """The run with all of its data, read again as the configuration says, where the folder keeps a part.
@@ -286,7 +225,12 @@ class Run:
             )
         return dataclasses.replace(dataset, scaling=self.dataset.scaling)
 
-    def _check_raw(self, raw: Tensor) -> None:
+    def _checked(self, raw: Tensor) -> Tensor:
+        """Raw values, a tensor or a NumPy array, as a tensor: integers as they are, floats as the network computes."""
+        raw = torch.as_tensor(raw)
+        if raw.is_floating_point():
+            weights = next((p.dtype for p in self.denoiser.parameters()), torch.float32)
+            raw = raw.to(torch.promote_types(weights, torch.float32))
         if len(raw) == 0 or tuple(raw.shape[1:]) != self.event_shape:
             one = tuple(raw.shape) == self.event_shape
             raise ValueError(
@@ -295,6 +239,7 @@ class Run:
                 f"{' A single sample is a batch of one: raw[None].' if one else ''}"
             )
         self.codec.check(raw)
+        return raw
 
     def _check_draws(self) -> None:
         if not self.draws:
@@ -302,30 +247,3 @@ class Run:
                 f"{self.folder} is a classifier, of which there are no samples and no likelihood; it guides those of "
                 "another run: scoresde.Classifier(run.denoiser, judge.denoiser, scale)."
             )
-
-
-def _streams(rng: Rng | None, n: int) -> Rng:
-    """One stream for each of n samples."""
-    rng = Rng(0) if rng is None else rng
-    if not rng.per_sample:
-        return Rng(seeds=rng.integers(2**63 - 1, (n,)).tolist())
-    if len(rng) != n:
-        raise ValueError(f"Rng(seeds=[…]) has one seed for each sample; got {len(rng)} for {n}.")
-    return rng
-
-
-def _joined(parts: Sequence[LogLikelihood]) -> LogLikelihood:
-    """The results of batches as that of all, on the CPU; the network calls are those of all batches."""
-
-    def of(get: Callable[[LogLikelihood], Tensor]) -> Tensor:
-        return torch.cat([get(part).cpu() for part in parts])
-
-    return LogLikelihood(
-        of(lambda r: r.log_prob),
-        of(lambda r: r.stderr),
-        of(lambda r: r.latent),
-        sum(part.evaluations for part in parts),
-        of(lambda r: r.divergence_error),
-        of(lambda r: r.solver_error),
-        parts[0].name,
-    )

@@ -8,11 +8,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ..config import essential
 from ..diffusion.conditions import Cond, named
 from ..diffusion.denoiser import Denoiser
 from ..sampling.default import default_sampler
 from ..sampling.fitted import FittedSampler, build_sampler
 from ..sampling.sampler import Sampler
+from . import bundle
 from .publish import publish
 from .redact import redacted
 
@@ -52,7 +54,7 @@ def keep(folder: Path, model: Model, fitted: FittedSampler) -> None:
     """
     names = ("budget", "error", "error_stderr", "generic", "generic_stderr", "calls", "log_snr", "rows", "data_std")
     record = asdict(model) | {name: getattr(fitted, name) for name in names}
-    others = [other for other in _read(folder) if _use(other) != _use(record)]
+    others = [other for other in read(folder) if _use(other) != _use(record)]
     publish(folder / _FILE, json.dumps({"samplers": [*others, record]}, indent=2) + "\n")
 
 
@@ -63,7 +65,7 @@ def recall(folder: Path, model: Model, budget: int, denoiser: Denoiser) -> tuple
         ValueError: the file cannot be read, or its sampler for this use was fitted to other weights.
     """
     wanted = asdict(model) | {"budget": budget}
-    found = next((record for record in _read(folder) if _use(record) == _use(wanted)), None)
+    found = next((record for record in read(folder) if _use(record) == _use(wanted)), None)
     again = f"scoresde-fit run={folder} budgets=[{budget}]"
     if found is None:
         said = f"{budget} calls by the generic sampler: none is fitted for this budget and guidance ({again} does)."
@@ -82,11 +84,18 @@ def recall(folder: Path, model: Model, budget: int, denoiser: Denoiser) -> tuple
 
 def _use(record: Mapping[str, Any]) -> tuple[Any, ...]:
     """What a sampler is chosen by; the checkpoint has to be right besides."""
-    return tuple(record[name] for name in ("budget", "weights", "guidance", "guide", "cond"))
+    return essential(record["guidance"]), *(record[name] for name in ("budget", "weights", "guide", "cond"))
 
 
-def _read(folder: Path) -> list[dict[str, Any]]:
-    """The records of the file of a run; none where it has no such file."""
+def read(folder: Path) -> list[dict[str, Any]]:
+    """The records of a run's folder, or of the file that it was exported to; none where it has none.
+
+    Raises:
+        ValueError: the file cannot be read.
+    """
+    if folder.is_file():
+        exported: list[dict[str, Any]] = bundle.records_of(folder)["samplers"]
+        return exported
     path = folder / _FILE
     if not path.exists():
         return []

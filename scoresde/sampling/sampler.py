@@ -15,6 +15,7 @@ from torch import Tensor
 from ..checks import whole
 from ..diffusion.denoiser import Cond, CountingDenoiser, Denoiser
 from ..diffusion.grids import Grid, UniformGrid, check_grid
+from ..diffusion.readable import Readable
 from ..noise.rng import Rng
 from ..ode import check_finite
 from .cuda_graph import Graphs
@@ -23,7 +24,7 @@ State = Any
 """What a step remembers between calls (multistep history); None for one-step methods."""
 
 
-class Step(abc.ABC):
+class Step(Readable, abc.ABC):
     """A move of x from t to s ≤ t. Where s == t it is a corrector.
 
     Attributes:
@@ -86,7 +87,7 @@ class Trace:
     evaluations: int
 
 
-class Sampler:
+class Sampler(Readable):
     """Runs a step over a time grid, from the prior to data.
 
     Args:

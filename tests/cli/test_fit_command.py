@@ -8,9 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from commands import PLAIN, TINY, command
+from commands import PLAIN, TINY, Done, command
+from together import together
 
-from scoresde import Rng, default_sampler
+import scoresde.cli.train
+from scoresde import Rng, default_sampler, load
 from scoresde.runs.load import load_run
 from scoresde.runs.samplers import Model, recall
 
@@ -47,6 +49,52 @@ def test_a_fit_stands_beside_the_others_and_in_place_of_itself(folder: Path) -> 
     assert command("fit", "run=run", "budgets=[4]", "seed=1", *QUICK, cwd=folder).code == 0
     records = json.loads((folder / "run" / "samplers.json").read_text())["samplers"]
     assert [record["budget"] for record in records] == [3, 4]
+
+
+def trained(folder: Path) -> Done:
+    """One of several processes; the fit is quick because samples and calls of the recipe are cut."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scoresde.cli.train, "samples_for", lambda shape: 16)
+        options = (*TINY, *PLAIN, "evaluate_at_end=false", "trainer.images=128", "fit=[3]", "out=run")
+        return command("train", *options, cwd=folder)
+
+
+def test_several_processes_fit_one_sampler_at_their_end(tmp_path: Path) -> None:
+    first, second = together(trained, tmp_path)
+    assert first.code == second.code == 0, first.err + second.err
+    assert "Fitting a sampler of 3 calls" in first.out and "Fitting" not in second.out
+    run = load(tmp_path / "run")
+    (record,) = json.loads((tmp_path / "run" / "samplers.json").read_text())["samplers"]
+    assert (record["budget"], record["checkpoint"], record["cond"]) == (3, run.digest, [])
+    said = recall(run.folder, Model(run.digest, "ema", None, None, []), 3, run.denoiser)[1]
+    assert "none is fitted" not in said
+
+
+def test_under_guidance_one_is_fitted_for_that_guidance_alone(tmp_path: Path) -> None:
+    """By the command, and used by the command and in Python; at another scale the generic one is taken."""
+    data = torch.arange(300) % 3
+    np.savez(tmp_path / "data.npz", x=(data[:, None] * torch.tensor([1.0, -1.0]) / 3).numpy(), y=data.numpy())
+    done = command(
+        "train", *(option for option in TINY if not option.startswith("data")), *PLAIN, "data=arrays", "data.key=x",
+        f"data.path={tmp_path}/data.npz", "data.label_key=y", "data.raw_low=-1", "data.raw_high=1", "conditional=true",
+        "network.cond_dropout=0.3", "evaluate_at_end=false", "out=run", cwd=tmp_path,
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    guided = ("guidance=cfg", "guidance.scale=2")
+    done = command("fit", "run=run", "budgets=[3]", *guided, *QUICK, cwd=tmp_path)
+    assert done.code == 0 and "3 calls, " in done.out, done.err
+    (record,) = json.loads((tmp_path / "run" / "samplers.json").read_text())["samplers"]
+    assert record["guidance"]["scale"] == 2 and record["cond"] == ["label"]
+    done = command("sample", "run=run", "budget=3", *guided, *DRAW, "cond.label=1", "out=guided", cwd=tmp_path)
+    assert done.code == 0 and "by the generic sampler" not in done.out, done.err
+    run = load(tmp_path / "run")
+    how = {"cond": 1, "budget": 3, "progress": False}
+    mine = run.sample(4, **how, guidance=2.0, rng=Rng(seeds=range(4)))
+    np.testing.assert_allclose(np.load(tmp_path / "guided" / "samples.npz")["budget-3"], mine, rtol=1e-5)
+    model = Model(run.digest, "ema", run.guidance_node(2.0), None, ["label"])
+    other = Model(run.digest, "ema", run.guidance_node(3.0), None, ["label"])
+    assert "by the generic sampler" not in recall(run.folder, model, 3, run.denoiser)[1]
+    assert "by the generic sampler: none is fitted" in recall(run.folder, other, 3, run.denoiser)[1]
 
 
 @pytest.mark.parametrize("options", [("budget=7",), ("budget=3", "weights=weights")], ids=["budget", "weights"])

@@ -27,7 +27,7 @@ from scoresde import (
     Sampler,
 )
 from scoresde.cli.conditions import choose_cond
-from scoresde.cli.guided import build_guidance, check_guidance
+from scoresde.cli.guided import build_guidance
 from scoresde.config import ConfigError
 from scoresde.evaluate.problem import Problem
 from scoresde.inverse.observation import WithoutMeasurement
@@ -170,17 +170,17 @@ def test_what_is_wrong_is_told_and_leaves_no_folder(words: str, folder: Path) ->
 
 def test_a_model_that_cannot_be_guided_is_refused(run: Run) -> None:
     cfg = {"_target_": "scoresde.ClassifierFree", "scale": 2.0}
-    check_guidance(cfg, run)
+    run.check_guidance(cfg)
     unconditional = replace(run, conditional=False)
     hole, event = torch.ones(1, 8, 8, dtype=torch.bool), (1, 1, 8, 8)
     problem = Problem(Observation(None, Mask(hole)), torch.zeros(event), hole, hole, torch.zeros(event), ["test:0"])
     always = replace(run, config=run.config | {"network": run.config["network"] | {"cond_dropout": 0.0}})
     with pytest.raises(ConfigError, match=r"was trained without\. Train with conditional=true"):
-        check_guidance(cfg, unconditional)
+        unconditional.check_guidance(cfg)
     with pytest.raises(ConfigError, match=r"never was trained so \(network\.cond_dropout=0\)\. Train with"):
-        check_guidance(cfg, always)
+        always.check_guidance(cfg)
     for model in (unconditional, always):
-        check_guidance({"_target_": "scoresde.Blend"}, model)
+        model.check_guidance({"_target_": "scoresde.Blend"})
     with pytest.raises(ConfigError, match=r"cond\.label=3: .* was trained without labels"):
         choose_cond(NOTHING | {"label": 3}, 4, unconditional)
     with pytest.raises(ConfigError, match="was never trained without a label; say which"):

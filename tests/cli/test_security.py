@@ -473,7 +473,17 @@ CONFIGS: dict[str, Callable[[dict[str, Any]], Any]] = {
 def test_the_configuration_in_a_checkpoint_can_call_nothing(kind: str, trained: Path, tmp_path: Path) -> None:
     run = with_record(trained, tmp_path / "evil", "config", CONFIGS[kind])
     with pytest.raises((ConfigError, CheckpointError)):
-        load_run(run)
+        load_run(run).whole_data()  # data are built where they are asked for, and never by `load_run` itself
+
+
+@pytest.mark.usefixtures("trap")
+def test_neither_can_the_codec_in_an_excerpt(trained: Path, tmp_path: Path) -> None:
+    shutil.copytree(trained, tmp_path / "evil")
+    tensors, record = bundle.read(trained / "excerpt.safetensors")
+    for codec in (EVIL, {"_target_": "trap.spring"}, None, {**record["codec"], "low": EVIL}):
+        bundle.write(tmp_path / "evil" / "excerpt.safetensors", tensors, {**record, "codec": codec})
+        with pytest.raises(CheckpointError, match="holds no excerpt of data"):
+            load_run(tmp_path / "evil")
 
 
 RECORDS_OF_A_RUN: dict[str, tuple[str, Callable[[Any], Any]]] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch
 from commands import PLAIN, TINY, command, sampled
 
 import scoresde
-from scoresde import DDIM, Budget, Exact, Rng, Sampler, log_likelihood
+from scoresde import DDIM, Budget, ClassifierFree, Exact, Rng, Sampler, log_likelihood
 from scoresde.codecs import Scaling
 from scoresde.data import Arrays, Dataset, Split
 from scoresde.data.excerpt import excerpt, packed, unpacked
@@ -87,6 +88,51 @@ def test_a_likelihood_is_that_of_raw_values(run: Run) -> None:
     assert mine.stderr.shape == (3,) and mine.evaluations == 2 * whole.evaluations
     told = run.log_likelihood(raw, **how, cond=[0, 1, 2], rng=Rng(seeds=[1, 2, 3]), progress=False)
     assert not torch.equal(told.log_prob, mine.log_prob)
+
+
+def test_raw_values_may_come_as_an_array(run: Run) -> None:
+    raw = np.array([[0, 3]], dtype=np.int64)
+    assert torch.equal(run.encode(raw), run.encode(torch.tensor([[0, 3]])))
+    assert torch.equal(run.decode(run.encode(raw)), torch.tensor([[0, 3]], dtype=torch.uint8))
+
+
+def test_an_exported_file_is_the_run(run: Run, tmp_path: Path) -> None:
+    path = run.export(tmp_path / "one.safetensors")
+    again = scoresde.load(path)
+    assert (again.digest, again.step, again.classes) == (run.digest, run.step, run.classes)
+    assert (again.denoiser.data_std, again.denoiser.roughness) == (run.denoiser.data_std, run.denoiser.roughness)
+    how = {"budget": 5, "cond": 2, "guidance": 1.5, "progress": False}
+    assert torch.equal(again.sample(3, **how), run.sample(3, **how))
+    assert scoresde.load(again.export(tmp_path / "two.safetensors")).digest == run.digest
+    with pytest.raises(ValueError, match="holds one set of weights, ema"):
+        scoresde.load(path, weights="weights")
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    with pytest.raises(CheckpointError, match=r"one.safetensors is no whole file of scoresde"):
+        scoresde.load(path)
+    with pytest.raises(CheckpointError, match=r"holds no run; run.export"):
+        scoresde.load(run.folder / "excerpt.safetensors")
+
+
+def test_guidance_is_a_scale_or_what_conf_has(run: Run) -> None:
+    how = {"cond": 2, "sampler": SAMPLER, "rng": Rng(seeds=[4]), "progress": False}
+    node = {"_target_": "scoresde.ClassifierFree", "_partial_": True, "scale": 3.0, "rescale": 0.0}
+    mine = run.sample(1, **how, guidance=3)
+    x = SAMPLER(ClassifierFree(run.denoiser, 3.0), (1, 2), cond=torch.tensor([2]), rng=Rng(seeds=[4]))
+    assert torch.equal(mine, run.decode(x))
+    assert torch.equal(run.sample(1, **how | {"rng": Rng(seeds=[4])}, guidance=node), mine)
+
+
+def test_the_held_out_samples_are_measured_without_the_data(folder: Path) -> None:
+    """They are few, and kept whole."""
+    options = ("run=elsewhere/moved", "n=4", "threads=1", "likelihood.solver.rtol=1e-2", "likelihood.solver.atol=1e-2")
+    done = command("likelihood", *options, "out=scored", cwd=folder)
+    assert done.code == 0 and (folder / "scored" / "likelihood.json").exists(), done.err
+    assert "cannot be read again" in done.out + done.err
+    assert re.search(r"keeps all \d+ held-out samples", done.out + done.err)
+
+
+def test_it_is_shown_in_a_line(run: Run) -> None:
+    assert repr(run) == f"Run({str(run.folder)!r}: samples of data (2,) given label, step {run.step})"
 
 
 def test_conditions_are_names_numbers_or_a_mapping(run: Run) -> None:

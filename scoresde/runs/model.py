@@ -1,0 +1,162 @@
+"""What was loaded of a run: the model, what is known of its data, and what it can be told."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..codecs import Codec
+from ..config import ConfigError, build
+from ..data import Dataset
+from ..data import kinds as conditions
+from ..data.kinds import Kind
+from ..diffusion.conditions import Cond, unnamed
+from ..diffusion.denoiser import Denoiser, model_device
+
+Guidance = float | Mapping[str, Any] | None
+"""The scale of classifier-free guidance, or what the files of conf/guidance hold; None for none."""
+
+
+@dataclass(frozen=True, eq=False)
+class LoadedModel:
+    """A trained model and its conditions; `Run` adds raw data.
+
+    Attributes:
+        folder: of the run, or the file that it was exported to.
+        config: its resolved configuration.
+        step: optimizer step of the checkpoint.
+        digest: SHA-256 of the checkpoint's manifest, so of its weights.
+        dataset: the samples that the folder keeps; all of the data where `whole_data` was called or the folder,
+            written by an older scoresde, keeps none.
+        denoiser: in eval mode, on the device, and measured; a classifier's run has that in its place.
+        conditional: the network takes conditions.
+        weights: which of the weights it has: "ema", "weights", or a length of average.
+        allow: targets of the user's own that its configuration may name.
+    """
+
+    folder: Path
+    config: dict[str, Any]
+    step: int
+    digest: str
+    dataset: Dataset
+    denoiser: Denoiser
+    conditional: bool
+    weights: str = "ema"
+    allow: Sequence[str] = ()
+
+    @property
+    def draws(self) -> bool:
+        """Whether samples can be drawn from its model, which is no classifier."""
+        return self.denoiser.draws
+
+    @property
+    def codec(self) -> Codec:
+        """Raw values to model data and back."""
+        return self.dataset.scaling
+
+    @property
+    def event_shape(self) -> tuple[int, ...]:
+        """Shape of one sample."""
+        return self.dataset.event_shape
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The names of the classes, in the order of their labels; empty where the data have none."""
+        return self.dataset.names_of_classes
+
+    @property
+    def always_conditional(self) -> bool:
+        """Whether the network is known never to have been trained without its condition; a classifier never is."""
+        if not self.draws:
+            return self.conditional
+        gaps = self.dataset.statistics.gaps
+        return self.conditional and self.config["network"].get("cond_dropout") == 0 and not gaps
+
+    @functools.cached_property
+    def kinds(self) -> dict[str, Kind]:
+        """The conditions that the model was trained with, by name; none for an unconditional one."""
+        return conditions.kinds_of(self.dataset, always=self.always_conditional) if self.conditional else {}
+
+    def cond(self, given: Any, n: int) -> Cond:
+        """The conditions of n samples.
+
+        Args:
+            given: the name or number of a class, a list or tensor of such, or a mapping by kind ("label", "vector",
+                "image", "tokens") of numbers, tensors or file names. Rows are repeated in turn. None goes through the
+                classes, or through the conditions of held-out samples, in turn.
+
+        Raises:
+            ValueError, OSError: a kind that the model was not trained with, one that is missing, or values that are
+                not of the kind.
+        """
+        if given is None:
+            return conditions.in_turn(self.dataset, n, self.conditional)
+        given = given if isinstance(given, Mapping) else {"label": given}
+        self.check_kinds(given)
+        rows = {name: kind.rows(given[name]) for name, kind in self.kinds.items()}
+        for name, values in rows.items():
+            if len(values) > n:
+                raise ValueError(f"cond has {len(values)} rows of {name} for {n} samples.")
+        return unnamed({name: values[torch.arange(n) % len(values)] for name, values in rows.items()})
+
+    def check_kinds(self, given: Mapping[str, Any]) -> None:
+        """Refuses kinds of conditions that the model was not trained with, and some without others that it was.
+
+        Raises:
+            ConfigError: it is one of these.
+        """
+        listed = " and ".join(map(str, self.kinds.values()))
+        for name, value in given.items():
+            if name not in self.kinds:
+                none = "without labels or other conditions (conditional=true)"
+                what = f"with {listed}, and no {name}" if self.kinds else none
+                raise ConfigError(f"cond.{name}={value}: {self.folder} was trained {what}.")
+        if absent := [name for name in self.kinds if name not in given]:
+            cure = f"give cond.{absent[0]}=… too, or cond=test:0-7 for all conditions of those held-out samples"
+            raise ConfigError(f"{self.folder} was trained with {listed} together: {cure}.")
+
+    def guided(self, guidance: Guidance) -> Denoiser:
+        """The model under guidance.
+
+        Args:
+            guidance: the scale of classifier-free guidance, 1 for none; or what the files of conf/guidance hold, a
+                mapping with `_target_`. None is the model itself.
+
+        Raises:
+            ConfigError: it cannot be built, or does not suit the model.
+        """
+        if guidance is None:
+            return self.denoiser
+        node = self.guidance_node(guidance)
+        self.check_guidance(node)
+        guided: Denoiser = build(node, self.allow, self.denoiser, key="guidance")
+        return guided.to(model_device(self.denoiser)).eval()
+
+    @staticmethod
+    def guidance_node(guidance: Guidance) -> Any:
+        """What `guidance` stands for, as the files of conf/guidance have it."""
+        if guidance is None or isinstance(guidance, Mapping):
+            return guidance
+        return {"_target_": "scoresde.ClassifierFree", "scale": float(guidance)}
+
+    def check_guidance(self, node: Any) -> None:
+        """Refuses classifier-free guidance of a model that has no condition, or was never trained without one.
+
+        Raises:
+            ConfigError: it is one of these; says how to train one that can be guided.
+        """
+        if not isinstance(node, Mapping) or node.get("_target_") != "scoresde.ClassifierFree":
+            return
+        advice = "Train with conditional=true network.cond_dropout=0.1."
+        if not self.conditional:
+            raise ConfigError(
+                f"guidance=cfg steers towards a condition, and {self.folder} was trained without. {advice}"
+            )
+        if self.always_conditional:
+            why = f"and {self.folder} never was trained so (network.cond_dropout=0)"
+            raise ConfigError(f"guidance=cfg also asks the model without its condition, {why}. {advice}")
