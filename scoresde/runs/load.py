@@ -134,8 +134,8 @@ def chosen_run(options: Mapping[str, Any], allow: Sequence[str], *, whole_data: 
     """`load_run` as the keys run, device, kernels, weights and checkpoint of a command say.
 
     Args:
-        whole_data: with all of the data; where they are gone, with all held-out samples if the folder keeps these. They
-            are read, too, where the command names held-out samples (test:5) and the
+        whole_data: with all of the data; where they are gone, with what the folder keeps of them, in words. They are
+            read, too, where the command names held-out samples (test:5) and the
             folder keeps a part of them only.
 
     Raises:
@@ -154,10 +154,10 @@ def chosen_run(options: Mapping[str, Any], allow: Sequence[str], *, whole_data: 
     try:
         return run.whole_data()
     except CheckpointError as error:
-        if not run.dataset.complete or options.get("split") == "train":
+        if run.dataset.known is None or options.get("split") == "train":
             raise
-        held = f"{len(run.dataset.test):,} held-out samples, and these are measured"
-        _log.warning("%s The folder keeps all %s.", error, held)
+        kept, all_of_them = len(run.dataset.test), run.dataset.statistics.held_out
+        _log.warning("%s The folder keeps %d of the %d held-out samples, which are measured.", error, kept, all_of_them)
         return run
 
 

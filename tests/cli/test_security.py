@@ -34,6 +34,7 @@ from safetensors.torch import save as to_bytes
 import scoresde
 from scoresde.config import ConfigError, build
 from scoresde.evaluate.shards import Job, Shards
+from scoresde.runs import bundle
 from scoresde.runs.checkpoint import CheckpointError, best, latest, load, save
 from scoresde.runs.load import load_run
 
