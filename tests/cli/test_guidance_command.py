@@ -211,7 +211,7 @@ def test_a_weaker_run_can_guide(folder: Path, run: Run, monkeypatch) -> None:
 
 def test_real_samples_beside_are_of_the_same_class(folder: Path, run: Run, monkeypatch) -> None:
     seen: list[Tensor] = []
-    monkeypatch.setattr("scoresde.evaluate.figures.sample_grid", lambda made, real, path: seen.append(real))
+    monkeypatch.setattr("scoresde.evaluate.figures.sample_grid", lambda made, real, path, sampler: seen.append(real))
     done = command("sample", *DRAW, "cond.label=4", "n=5", "pictures=true", "out=pictures", cwd=folder)
     assert done.code == 0, done.err
     test = run.dataset.test
