@@ -60,7 +60,7 @@ def launch(task: Callable[[DictConfig], Any], name: str) -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # so that Hydra raises instead of printing
 
     if name != "train":  # which takes the lock on all ranks' behalf, when everything is built
-        task = alone(task)
+        task = alone(task, "fit samplers to a copy of the folder: run=…" if name == "fit" else "choose another: out=…")
     try:
         launching(hydra_main(version_base="1.3", config_path=config_dir(), config_name=name)(task))
     except KeyboardInterrupt:
@@ -76,7 +76,7 @@ def launch(task: Callable[[DictConfig], Any], name: str) -> None:
         sys.exit(1)
 
 
-def alone(task: Callable[[DictConfig], Any]) -> Callable[[DictConfig], Any]:
+def alone(task: Callable[[DictConfig], Any], instead: str) -> Callable[[DictConfig], Any]:
     """The task, which one process at a time does in its folder; the ranks of `torchrun` are one, held by rank 0."""
 
     @functools.wraps(task)
@@ -84,7 +84,7 @@ def alone(task: Callable[[DictConfig], Any]) -> Callable[[DictConfig], Any]:
         with contextlib.ExitStack() as stack:
             if ranks()[0] == 0:
                 with refusing():
-                    stack.enter_context(lock.hold(Path(HydraConfig.get().runtime.output_dir)))
+                    stack.enter_context(lock.hold(Path(HydraConfig.get().runtime.output_dir), instead))
             return task(cfg)
 
     return locked

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
@@ -14,6 +15,8 @@ from ..codecs.scaling import Scaling
 from ..diffusion.conditions import Cond, move, take, unnamed
 from ..noise.rng import Rng
 from .statistics import Statistics, measured
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,13 +138,30 @@ class Dataset:
             return self.known
         train, test = self.train, self.test
         found = measured(train.raw, train.labels, train.conditions, self.scaling, len(test))
-        return replace(found, digests={"train": train.digest(), "test": test.digest()} if self.files else {})
+        return replace(found, digests={"train": train.digest(), "test": test.digest()})
 
-    def altered(self, digests: Mapping[str, str]) -> str:
-        """The file whose samples are not those of these `Statistics.digests`; empty if there is none."""
+    def check_unaltered(self, digests: Mapping[str, str], whose: str, cure: str) -> None:
+        """Refuses files that hold other samples than those of these `Statistics.digests`.
+
+        Samples that were read from no file are named in a warning: another machine may round them in another way.
+
+        Args:
+            digests: of the splits; of one that is not among them nothing is known.
+            whose: what is of the other samples, for the message.
+            cure: what to do about it, a sentence.
+
+        Raises:
+            ValueError: a file has changed; names it.
+        """
         own = self.statistics.digests
-        parts = zip(("train", "test"), self.files, strict=False)
-        return next((file for part, file in parts if digests.get(part, own[part]) != own[part]), "")
+        for part, file in zip(("train", "test"), self.files or (self.name, self.name), strict=True):
+            if digests.get(part, own[part]) == own[part]:
+                continue
+            said = f"{file} has changed: {whose} is of other samples under this name."
+            if self.files:
+                raise ValueError(f"{said} {cure}")
+            _log.warning("%s", said)
+            return
 
     @property
     def seen_classes(self) -> tuple[int, ...]:

@@ -25,7 +25,7 @@ class Statistics:
         gaps: some training sample or other has no condition: all of it is NaN.
         training, held_out: numbers of samples.
         labels: classes that some training sample has; None where that was not kept.
-        digests: SHA-256 of the samples of the splits "train" and "test" that were read from files; empty for others.
+        digests: SHA-256 of all that the splits "train" and "test" hold; empty where that was not kept.
     """
 
     data_std: float

@@ -63,7 +63,8 @@ def classify(
     Args:
         denoiser: of p(x | y): conditional, guided by a classifier, or anything that takes `cond`.
         x0: data (B, *event), as for `log_likelihood`.
-        classes: K ≥ 2 for the labels 0 … K − 1, or the K conditions, each one entry.
+        classes: K ≥ 2 for the labels 0 … K − 1, or the K conditions, each one entry: leave out a class that the model
+            never saw (`Dataset.seen_classes`), for it is asked like any other.
         priors: p(y), (K,), positive; normalised here. Default: all equal.
         solver, divergence, scaling, t_min: as in `log_likelihood`.
         rng: source of noise and probes, the same for every class.

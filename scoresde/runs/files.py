@@ -71,7 +71,7 @@ def find(root: Path) -> Iterator[Path]:
     """Run folders at and below `root`, in natural order (2 before 10)."""
     for place, folders, files in os.walk(root):
         folders[:] = sorted((f for f in folders if f not in _CLOSED and not f.startswith(".")), key=natural)
-        known = {"metrics.jsonl", "job.json", "failed.json", ".lock"} & set(files)
+        known = {"metrics.jsonl", "job.json", "failed.json"} & set(files)
         if known or ("config.yaml" in files and marked(Path(place, "config.yaml"))):
             yield Path(place)
 

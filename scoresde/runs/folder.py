@@ -51,7 +51,8 @@ def prepare(folder: Path, config: Mapping[str, Any], *, resume: str | bool, over
     if not held:
         return None
     names = ", ".join(sorted({path.relative_to(folder).parts[0] for path in held}))
-    if not marked(folder / "config.yaml"):
+    # older versions wrote config.yaml in place, so that a kill could empty it
+    if not marked(folder / "config.yaml") and latest(folder / "checkpoints") is None:
         raise ValueError(f"{folder} holds {names}, which no run of scoresde made. Choose another folder: out=….")
     if overwrite:
         _remove(held, folder)

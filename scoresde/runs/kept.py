@@ -69,9 +69,10 @@ def read_data(
             f"{'Put them back' if where is None else f'Put them back at {where}'}, or score data of your own: "
             "scoresde-likelihood run=… data=arrays data.path=…, run.log_likelihood(raw, …)."
         ) from error
-    if known is not None and (file := dataset.altered(known.digests)):
-        raise CheckpointError(
-            f"{file} has changed: {folder} was trained on other samples under this name. Put the file back as it was, "
-            f"or score what it holds now as data of your own: data=… data.path={file}."
-        )
+    if known is not None:
+        cure = "Put the file back as it was, or score what it holds now as data of your own: data=… data.path=…."
+        try:
+            dataset.check_unaltered(known.digests, str(folder), cure)
+        except ValueError as error:
+            raise CheckpointError(str(error)) from error
     return dataset

@@ -24,12 +24,12 @@ class Locked(RuntimeError):
 
 
 @contextlib.contextmanager
-def hold(folder: Path) -> Iterator[None]:
+def hold(folder: Path, instead: str = "choose another folder: out=…") -> Iterator[None]:
     """Holds `folder` (made if it is not there) while the `with` block runs.
 
     The lock is the kernel's (`flock` on `folder/.lock`), so it ends with the process that holds it, however that ends;
     the file's text only says which process that is. On a file system without locks the text decides: a process of this
-    host that has ended holds nothing.
+    host that has ended holds nothing. `instead` is what else the user may do.
 
     Raises:
         Locked: another process holds it; names its host, number and start.
@@ -47,7 +47,7 @@ def hold(folder: Path) -> Iterator[None]:
                 os.close(descriptor)
                 if error.errno not in (errno.EWOULDBLOCK, *_NO_LOCKS):
                     raise
-                raise Locked(_refusal(folder, found)) from None
+                raise Locked(_refusal(folder, found, instead)) from None
         # the former holder may have removed the file between our open and our lock: then this locks nothing
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(descriptor), os.stat(path)):
@@ -118,10 +118,10 @@ def alive(note: Mapping[str, Any]) -> bool | None:
     return True
 
 
-def _refusal(folder: Path, note: dict[str, Any] | None) -> str:
+def _refusal(folder: Path, note: dict[str, Any] | None, instead: str) -> str:
     who = "Another process"
     if note:
         who = f"Process {note.get('pid')} on {note.get('host')}"
         with contextlib.suppress(KeyError, TypeError, ValueError, OverflowError):
             who += time.strftime(" (since %Y-%m-%d %H:%M:%S)", time.localtime(float(note["started"])))
-    return f"{who} works in {folder}. Wait for it, end it, or choose another folder: out=…."
+    return f"{who} works in {folder}. Wait for it, end it, or {instead}."

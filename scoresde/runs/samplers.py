@@ -15,7 +15,7 @@ from ..sampling.default import default_sampler
 from ..sampling.fitted import FittedSampler, build_sampler
 from ..sampling.sampler import Sampler
 from . import bundle
-from .publish import publish
+from .publish import content_of, publish
 from .redact import redacted
 
 _FILE = "samplers.json"
@@ -97,12 +97,12 @@ def read(folder: Path) -> list[dict[str, Any]]:
         exported: list[dict[str, Any]] = bundle.records_of(folder)["samplers"]
         return exported
     path = folder / _FILE
-    if not path.exists():
-        return []
     try:
-        records = json.loads(path.read_text(encoding="utf-8"))["samplers"]
+        records = json.loads(content_of(path))["samplers"]
         for record in records:
             _check(record)
+    except FileNotFoundError:
+        return []
     except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise ValueError(
             f"{path} is not a file of scoresde-fit: {error!r}. Remove it; scoresde-fit run={folder} makes it again."

@@ -163,12 +163,9 @@ class TrainingState:
         Raises:
             CheckpointError: it belongs to another network, optimizer or data set.
         """
-        if file := self.dataset.altered(checkpoint.records.get("data") or {}):
-            raise CheckpointError(
-                f"{file} has changed: {checkpoint.path} is of a run on other samples under this name. To resume, put "
-                "the file back as it was; or train on what it holds now in another folder: out=…."
-            )
+        cure = "To resume, put the file back as it was; or train on what it holds now in another folder: out=…."
         try:
+            self.dataset.check_unaltered(checkpoint.records.get("data") or {}, str(checkpoint.path), cure)
             for name, module in self._modules().items():
                 load(module, _joined(name, checkpoint.tensors))
             self._restore_optimizer(checkpoint.tensors["optimizer"])

@@ -201,12 +201,18 @@ def test_another_file_under_the_same_name_is_noticed(tmp_path: Path) -> None:
     path, held = save(tmp_path / "x.npz", x=FLOATS), save(tmp_path / "held.npz", x=FLOATS[:9])
     first = Arrays(path, test_path=held, **RANGE)
     digests = unpacked(*packed(excerpt(first)), first.scaling).statistics.digests
-    assert set(digests) == {"train", "test"} and not Arrays(path, test_path=held, **RANGE).altered(digests)
+
+    def look(digests: dict[str, str] = digests) -> None:
+        Arrays(path, test_path=held, **RANGE).check_unaltered(digests, "runs/mine", "Mend it.")
+
+    look()
     save(tmp_path / "held.npz", x=FLOATS[1:10])
-    assert Arrays(path, test_path=held, **RANGE).altered(digests) == held
+    with pytest.raises(ValueError, match=rf"^{held} has changed: runs/mine is of other samples.*Mend it\."):
+        look()
     save(tmp_path / "x.npz", x=FLOATS[::-1])
-    assert Arrays(path, test_path=held, **RANGE).altered(digests) == path
-    assert not Arrays(path, test_path=held, **RANGE).altered({})  # of an older run
+    with pytest.raises(ValueError, match=rf"^{path} has changed"):
+        look()
+    look({})  # of an older run
     a = Split(torch.zeros(3, 2), torch.tensor([0, 1, 0]))
     assert a.digest() != Split(a.raw, torch.tensor([0, 1, 1])).digest() != Split(a.raw).digest()
 

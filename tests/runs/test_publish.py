@@ -7,8 +7,11 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 import scoresde
+from scoresde.runs.checkpoint import save
+from scoresde.runs.folder import prepare, write_config
 from scoresde.runs.publish import content_of, publish, replacing
 
 # Within a folder that has no name yet, beside the file that is then replaced, and `replacing` itself.
@@ -51,3 +54,16 @@ def test_what_is_no_file_is_not_waited_for(tmp_path: Path) -> None:
     assert content_of(tmp_path / "file", 5) == b"12345"
     with pytest.raises(ValueError, match=r"file has 5 bytes, more than the 4"):
         content_of(tmp_path / "file", 4)
+
+
+def test_a_run_whose_configuration_was_emptied_goes_on(tmp_path: Path) -> None:
+    """As a kill left it before configurations were replaced whole; a folder of others is still refused."""
+    config = {"seed": 0}
+    (tmp_path / "config.yaml").write_bytes(b"")
+    with pytest.raises(ValueError, match="which no run of scoresde made"):
+        prepare(tmp_path, config, resume="auto", overwrite=False)
+    save(tmp_path / "checkpoints", 3, {"weights": {"w": torch.zeros(1)}}, {"config": config})
+    found = prepare(tmp_path, config, resume="auto", overwrite=False)
+    assert found is not None and found.step == 3
+    write_config(tmp_path, config, "scoresde-train")
+    assert (tmp_path / "config.yaml").read_text().startswith("# scoresde")

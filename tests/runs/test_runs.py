@@ -215,6 +215,8 @@ def test_numbers_come_from_the_files_that_hold_them(tmp_path: Path) -> None:
 def test_runs_are_found_below_a_folder_in_natural_order(tmp_path: Path) -> None:
     for name in ("s/10", "s/2", "deep/er/run", "s/2/checkpoints/inner", "s/2/wandb/inner"):
         make(tmp_path / name)
+    (tmp_path / "s" / "2" / "sample").mkdir()
+    (tmp_path / "s" / "2" / "sample" / ".lock").touch()  # samples are drawn there
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign" / "config.yaml").write_text("model: theirs")
     (tmp_path / "s" / "multirun.yaml").write_text("")
