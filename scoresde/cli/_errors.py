@@ -12,6 +12,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ..config import closest, config_dir, nearest, walk
+from .foreign import names_of
+from .typed import in_shell, quoted
 
 
 def explain(error: BaseException, command: str = "") -> str:
@@ -56,7 +58,15 @@ def _of_hydra(error: BaseException, command: str) -> str:
         known = f" Options of {group}: {', '.join(options)}." if options else ""
         return f"There is no {group}={option}.{nearest(option, options)}{known}"
     if isinstance(error, OverrideParseException):
-        return f"The override {error.override!r} cannot be read: {error.message.splitlines()[0]}."
+        return _unreadable(str(error.override), error.message.splitlines()[0])
+    if match := re.search(r"Ambiguous value for argument '(.*?)'\n", str(error), re.DOTALL):
+        key, _, value = match[1].partition("=")
+        return (
+            f"{match[1]} may be three things: a sweep, with -m; a list, {in_shell(f'{key}=[{value}]')}; or text with a "
+            f"comma in it, {quoted(key, value)}."
+        )
+    if match := re.search(r"Could not override '([^']+)'\.\s+No match in the defaults", str(error)):
+        return _unknown_group(match[1], command)
     if match := re.search(r"Missing mandatory value: (\S+)", str(error)):
         return f"{match[1]} has no value yet; give it on the command line: {match[1]}=…."
     cause: BaseException | None = error
@@ -67,6 +77,19 @@ def _of_hydra(error: BaseException, command: str) -> str:
             return f"{cause.full_key}: {str(cause).splitlines()[0]}"
         cause = cause.__cause__
     return str(error)
+
+
+def _unreadable(word: str, why: str) -> str:
+    key, equals, value = word.partition("=")
+    if not equals:
+        return f"{word!r} is not of the form key=value."
+    return f"The override {word!r} cannot be read: {why}. If it is text, quote it: {quoted(key, value)}."
+
+
+def _unknown_group(group: str, command: str) -> str:
+    name, known = group.partition("@")[0], names_of(Path(config_dir(), f"{command.removeprefix('scoresde-')}.yaml"))
+    cure = nearest(name, known) or " There are " + ", ".join(known) + "."
+    return f"There is no group {name!r}.{cure}"
 
 
 def _no_option(text: str) -> str:

@@ -11,8 +11,9 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
+import hydra._internal.hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
 from hydra.main import main as hydra_main
@@ -35,11 +36,15 @@ from ..sweep.sweep import launching
 from ..train.trainer import TrainingDiverged
 from ..train.world import ProcessLost
 from ._errors import explain, of_another_command
+from .foreign import CheckedLoader
 from .own_options import problem_in_options
+from .typed import problem_in_words, typed
 
 _show_warning = warnings.showwarning
 # Errors whose message says what to do.
 _EXPLAINED = (Refusal, SolverError, CheckpointError, ProcessLost, ShardError, TrainingDiverged)
+# Options of Hydra's that print, and do nothing else.
+_PRINTING = ("--help", "-h", "--hydra-help", "--cfg", "-c", "--info", "-i", "--version")
 # Keys of scoresde-sample, -likelihood and -evaluate on which no batch depends.
 _FREE = ("run", "out", "device", "threads", "kernels", "pictures", "allow_targets", "timeout")
 
@@ -53,27 +58,62 @@ def launch(task: Callable[[DictConfig], Any], name: str) -> None:
         print(f"scoresde {__version__}")
         return
     OmegaConf.register_new_resolver("command", name_of_command, replace=True)
-    guard()  # Hydra logs and prints the overrides of every job
-    if problem := problem_in_options(sys.argv[1:]) or of_another_command(f"scoresde-{name}"):
+    output = guard()  # Hydra logs and prints the overrides of every job
+    words = sys.argv[1:]
+    if problem := problem_in_words(words) or problem_in_options(words) or of_another_command(f"scoresde-{name}"):
         sys.exit(f"error: {problem}")
+    sys.argv[1:] = typed(words)
     full = os.environ.get("HYDRA_FULL_ERROR", "0") not in ("", "0")
     os.environ["HYDRA_FULL_ERROR"] = "1"  # so that Hydra raises instead of printing
+    hydra._internal.hydra.ConfigLoaderImpl = CheckedLoader  # type: ignore[misc]  # Hydra has no hook that early
 
     if name != "train":  # which takes the lock on all ranks' behalf, when everything is built
         task = alone(task, "fit samplers to a copy of the folder: run=…" if name == "fit" else "choose another: out=…")
     try:
-        launching(hydra_main(version_base="1.3", config_path=config_dir(), config_name=name)(task))
+        try:
+            launching(hydra_main(version_base="1.3", config_path=config_dir(), config_name=name)(_past_hydra(task)))
+        finally:
+            output.flush()
+            if output.lost and any(word.startswith(_PRINTING) for word in words):
+                sys.exit(1)
     except KeyboardInterrupt:
         how = "with resume=auto continues from the last checkpoint" if name == "train" else "goes on from here"
         print(f"stopped; the same command {how}", file=sys.stderr)
         sys.exit(130)
+    except _PastHydra as past:
+        _end(past.error, name, full)
     except Exception as error:
-        OutputFolder.remove_created()
-        explained = str(error) if isinstance(error, _EXPLAINED) else explain(error, f"scoresde-{name}")
-        if full or not explained:
-            raise
-        print(f"error: {explained}", file=sys.stderr)
-        sys.exit(1)
+        _end(error, name, full)
+
+
+class _PastHydra(BaseException):
+    """Carries an error of a command past Hydra, which would print all overrides above it."""
+
+    def __init__(self, error: Exception):
+        super().__init__()
+        self.error = error
+
+
+def _past_hydra(task: Callable[[DictConfig], Any]) -> Callable[[DictConfig], Any]:
+    @functools.wraps(task)
+    def run(cfg: DictConfig) -> Any:
+        try:
+            return task(cfg)
+        except Exception as error:
+            if in_sweep():  # launchers know no other errors
+                raise
+            raise _PastHydra(error) from None
+
+    return run
+
+
+def _end(error: Exception, name: str, full: bool) -> NoReturn:
+    OutputFolder.remove_created()
+    explained = str(error) if isinstance(error, _EXPLAINED) else explain(error, f"scoresde-{name}")
+    if full or not explained:
+        raise error
+    print(f"error: {explained}", file=sys.stderr)
+    sys.exit(1)
 
 
 def alone(task: Callable[[DictConfig], Any], instead: str) -> Callable[[DictConfig], Any]:
@@ -175,12 +215,14 @@ class Command:
         allow: further names that a configuration may build from.
         folder: to write to.
         typed: the overrides of the command line.
+        words: the whole command without secrets; of a job of a sweep, that which runs it alone.
     """
 
     options: dict[str, Any]
     allow: list[str]
     folder: Path
     typed: list[str]
+    words: list[str]
 
     def build(self, key: str, **runtime: Any) -> Any:
         """The object that a key describes; see `config.build`."""
@@ -246,4 +288,18 @@ def read(cfg: DictConfig) -> Command:
         raise ConfigError(f"allow_targets is taken from the command line alone, not from a file: {typed}.")
     set_threads(options["threads"])
     warnings.showwarning = _note  # type: ignore[assignment]
-    return Command(options, names, Path(hydra.runtime.output_dir), list(hydra.overrides.task))
+    folder, words = Path(hydra.runtime.output_dir), list(hydra.overrides.task)
+    return Command(options, names, folder, words, _words(hydra, folder))
+
+
+def _words(hydra: Any, folder: Path) -> list[str]:
+    given: Any = OmegaConf.to_container(hydra.overrides, resolve=False)
+    words = given["task"]
+    if in_sweep():
+        words = [word for word in words if not word.startswith(("out=", "resume="))] + [f"out={folder}"]
+    else:
+        words += [word for word in given["hydra"] if not word.startswith("hydra.mode=")]
+    dirs = [
+        f"--config-dir={source.path}" for source in hydra.runtime.config_sources if source.provider == "command-line"
+    ]
+    return [redacted_text(word) for word in [hydra.job.name, *dirs, *words]]

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import yaml
 
+from .typed import is_text
+
 _LARGEST = 10_000  # values in one file, its aliases written out
 
 
@@ -18,7 +20,7 @@ def problem_in_options(arguments: Sequence[str]) -> str:
     """
     for option, following in zip(arguments, [*arguments[1:], ""], strict=False):
         name, equals, value = option.partition("=")
-        if name in ("--config-dir", "-cd"):
+        if name in ("-cd", "-cp") or name.startswith(("--config-d", "--config-p")):
             for path in sorted(Path(value if equals else following).rglob("*.yaml")):
                 if problem := _problem(path):
                     return f"{path}: {problem}"
@@ -60,6 +62,13 @@ def _check(node: yaml.Node) -> None:
         asks = ", it asks for a Python object" if "python" in node.tag else ""
         raise ValueError(f"the tag {node.tag} is not plain YAML{asks}")
     if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            if key.value == "searchpath":  # Hydra imports what is on it, before anything is composed
+                raise ValueError("searchpath is taken from the command line alone, not from a file")
+            if is_text(str(key.value)) and value.tag.endswith((":int", ":float", ":bool", ":timestamp")):
+                raise ValueError(
+                    f'{key.value}: {value.value} reads as a number; quote it: {key.value}: "{value.value}"'
+                )
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
         if twice := sorted({key for key in keys if keys.count(key) > 1}):
             raise ValueError(f"the key {twice[0]!r} is there twice")

@@ -13,6 +13,7 @@ from typing import Any
 from .. import __version__
 from ..runs.files import STATES, Run, count_states, find, keys, measured, natural, read
 from ..runs.listing import layout, number_in, window, wrapped
+from ..runs.redact import guard
 
 
 def main() -> None:
@@ -23,6 +24,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="everything that is known, as JSON")
     parser.add_argument("--html", metavar="FILE", type=Path, help="also write a page with curves and pictures")
     parser.add_argument("--version", action="version", version=f"scoresde {__version__}")
+    output = guard()
     chosen = parser.parse_args()
     if not chosen.folder.is_dir():
         parser.error(f"{chosen.folder} is no folder; give one that holds runs: scoresde-runs runs")
@@ -42,6 +44,9 @@ def main() -> None:
 
         write_page(chosen.html, runs, title=str(chosen.folder))
         print(f"Page in {chosen.html}", file=sys.stderr)
+    output.flush()
+    if output.lost:
+        sys.exit(1)
 
 
 def arrange(runs: Sequence[Run], by: str = "bits/dim") -> list[Run]:

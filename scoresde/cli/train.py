@@ -45,6 +45,7 @@ from ..train.trainer import Trainer
 from ..train.world import World, join
 from ._hydra import Command, in_sweep, launch, read, refusing
 from .fit import choose_budgets, fit_all
+from .typed import in_shell
 
 _UNSAVED = ("out", "resume", "overwrite", "allow_targets")
 
@@ -73,6 +74,7 @@ class Plan:
         view: what is kept of the metrics besides `metrics.jsonl`.
         budgets: of network calls, for which samplers are fitted at the end.
         allow: further names that a configuration may build from.
+        words: the command.
     """
 
     folder: Path
@@ -85,6 +87,7 @@ class Plan:
     view: Logger
     budgets: list[int]
     allow: list[str]
+    words: list[str]
 
     def say(self, text: str) -> None:
         """Prints, on rank 0."""
@@ -127,9 +130,8 @@ def find(plan: Plan, resume: str | bool, overwrite: bool) -> Checkpoint | None:
 
 def follow(plan: Plan, checkpoint: Checkpoint | None, signals: Signals) -> dict[str, float]:
     """The run itself, in a folder that is its own."""
-    command = " ".join(["scoresde-train", *HydraConfig.get().overrides.task])
     if plan.training.world.rank == 0:
-        folders.write_config(plan.folder, plan.config, command)
+        folders.write_config(plan.folder, plan.config, in_shell(*plan.words))
         keep(plan.folder, plan.training.dataset, resumed=checkpoint is not None)
     logger, failed = start_logger(plan, checkpoint), True
     try:
@@ -138,7 +140,9 @@ def follow(plan: Plan, checkpoint: Checkpoint | None, signals: Signals) -> dict[
         return result
     except Stopped as stopped:
         failed = False
-        again = "" if in_sweep() else f" To go on: {command}{'' if 'resume=auto' in command else ' resume=auto'}"
+        words = [word for word in plan.words if not word.startswith(("resume=", "overwrite="))]
+        words += [] if any(word.startswith("out=") for word in words) else [f"out={plan.folder}"]
+        again = "" if in_sweep() else f" To go on: {in_shell(*words, 'resume=auto')}"
         plan.say(stopped.message + again)
         raise
     finally:
@@ -184,7 +188,7 @@ def assemble(command: Command, world: World) -> Plan:
     training = TrainingState(loss, optimizer, ema, dataset, order, Rng(seed), loss_scale=trainer.loss_scale, **how)
     likelihood, view = command.build("likelihood"), command.build("logger")
     # what is kept of it, in whatever file, holds no secret
-    how = {"budgets": choose_budgets(config["fit"]), "allow": command.allow}
+    how = {"budgets": choose_budgets(config["fit"]), "allow": command.allow, "words": command.words}
     return Plan(command.folder, redacted(config), trainer, training, samplers, likelihood, evaluation, view, **how)
 
 

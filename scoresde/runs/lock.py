@@ -53,9 +53,8 @@ def hold(folder: Path, instead: str = "choose another folder: out=…") -> Itera
             if os.path.samestat(os.fstat(descriptor), os.stat(path)):
                 break
         os.close(descriptor)
-    note = {"pid": os.getpid(), "host": socket.gethostname(), "started": round(time.time(), 3)}
     os.ftruncate(descriptor, 0)
-    os.write(descriptor, json.dumps(note).encode())
+    os.write(descriptor, json.dumps(note()).encode())
     try:
         yield
     finally:
@@ -79,7 +78,7 @@ def _take(descriptor: int) -> None:
 
 
 def holder(folder: Path) -> dict[str, Any] | None:
-    """{"pid", "host", "started"} of the process that holds `folder` now; None if no process does."""
+    """`note()` of the process that holds `folder` now; None if no process does."""
     path = folder / NAME
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe of this name would keep us waiting
@@ -103,6 +102,25 @@ def _read(path: Path) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
+def note() -> dict[str, Any]:
+    """Which process this is: its number, its host, and when it began, for a restarted container gives both again."""
+    return {
+        "pid": os.getpid(),
+        "host": socket.gethostname(),
+        "started": round(time.time(), 3),
+        "born": _born(os.getpid()),
+    }
+
+
+def _born(number: int) -> str | None:
+    """The boot of the machine, and the clock tick at which the process began; None where the kernel does not say."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        return f"{boot} {Path(f'/proc/{number}/stat').read_bytes().rpartition(b')')[2].split()[19].decode()}"
+    except (OSError, IndexError):
+        return None
+
+
 def alive(note: Mapping[str, Any]) -> bool | None:
     """Whether the process of a note still runs; None where that is not known: on another host, or without a number."""
     if note.get("host") != socket.gethostname():
@@ -115,7 +133,8 @@ def alive(note: Mapping[str, Any]) -> bool | None:
         return True
     except (KeyError, TypeError, ValueError, OverflowError):
         return None
-    return True
+    born = _born(int(note["pid"]))
+    return born is None or note.get("born") in (None, born)
 
 
 def _refusal(folder: Path, note: dict[str, Any] | None, instead: str) -> str:

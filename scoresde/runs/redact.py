@@ -7,28 +7,45 @@ A secret is recognised by its name (`api_key`, `token`, `password` …), by its 
 
 from __future__ import annotations
 
+import codecs
+import contextlib
 import logging
 import os
 import re
 import sys
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TextIO
 
 HIDDEN = "REDACTED"  # a plain word in YAML, JSON, URLs and command lines
-# the end of a name, after a separator; `key` alone may be the name of an array or a column
-_NAMES = (
-    r"(?:(?:api|access|secret|private|auth|account|encryption|signing|ssh)[_-]?key"
-    r"|token|secret|passwd|password|passphrase|pwd|credentials?)"
+# The end of a name: these anywhere, whatever stands before them (PGPASSWORD, dbPassword) …
+_ANYWHERE = (
+    r"(?:(?:api|access|secret|private|auth|account|encryption|signing|ssh|master|client|consumer|shared|storage|license)"
+    r"[_-]?keys?|(?:access|auth|api|bearer|refresh|session|security)[_-]?tokens?|secrets?|passw(?:or)?ds?|passphrase"
+    r"|credentials?|authorization|(?:db|user|smtp|ftp|mail|proxy|redis|login|admin|root)[_-]?pass)"
 )
-_SECRET = re.compile(rf"(?:^|[^A-Za-z0-9]){_NAMES}$", re.IGNORECASE)
-_SECRET_VARIABLE = re.compile(rf"^(?!(?:OLD)?PWD$)(?:.*_)?(?:{_NAMES}|key|pass)$", re.IGNORECASE)
+# … and these as a word of their own (accessToken, X-Amz-Signature); `key` alone may be the name of an array.
+_WORDS = r"(?:token|pwd|signature|sig|cookie|jwt|passcode|auth)"
+_NAMES = rf"(?:{_ANYWHERE}|{_WORDS})(?:[_-]?\d+)?"
+_SECRET = re.compile(rf"(?:{_ANYWHERE}|(?:^|[^A-Za-z0-9]){_WORDS})(?:[_-]?\d+)?$", re.IGNORECASE)
+_HUMP = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
+_SECRET_VARIABLE = re.compile(rf"^(?!(?:OLD)?PWD$)(?:.*{_ANYWHERE}|(?:.*_)?(?:{_NAMES}|key|pass))$", re.IGNORECASE)
 # name=value of a command line or query, name: value of YAML and JSON; quotes keep spaces
 _ASSIGNED = re.compile(
-    rf"((?<![A-Za-z0-9])[\w.@+-]*{_NAMES}[\"']?\s?[=:]\s?)(\"[^\"]*\"|'[^']*'|\[[^\]]*\]|[^\s&\"'}}]+)", re.IGNORECASE
+    rf"((?<![A-Za-z0-9])[\w.@+-]*{_NAMES}[\"']?\s?[=:]\s?)"
+    r"(\"[^\"]*\"|'[^']*'|\[[^\]]*\]|(?:(?:Bearer|Basic|Token|Digest) )?[^\s&\"'}]+)",
+    re.IGNORECASE,
 )
 # in a sweep Hydra writes https\://user\:secret@host
 _USERINFO = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*\\?://)(?!git@)[^\s/\"'?#]+@")
+# Values that say themselves what they are: of headers, of known services, JSON Web Tokens, keys in PEM.
+_VALUES = re.compile(
+    r"\b(?:Bearer|Basic) (?=\S+[A-Z0-9=])[\w.~+/=-]{8,}|\b[spr]k_(?:live|test)_\w+|\bsk-[\w-]{16,}|\bgh[pousr]_\w{20,}"
+    r"|\bgithub_pat_\w+|\bhf_[A-Za-z0-9]{20,}|\bglpat-[\w-]{16,}|\bxox[abeprs]-[\w-]+|\bA[KS]IA[0-9A-Z]{16}\b"
+    r"|\bAIza[\w-]{35}|\beyJ[\w-]+\.[\w-]+\.[\w-]+|-----BEGIN [A-Z ]*PRIVATE KEY-----[^-]*(?:-----END[A-Z ]*-----)?"
+)
 _SHORTEST = 8  # characters of a variable's value: `1` or `yes` would be found everywhere
+# What a terminal that knows ASCII alone is shown.
+_PLAIN = {"…": "...", "–": "-", "─": "-", "±": "+-", "×": "x", "·": "*", "→": "->", "≤": "<=", "≥": ">="}
 
 
 def redacted(tree: Any, name: str = "") -> Any:
@@ -39,12 +56,16 @@ def redacted(tree: Any, name: str = "") -> Any:
         name: the key it stands under; every value under the name of a secret is hidden.
     """
     if isinstance(tree, Mapping):
-        return {key: redacted(value, name if _SECRET.search(name) else str(key)) for key, value in tree.items()}
+        return {key: redacted(value, name if _is_secret(name) else str(key)) for key, value in tree.items()}
     if isinstance(tree, (list, tuple)):
         return [redacted(value, name) for value in tree]
-    if _SECRET.search(name) and tree is not None and not isinstance(tree, bool):
+    if _is_secret(name) and tree is not None and not isinstance(tree, bool):
         return HIDDEN
     return redacted_text(tree) if isinstance(tree, str) else tree
+
+
+def _is_secret(name: str) -> bool:
+    return _SECRET.search(_HUMP.sub("_", name)) is not None
 
 
 def redacted_text(text: str) -> str:
@@ -52,24 +73,63 @@ def redacted_text(text: str) -> str:
     for value in _values():
         text = text.replace(value, HIDDEN)
     text = _USERINFO.sub(rf"\1{HIDDEN}@", text)
-    return _ASSIGNED.sub(_hide, text)
+    return _VALUES.sub(HIDDEN, _ASSIGNED.sub(_hide, text))
 
 
-def guard() -> None:
-    """Makes everything that this process prints and logs from now on pass through `redacted_text`."""
+def guard() -> Stream:
+    """Makes everything that this process prints and logs from now on pass through `redacted_text`.
+
+    A terminal that is gone or cannot show a character costs nothing but what it would have shown. Returns the standard
+    output.
+    """
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:  # else a file of results would take the number
+        pass
+    os.close(descriptor)
+    codecs.register_error("scoresde", _shown)
     logging.setLogRecordFactory(_Record)
-    sys.stdout, sys.stderr = _Stream(sys.stdout), _Stream(sys.stderr)  # type: ignore[assignment]
+    output = Stream(sys.stdout)
+    sys.stdout, sys.stderr = output, Stream(sys.stderr)  # type: ignore[assignment]
+    return output
 
 
-class _Stream:
-    """A text stream that hides secrets in each text written to it; `print` and tracebacks write whole lines."""
+def _shown(error: Any) -> tuple[str, int]:
+    found = error.object[error.start : error.end]
+    return "".join(_PLAIN.get(c) or c.encode("ascii", "backslashreplace").decode() for c in found), error.end
+
+
+def _nowhere() -> TextIO:
+    return open(os.devnull, "w", encoding="utf-8")  # for as long as the process is there
+
+
+class Stream:
+    """A text stream that hides secrets in each text written to it; `print` and tracebacks write whole lines.
+
+    Attributes:
+        lost: whether it could not be written, and nothing has been since; a reader who has left (`| head`) is no loss.
+    """
 
     def __init__(self, stream: Any):
-        self._stream = stream
+        self._stream, self.lost = _nowhere() if stream is None else stream, False
 
     def write(self, text: str) -> int:
-        self._stream.write(redacted_text(text))
+        encoding = self._stream.encoding or "utf-8"
+        shown = redacted_text(text).encode(encoding, "scoresde").decode(encoding)
+        self._try(lambda: self._stream.write(shown))
         return len(text)
+
+    def flush(self) -> None:
+        self._try(self._stream.flush)
+
+    def _try(self, act: Callable[[], object]) -> None:
+        try:
+            act()
+        except (OSError, ValueError) as error:  # a ValueError if it is closed
+            with contextlib.suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())  # for what is still in its buffer
+            self._stream, self.lost = _nowhere(), not isinstance(error, BrokenPipeError)
+            if self.lost:
+                with contextlib.suppress(OSError):
+                    os.write(2, f"warning: what is printed is lost from here on ({error})\n".encode())
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
@@ -88,7 +148,7 @@ class _Record(logging.LogRecord):
 def _hide(match: re.Match[str]) -> str:
     name = re.split(r"[\"'\s=:]", match[1], maxsplit=1)[0]
     quote = match[2][0] if match[2][0] in "\"'" else ""
-    return f"{match[1]}{quote}{HIDDEN}{quote}" if _SECRET.search(name) else match[0]
+    return f"{match[1]}{quote}{HIDDEN}{quote}" if _is_secret(name) else match[0]
 
 
 def _values() -> list[str]:

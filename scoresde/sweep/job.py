@@ -6,7 +6,6 @@ import json
 import logging
 import os
 import signal
-import socket
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -17,10 +16,12 @@ from typing import Any, ClassVar
 from hydra.core.hydra_config import HydraConfig
 
 from ..config import Refusal
-from ..runs.files import values
+from ..runs import lock
+from ..runs.files import find, values
 from ..runs.folder import finish
 from ..runs.publish import content_of, publish
 from ..runs.redact import guard, redacted
+from ..train.signals import Signals
 
 # In the sweep's folder. STOP holds an exit status: no further job starts. AGAIN: the launcher was started once more
 # within one command, for the jobs that wait; those that have failed are not tried twice.
@@ -44,33 +45,35 @@ def one_job(work: Callable[[], Mapping[str, float]], *, resume: bool, in_process
     if not in_process:  # the sweep's own process has a guard already
         guard()
 
+    name = os.path.relpath(folder, sweep)
+
     def ended(status: str, **measured: Any) -> None:
-        write_job(folder, overrides, status, seconds=round(time.monotonic() - start, 1), **measured)
+        write_job(folder, name, overrides, status, seconds=round(time.monotonic() - start, 1), **measured)
 
     if (resume or (sweep / AGAIN).exists()) and (objective := objective_of(folder, overrides)) is not None:
-        print(f"Job {folder.name} is finished already: objective {objective:.6g}.", flush=True)
+        print(f"Job {name} is finished already: objective {objective:.6g}.", flush=True)
         return objective
     if (sweep / AGAIN).exists() and read_job(folder).get("status") == "failed":
         return float("nan")
     # this order matters: whoever stops the sweep writes STOP first, and then signals the jobs on record
-    write_job(folder, overrides, "running", pid=os.getpid(), host=socket.gethostname(), started=round(time.time(), 3))
+    write_job(folder, name, overrides, "running", **lock.note())
     if (sweep / STOP).exists():
-        write_job(folder, overrides, "waiting")
+        write_job(folder, name, overrides, "waiting")
         return float("nan")
     turn = Turn()
     try:
         with turn:
             result = work()
     except Refusal as error:
-        _log.error("job %s failed: %s", folder.name, error)
+        _log.error("job %s failed: %s", name, error)
         ended("failed", error=str(error))
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
-        _log.error("job %s failed: %s", folder.name, reason, exc_info=True)
+        _log.error("job %s failed: %s", name, reason, exc_info=True)
         ended("failed", error=reason)
     except (SystemExit, KeyboardInterrupt) as error:
         code = error.code if isinstance(error, SystemExit) else 130
-        if code not in (130, 143):
+        if code not in Signals.CODES.values():
             ended("failed", error=f"left with exit status {code}")
             return float("nan")
         ended("stopped")
@@ -83,10 +86,16 @@ def one_job(work: Callable[[], Mapping[str, float]], *, resume: bool, in_process
     return float("nan")
 
 
-def write_job(folder: Path, overrides: Sequence[str], status: str, **measured: Any) -> None:
-    """Publishes what is known of one job in its folder."""
+def jobs_of(sweep: Path) -> list[Path]:
+    """The folders with a record of a job of this sweep, however deep they lie; not those of sweeps in folders below."""
+    found = [folder for folder in find(sweep) if (folder / "job.json").is_file()]
+    return [at for at in found if at.parent == sweep or read_job(at).get("job") == os.path.relpath(at, sweep)]
+
+
+def write_job(folder: Path, name: str, overrides: Sequence[str], status: str, **measured: Any) -> None:
+    """Publishes what is known of one job in its folder; `name` is the folder as the sweep sees it."""
     folder.mkdir(parents=True, exist_ok=True)
-    record = {"job": folder.name, "status": status, "overrides": list(overrides), "folder": str(folder), **measured}
+    record = {"job": name, "status": status, "overrides": list(overrides), "folder": str(folder), **measured}
     finish(folder / "job.json", record)
 
 

@@ -9,7 +9,6 @@ import itertools
 import logging
 import os
 import signal
-import socket
 import sys
 import threading
 from collections.abc import Callable
@@ -23,13 +22,15 @@ from omegaconf import DictConfig, OmegaConf
 
 from ..runs.files import natural, read, values
 from ..runs.listing import differing, layout, number, window
+from ..runs.lock import alive
 from ..runs.publish import publish
-from .job import AGAIN, STOP, Turn, objective_of, read_job, write_job
+from ..train.signals import Signals, heard
+from .job import AGAIN, STOP, Turn, jobs_of, objective_of, read_job, write_job
 from .page import write_page
 
 _FIXED = ("job", "status", "objective")
 _MEASURED = ("bits_per_dim", "stderr", "loss", "seconds", "folder", "error")
-_CODES = {signal.SIGTERM: 143, signal.SIGINT: 130}
+_CAUGHT = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _log = logging.getLogger(__name__)
 
 
@@ -43,15 +44,17 @@ class SweepSummary(Callback):
         folder = Path(str(config.hydra.sweep.dir))
         if SweepSummary.current is not None:  # started again for the jobs that wait
             return
-        resume = OmegaConf.select(config, "resume") == "auto"
-        there = (folder / "sweep.csv").exists() or any(folder.glob("*/job.json"))
+        subdir, resume = Path(str(config.hydra.sweep._get_node("subdir"))), OmegaConf.select(config, "resume") == "auto"
+        if subdir.is_absolute() or ".." in subdir.parts:
+            raise SystemExit(f"error: hydra.sweep.subdir={subdir} leads out of the sweep's folder, {folder}.")
+        there = (folder / "sweep.csv").exists() or jobs_of(folder)
         if there and not resume and OmegaConf.select(config, "overwrite") is not True:
             cure = "Continue it with resume=auto, replace it with overwrite=true, or choose another folder: out=…."
             # Hydra swallows any other exception of a callback
             raise SystemExit(f"error: {folder} holds a sweep already. {cure}")
-        for job in (read(path.parent) for path in folder.glob("*/job.json")):
+        for job in map(read, jobs_of(folder)):
             if job.state == "running":
-                where = f"job {job.folder.name} of the sweep in {folder} is running ({job.reason})"
+                where = f"job {job.folder.relative_to(folder)} of the sweep in {folder} is running ({job.reason})"
                 raise SystemExit(f"error: {where}. Wait for it to end, or choose another folder: out=….")
         SweepSummary.current = Sweep(folder, planned(config), keep=resume)
         # jobs in a queue wait for their turn also when the command that sent them there is stopped
@@ -68,26 +71,27 @@ class Sweep:
 
     Args:
         folder: with one folder per job.
-        jobs: the overrides of each job, None if that is not known beforehand (a sweeper that chooses as it goes).
+        jobs: the folder of each job in it, and its overrides; None if they are not known beforehand.
         keep: leave the records of jobs that have finished with the same overrides.
     """
 
-    def __init__(self, folder: Path, jobs: list[list[str]] | None, *, keep: bool):
+    def __init__(self, folder: Path, jobs: dict[str, list[str]] | None, *, keep: bool):
         self.folder, self.jobs = folder, jobs
         self.clear_stop_marker()
         self._before: dict[Any, Any] = {}
         self._removed: dict[Path, bytes] = {}
-        for path in folder.glob("*/job.json"):
-            if not (keep and self._finished(path.parent)):
+        for job in jobs_of(folder):
+            if not (keep and self._finished(job)):
+                path = job / "job.json"
                 self._removed[path] = path.read_bytes()
                 path.unlink()
-        self._kept = set(folder.glob("*/job.json"))
+        self._kept = set(jobs_of(folder))
 
     def _finished(self, job: Path) -> bool:
         if self.jobs is None:
             return read_job(job).get("status") == "finished"
-        number = int(job.name) if job.name.isdigit() else len(self.jobs)
-        return number < len(self.jobs) and objective_of(job, self.jobs[number]) is not None
+        overrides = self.jobs.get(str(job.relative_to(self.folder)))
+        return overrides is not None and objective_of(job, overrides) is not None
 
     def clear_stop_marker(self) -> None:
         for name in (STOP, AGAIN):
@@ -95,16 +99,16 @@ class Sweep:
 
     def undo(self) -> bool:
         """Puts back the records that were removed, unless a job has started. Returns whether it did."""
-        if set(self.folder.glob("*/job.json")) - self._kept:
+        if set(jobs_of(self.folder)) - self._kept:
             return False
         for path, content in self._removed.items():
             publish(path, content)
         return True
 
     def install_handlers(self) -> None:
-        """On SIGTERM and SIGINT the jobs that run save and end, and no other job starts."""
+        """On SIGTERM, SIGINT and SIGHUP the jobs that run save and end, and no other job starts."""
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._stop) for number in _CODES}
+            self._before = {number: signal.signal(number, self._stop) for number in _CAUGHT if heard(number)}
 
     def restore_handlers(self) -> None:
         """Puts back the handlers that `install_handlers` replaced."""
@@ -113,19 +117,20 @@ class Sweep:
         self._before = {}
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
-        code = _CODES[signal.Signals(number)]
+        code = Signals.CODES[signal.Signals(number)]
         self.restore_handlers()  # a second signal ends this process at once
         publish(self.folder / STOP, str(code))
-        os.write(2, f"\n{signal.Signals(number).name}: the sweep ends when the jobs that run have saved.\n".encode())
+        with contextlib.suppress(OSError):  # the terminal may be what has ended
+            text = f"\n{signal.Signals(number).name}: the sweep ends when the jobs that run have saved.\n"
+            os.write(2, text.encode())
         if Turn.taken:
             raise SystemExit(code)
         # the terminal has sent Ctrl-C to the jobs as well, and a second signal would end them at once
-        if number == signal.SIGTERM:
-            for path in self.folder.glob("*/job.json"):
-                job = read_job(path.parent)
-                if job.get("status") == "running" and job.get("host") == socket.gethostname():
-                    with contextlib.suppress(OSError, KeyError, TypeError):
-                        os.kill(job["pid"], signal.SIGTERM)
+        if number != signal.SIGINT:
+            for job in map(read_job, jobs_of(self.folder)):
+                if job.get("status") == "running" and alive(job):
+                    with contextlib.suppress(OSError):
+                        os.kill(int(job["pid"]), signal.SIGTERM)
 
     def wait(self) -> None:
         """Waits for the processes of submitit's local jobs, which go on when the launcher has given up."""
@@ -137,7 +142,7 @@ class Sweep:
     def jobs_left(self) -> bool:
         """Whether jobs are left that a launcher which gave up never started. Those it broke off have failed."""
         self.mark_dead()
-        left = [n for n in range(len(self.jobs or [])) if not (self.folder / str(n) / "job.json").exists()]
+        left = [name for name in self.jobs or () if not (self.folder / name / "job.json").exists()]
         if not left or (self.folder / STOP).exists():
             return False
         (self.folder / AGAIN).touch()
@@ -145,21 +150,22 @@ class Sweep:
 
     def mark_dead(self) -> None:
         """Marks as failed the jobs on record as running whose process has ended."""
-        for path in self.folder.glob("*/job.json"):
-            job = read_job(path.parent)
-            if job.get("status") == "running" and read(path.parent).state != "running":
+        for folder in jobs_of(self.folder):
+            job = read_job(folder)
+            if job.get("status") == "running" and read(folder).state != "running":
                 reason = "ended without a word (killed? out of memory? or another job beside it)"
-                write_job(path.parent, job["overrides"], "failed", error=reason)
+                write_job(folder, job["job"], job["overrides"], "failed", error=reason)
 
     def close(self) -> int:
         """Writes `sweep.csv` and `report.html`, prints the table. Returns the exit status: 0 if all jobs finished."""
-        for job, overrides in enumerate(self.jobs or []):
-            if not (self.folder / str(job) / "job.json").exists():
-                write_job(self.folder / str(job), overrides, "waiting")
+        for name, overrides in (self.jobs or {}).items():
+            if not (self.folder / name / "job.json").exists():
+                write_job(self.folder / name, name, overrides, "waiting")
         self.mark_dead()
         rows = gather(self.folder)
         if not rows:
-            return 0
+            print(f"error: no job of the sweep in {self.folder} has left a record", file=sys.stderr)
+            return 1
         text = io.StringIO(newline="")
         writer = csv.DictWriter(text, fieldnames=list(rows[0]))
         writer.writeheader()
@@ -206,11 +212,11 @@ def launching(start: Callable[[], Any]) -> None:
             SweepSummary.current = None
 
 
-def planned(config: DictConfig) -> list[list[str]] | None:
-    """Overrides of each job, by its number; None if jobs are not simply numbered, or the sweeper chooses as it goes."""
-    sweep = OmegaConf.to_container(config.hydra.sweep, resolve=False)
-    numbered = isinstance(sweep, dict) and sweep.get("subdir") == "${hydra.job.num}"
-    if not numbered or config.hydra.runtime.choices.get("hydra/sweeper") != "basic":
+def planned(config: DictConfig) -> dict[str, list[str]] | None:
+    """Folder and overrides of each job; None if a folder has more than the number, or the sweeper chooses."""
+    subdir = str(config.hydra.sweep._get_node("subdir"))
+    named = "${" in subdir.replace("${hydra.job.num}", "")
+    if named or config.hydra.runtime.choices.get("hydra/sweeper") != "basic":
         return None
     words = [f"{name}={value}" for name, value in (config.hydra.sweeper.params or {}).items()]
     try:
@@ -220,14 +226,19 @@ def planned(config: DictConfig) -> list[list[str]] | None:
             found = override.sweep_string_iterator() if swept else [override.get_value_element_as_str()]
             # a later override of a key takes the place of an earlier one
             choices[key] = [f"{key}={value}" for value in found]
-        return [list(job) for job in itertools.product(*choices.values())]
+        jobs = [list(job) for job in itertools.product(*choices.values())]
     except Exception:  # sde=glob(*) needs the folder of the configuration, which a callback does not know
         return None
+    plan = {os.path.normpath(subdir.replace("${hydra.job.num}", str(n))): job for n, job in enumerate(jobs)}
+    if len(plan) < len(jobs):
+        cure = "Let it have the number of the job: 'hydra.sweep.subdir=mine/${hydra.job.num}'."
+        raise SystemExit(f"error: hydra.sweep.subdir={subdir} gives all jobs one folder. {cure}")
+    return plan
 
 
 def gather(folder: Path) -> list[dict[str, Any]]:
     """One row per job of the sweep in `folder`, best objective first, then those without, failed jobs last."""
-    jobs = [job for path in sorted(folder.glob("*/job.json")) if (job := read_job(path.parent))]
+    jobs = [job for path in jobs_of(folder) if (job := read_job(path))]
     tables = [values(job["overrides"]) for job in jobs]
     swept, _ = differing(tables)
     rows = []

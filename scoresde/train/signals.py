@@ -27,21 +27,31 @@ class Stopped(SystemExit):
         self.message = message
 
 
+def heard(number: signal.Signals) -> bool:
+    """Whether a signal is one to this process: `nohup` has SIGHUP ignored, and it is to stay so."""
+    return number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN
+
+
 class Signals:
-    """SIGTERM, SIGINT and SIGUSR1 while the `with` block runs; handlers are restored after it.
+    """SIGTERM, SIGINT, SIGHUP and SIGUSR1 while the `with` block runs; handlers are restored after it.
 
         with Signals() as signals:
             while not signals.code: …
 
     The first sets `code`; a second one ends the process at once, with the same exit status. Those of the first `GRACE`
     seconds count as one: a scheduler signals every process of a job, and `torchrun` then passes on its own. Outside the
-    main thread Python takes no handlers, and nothing is caught.
+    main thread Python takes no handlers, and nothing is caught; nor is SIGHUP where it is ignored (`nohup`).
 
     Attributes:
         code: exit status that was asked for, 0 for none.
     """
 
-    CODES: ClassVar[dict[signal.Signals, int]] = {signal.SIGTERM: 143, signal.SIGUSR1: 143, signal.SIGINT: 130}
+    CODES: ClassVar[dict[signal.Signals, int]] = {
+        signal.SIGTERM: 143,
+        signal.SIGUSR1: 143,
+        signal.SIGINT: 130,
+        signal.SIGHUP: 129,
+    }
     GRACE: ClassVar[float] = 2.0
 
     def __init__(self) -> None:
@@ -51,7 +61,7 @@ class Signals:
 
     def __enter__(self) -> Signals:
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._handle) for number in self.CODES}
+            self._before = {number: signal.signal(number, self._handle) for number in self.CODES if heard(number)}
         return self
 
     def __exit__(self, *_: object) -> None:

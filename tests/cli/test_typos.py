@@ -15,7 +15,10 @@ OVERRIDES = {
     "optm.lr=1": "'optm'. Did you mean 'optim'?",
     "network.dpeth=3": "'network.dpeth'. Did you mean 'network.depth'?",
     "likelihood.rtl=1e-3": "'likelihood.rtl'. Did you mean 'likelihood.solver.rtol'?",
-    "likelihood.atol=1e-3": "'likelihood.atol'. Did you mean 'likelihood.solver.atol'?",
+    "+foo=1": "There is no key 'foo'. There are",
+    "+dta=arrays": "There is no key 'dta'. Did you mean 'data'?",
+    "+guidance=cfg": "There is no key 'guidance'.",
+    "dta=arrays": "There is no key 'dta'. Did you mean 'data'?",
     "likelihood=exact likelihood.solver.rtol=1e-3": "likelihood=exact_tolerance and likelihood=hutchinson have it",
     "sed=1": "'sed'. Did you mean 'seed'?",
     "sampelr=ddim": "'sampelr'. Did you mean 'sampler'?",
@@ -63,7 +66,11 @@ OVERRIDES = {
     "optim.lr=${optim.lr}": "optim.lr: Recursive interpolation",
     "optim.lr=${oc.env:NOT_THERE}": "optim.lr: .*'NOT_THERE' not found",
     "optim.lr=${nonsense:1}": "optim.lr: Unsupported interpolation type nonsense",
-    "trainer.images=[1": "'trainer.images=[1' cannot be read",
+    "trainer.images=[1": "'trainer.images=[1' cannot be read.* quote it: 'trainer.images=\"[1\"'",
+    "network.width=a=ü": "quote it: 'network.width=\"a=ü\"'",
+    "network.width=a,b": "a sweep, with -m; a list, 'network.width=[a,b]'; or text",
+    "out=~/x": "Write the folder out: out=$HOME/x",
+    "hello": "'hello' is not of the form key=value",
 }
 
 
@@ -107,9 +114,12 @@ FILES = {
     "list": ("- 1\n- 2\n", "options are lines of the form key: value"),
     "text": ("hello\n", "options are lines of the form key: value"),
     "not UTF-8": ("seed: \udcff\n", "can't decode byte 0xff"),
+    "misspelt key": ("trainr:\n  images: 5\n", "There is no key 'trainr'. Did you mean 'trainer'?"),
+    "text that reads as a number": ("out: 2024_05_01\n", "out: 2024_05_01 reads as a number; quote it"),
+    "search path": ("hydra:\n  searchpath: [pkg://evil]\n", "searchpath is taken from the command line alone"),
     "interpolation loop": ("sigma_data: ${denoiser.sigma_data}\n", "sigma_data: Recursive interpolation"),
     "unknown key": ("trainer:\n  imges: 5\n", "trainer.imges: .* Did you mean 'images'?"),
-    "unknown group": ("defaults:\n  - override /sdee: vp\n", "Could not override 'sdee'"),
+    "unknown group": ("defaults:\n  - override /sdee: vp\n", "There is no group 'sdee'. Did you mean 'sde'?"),
     "defaults of itself": ("defaults:\n  - duplicate\n", "names itself without end"),
 }
 

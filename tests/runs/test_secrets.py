@@ -43,6 +43,9 @@ def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
         "postgres://u:CANARY@h/db", "x" + CANARY + "-hf_token" + "x", f"failed with {CANARY}-wandb_api_key",
         "PWD=CANARY",
         f"{CANARY}-my_password", f"{CANARY}-aws_secret_access_key", f"{CANARY}-db_pass", "private-key=CANARY",
+        "PGPASSWORD=CANARY", "dbPassword: CANARY", "accessToken=CANARY", "https://h/x?a=1&X-Amz-Signature=CANARY&b=2",
+        "Authorization: Bearer CANARY", "-H 'Authorization: Basic CANARY'", "sent Bearer CANARY12 to it",
+        "sk_live_CANARY", "x-api-key: CANARY", "clientSecret2=CANARY", "AccountKey=CANARY;b", "smtp_pass=CANARY",
         "my_credentials: CANARY", "client_secret=CANARY", "passphrase=CANARY", "+logger.apiKey=CANARY",
     ],
 )  # fmt: skip
@@ -58,7 +61,7 @@ def test_secrets_are_hidden_in_text(text: str) -> None:
         "sde=vp network.width=64 seed=1", "data.key=images data.label_key=labels", "n_tokens=5 tokens=7 monkey=3",
         "full_key: sde.beta_max", "https://host/x?y=1", "git@github.com:a/b", "ssh://git@github.com/a/b", "a@b.org",
         "the token is wrong", "There is no key 'x'. Did you mean 'key'?", "KeyError: 'a'", "secretary=1",
-        "SHORT_KEY is 1",
+        "SHORT_KEY is 1", "compass=3", "design: 4", "author=me", "forward_pass: 2", "Basic functionality", "monkeys=3",
         "keyboard us-layout-altgr", "in /a/working/directory",
         "out=runs/2026-01-01_00-00-00", "tokenizer=bpe", "", "x: 1",
     ],
@@ -87,10 +90,19 @@ def test_secrets_are_hidden_in_configurations() -> None:
 
 
 SECRETS = (
-    f"+my_token={CANARY}-override", f"+tracking.password={CANARY}-below", f"+remote=https://user:{CANARY}-url@host/x",
-    f"+mirrors=[https://{CANARY}-list@host]", f"+hydra.job.env_set.SOME_SECRET={CANARY}-hydra",
-    "+home=${oc.env:HF_TOKEN}",
+    "--config-dir=../mine", "experiment=private", f"+hydra.job.env_set.SOME_SECRET={CANARY}-hydra",
+    f"+hydra.job.env_set.REMOTE=https://user:{CANARY}-url@host/x",
 )  # fmt: skip
+PRIVATE = f"""# @package _global_
+my_token: {CANARY}-override
+dbPassword: {CANARY}-joined
+tracking:
+  password: {CANARY}-below
+  headers: {{Authorization: Bearer {CANARY}-header, Cookie: a={CANARY}}}
+remote: https://user:{CANARY}-url@host/x?X-Amz-Signature={CANARY}
+mirrors: ["https://{CANARY}-list@host"]
+home: ${{oc.env:HF_TOKEN}}
+"""
 NETWORK = f"""
 import os
 from scoresde.nn import MLP
@@ -113,6 +125,8 @@ def cwd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     subprocess.run(["git", "init", "-q"], cwd=folder, check=True)
     remote = f"https://user:{CANARY}-remote@host/x.git"
     subprocess.run(["git", "remote", "add", "origin", remote], cwd=folder, check=True)
+    (tmp_path / "mine" / "experiment").mkdir(parents=True)
+    (tmp_path / "mine" / "experiment" / "private.yaml").write_text(PRIVATE)
     (tmp_path / "modules").mkdir()
     (tmp_path / "modules" / "breaking.py").write_text(NETWORK)
     monkeypatch.syspath_prepend(tmp_path / "modules")
@@ -134,39 +148,40 @@ BREAKING = ("network._target_=breaking.Breaks", "allow_targets=[breaking.Breaks]
 
 def test_a_run_keeps_no_secret(cwd: Path) -> None:
     """In config.yaml and its first line, checkpoints, metrics, what is printed; and it can be resumed."""
-    done = command("train", *QUICK, *SECRETS, "out=run", cwd=cwd)
+    done = command("train", *SECRETS, *QUICK, "out=run", cwd=cwd)
     assert done.code == 0, done.err
     assert found_in(cwd, done) == []
     first = (cwd / "run" / "config.yaml").read_text().splitlines()[0]
-    assert f"+my_token={HIDDEN}" in first and f"https://{HIDDEN}@host/x" in first and "sampler=ddim" in first
+    assert f"SOME_SECRET={HIDDEN}" in first and f"https://{HIDDEN}@host/x" in first and "sampler=ddim" in first
     kept: Any = OmegaConf.to_container(OmegaConf.load(cwd / "run" / "config.yaml"))
-    assert kept["tracking"] == {"password": HIDDEN} and kept["seed"] == 0
+    assert kept["tracking"] == {"password": HIDDEN, "headers": {"Authorization": HIDDEN, "Cookie": HIDDEN}}
+    assert kept["my_token"] == kept["dbPassword"] == kept["home"] == HIDDEN and kept["seed"] == 0
     saved = latest(cwd / "run" / "checkpoints")
     assert saved is not None and saved.records["config"] == kept
-    done = command("train", *QUICK, *SECRETS, "out=run", "resume=auto", cwd=cwd)
+    done = command("train", *SECRETS, *QUICK, "out=run", "resume=auto", cwd=cwd)
     assert done.code == 0 and "Resuming" in done.out and found_in(cwd, done) == []
 
 
 def test_a_sweep_keeps_no_secret(cwd: Path) -> None:
     """Hydra logs the overrides of every job and keeps them in multirun.yaml; job.json and sweep.csv have them too."""
-    done = command("train", "-m", "seed=0,1", *QUICK, *SECRETS, "out=sweep", cwd=cwd)
+    done = command("train", "-m", *SECRETS, "seed=0,1", *QUICK, "out=sweep", cwd=cwd)
     assert done.code == 0, done.err
     assert (cwd / "sweep" / "multirun.yaml").is_file() and "seed=1" in done.out
     assert found_in(cwd, done) == []
     assert yaml.safe_load((cwd / "sweep" / "multirun.yaml").read_text())["hydra"]["mode"] == "MULTIRUN"
     overrides = json.loads((cwd / "sweep" / "0" / "job.json").read_text())["overrides"]
-    assert f"+my_token={HIDDEN}" in overrides and "seed=0" in overrides
+    assert "experiment=private" in overrides and "seed=0" in overrides
 
 
 def test_an_error_tells_no_secret(cwd: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     """Before training (a refusal), within a job of a sweep (logged with its trace), and at the end of a process."""
     monkeypatch.setenv("BREAK_AFTER", "-1")
-    done = command("train", *QUICK, *SECRETS, *BREAKING, "out=refused", cwd=cwd)
+    done = command("train", *SECRETS, *QUICK, *BREAKING, "out=refused", cwd=cwd)
     assert done.code == 1 and "refused: https://" in done.err and not (cwd / "refused").exists()
     assert CANARY not in done.out + done.err
     monkeypatch.setenv("BREAK_AFTER", "1")
     sys.modules["breaking"].Breaks.calls = 0
-    done = command("train", "-m", "seed=0", *QUICK, *SECRETS, *BREAKING, "out=sweep", cwd=cwd)
+    done = command("train", "-m", *SECRETS, "seed=0", *QUICK, *BREAKING, "out=sweep", cwd=cwd)
     assert done.code == 1 and "RuntimeError: refused" in done.out and "Traceback" in done.out
     assert found_in(cwd, done) == []
     assert "refused" in json.loads((cwd / "sweep" / "0" / "job.json").read_text())["error"]

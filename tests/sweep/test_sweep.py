@@ -42,7 +42,8 @@ def sweep(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Done, list[An
     Probe.returned = []
     done = command(
         "train", "-m", "sde=vp,subvp,ve", "sampler=pc,ode", "seed=0,1", *TINY, "sampler.steps=3", "out=sweeps/all",
-        "logger=jsonl", f"+hydra.callbacks.probe._target_={__name__}.Probe", cwd=cwd,
+        "logger=jsonl", f"+hydra.callbacks.probe._target_={__name__}.Probe", f"allow_targets=[{__name__}.Probe]",
+        cwd=cwd,
     )  # fmt: skip
     return cwd / "sweeps" / "all", done, list(Probe.returned)
 
@@ -150,7 +151,7 @@ def test_a_failed_job_does_not_end_the_others(tmp_path: Path) -> None:
 
 def test_a_sweep_that_is_running_is_refused(tmp_path: Path) -> None:
     """Its records say which process is at work; nothing is touched, whatever is asked for."""
-    write_job(tmp_path / "s" / "0", ["seed=0"], "running", pid=os.getpid(), host=socket.gethostname())
+    write_job(tmp_path / "s" / "0", "0", ["seed=0"], "running", pid=os.getpid(), host=socket.gethostname())
     before = tree(tmp_path)
     for how in ("resume=auto", "overwrite=true"):
         done = command("train", "-m", "seed=0,1", *TINY, *PLAIN, "out=s", how, cwd=tmp_path)
@@ -160,12 +161,12 @@ def test_a_sweep_that_is_running_is_refused(tmp_path: Path) -> None:
 
 def test_what_makes_a_job_the_same(tmp_path: Path) -> None:
     """Its overrides, but for those that say how it is run; and it must have finished with a number."""
-    write_job(tmp_path, ["sde=vp", "+a.b=1", "out=x", "device=cpu"], "finished", objective=1.5)
+    write_job(tmp_path, "0", ["sde=vp", "+a.b=1", "out=x", "device=cpu"], "finished", objective=1.5)
     assert objective_of(tmp_path, ["+a.b=1", "sde=vp", "resume=auto", "threads=2"]) == 1.5
     for other in (["sde=ve", "+a.b=1"], ["sde=vp"], ["sde=vp", "+a.b=1", "seed=1"]):
         assert objective_of(tmp_path, other) is None
     for status, objective in (("failed", 1.5), ("running", 1.5), ("finished", None), ("finished", "x")):
-        write_job(tmp_path, ["sde=vp"], status, objective=objective)
+        write_job(tmp_path, "0", ["sde=vp"], status, objective=objective)
         assert objective_of(tmp_path, ["sde=vp"]) is None
     (tmp_path / "job.json").write_text("{")
     assert objective_of(tmp_path, ["sde=vp"]) is None and read_job(tmp_path) == {}
