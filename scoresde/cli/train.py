@@ -32,6 +32,7 @@ from ..runs import lock
 from ..runs.checkpoint import Checkpoint, load
 from ..runs.kept import keep
 from ..runs.logger import JsonlLogger, Logger, NullLogger, RunFacts, identity, read_rows
+from ..runs.progress import doing
 from ..runs.redact import redacted
 from ..runs.samplers import Model
 from ..sampling import Sampler
@@ -164,7 +165,8 @@ def assemble(command: Command, world: World) -> Plan:
         figures.require()
     trainer, samplers = command.build("trainer"), command.samplers()
     torch.manual_seed(seed)  # initial weights and dropout; everything else takes an Rng
-    dataset = command.build("data")
+    with doing("reading the data"):
+        dataset = command.build("data")
     denoiser = loading.build_denoiser(config, dataset, command.allow).to(device)
     loss: Any = loading.build_loss(config, denoiser, command.allow).to(device)
     loading.check_fit(denoiser, dataset, conditional=conditional)

@@ -22,6 +22,7 @@ from ..metrics.jackknife import GROUPS
 from ..runs.folder import finish
 from ..runs.listing import layout
 from ..runs.logger import Logger
+from ..runs.progress import doing
 from ..runs.publish import publish, replacing
 from ..runs.run import Run
 from ..sampling import Sampler
@@ -196,6 +197,7 @@ class Report:
         n = self.evaluation.samples
         return range(self.seed * n, (self.seed + 1) * n)
 
+    @doing("scores and pictures")
     def write(
         self, bits: BitsPerDim, made: Mapping[str, Samples], folder: Path, facts: Mapping[str, Any], logger: Logger
     ) -> dict[str, Any]:

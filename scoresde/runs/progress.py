@@ -79,6 +79,13 @@ def say(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
 
+@contextlib.contextmanager
+def doing(what: str) -> Iterator[None]:
+    """Says, where there is no terminal, that this is being done; of what comes in parts `track` says more."""
+    with LINES.about(lambda: what) if not sys.stderr.isatty() else contextlib.nullcontext():
+        yield
+
+
 def track(items: Iterable[Item], label: str, total: int | None, *, show: bool = True) -> Generator[Item]:
     """Passes the items on and shows how many, their rate and the time left.
 

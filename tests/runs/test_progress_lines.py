@@ -9,7 +9,7 @@ from itertools import pairwise
 import pytest
 
 from scoresde.runs import progress as module
-from scoresde.runs.progress import Lines, track
+from scoresde.runs.progress import Lines, doing, track
 
 
 class Terminal(io.StringIO):
@@ -88,6 +88,16 @@ def test_what_is_within_another_stands_behind_it_in_one_line(monkeypatch) -> Non
     inner.close()
     lines.until(40)
     assert [line for _, line in lines.said] == ["outer: 0/2; inner: 0/2", "outer: 0/2"]
+
+
+def test_what_does_not_come_in_parts_is_named_too(monkeypatch) -> None:
+    lines = Spoken(monkeypatch)
+    with doing("reading the data"):
+        lines.until(20)
+        monkeypatch.setattr("sys.stderr", Terminal())
+        with doing("on a terminal"):
+            lines.until(40)
+    assert lines.said == [(10, "reading the data"), (35, "reading the data")]
 
 
 def test_after_a_long_silence_a_line_comes_soon_but_not_at_once(monkeypatch) -> None:
