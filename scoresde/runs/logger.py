@@ -31,6 +31,7 @@ class RunFacts:
         config: resolved configuration.
         group: name of the sweep the run belongs to, None for none.
         resume_step: step of the checkpoint that is continued, 0 for a fresh run.
+        work: what is done: "train", "evaluate" …; W&B's job type.
     """
 
     folder: Path
@@ -38,6 +39,7 @@ class RunFacts:
     config: Mapping[str, Any]
     group: str | None = None
     resume_step: int = 0
+    work: str = "train"
 
 
 class Logger:

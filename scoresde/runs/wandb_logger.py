@@ -94,7 +94,7 @@ class WandbLogger(Logger):
         self._id = facts.id if facts.group is not None else _told("id") or facts.id
         if _told("id") not in ("", self._id):
             _log.warning("WANDB_RUN_ID=%s is the name of one run; the jobs of a sweep have their own.", _told("id"))
-        usual = {"project": "scoresde", "name": facts.folder.name, "group": facts.group, "job_type": "train"}
+        usual = {"project": "scoresde", "name": facts.folder.name, "group": facts.group, "job_type": facts.work}
         usual["resume"] = "allow"
         # what is left away W&B takes from its variable
         run = {key: value for key, value in usual.items() if not _told(key)} | self.said

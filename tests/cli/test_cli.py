@@ -127,7 +127,7 @@ def test_a_run_ends_with_its_results_listed(finished: tuple[Path, tuple[str, ...
     files = {path.name for path in folder.iterdir()}
     assert files == {
         "config.yaml", "metrics.jsonl", "checkpoints", "wandb", "progress", "samples.png", "samples-heun.png",
-        "trajectory.png", "trajectory-heun.png", "loss.png", "samples.npz", "summary.json", "summary.md",
+        "trajectory.png", "trajectory-heun.png", "loss.png", "samples.npz", "summary.json", "summary.md", "excerpt.safetensors",
     }  # fmt: skip
     assert [p.name for p in sorted((folder / "progress").iterdir())] == ["step-00000005.png", "step-00000010.png"]
     assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["step-00000009", "step-00000010"]
