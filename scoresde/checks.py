@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import math
 import operator
-from types import NoneType
 from typing import Any
 
 
 def whole(value: Any, name: str, least: int = 1, *, otherwise: str = "") -> int:
-    """`value` as an int, where it is a whole number of at least `least`: Python's or NumPy's, but no bool.
+    """`value` as an int, where it is a whole number of at least `least`: Python's, NumPy's or torch's, but no bool.
 
     Raises:
         ValueError: it is anything else; the message calls it `name`, and says what it may be `otherwise`.
     """
     expected = f"a whole number of at least {least}{otherwise and f', or {otherwise}'}"
     try:
-        if isinstance(value, bool):
+        # a truth value of torch has an index; the dtype is read as text, as commands without torch check numbers too
+        if isinstance(value, bool) or str(getattr(value, "dtype", "")) == "torch.bool":
             raise TypeError
         number = operator.index(value)
     except TypeError:
@@ -26,12 +26,25 @@ def whole(value: Any, name: str, least: int = 1, *, otherwise: str = "") -> int:
     return number
 
 
+def sizes(values: Any, name: str) -> tuple[int, ...]:
+    """`values` as whole numbers of at least 1, several or none: a shape.
+
+    Raises:
+        ValueError: one of them is not; the message calls them `name`.
+    """
+    return tuple(whole(value, f"Each size of {name}") for value in values)
+
+
 def positive(value: Any, name: str, what: str = "a number") -> float:
     """`value` as a float, where it is a number that is finite and above 0, and no bool.
 
     Raises:
         ValueError: it is not; the message calls it `name`, and says `what` it is.
     """
-    if isinstance(value, (bool, str, NoneType)) or not 0 < value < math.inf:
+    try:
+        number = math.nan if isinstance(value, (bool, str)) else float(value)
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        number = math.nan
+    if not 0 < number < math.inf:
         raise ValueError(f"{name} is {what}, > 0 and finite; got {value!r}.")
-    return float(value)
+    return number

@@ -13,6 +13,8 @@ import functools
 import importlib
 import inspect
 import math
+import os
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FunctionType, NoneType, UnionType
@@ -105,11 +107,40 @@ def build(node: Any, allow: Sequence[str] = (), *given: Any, key: str | None = N
         raise ConfigError(f"{name or tree['_target_']}: {error}") from error
 
 
-def build_network(node: Any, allow: Sequence[str] = (), *, key: str | None = None, **facts: Any) -> Any:
-    """A network: with `_partial_: true` it is built with `facts` (event_shape, classes), else without them."""
-    tree = resolved(node)
-    partial = isinstance(tree, dict) and bool(tree.get("_partial_"))
-    return build(node, allow, key=key, **facts) if partial else build(node, allow, key=key)
+def build_network(node: Any, allow: Sequence[str] = (), *, key: str = "network", classes: int, **facts: Any) -> Any:
+    """A network: with `_partial_: true` it is built with those of the facts (event_shape, classes) that it takes.
+
+    Raises:
+        ConfigError: see `build`; or there are classes to be told of, and the network has no parameter for them.
+    """
+    tree = _checked(node, allow, key)
+    if not tree.get("_partial_"):
+        return build(node, allow, key=key)
+    names, open_ended = parameters(tree["_target_"])
+    taken = {name: value for name, value in {**facts, "classes": classes}.items() if name in names or open_ended}
+    if classes and "classes" not in taken:
+        raise ConfigError(f"{key}: {tree['_target_']} has no parameter 'classes', of which conditional=true tells it.")
+    return build(node, allow, key=key, **taken)
+
+
+def drop_leftovers(cfg: Any, typed: Sequence[str]) -> None:
+    """Where the command line replaces a target, `network._target_=mine.Net`, the keys of the old one go with it.
+
+    What was typed for the new one stays; and where that is published here, every key that it has.
+    """
+    from omegaconf import OmegaConf, open_dict
+
+    words = [word.lstrip("+").partition("=")[0] for word in typed]
+    for key in (word.removesuffix("._target_") for word in words if word.endswith("._target_")):
+        node = OmegaConf.select(cfg, key)
+        if not OmegaConf.is_dict(node):
+            continue
+        kept = {word.removeprefix(f"{key}.").partition(".")[0] for word in words if word.startswith(f"{key}.")}
+        if (target := _today(node.get("_target_"))) in targets():
+            kept |= set(parameters(target)[0])
+        with open_dict(node):
+            for name in [str(name) for name in node if name not in kept | {"_partial_"}]:
+                del node[name]
 
 
 def renamed(tree: Any, depth: int = 0) -> Any:
@@ -310,10 +341,15 @@ def _misfit(value: bool | int | float | str, part: Any) -> str:
 
 def _locate(target: str) -> Callable[..., Any]:
     module, _, name = target.rpartition(".")
+    if target not in targets() and (here := os.getcwd()) not in sys.path:
+        sys.path.append(here)  # last, so that no file there stands in for a package
     try:
         found = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(f"{target} cannot be imported: {error}. Is its package installed, its name right?") from error
+    except Exception as error:  # whatever a user's file raises
+        raise ConfigError(
+            f"{target} cannot be imported: {type(error).__name__}: {error}. Is the name right, and is its package "
+            f"installed or its file in {os.getcwd()}?"
+        ) from error
     if not callable(found):
         raise ConfigError(f"{target} is a {type(found).__name__}, which cannot be called; name a class or a function.")
     return found

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .checks import positive
 from .diffusion.conditions import Cond, take
 from .diffusion.denoiser import Denoiser
 from .diffusion.sde import SDE
@@ -158,10 +159,8 @@ def check_solver(backend: str, method: str | None, rtol: float, atol: float) -> 
 
 
 def check_tolerances(rtol: float, atol: float) -> tuple[float, float]:
-    """Both, or a ValueError where one is not positive."""
-    if not (rtol > 0 and atol > 0):
-        raise ValueError(f"Tolerances rtol and atol are positive; got rtol={rtol}, atol={atol}.")
-    return float(rtol), float(atol)
+    """Both, or a ValueError where one is not positive and finite."""
+    return positive(rtol, "rtol", "a tolerance"), positive(atol, "atol", "a tolerance")
 
 
 class _Counted:

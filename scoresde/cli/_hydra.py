@@ -22,7 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from .. import __version__
-from ..config import ConfigError, Refusal, build, config_dir, resolved
+from ..config import ConfigError, Refusal, build, config_dir, drop_leftovers, resolved
 from ..evaluate.shards import ShardError, Shards, ranks
 from ..ode import SolverError
 from ..runs import lock
@@ -279,7 +279,9 @@ def read(cfg: DictConfig) -> Command:
         ConfigError: a value is missing, or `allow_targets` is no list of names or stands in a file.
         ValueError: a number of threads that cannot be.
     """
-    options, hydra = resolved(cfg), HydraConfig.get()
+    hydra = HydraConfig.get()
+    drop_leftovers(cfg, hydra.overrides.task)
+    options = resolved(cfg)
     names = options["allow_targets"]
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise ConfigError(f"allow_targets is a list of dotted names: allow_targets=[my_package.MyNet]; got {names!r}.")

@@ -133,11 +133,12 @@ class Scaling(Codec):
             rng: draws u for discrete data; None puts every value at the centre of its bin, u = ½.
 
         Returns:
-            float32 for discrete data, else the dtype of `raw`.
+            float32 for discrete data, else the dtype of `raw`, float32 at least.
 
         Raises:
             TypeError, ValueError: see `check`.
         """
+        raw = raw if not raw.is_floating_point() or raw.dtype == torch.float64 else raw.float()
         self.check(raw)
         return self.scale(raw, rng=rng)
 

@@ -73,7 +73,7 @@ def _list(folder: Path) -> tuple[list[Path], Tensor | None, tuple[str, ...]]:
     if not files:
         raise misfit(folder, f"images ({', '.join(_SUFFIXES)}) in it or in its sub-folders", "none")
     number = {entry: k for k, entry in enumerate(below)}
-    labels = torch.tensor([number[file.parent] for file in files])
+    labels = torch.tensor([number[file.parent] for file in files], device="cpu")
     if empty := [entry.name for entry in below if number[entry] not in labels]:
         raise ValueError(f"{folder}: the sub-folders are classes, but {', '.join(empty[:5])} holds no images.")
     return files, labels, tuple(entry.name for entry in below)

@@ -29,7 +29,7 @@ def held_out(word: str, count: int, what: str) -> Tensor:
     first, last = (int(found[1]), int(found[2] or found[1])) if found else (1, 0)
     if not first <= last < count:
         raise ValueError(f"{what}={word}: held-out samples are test:0 … test:{count - 1}, or a range test:0-7.")
-    return torch.arange(first, last + 1)
+    return torch.arange(first, last + 1, device="cpu")
 
 
 def is_picture(path: str | Path) -> bool:
@@ -100,7 +100,7 @@ def hole(words: str, event: Sequence[int]) -> Tensor:
             f"mask={words}: expected rows and columns of samples of shape {tuple(event)}, counted from 0, as in "
             "hole:0-13x7-20."
         )
-    seen = torch.ones(tuple(event), dtype=torch.bool)
+    seen = torch.ones(tuple(event), dtype=torch.bool, device="cpu")
     seen[:, top : bottom + 1, left : right + 1] = False
     if not bool(seen.any()):
         raise misfit(f"mask={words}", "some pixels that are seen", "none")

@@ -16,6 +16,7 @@ from torch import Tensor
 from ..checks import whole
 from ..codecs.scaling import Scaling
 from ..noise.rng import Rng
+from ..ops.broadcast import host
 from .dataset import Dataset, Split
 
 
@@ -64,7 +65,7 @@ class EightGaussians(Toy):
 
     def __init__(self, std: float = 0.14):
         self.std = _checked_std(std)
-        angles = torch.arange(8, dtype=torch.float64) * (math.pi / 4)
+        angles = torch.arange(8, dtype=torch.float64, device="cpu") * (math.pi / 4)
         self.means = math.sqrt(2 * (1 - std**2)) * torch.stack([angles.cos(), angles.sin()], 1)
 
     def sample(self, n: int, *, rng: Rng) -> Tensor:
@@ -72,7 +73,7 @@ class EightGaussians(Toy):
         return (mean + self.std * rng.normal((n, 2), dtype=torch.float64)).float()
 
     def log_prob(self, x: Tensor) -> Tensor:
-        log_weights = torch.full((8,), -math.log(8), dtype=torch.float64)
+        log_weights = torch.full((8,), -math.log(8), dtype=torch.float64, device="cpu")
         return _log_mixture(_checked_points(x), self.means, log_weights, self.std)
 
 
@@ -126,7 +127,7 @@ class NoisyCurves(Toy):
         self.mean = weights @ points
         variance = float(weights @ ((points - self.mean) ** 2).sum(1))
         self.scale = math.sqrt(2 * (1 - std**2) / variance)
-        steps = self._curves_at(torch.linspace(0, 1, 4097, dtype=torch.float64)).diff(dim=1)
+        steps = self._curves_at(torch.linspace(0, 1, 4097, dtype=torch.float64, device="cpu")).diff(dim=1)
         length = float(steps.norm(dim=2).max()) * 4096 * self.scale
         points, weights = self._nodes(math.ceil(length / (2 * std)))
         self.points, self.log_weights = self.scale * (points - self.mean), weights.log()
@@ -138,13 +139,13 @@ class NoisyCurves(Toy):
     def _nodes(self, panels: int) -> tuple[Tensor, Tensor]:
         """(K, 2) points on the curves and their (K,) probabilities."""
         u, w = (torch.from_numpy(value) for value in np.polynomial.legendre.leggauss(16))
-        unit = (torch.arange(panels, dtype=torch.float64)[:, None] + (u + 1) / 2).flatten() / panels
+        unit = (torch.arange(panels, dtype=torch.float64, device="cpu")[:, None] + (u + 1) / 2).flatten() / panels
         points = self._curves_at(unit).flatten(0, 1)
         return points, (w / (2 * panels * len(self.curves))).repeat(panels * len(self.curves))
 
     def sample(self, n: int, *, rng: Rng) -> Tensor:
         which = rng.integers(len(self.curves), (n,))
-        points = self._curves_at(rng.uniform((n,), dtype=torch.float64))[which, torch.arange(n)]
+        points = self._curves_at(rng.uniform((n,), dtype=torch.float64))[which, torch.arange(n, device="cpu")]
         noise = rng.normal((n, 2), dtype=torch.float64)
         return (self.scale * (points - self.mean) + self.std * noise).float()
 
@@ -189,7 +190,7 @@ class Pinwheel(Toy):
         if arms < 1 or not (radial_std > 0 and tangential_std > 0):
             raise ValueError(f"Expected arms ≥ 1 and stds > 0; got arms={arms}, stds {radial_std}, {tangential_std}.")
         self.arms, self.rate = arms, rate
-        self.stds = torch.tensor([radial_std, tangential_std], dtype=torch.float64)
+        self.stds = host([radial_std, tangential_std])
         self.scale = math.sqrt(2 / (1 + radial_std**2 + tangential_std**2))  # E |z|² = 1 + Σ std²
 
     def _turn(self, z: Tensor, arm: Tensor, sign: int) -> Tensor:
@@ -199,13 +200,13 @@ class Pinwheel(Toy):
 
     def sample(self, n: int, *, rng: Rng) -> Tensor:
         arm = rng.integers(self.arms, (n,)).double()
-        z = rng.normal((n, 2), dtype=torch.float64) * self.stds + torch.tensor([1.0, 0.0], dtype=torch.float64)
+        z = rng.normal((n, 2), dtype=torch.float64) * self.stds + host([1.0, 0.0])
         return (self.scale * self._turn(z, arm, 1)).float()
 
     def log_prob(self, x: Tensor) -> Tensor:
-        arms = torch.arange(self.arms, dtype=torch.float64)
+        arms = torch.arange(self.arms, dtype=torch.float64, device="cpu")
         z = self._turn((_checked_points(x) / self.scale)[:, None].expand(-1, self.arms, 2), arms, -1)
-        u = (z - torch.tensor([1.0, 0.0], dtype=torch.float64)) / self.stds
+        u = (z - host([1.0, 0.0])) / self.stds
         log_norm = math.log(2 * math.pi * self.arms) + float(self.stds.log().sum()) + 2 * math.log(self.scale)
         return (-0.5 * (u**2).sum(-1)).logsumexp(1) - log_norm
 

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import abc
 import contextlib
-import inspect
 import math
 from collections.abc import Callable
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from ..checks import positive
 from ..noise.rng import Rng
-from ..ops.broadcast import per_sample
+from ..ops.broadcast import host, per_sample, samples
 from .conditions import Cond as Cond
+from .network import Call, WeightType, module_of, read, unwrapped
 from .parameterization import Parameterization
 from .prediction import Prediction
 from .sde import EDMSDE, SDE
+from .undisturbed import undisturbed
 
 
 class Denoiser(nn.Module, abc.ABC):
@@ -54,6 +55,7 @@ class Denoiser(nn.Module, abc.ABC):
     def forward(self, x: Tensor, t: Tensor, cond: Cond = None) -> Prediction:
         """The prediction at x (B, *event) and t (() or (B,)); a t of shape () may lie on the CPU."""
 
+    @undisturbed
     @torch.no_grad()
     def measure(self, x0: Tensor, cond: Cond = None, *, data_std: float | None = None) -> Self:
         """Sets `data_std` and `roughness`, which `sample` goes by, and returns the denoiser itself. One network call.
@@ -66,12 +68,13 @@ class Denoiser(nn.Module, abc.ABC):
         Raises:
             ValueError: fewer than two samples, data that do not vary, or values that are not finite.
         """
+        x0 = samples(x0, "x0")
         if len(x0) < 2:
             raise ValueError(f"The standard deviation of the data needs two samples or more; got {len(x0)}.")
         found = sample_std(x0) if data_std is None else data_std
         self.data_std = positive(found, "data_std", "the standard deviation of these samples")
         noise = self.prior_sample((min(len(x0), 16), *x0.shape[1:]), rng=Rng(0), dtype=x0.dtype, device=x0.device)
-        strayed = sample_std(self(noise, torch.tensor(self.sde.t_max, dtype=torch.float64), cond).x0)
+        strayed = sample_std(self(noise, host(self.sde.t_max), cond).x0)
         if not strayed < math.inf:
             raise ValueError(f"x0 predicted from the prior's noise is not finite (t = {self.sde.t_max}).")
         self.roughness = strayed / self.data_std
@@ -115,8 +118,9 @@ class Preconditioned(Denoiser):
     float64 inputs); only the network itself runs under `autocast`.
 
     Args:
-        network: callable (x (B, *event), c_noise (B,), cond) -> tensor like x; one that takes no third argument is
-            called without.
+        network: callable (x (B, *event), c_noise (B,), cond) -> tensor like x; one that takes no third argument, or
+            gets no condition, is called without. x comes in the dtype of its weights, c_noise in float32 or wider. A
+            tuple or mapping with one tensor in it will do, and the output of diffusers' models.
         sde: the forward process.
         parameterization: what the output means.
         sigma_data: σ_d > 0 in c_in: the standard deviation of the data that the network was trained with. It belongs to
@@ -145,22 +149,22 @@ class Preconditioned(Denoiser):
         if autocast not in (None, "bfloat16", "float16"):
             raise ValueError(f"autocast is None, 'bfloat16' or 'float16'; got {autocast!r}.")
         self.network, self.sigma_data = network, sigma_data
-        self.takes_cond = _takes_cond(network)
+        self.inside = module_of(network)  # so that its parameters and its mode are found
+        self._call, self._weight_type = Call(network), WeightType(self)
         self.parameterization = parameterization
         self.noise_input = default_noise_input if noise_input is None else noise_input
         self.scale_input = scale_input
         self.autocast = None if autocast is None else getattr(torch, autocast)
 
     def forward(self, x: Tensor, t: Tensor, cond: Cond = None) -> Prediction:
-        if cond is not None and not self.takes_cond:
-            raise ValueError("A condition was given, but the network takes (x, c_noise) only.")
+        x = samples(x, "x_t")
         scales = self.sde.at(t, x)
         c_noise = per_sample(self.noise_input(self.sde, scales.t), x)
         c_in = (scales.alpha**2 * self.sigma_data**2 + scales.sigma**2).rsqrt() if self.scale_input else None
         scaled = x if c_in is None else c_in * x
         own = contextlib.nullcontext() if self.autocast is None else torch.autocast(x.device.type, dtype=self.autocast)
         with own:
-            output = self.network(scaled, c_noise, *([cond] if self.takes_cond else []))
+            output = read(self._say(scaled, c_noise, cond), "The network")
         if output.shape != x.shape:
             raise ValueError(
                 f"The network returned shape {tuple(output.shape)} for an input of shape {tuple(x.shape)}; "
@@ -168,21 +172,25 @@ class Preconditioned(Denoiser):
             )
         return self.parameterization.prediction(output.to(scaled.dtype), x, scales)
 
+    def _say(self, x: Tensor, c_noise: Tensor, cond: Cond) -> Any:
+        """What the network returns, called in the dtype of its weights."""
+        dtype = self._weight_type() or x.dtype
+        c_noise = c_noise.to(torch.promote_types(dtype, torch.float32))
+        args, kwargs = self._call.arguments(cond)
+        try:
+            return self.network(x.to(dtype), c_noise, *args, **kwargs)
+        except RuntimeError as error:
+            if dtype.itemsize > 2 or "type" not in str(error):
+                raise
+            raise TypeError(
+                f"The network has weights of {dtype}. It is called with x in that dtype and c_noise in float32, which "
+                f"it has to convert: c_noise.to(x.dtype). Or keep float32 weights, and autocast=. ({error})"
+            ) from error
+
     def null(self, cond: Cond) -> Cond:
         """The network's own: `network.null(cond)`."""
-        own = getattr(self.network, "null", None)
+        own = getattr(unwrapped(self.network), "null", None)
         return None if own is None else own(cond)
-
-
-def _takes_cond(network: Callable[..., Tensor]) -> bool:
-    """Whether it can be called with a third positional argument; True where its signature is unknown."""
-    try:
-        inspect.signature(getattr(network, "forward", network)).bind(None, None, None)
-    except TypeError:
-        return False
-    except ValueError:  # built-in functions have no signature
-        return True
-    return True
 
 
 class ScoreFunction(Denoiser):
@@ -199,9 +207,10 @@ class ScoreFunction(Denoiser):
         self.fn = fn
 
     def forward(self, x: Tensor, t: Tensor, cond: Cond = None) -> Prediction:
+        x = samples(x, "x_t")
         scales = self.sde.at(t, x)
         times = per_sample(scales.t, x)
-        score = self.fn(x, times) if cond is None else self.fn(x, times, cond)
+        score = read(self.fn(x, times) if cond is None else self.fn(x, times, cond), "The score function")
         if score.shape != x.shape:
             raise ValueError(f"The score has shape {tuple(score.shape)}, expected that of x, {tuple(x.shape)}.")
         eps = -scales.sigma * score
@@ -225,9 +234,10 @@ class DenoiserFunction(Denoiser):
         self.fn = fn
 
     def forward(self, x: Tensor, t: Tensor, cond: Cond = None) -> Prediction:
+        x = samples(x, "x_t")
         scales = self.sde.at(t, x)
         y, ratio = x / scales.alpha, per_sample((scales.sigma / scales.alpha).flatten(), x)
-        x0 = self.fn(y, ratio) if cond is None else self.fn(y, ratio, cond)
+        x0 = read(self.fn(y, ratio) if cond is None else self.fn(y, ratio, cond), "The denoiser")
         if x0.shape != x.shape:
             raise ValueError(f"The denoiser returned shape {tuple(x0.shape)}, expected that of x, {tuple(x.shape)}.")
         return Prediction(x0, (x - scales.alpha * x0) / scales.sigma, scales)

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
+from ..checks import positive, whole
+from ..ops.broadcast import host
 from .readable import Readable
 from .sde import SDE
 
@@ -43,7 +45,7 @@ def check_grid(times: Tensor, sde: SDE) -> Tensor:
 def spanning(grid: Grid, sde: SDE, steps: int, start: float) -> Tensor:
     """The times (steps + 1,) of `grid`, float64, or a ValueError if they do not run from t_max to `start`."""
     times = check_grid(grid(sde, steps), sde).double()
-    ends = torch.tensor([sde.t_max, start], dtype=torch.float64)
+    ends = host([sde.t_max, start])
     if len(times) != steps + 1 or not torch.allclose(times[[0, -1]], ends, rtol=1e-6, atol=0):
         raise ValueError(
             f"A path of {steps} steps needs {steps + 1} times from t_max={sde.t_max} to t_min={start}; "
@@ -64,13 +66,12 @@ class _Grid(Readable, abc.ABC):
 
     def __call__(self, sde: SDE, steps: int) -> Tensor:
         """Falling times (steps + 1,), float64, with exact ends."""
-        if steps < 1:
-            raise ValueError(f"A grid needs at least one step; got {steps}.")
+        steps = whole(steps, "steps, the number of steps of a grid,")
         end = sde.t_min if self.t_end is None else self.t_end
         if not (sde.t_min <= end < sde.t_max):
             raise ValueError(f"t_end must lie in [t_min, t_max) = [{sde.t_min}, {sde.t_max}); got {end}.")
-        start, stop = torch.tensor([sde.t_max, end], dtype=torch.float64)
-        times = self._between(sde, start, stop, torch.linspace(0, 1, steps + 1, dtype=torch.float64))
+        start, stop = host([sde.t_max, end])
+        times = self._between(sde, start, stop, torch.linspace(0, 1, steps + 1, dtype=torch.float64, device="cpu"))
         times[0], times[-1] = start, stop  # an inverse map leaves round-off there
         return times
 
@@ -108,9 +109,7 @@ class KarrasGrid(_Grid):
 
     def __init__(self, rho: float = 7.0, t_end: float | None = None):
         super().__init__(t_end)
-        if not rho > 0:
-            raise ValueError(f"KarrasGrid needs rho > 0; got {rho}.")
-        self.rho = float(rho)
+        self.rho = positive(rho, "rho", "the exponent of a KarrasGrid")
 
     def _between(self, sde: SDE, start: Tensor, stop: Tensor, u: Tensor) -> Tensor:
         first, last = (torch.exp(-0.5 * sde.log_snr(t) / self.rho) for t in (start, stop))
@@ -145,10 +144,10 @@ class _DataGrid(_Grid):
 
     def __init__(self, sigma_data: float, centre: float, width: float, t_end: float | None):
         super().__init__(t_end)
-        if not (sigma_data > 0 and width > 0):
-            name = type(self).__name__
-            raise ValueError(f"{name} needs sigma_data > 0 and width > 0; got {sigma_data} and {width}.")
-        self.sigma_data, self.centre, self.width = float(sigma_data), float(centre), float(width)
+        if not math.isfinite(centre):
+            raise ValueError(f"centre is a finite number; got {centre}.")
+        self.sigma_data = positive(sigma_data, "sigma_data", "about the standard deviation of the data")
+        self.centre, self.width = float(centre), positive(width, "width", "a length in log(α/σ)")
 
     @property
     def middle(self) -> float:
@@ -214,19 +213,18 @@ class FittedGrid(Readable):
     """
 
     def __init__(self, log_snr: Sequence[float]):
-        knots = torch.as_tensor(log_snr, dtype=torch.float64)
+        knots = torch.as_tensor(log_snr, dtype=torch.float64, device="cpu")
         if knots.ndim != 1 or len(knots) < 2 or not bool((knots[1:] > knots[:-1]).all()):
             raise ValueError(f"A fitted grid holds at least two rising values of log-SNR; got {knots.tolist()}.")
         self.log_snr = knots
 
     def __call__(self, sde: SDE, steps: int) -> Tensor:
         """Falling times (steps + 1,), float64, with exact ends."""
-        if steps < 1:
-            raise ValueError(f"A grid needs at least one step; got {steps}.")
-        place = torch.linspace(0, len(self.log_snr) - 1, steps + 1, dtype=torch.float64)
+        steps = whole(steps, "steps, the number of steps of a grid,")
+        place = torch.linspace(0, len(self.log_snr) - 1, steps + 1, dtype=torch.float64, device="cpu")
         low = place.floor().long().clamp(max=len(self.log_snr) - 2)
         knots = self.log_snr[low] + (place - low) * (self.log_snr[low + 1] - self.log_snr[low])
-        start, stop = torch.tensor([sde.t_max, sde.t_min], dtype=torch.float64)
+        start, stop = host([sde.t_max, sde.t_min])
         first, last = sde.log_snr(start), sde.log_snr(stop)
         if not bool((knots[1:-1] > first).all() and (knots[1:-1] < last).all()):
             raise ValueError(

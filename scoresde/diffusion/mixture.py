@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..noise.rng import Rng
-from ..ops.broadcast import as_time, beside
+from ..ops.broadcast import as_double, as_time, beside, samples
 from .conditions import Cond
 from .denoiser import Denoiser
 from .prediction import Prediction
@@ -35,7 +35,7 @@ class GaussianMixtureDenoiser(Denoiser):
 
     def __init__(self, means: Tensor, covs: Tensor | float, weights: Tensor, sde: SDE):
         super().__init__(sde)
-        means = torch.as_tensor(means, dtype=torch.float64)
+        means = as_double(means)
         covs = torch.as_tensor(covs, dtype=torch.float64, device=means.device)
         weights = torch.as_tensor(weights, dtype=torch.float64, device=means.device)
         if means.ndim < 2 or weights.shape != means.shape[:1]:
@@ -85,6 +85,7 @@ class GaussianMixtureDenoiser(Denoiser):
         return residual, variance, log_normal + self.log_weights
 
     def forward(self, x: Tensor, t: Tensor, cond: Cond = None) -> Prediction:
+        x = samples(x, "x_t")
         scales = self.sde.at(t, x)
         alpha, sigma = (beside(value, x) for value in self.sde.marginal(scales.t.double()))
         residual, variance, logits = self._components(x, alpha, sigma)
@@ -101,7 +102,10 @@ class GaussianMixtureDenoiser(Denoiser):
     def log_prob(self, x: Tensor, t: Tensor | float = 0) -> Tensor:
         """log p_t(x) in nats, shape (B,), for x (B, *event); `t=0` is the data themselves, without any noise."""
         if not isinstance(t, Tensor) and t == 0:
-            alpha, sigma = torch.ones((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+            alpha, sigma = (
+                torch.ones((), dtype=torch.float64, device="cpu"),
+                torch.zeros((), dtype=torch.float64, device="cpu"),
+            )
         else:
             alpha, sigma = self.sde.marginal(as_time(t, x).double())
         return self._components(x, alpha.to(x.device), sigma.to(x.device))[2].logsumexp(-1)
@@ -110,14 +114,14 @@ class GaussianMixtureDenoiser(Denoiser):
         """x_T of shape (B, *event), exact draws of the marginal at t_max."""
         x0 = self.sample(shape[0], rng=rng, dtype=torch.float64).reshape(shape)
         z = self.sde.perturb(x0, as_time(self.sde.t_max, x0), rng.normal_like(x0))
-        return z.to(device or z.device, dtype or torch.get_default_dtype())
+        return z.to(device or z.device, dtype or torch.float32)
 
     def prior_log_prob(self, z: Tensor) -> Tensor:
         """Exact log-density of the marginal at t_max in nats, shape (B,)."""
         return self.log_prob(z, self.sde.t_max)
 
     def sample(self, n: int, *, rng: Rng, dtype: torch.dtype | None = None) -> Tensor:
-        """n exact draws of the data, (n, *event), in `dtype` (default: torch's)."""
+        """n exact draws of the data, (n, *event), in `dtype` (default: float32)."""
         device = self.means.device
         edges = self.log_weights.exp().cumsum(0)
         index = torch.searchsorted(edges, rng.uniform((n,), dtype=torch.float64, device=device))
@@ -127,7 +131,7 @@ class GaussianMixtureDenoiser(Denoiser):
         if self.basis is not None:
             draw = torch.einsum("bij,bj->bi", self.basis[index], draw)
         sample = self.means[index] + draw
-        return sample.reshape(n, *self.event_shape).to(dtype or torch.get_default_dtype())
+        return sample.reshape(n, *self.event_shape).to(dtype or torch.float32)
 
 
 def _rotate(vectors: Tensor, basis: Tensor) -> Tensor:

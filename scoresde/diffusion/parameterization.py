@@ -14,6 +14,7 @@ import abc
 import torch
 from torch import Tensor
 
+from ..checks import positive
 from .prediction import Prediction
 from .readable import Readable
 from .sde import Scales
@@ -87,9 +88,7 @@ class EDM(Parameterization):
     """
 
     def __init__(self, sigma_data: float = 1.0):
-        if not sigma_data > 0:
-            raise ValueError(f"EDM needs sigma_data > 0, the standard deviation of the data; got {sigma_data}.")
-        self.sigma_data = float(sigma_data)
+        self.sigma_data = positive(sigma_data, "sigma_data", "the standard deviation of the data")
 
     def coefficients(self, scales: Scales) -> tuple[Tensor, Tensor]:
         alpha, sigma, d = scales.alpha, scales.sigma, self.sigma_data

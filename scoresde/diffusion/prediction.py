@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import cast
 
+import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from ..ops.broadcast import coefficient
-from .sde import Scales
+from .sde import SDE, Scales
 
 
 @dataclass(frozen=True)
@@ -47,3 +51,34 @@ class Prediction:
         """Add δ = ∇ log p(y|x_t) to the score: x̂_0 += σ²δ/α, ε̂ −= σδ (Bayes' rule; the invariant holds)."""
         alpha, sigma = self.scales.alpha, self.scales.sigma
         return Prediction(self.x0 + sigma**2 / alpha * score, self.eps - sigma * score, self.scales)
+
+
+def _flatten(p: Prediction) -> tuple[list[Tensor], SDE | None]:
+    scales = p.scales
+    rates = scales.known or scales.find_rates()
+    # a program that is exported knows tensors alone
+    sde = None if torch.compiler.is_compiling() else scales.sde
+    return [p.x0, p.eps, scales.t, scales.alpha, scales.sigma, *rates], sde
+
+
+def _flatten_with_keys(p: Prediction) -> tuple[list[tuple[pytree.KeyEntry, Tensor]], SDE | None]:
+    values, sde = _flatten(p)
+    names = ("x0", "eps", "t", "alpha", "sigma", "alpha_rate", "sigma_rate")
+    return [(pytree.GetAttrKey(name), value) for name, value in zip(names, values, strict=True)], sde
+
+
+def _unflatten(values: Iterable[Tensor], sde: SDE | None) -> Prediction:
+    x0, eps, t, alpha, sigma, *rates = values
+    return Prediction(x0, eps, Scales(cast(SDE, sde), t, alpha, sigma, x0, (rates[0], rates[1])))
+
+
+# `torch.export` takes and returns trees of tensors; so do `torch.func` and `torch.vmap`
+pytree.register_pytree_node(
+    Prediction,
+    _flatten,
+    _unflatten,
+    serialized_type_name="scoresde.Prediction",
+    flatten_with_keys_fn=_flatten_with_keys,
+    to_dumpable_context=lambda sde: None,
+    from_dumpable_context=lambda nothing: None,
+)

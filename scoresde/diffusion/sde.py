@@ -18,23 +18,31 @@ from torch import Tensor
 
 from ..noise.rng import Rng
 from ..ops import Noise, lincomb
-from ..ops.broadcast import as_time, coefficient
+from ..ops.broadcast import as_time, coefficient, host, samples
 from .readable import Readable
 
 
 @dataclass(frozen=True)
 class Scales:
-    """α_t, σ_t and their time derivatives at `t`, broadcast against a batch (shape () or (B, 1, …, 1))."""
+    """α_t, σ_t and their time derivatives at `t`, broadcast against a batch (shape () or (B, 1, …, 1)).
+
+    `known` has the derivatives where there is no SDE any more to ask.
+    """
 
     sde: SDE
     t: Tensor
     alpha: Tensor
     sigma: Tensor
     like: Tensor
+    known: tuple[Tensor, Tensor] | None = None
 
     @cached_property
     def rates(self) -> tuple[Tensor, Tensor]:
         """(dα/dt, dσ/dt), broadcast like `alpha` and `sigma`."""
+        return self.known or self.find_rates()
+
+    def find_rates(self) -> tuple[Tensor, Tensor]:
+        """`rates` for compilers, which cannot trace the lock of a cached property."""
         d_alpha, d_sigma = self.sde.rates(self.t)
         return coefficient(d_alpha, self.like), coefficient(d_sigma, self.like)
 
@@ -68,7 +76,7 @@ class SDE(Readable, abc.ABC):
     @property
     def terminal(self) -> Tensor:
         """t_max as solvers hold times: float64, (), on the CPU."""
-        return torch.tensor(self.t_max, dtype=torch.float64)
+        return host(self.t_max)
 
     def log_snr(self, t: Tensor) -> Tensor:
         """λ_t = log α_t²/σ_t², of the shape of `t`."""
@@ -103,7 +111,8 @@ class SDE(Readable, abc.ABC):
         return Scales(self, t, coefficient(alpha, like), coefficient(sigma, like), like)
 
     def perturb(self, x0: Tensor, t: Tensor | float, eps: Tensor | Noise) -> Tensor:
-        """x_t = α_t x_0 + σ_t ε, of the shape of `x0` (B, *event); ε a tensor like it, or from `Rng.noise`."""
+        """x_t = α_t x_0 + σ_t ε (B, *event) of real numbers, in float32 or wider; ε like `x0`, or from `Rng.noise`."""
+        x0 = samples(x0, "x0")
         alpha, sigma = self.marginal(as_time(t, x0))
         return lincomb(((alpha, x0),), (sigma, eps))
 

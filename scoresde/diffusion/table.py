@@ -32,7 +32,7 @@ class TableSDE(SDE):
         if (alpha_bar is None) == (sigmas is None):
             raise ValueError("TableSDE needs alpha_bar or sigmas, one of the two.")
         self.preserving = alpha_bar is not None
-        table = torch.as_tensor(alpha_bar if self.preserving else sigmas, dtype=torch.float64).flatten()
+        table = torch.as_tensor(alpha_bar if self.preserving else sigmas, dtype=torch.float64, device="cpu").flatten()
         if len(table) < 2:
             raise ValueError(f"TableSDE needs at least two entries; got {len(table)}.")
         snr = torch.log(table) - torch.log1p(-table) if self.preserving else -2 * torch.log(table)

@@ -187,7 +187,7 @@ class Auto(DenoiserWrapper):
 
 def check_same(a: SDE, b: SDE) -> None:
     """Refuses another process: the same x_t and t would mean another noise."""
-    t = torch.linspace(a.t_min, a.t_max, 5, dtype=torch.float64)
+    t = torch.linspace(a.t_min, a.t_max, 5, dtype=torch.float64, device="cpu")
     if b.t_min > a.t_min or b.t_max < a.t_max or not all(map(torch.allclose, a.marginal(t), b.marginal(t))):
         raise ValueError(
             "A denoiser and its guides are evaluated at one x_t and t, so they need the same SDE; got "

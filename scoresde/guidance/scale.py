@@ -23,7 +23,7 @@ def checked(scale: Scale) -> Scale:
 def strength(scale: Scale, log_snr: Tensor) -> Tensor:
     """The scale at λ () or (B,), of the same shape."""
     if callable(scale):
-        return torch.as_tensor(scale(log_snr)).to(log_snr).expand_as(log_snr)
+        return torch.as_tensor(scale(log_snr), dtype=log_snr.dtype, device=log_snr.device).expand_as(log_snr)
     return torch.full_like(log_snr, scale)
 
 

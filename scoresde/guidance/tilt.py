@@ -57,5 +57,5 @@ def _prior(denoiser: Denoiser, z: Tensor) -> tuple[Tensor, Tensor]:
 def _directions(size: int) -> Tensor:
     """Orthonormal rows (n, size), float64."""
     if size <= _ALL:
-        return torch.eye(size, dtype=torch.float64)
+        return torch.eye(size, dtype=torch.float64, device="cpu")
     return torch.linalg.qr(Rng(0).normal((_SOME, size), dtype=torch.float64).mT).Q.mT

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..diffusion.conditions import Cond, named, unnamed
 from ..diffusion.denoiser import Denoiser, DenoiserWrapper
 from ..diffusion.prediction import Prediction
+from ..ops.broadcast import as_double
 from .conjugate import conjugate_gradients
 
 Map = Callable[[Tensor], Tensor]
@@ -70,7 +71,7 @@ class Observation(nn.Module):
 
     def __init__(self, y: Tensor | None, operator: Map, std: Tensor | float = 0.0, *, linear: bool | None = None):
         super().__init__()
-        std = torch.as_tensor(std, dtype=torch.float64)
+        std = as_double(std)
         if not callable(operator):
             raise TypeError(f"An operator is a function of x, (B, *event) -> (B, *y); got {type(operator).__name__}.")
         _check(y, std)
@@ -92,7 +93,7 @@ class Observation(nn.Module):
         if "y" not in rest:
             raise ValueError('This Observation has no y; give it as cond={"y": y}, or to Observation(y, …).')
         y = rest.pop("y")
-        std = torch.as_tensor(rest.get("std", self.std))
+        std = as_double(rest.get("std", self.std))
         if std.ndim == 1 and "std" in rest:
             std = std.reshape(-1, *[1] * (y.ndim - 1))
         rest.pop("std", None)

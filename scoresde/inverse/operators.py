@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..checks import positive, whole
 from ..noise.rng import Rng
+from ..ops.broadcast import host
 
 
 class Operator(nn.Module, abc.ABC):
@@ -94,7 +95,7 @@ class Blur(Operator):
         else:
             std = positive(std, "std", "the width of a Gaussian in entries")
             reach = math.ceil(4 * std)
-            kernel = torch.exp(-0.5 * (torch.arange(-reach, reach + 1, dtype=torch.float64) / std) ** 2)
+            kernel = torch.exp(-0.5 * (torch.arange(-reach, reach + 1, dtype=torch.float64, device="cpu") / std) ** 2)
             kernel = kernel / kernel.sum()
         if kernel.ndim != 1 or len(kernel) % 2 == 0 or not bool(torch.isfinite(kernel).all()):
             raise ValueError(f"A kernel is (k,) with k odd, and finite; got shape {tuple(kernel.shape)}.")
@@ -140,7 +141,7 @@ class ColourMix(Operator):
 
 def grey() -> ColourMix:
     """Red, green and blue to their luma (ITU-R BT.601)."""
-    return ColourMix(torch.tensor([[0.299, 0.587, 0.114]], dtype=torch.float64))
+    return ColourMix(host([[0.299, 0.587, 0.114]]))
 
 
 class RandomProjection(Operator):

@@ -24,7 +24,9 @@ from torch import Tensor
 from ..diffusion.denoiser import Cond, Denoiser
 from ..diffusion.grids import Grid
 from ..diffusion.sde import SDE
+from ..diffusion.undisturbed import undisturbed
 from ..noise.rng import Rng
+from ..ops.broadcast import host
 from .divergence import Divergence, spread
 from .ode import LogLikelihood, log_likelihood
 from .scaling import RawScaling
@@ -51,6 +53,7 @@ class ImportanceBound:
     name: str = "bpd/iw"
 
 
+@undisturbed
 @torch.no_grad()
 def elbo(
     denoiser: Denoiser,
@@ -85,7 +88,7 @@ def elbo(
     """
     setting = Setting(denoiser, x0, scaling, t_min, samples, rng, cond)
     sde, x = setting.sde, setting.x
-    high, low = sde.log_snr(torch.tensor([setting.start, sde.t_max], dtype=torch.float64)).tolist()
+    high, low = sde.log_snr(host([setting.start, sde.t_max])).tolist()
     shift = setting.rng.uniform((len(x), samples), dtype=torch.float64, device=x.device)
     u = (torch.arange(samples, device=x.device) + shift) / samples
     if importance:
@@ -100,6 +103,7 @@ def elbo(
     return setting.bound("bpd/elbo", mean_and_error(draws, stratified=True))
 
 
+@undisturbed
 @torch.no_grad()
 def ode_bound(
     denoiser: Denoiser,
@@ -140,7 +144,7 @@ def ode_bound(
     setting = Setting(denoiser, x0, scaling, t_min, samples, rng, cond)
     if setting.bins is None:
         raise ValueError("ode_bound bounds the probability of integers: pass their scaling=, with levels.")
-    rng, t = setting.rng, torch.tensor(setting.start, dtype=torch.float64)
+    rng, t = setting.rng, host(setting.start)
     values, errors, evaluations = [], [], 0
     for _ in range(setting.samples):
         x = scaling.encode(x0, rng=rng) if dequantised else setting.x
@@ -159,6 +163,7 @@ def ode_bound(
     return LogLikelihood(log_prob, stderr, found.latent, evaluations, of_draws, of_solver, "bpd/ode-bound")
 
 
+@undisturbed
 @torch.no_grad()
 def vlb(
     denoiser: Denoiser,
@@ -202,6 +207,7 @@ def vlb(
     return setting.bound("bpd/vlb", total, each)
 
 
+@undisturbed
 @torch.no_grad()
 def importance_weighted(
     denoiser: Denoiser,

@@ -22,11 +22,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..checks import whole
+from ..checks import positive, whole
 from ..diffusion.grids import Grid, spanning
 from ..diffusion.readable import Readable
 from ..diffusion.sde import SDE
 from ..ode import SolverError, lagrange, log_ratio
+from ..ops.broadcast import host
 from .flow import Flow
 from .solver import Solved, Solver
 
@@ -55,18 +56,17 @@ class LikelihoodGrid(Readable):
     """
 
     def __init__(self, t_end: float | None = None, *, centre: float = 0.22, width: float = 1.5, floor: float = 0.2):
-        if not (centre > 0 and width > 0 and floor > 0):
-            raise ValueError(f"centre, width and floor are positive; got {centre}, {width} and {floor}.")
-        self.t_end, self.centre, self.width, self.floor = t_end, float(centre), float(width), float(floor)
+        self.t_end, self.centre = t_end, positive(centre, "centre", "a noise level σ/α")
+        self.width, self.floor = positive(width, "width", "a length in log(σ/α)"), positive(floor, "floor", "a share")
 
     def __call__(self, sde: SDE, steps: int) -> Tensor:
         """Falling times (steps + 1,), float64, with exact ends."""
-        ends = torch.tensor([sde.t_max, sde.t_min if self.t_end is None else self.t_end], dtype=torch.float64)
+        ends = host([sde.t_max, sde.t_min if self.t_end is None else self.t_end])
         first, last = log_ratio(sde, ends).tolist()
-        u = torch.linspace(first, last, 4097, dtype=torch.float64)
+        u = torch.linspace(first, last, 4097, dtype=torch.float64, device="cpu")
         # the integral of sech is the Gudermannian 2 atan(tanh(·/2))
         mass = self.floor * u + 2 * self.width * torch.atan(torch.tanh((u - math.log(self.centre)) / (2 * self.width)))
-        wanted = torch.linspace(0, 1, steps + 1, dtype=torch.float64) * (mass[-1] - mass[0]) + mass[0]
+        wanted = torch.linspace(0, 1, steps + 1, dtype=torch.float64, device="cpu") * (mass[-1] - mass[0]) + mass[0]
         nodes = torch.from_numpy(np.interp(wanted.neg().numpy(), mass.neg().numpy(), u.numpy()))
         times = sde.time(-2 * nodes)
         times[0], times[-1] = ends
@@ -169,24 +169,24 @@ def _weights(nodes: Sequence[float], start: float, stop: float, exponential: boo
     """∫ L_j(u) du from `start` to `stop`, L_j the Lagrange polynomials of `nodes`; ∫ L_j(u) e^u du if `exponential`."""
     u = start + 0.5 * (stop - start) * (1 + _NODES)
     measure = 0.5 * (stop - start) * _WEIGHTS * (u.exp() if exponential else 1.0)
-    return (lagrange(torch.tensor(nodes, dtype=torch.float64), u) @ measure).tolist()
+    return (lagrange(host(nodes), u) @ measure).tolist()
 
 
 def _integral(nodes: Sequence[_Node], start: float, stop: float) -> Tensor:
     """∫ ε̂ dς over [start, stop], ε̂ a polynomial in u through `nodes`."""
     weights = _weights([node.u for node in nodes], start, stop, exponential=True)
-    return sum((w * node.eps for w, node in zip(weights, nodes, strict=True)), torch.zeros(()))
+    return sum((w * node.eps for w, node in zip(weights, nodes, strict=True)), host(0.0))
 
 
 def _interval(window: Sequence[_Node], left: int, estimate: Callable[[Tensor], Tensor]) -> list[Tensor]:
     """(columns, correction, error) of the interval from node `left` of four to the next."""
     a, b = window[left], window[left + 1]
-    weight_a, weight_b = adjoint(torch.tensor([a.u, b.u], dtype=torch.float64)).tolist()
+    weight_a, weight_b = adjoint(host([a.u, b.u])).tolist()
     score = -0.5 * (weight_a * a.eps + weight_b * b.eps)
     columns, corrections = [], []
     for nodes in (window, window[:3] if left < 2 else window[1:]):  # the cubic, and a quadratic for the error
         weights = _weights([node.u for node in nodes], a.u, b.u, exponential=False)
-        columns.append(sum((w * node.rates for w, node in zip(weights, nodes, strict=True)), torch.zeros(())))
+        columns.append(sum((w * node.rates for w, node in zip(weights, nodes, strict=True)), host(0.0)))
         defect = b.y - a.y - _integral(nodes, a.u, b.u)
         corrections.append(-(score * defect).sum(1))
     # the correction itself counts: a learned score is not the gradient of log p of its own flow, so it may be all wrong

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..checks import whole
 from ..diffusion.conditions import Cond, expand
 from ..diffusion.denoiser import Denoiser
 from ..noise.rng import Rng
@@ -96,7 +97,11 @@ def classify(
 
 
 def _conditions(classes: int | Sequence[Cond]) -> list[Cond]:
-    conds: list[Cond] = list(classes) if not isinstance(classes, int) else [torch.tensor([y]) for y in range(classes)]
+    conds: list[Cond] = []
+    if isinstance(classes, Sequence):
+        conds += classes
+    else:
+        conds += torch.arange(whole(classes, "classes", 0), device="cpu").split(1)
     if len(conds) < 2:
         raise ValueError(f"There are at least 2 classes to choose from; got {len(conds)}.")
     return conds
@@ -105,7 +110,7 @@ def _conditions(classes: int | Sequence[Cond]) -> list[Cond]:
 def _priors(priors: Tensor | None, count: int) -> Tensor:
     """p(y) (count,), all equal by default; refuses priors that are not positive."""
     if priors is None:
-        priors = torch.full((count,), 1 / count, dtype=torch.float64)
+        priors = torch.full((count,), 1 / count, dtype=torch.float64, device="cpu")
     if priors.shape != (count,) or not bool((priors > 0).all()):
         raise ValueError(f"priors are {count} positive numbers, one per class; got {priors.tolist()}.")
     return priors
@@ -117,6 +122,6 @@ def _posterior(each: Sequence[LogLikelihood], priors: Tensor) -> Classification:
     log_prior = (priors / priors.sum()).log().to(log_prob)
     log_posterior = (log_prob + log_prior).log_softmax(1)
     # ∂ log p(k|x)/∂ log p(x|j) = δ_kj − p(j|x)
-    slopes = torch.eye(len(each)).to(log_prob) - log_posterior.exp()[:, None]
+    slopes = torch.eye(len(each), dtype=log_prob.dtype, device=log_prob.device) - log_posterior.exp()[:, None]
     stderr = (slopes**2 @ torch.stack([r.stderr for r in each], 1).to(log_prob)[..., None] ** 2)[..., 0].sqrt()
     return Classification(log_posterior, stderr, log_prob, sum(r.evaluations for r in each))

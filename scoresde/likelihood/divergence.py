@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..checks import whole
+from ..checks import positive, whole
 from ..diffusion.readable import Readable
 from ..noise.rng import Rng
 
@@ -103,13 +103,13 @@ class Exact(Divergence):
         for start in range(0, dims, self.chunk):
             rows = torch.arange(start, min(start + self.chunk, dims), device=x.device)
             basis = torch.zeros(len(rows), dims, dtype=value.dtype, device=x.device)
-            basis[torch.arange(len(rows)), rows] = 1
+            basis[torch.arange(len(rows), device="cpu"), rows] = 1
             basis = basis[:, None].expand(-1, len(x), -1).reshape(len(rows), *x.shape)
             keep = differentiable or start + self.chunk < dims
             (grads,) = torch.autograd.grad(
                 value, x, basis, is_grads_batched=True, retain_graph=keep, create_graph=differentiable
             )
-            diagonal = grads.reshape(len(rows), len(x), dims)[torch.arange(len(rows)), :, rows]
+            diagonal = grads.reshape(len(rows), len(x), dims)[torch.arange(len(rows), device="cpu"), :, rows]
             trace = trace + diagonal.double().sum(0)
         return trace[:, None]
 
@@ -191,8 +191,7 @@ class HutchPlusPlus(Divergence):
     """
 
     def __init__(self, sketch: int = 4, probes: int = 4, level: float = 0.3):
-        if not level > 0:
-            raise ValueError(f"HutchPlusPlus's level is a noise σ/α > 0; got {level}.")
+        level = positive(level, "HutchPlusPlus's level", "a noise σ/α")
         self.sketch, self.level = whole(sketch, "HutchPlusPlus's sketch"), float(level)
         self.count = whole(probes, "HutchPlusPlus's number of probes", 2)
 

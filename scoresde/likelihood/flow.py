@@ -7,10 +7,11 @@ import math
 import torch
 from torch import Tensor
 
-from ..diffusion.conditions import Cond, take
+from ..diffusion.conditions import Cond, each, take
 from ..diffusion.denoiser import CountingDenoiser, Denoiser
 from ..noise.rng import Rng
 from ..ode import log_ratio, point
+from ..ops.broadcast import host, plain
 from .divergence import Divergence
 
 
@@ -46,15 +47,15 @@ class Flow:
         t_min: float | None = None,
         differentiable: bool = False,
     ):
-        self.counted, self.sde, self.like, self.cond = CountingDenoiser(denoiser), denoiser.sde, like, cond
+        self.counted, self.sde, self.like, self.cond = CountingDenoiser(denoiser), denoiser.sde, like, each(plain, cond)
         self.divergence, self.differentiable, self.rng = divergence, differentiable, rng
         self.start = self.sde.cut_off(t_min, "likelihood")
-        times = torch.tensor([self.start, self.sde.t_max], dtype=torch.float64)
+        times = host([self.start, self.sde.t_max])
         self.alphas, _ = self.sde.marginal(times)
         self.ends = log_ratio(self.sde, times).tolist()
         self.dims = like[0].numel()
         self.log_scale = self.dims * (self.alphas[1].log() - self.alphas[0].log())
-        self.probes = torch.empty(0)
+        self.probes = host([])
 
     def field(self, u: Tensor, y: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """ε̂ (n, D) and σ · divergence columns (n, C) at u (n,) and y (n, D), float64."""
@@ -72,7 +73,7 @@ class Flow:
 
     def time(self, u: float) -> float:
         """The diffusion time of u, for error messages."""
-        return float(point(self.sde, torch.tensor(u, dtype=torch.float64))[0])
+        return float(point(self.sde, host(u))[0])
 
     def denoised(self, x0: Tensor, ratio: float) -> Tensor:
         """x̂_0 of x_0 with noise of σ/α = `ratio`, one network call: what a divergence may look at before the solve."""

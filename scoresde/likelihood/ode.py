@@ -19,8 +19,10 @@ import torch
 from torch import Tensor
 
 from ..diffusion.denoiser import Cond, Denoiser
+from ..diffusion.undisturbed import undisturbed
 from ..noise.rng import Rng
 from ..ode import SolverError
+from ..ops.broadcast import samples
 from .divergence import Divergence, Hutchinson
 from .flow import Flow
 from .scaling import RawScaling
@@ -67,6 +69,7 @@ class LogLikelihood:
         return bits_per_dim(self.log_prob, tuple(self.latent.shape[1:]))
 
 
+@undisturbed
 def log_likelihood(
     denoiser: Denoiser,
     x0: Tensor,
@@ -83,7 +86,7 @@ def log_likelihood(
 
     The density is that of the marginal at `t_min`, not of the data themselves: they differ by the noise σ(t_min). Where
     that may be worth more than 0.01 bits/dim of integer data there is a warning; `ode_bound` bounds those.
-    Put the network into `eval()` mode first: dropout would make the field random.
+    Networks run in eval mode, since dropout would make the field random, and are given back as they were.
 
     Args:
         denoiser: the model.
@@ -120,6 +123,7 @@ def log_likelihood(
     return LogLikelihood(log_prob, torch.hypot(*errors), latent, flow.counted.evaluations, *errors)
 
 
+@undisturbed
 def sample_with_log_prob(
     denoiser: Denoiser,
     shape_or_x: Sequence[int] | Tensor,
@@ -179,12 +183,12 @@ def _model_data(x0: Tensor, scaling: RawScaling | None, rng: Rng) -> tuple[Tenso
         raise ValueError(f"Expected a batch (B, *event) of at least one sample; got shape {tuple(x0.shape)}.")
     if scaling is not None:
         return scaling.encode(x0, rng=rng), scaling.log_volume(tuple(x0.shape[1:]))
-    if not x0.is_floating_point():
+    if not x0.is_floating_point() and not x0.is_complex():
         raise TypeError(
             f"x0 holds {x0.dtype}: integers are points, which have no density. Pass the data set's scaling= to "
             "dequantise them, or scaled floating-point data."
         )
-    return x0, 0.0
+    return samples(x0, "x0"), 0.0
 
 
 def bits_per_dim(log_prob: Tensor, event_shape: Sequence[int], *, log_volume: float = 0.0) -> Tensor:

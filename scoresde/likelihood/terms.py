@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 
 from ..checks import whole
+from ..diffusion.conditions import each
 from ..diffusion.denoiser import Cond, CountingDenoiser, Denoiser
 from ..diffusion.grids import Grid, LogSNRGrid, spanning
 from ..diffusion.sde import SDE
 from ..noise.rng import Rng
+from ..ops.broadcast import host, plain, samples
 from .scaling import RawScaling
 
 
@@ -70,19 +72,21 @@ class Setting:
         x0: Tensor,
         scaling: RawScaling | None,
         t_min: float | None,
-        samples: int,
+        draws: int,
         rng: Rng | None,
         cond: Cond,
     ):
-        samples = whole(samples, "The number of samples")
+        draws = whole(draws, "The number of samples")
         if x0.ndim < 2 or len(x0) == 0:
             raise ValueError(f"Expected a batch (B, *event) of at least one sample; got shape {tuple(x0.shape)}.")
-        if scaling is None and not x0.is_floating_point():
+        if scaling is None and not x0.is_floating_point() and not x0.is_complex():
             raise TypeError(f"x0 holds {x0.dtype}: pass the data set's scaling=, or scaled floating-point data.")
-        self.counted, self.sde, self.cond, self.samples = CountingDenoiser(denoiser), denoiser.sde, cond, samples
+        self.counted, self.sde, self.samples = CountingDenoiser(denoiser), denoiser.sde, draws
+        self.cond = each(plain, cond)
         self.start = self.sde.cut_off(t_min, "likelihood")
         self.rng = Rng(0) if rng is None else rng
-        self.x = x0 if scaling is None else scaling.encode(x0)  # the centres of the bins of discrete data
+        x0 = x0 if scaling is None else scaling.encode(x0)  # the centres of the bins of discrete data
+        self.x = samples(x0, "x0")
         self.bins = scaling if scaling is not None and scaling.levels is not None else None
         self.half_bin = 0.0 if self.bins is None else 0.5 * (self.bins.high - self.bins.low) / (self.bins.levels or 1)
         self.log_volume = 0.0
@@ -120,7 +124,7 @@ class Setting:
 
     def reconstruct(self, z: Tensor) -> Tensor:
         """−log p(x|z) at t_min (B,)."""
-        alpha, sigma = (float(v) for v in self.sde.marginal(torch.tensor(self.start, dtype=torch.float64)))
+        alpha, sigma = (float(v) for v in self.sde.marginal(host(self.start)))
         ratio, centre = sigma / alpha, z.double() / alpha
         x, dims = self.x.double(), self.x[0].numel()
         if self.bins is None:
@@ -131,7 +135,7 @@ class Setting:
     def log_bins(self, z: Tensor, open_ends: bool = True) -> Tensor:
         """log of the mass of N(z/α, ς²) in the bins of x (B,) at t_min; with `open_ends` the outer ones are endless."""
         assert self.bins is not None
-        alpha, sigma = (float(v) for v in self.sde.marginal(torch.tensor(self.start, dtype=torch.float64)))
+        alpha, sigma = (float(v) for v in self.sde.marginal(host(self.start)))
         apart, half, ratio = self.x.double() - z.double() / alpha, self.half_bin, sigma / alpha
         below, above = (apart - half) / ratio, (apart + half) / ratio
         if open_ends:
@@ -141,7 +145,7 @@ class Setting:
 
     def log_noised(self, z: Tensor, dequantised: bool) -> Tensor:
         """log q(z|raw) (B,) at t_min, of the bins of x with uniform noise in them or of their centres."""
-        alpha, sigma = self.sde.marginal(torch.tensor(self.start, dtype=torch.float64))
+        alpha, sigma = self.sde.marginal(host(self.start))
         dims = self.x[0].numel()
         if dequantised:
             return self.log_bins(z, open_ends=False) - dims * (2 * self.half_bin * alpha).log()
@@ -150,7 +154,7 @@ class Setting:
 
     def bound(self, name: str, diffusion: Term, steps: Term | None = None) -> Bound:
         """The terms together; prior and reconstruction by `samples` draws of their own, or in closed form."""
-        t_max, start = (torch.tensor(t, dtype=torch.float64) for t in (self.sde.t_max, self.start))
+        t_max, start = (host(t) for t in (self.sde.t_max, self.start))
 
         def noisy(t: Tensor) -> Tensor:
             return self.sde.perturb(self.x, t, self.rng.normal_like(self.x))
@@ -177,8 +181,8 @@ def hidden_bits(sde: SDE, scaling: RawScaling | None, t_min: float | None = None
     always the same. Its density at t_min is uniform on a bin and smoothed by ς = σ/α. 0 without levels."""
     if scaling is None or scaling.levels is None:
         return 0.0
-    ratio = float((-0.5 * sde.log_snr(torch.tensor(sde.cut_off(t_min, "likelihood"), dtype=torch.float64))).exp())
-    u = (torch.arange(256, dtype=torch.float64) + 0.5) / 256
+    ratio = float((-0.5 * sde.log_snr(host(sde.cut_off(t_min, "likelihood")))).exp())
+    u = (torch.arange(256, dtype=torch.float64, device="cpu") + 0.5) / 256
     width = (scaling.high - scaling.low) / scaling.levels / ratio
     return -float(_log_mass(-u * width, (1 - u) * width).mean()) / math.log(2)
 

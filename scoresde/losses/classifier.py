@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..checks import positive
 from ..diffusion.conditions import Cond, named
 from ..diffusion.denoiser import default_noise_input
 from ..diffusion.sde import SDE
 from ..noise.rng import Rng
-from ..ops.broadcast import per_sample
+from ..ops.broadcast import per_sample, plain, samples
 from .denoising import LogSNRTimes, Times
 from .loss import Loss, Terms, fresh
 
@@ -34,9 +36,8 @@ class NoisyClassifier(nn.Module):
 
     def __init__(self, network: Callable[[Tensor, Tensor], Tensor], sde: SDE, *, sigma_data: float = 1.0):
         super().__init__()
-        if not sigma_data > 0:
-            raise ValueError(f"sigma_data is the standard deviation of the data, > 0; got {sigma_data}.")
-        self.network, self.sde, self.sigma_data = network, sde, float(sigma_data)
+        self.network, self.sde = network, sde
+        self.sigma_data = positive(sigma_data, "sigma_data", "the standard deviation of the data")
 
     def logits(self, x: Tensor, t: Tensor) -> Tensor:
         """log p(y | x_t) up to a constant, (B, K), at x (B, *event) and t (() or (B,))."""
@@ -94,13 +95,17 @@ class ClassifierLoss(Loss):
 
     def _answers(self, x0: Tensor, cond: Cond, rng: Rng | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(cross-entropy, drawn times, logits, labels)."""
-        rng = fresh() if rng is None else rng
+        rng, x0 = fresh() if rng is None else rng, samples(x0, "x0")
         sde = self.classifier.sde
         t, _ = self.times.sample(sde, len(x0), rng, x0.device)
         x = sde.perturb(x0, t, rng.normal_like(x0))
         logits, label = self.classifier.logits(x, t), labels(cond, len(x0))
         loss = F.cross_entropy(logits, label, reduction="none", label_smoothing=self.smoothing)
         return loss, t, logits, label
+
+
+def _whole_numbers(label: Tensor) -> bool:
+    return not (label.is_floating_point() or label.is_complex() or label.dtype == torch.bool)
 
 
 def labels(cond: Cond, n: int) -> Tensor:
@@ -110,7 +115,7 @@ def labels(cond: Cond, n: int) -> Tensor:
         ValueError: it has none, or they are not integers (n,).
     """
     label = named(cond).get("label")
-    if label is None or label.shape != (n,) or label.is_floating_point():
+    if label is None or label.shape != (n,) or not _whole_numbers(label):
         got = "none" if label is None else f"{label.dtype} of shape {tuple(label.shape)}"
         raise ValueError(f"A classifier is asked about integer labels ({n},), one per sample; got {got}.")
-    return label.long()
+    return plain(label.long())

@@ -59,7 +59,7 @@ class OptimalTransport:
         if rng.per_sample:
             raise ValueError("A pairing depends on the whole batch; use Rng(seed), not Rng(seeds=[…]).")
         eps = rng.normal_like(x0)
-        rows = torch.arange(len(x0)).split(self.group or max(len(x0), 1))
+        rows = torch.arange(len(x0), device="cpu").split(self.group or max(len(x0), 1))
         order = torch.cat([part[_assign(x0[part], eps[part])] for part in rows])
         return x0, eps[order.to(x0.device)]
 

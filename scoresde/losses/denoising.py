@@ -7,15 +7,18 @@ a *coupling* which noise goes with which data. The training cut-off is the time 
 from __future__ import annotations
 
 import abc
+import math
 
 import torch
 from torch import Tensor, nn
 
-from ..diffusion.conditions import Cond
+from ..checks import positive
+from ..diffusion.conditions import Cond, each
 from ..diffusion.denoiser import Denoiser
 from ..diffusion.sde import SDE
 from ..noise.rng import Rng
 from ..ops import dsm_loss
+from ..ops.broadcast import plain, samples
 from .coupling import Coupling, Independent
 from .loss import Loss, Terms, fresh
 
@@ -65,9 +68,9 @@ class LogNormalTimes(Times):
 
     def __init__(self, mean: float = -1.2, std: float = 1.2, t_min: float | None = None):
         super().__init__(t_min)
-        if not std > 0:
-            raise ValueError(f"LogNormalTimes needs std > 0; got {std}.")
-        self.mean, self.std = float(mean), float(std)
+        if not math.isfinite(mean):
+            raise ValueError(f"mean, that of ln(σ/α), is a finite number; got {mean}.")
+        self.mean, self.std = float(mean), positive(std, "std", "the standard deviation of ln(σ/α)")
 
     def sample(self, sde: SDE, n: int, rng: Rng, device: torch.device) -> tuple[Tensor, Tensor]:
         log_ratio = self.mean + self.std * rng.normal((n,), dtype=torch.float64, device=device)
@@ -134,9 +137,7 @@ class EDMWeighting(Weighting):
     """
 
     def __init__(self, sigma_data: float = 1.0):
-        if not sigma_data > 0:
-            raise ValueError(f"EDMWeighting needs sigma_data > 0; got {sigma_data}.")
-        self.sigma_data = float(sigma_data)
+        self.sigma_data = positive(sigma_data, "sigma_data", "the standard deviation of the data")
 
     def weight(self, sde: SDE, t: Tensor, dims: int, span: float) -> Tensor:
         return 1 + (-sde.log_snr(t)).exp() / self.sigma_data**2
@@ -150,9 +151,7 @@ class MinSNR(Weighting):
     """
 
     def __init__(self, gamma: float = 5.0):
-        if not gamma > 0:
-            raise ValueError(f"MinSNR needs gamma > 0; got {gamma}.")
-        self.gamma = float(gamma)
+        self.gamma = positive(gamma, "gamma", "a signal-to-noise ratio")
 
     def weight(self, sde: SDE, t: Tensor, dims: int, span: float) -> Tensor:
         return (self.gamma * (-sde.log_snr(t)).exp()).clamp(max=1.0)
@@ -190,7 +189,7 @@ class DenoisingLoss(Loss):
         self.times.start(denoiser.sde)
 
     def terms(self, x0: Tensor, cond: Cond = None, *, rng: Rng | None = None) -> Terms:
-        rng = fresh() if rng is None else rng
+        rng, x0, cond = fresh() if rng is None else rng, samples(x0, "x0"), each(plain, cond)
         sde = self.denoiser.sde
         t, importance = self.times.sample(sde, x0.shape[0], rng, x0.device)
         x0, eps = self.coupling(x0, rng)

@@ -33,7 +33,7 @@ class Loss(nn.Module, abc.ABC):
 
     @abc.abstractmethod
     def terms(self, x0: Tensor, cond: Cond = None, *, rng: Rng | None = None) -> Terms:
-        """The terms of samples x0 (B, *event), in their dtype; without `rng` the noise is `fresh`."""
+        """The terms of samples x0 (B, *event), in floating point; without `rng` the noise is `fresh`."""
 
     def forward(self, x0: Tensor, cond: Cond = None, *, rng: Rng | None = None) -> Tensor:
         """`terms(…).objective` (B,), to be minimised."""
@@ -46,4 +46,4 @@ class Loss(nn.Module, abc.ABC):
 
 def fresh() -> Rng:
     """A stream seeded by torch's global generator: a fixed seed would repeat the same noise at every call."""
-    return Rng(int(torch.randint(2**31, ())))
+    return Rng(int(torch.randint(2**31, (), device="cpu")))

@@ -130,8 +130,8 @@ class TokenEmbedding(nn.Module):
         self.null = nn.Parameter(torch.randn(width))
 
     def forward(self, value: Tensor | None, like: Tensor) -> Tokens:
-        null = self.null.to(like.dtype).expand(len(like), 1, -1)
-        alone = torch.ones(len(like), 1, dtype=torch.bool, device=like.device)
+        null = self.null.to(like.dtype).expand(like.shape[0], 1, -1)
+        alone = torch.ones(like.shape[0], 1, dtype=torch.bool, device=like.device)
         if value is None:
             return Tokens(null, alone)
         value, there = filled(value, 2)

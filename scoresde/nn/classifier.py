@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..checks import sizes, whole
 from .conditioning import Conditioning
 from .encoder import ConvEncoder
 from .layers import linear
@@ -42,14 +43,13 @@ class Classifier(nn.Module):
         embedding_scale: float = 1.0,
     ):
         super().__init__()
-        self.event_shape, self.classes = tuple(int(size) for size in event_shape), int(classes)
-        if not 1 <= len(self.event_shape) <= 4 or min(self.event_shape) < 1:
+        self.event_shape, self.classes = sizes(event_shape, "event_shape"), whole(classes, "classes", 2)
+        if not 1 <= len(self.event_shape) <= 4:
             raise ValueError(
                 f"event_shape is (D,), (C, L), (C, H, W) or (C, D, H, W), the shape of one sample; "
                 f"got {self.event_shape}."
             )
-        if classes < 2 or depth < 1:
-            raise ValueError(f"A classifier has at least 2 classes and 1 block; got {classes} and {depth}.")
+        width, depth = whole(width, "width"), whole(depth, "depth, the number of dense blocks,")
         points = len(self.event_shape) == 1
         emb = width if points else 4 * width
         self.conditioning = Conditioning(emb, embedding=embedding, embedding_scale=embedding_scale)

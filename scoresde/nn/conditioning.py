@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..checks import positive
 from ..diffusion.conditions import Cond, filled
 from .conditions import Conditions, Kinds
 from .embedding import FourierEmbedding, SinusoidalEmbedding
@@ -54,8 +55,7 @@ class Conditioning(nn.Module):
         super().__init__()
         if embedding not in _EMBEDDINGS:
             raise ValueError(f"embedding is one of {', '.join(map(repr, _EMBEDDINGS))}; got {embedding!r}.")
-        if not embedding_scale > 0:
-            raise ValueError(f"embedding_scale is a frequency scale, > 0; got {embedding_scale}.")
+        embedding_scale = positive(embedding_scale, "embedding_scale", "a frequency scale")
         self.conditions = Conditions(**kinds)
         shapes = self.conditions.shapes
         self.encode_image = "image" in shapes and encode_image

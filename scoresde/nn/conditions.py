@@ -8,6 +8,7 @@ from typing import TypedDict
 import torch
 from torch import Tensor, nn
 
+from ..checks import sizes, whole
 from ..diffusion.conditions import Cond, each, named, nothing
 
 
@@ -56,26 +57,25 @@ class Conditions(nn.Module):
         cond_dropout: float = 0.0,
     ):
         super().__init__()
-        if classes < 0 or cond_dim < 0 or cond_tokens < 0:
-            raise ValueError(
-                "classes, cond_dim and cond_tokens are counts, 0 for none; "
-                f"got {classes}, {cond_dim} and {cond_tokens}."
-            )
-        image = tuple(int(size) for size in cond_image)
-        if image and (not 2 <= len(image) <= 4 or min(image) < 1):
+        classes, cond_dim, cond_tokens = (
+            whole(count, name, 0, otherwise="0 for none")
+            for count, name in ((classes, "classes"), (cond_dim, "cond_dim"), (cond_tokens, "cond_tokens"))
+        )
+        image = sizes(cond_image, "cond_image")
+        if image and not 2 <= len(image) <= 4:
             raise ValueError(f"cond_image is (C, L), (C, H, W) or (C, D, H, W), or () for none; got {image}.")
         if not 0 <= cond_dropout < 1:
             raise ValueError(f"cond_dropout is a probability in [0, 1); got {cond_dropout}.")
-        self.classes, self.dropout = int(classes), float(cond_dropout)
+        self.classes, self.dropout = classes, float(cond_dropout)
         self.shapes: dict[str, tuple[int, ...]] = {}  # of one sample; −1 is any length
         if classes:
             self.shapes["label"] = ()
         if cond_dim:
-            self.shapes["vector"] = (int(cond_dim),)
+            self.shapes["vector"] = (cond_dim,)
         if image:
             self.shapes["image"] = image
         if cond_tokens:
-            self.shapes["tokens"] = (-1, int(cond_tokens))
+            self.shapes["tokens"] = (-1, cond_tokens)
         if cond_dropout and not self.shapes:
             raise ValueError(
                 f"cond_dropout={cond_dropout} has no condition to drop: "
@@ -84,10 +84,10 @@ class Conditions(nn.Module):
 
     def forward(self, cond: Cond, like: Tensor) -> dict[str, Tensor]:
         """The kinds given, by name, for a batch `like` (B, *): labels int64, floats in its dtype."""
-        given = {name: self._checked(name, value, len(like)) for name, value in self._parts(cond).items()}
+        given = {name: self._checked(name, value, like.shape[0]) for name, value in self._parts(cond).items()}
         given = {name: value.long() if name == "label" else value.to(like.dtype) for name, value in given.items()}
         if given and self.training and self.dropout:
-            keep = torch.rand(len(like), device=like.device) >= self.dropout
+            keep = torch.rand(like.shape[0], device=like.device) >= self.dropout
             given = {
                 name: torch.where(keep.reshape(-1, *[1] * (value.ndim - 1)), value, nothing(value, self.classes))
                 for name, value in given.items()

@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from ..checks import whole
+
 
 class _Waves(nn.Module):
     """[cos(ω c), sin(ω c)] for fixed angular frequencies ω, computed in float32 or wider."""
@@ -24,7 +26,7 @@ class _Waves(nn.Module):
 
 
 def _half(width: int) -> int:
-    if width < 2 or width % 2:
+    if whole(width, "width", 0) < 2 or width % 2:
         raise ValueError(f"An embedding holds pairs of cosine and sine: its width is even, ≥ 2; got {width}.")
     return width // 2
 

@@ -9,6 +9,7 @@ from typing import Unpack
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..checks import sizes, whole
 from ..diffusion.conditions import Cond
 from .conditioning import Conditioning, Options
 from .layers import linear
@@ -50,11 +51,10 @@ class MLP(nn.Module):
         **conditioning: Unpack[Options],
     ):
         super().__init__()
-        self.event_shape = tuple(int(size) for size in event_shape)
-        if not self.event_shape or min(self.event_shape) < 1:
+        self.event_shape = sizes(event_shape, "event_shape")
+        if not self.event_shape:
             raise ValueError(f"event_shape is the shape of one sample, such as (2,); got {self.event_shape}.")
-        if depth < 1:
-            raise ValueError(f"depth counts residual blocks, at least 1; got {depth}.")
+        depth = whole(depth, "depth, the number of residual blocks,")
         size = math.prod(self.event_shape)
         self.conditioning = Conditioning(width, **conditioning)
         if "tokens" in self.conditioning.conditions.shapes:

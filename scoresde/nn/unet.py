@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..checks import sizes, whole
 from ..diffusion.conditions import Cond, filled
 from .blocks import Attention, CrossAttention, ResampleConv, ResidualBlock, Stack, TokenEmbedding
 from .conditioning import Conditioning, Options
@@ -68,14 +69,14 @@ class UNet(nn.Module):
         **conditioning: Unpack[Options],
     ):
         super().__init__()
-        self.event_shape = tuple(int(size) for size in event_shape)
+        self.event_shape = sizes(event_shape, "event_shape")
         _check(width, multipliers, blocks, progressive_input, dropout)
-        sizes = _sizes(self.event_shape, len(multipliers))
-        if unknown := sorted(set(attention) - set(sizes)):
-            raise ValueError(f"The resolutions are {sizes}; attention at {unknown} would never happen.")
+        sides = _sides(self.event_shape, len(multipliers))
+        if unknown := sorted(set(attention) - set(sides)):
+            raise ValueError(f"The resolutions are {sides}; attention at {unknown} would never happen.")
         dims, channels = len(self.event_shape) - 1, self.event_shape[0]
         widths = [width * multiplier for multiplier in multipliers]
-        attends = [size in attention for size in sizes]
+        attends = [side in attention for side in sides]
         self.scaling = math.sqrt(0.5) if residual_scaling else 1.0
         self.conditioning = Conditioning(4 * width, encode_image=encode_image, **conditioning)
         shapes = self.conditioning.conditions.shapes
@@ -165,7 +166,7 @@ class UNet(nn.Module):
         """The image at the size of x, 0 where there is none, and a channel that says where there is one."""
         sizes = x.shape[2:]
         if image is None:
-            return x.new_zeros(len(x), self.conditioning.conditions.shapes["image"][0] + 1, *sizes)
+            return x.new_zeros(x.shape[0], self.conditioning.conditions.shapes["image"][0] + 1, *sizes)
         image, there = filled(image)
         if image.shape[2:] != sizes:
             image = F.interpolate(image, sizes, mode=("linear", "bilinear", "trilinear")[len(sizes) - 1])
@@ -213,11 +214,9 @@ class _Layers(NamedTuple):
 
 
 def _check(width: int, multipliers: Sequence[int], blocks: int, progressive_input: str, dropout: float) -> None:
-    if width < 2 or blocks < 1 or not multipliers or min(multipliers) < 1:
-        raise ValueError(
-            "width is at least 2, blocks and every multiplier at least 1; "
-            f"got width={width}, blocks={blocks}, multipliers={tuple(multipliers)}."
-        )
+    whole(width, "width", 2), whole(blocks, "blocks")
+    if not sizes(multipliers, "multipliers"):
+        raise ValueError("multipliers has one number for each level, at least one; got none.")
     if progressive_input not in ("none", "residual"):
         raise ValueError(f"progressive_input is 'none' or 'residual'; got {progressive_input!r}.")
     if not 0 <= dropout < 1:
@@ -234,9 +233,9 @@ def _joint(event_shape: tuple[int, ...], image: tuple[int, ...], width: int) -> 
     return conv(len(image) - 1, image[0] + 1, width, 3) if image else None
 
 
-def _sizes(event_shape: tuple[int, ...], levels: int) -> list[int]:
+def _sides(event_shape: tuple[int, ...], levels: int) -> list[int]:
     """The longest side at every level; refuses shapes that cannot be halved levels − 1 times."""
-    if not 2 <= len(event_shape) <= 4 or min(event_shape) < 1:
+    if not 2 <= len(event_shape) <= 4:
         raise ValueError(f"event_shape is (C, L), (C, H, W) or (C, D, H, W); got {event_shape}.")
     step = 2 ** (levels - 1)
     wrong = sorted({size for size in event_shape[1:] if size % step})
@@ -254,11 +253,11 @@ def _sizes(event_shape: tuple[int, ...], levels: int) -> list[int]:
 
 def _heads(channels: int, heads: int, head_width: int | None) -> int:
     if head_width is None:
-        if heads < 1 or channels % heads:
+        if whole(heads, "heads", 0) < 1 or channels % heads:
             raise ValueError(f"heads divides the {channels} channels of its level, at least 1; got {heads}.")
         return heads
     if heads != 1:
         raise ValueError(f"Give heads or head_width, not both; got heads={heads}, head_width={head_width}.")
-    if head_width < 1 or channels % head_width:
+    if whole(head_width, "head_width", 0) < 1 or channels % head_width:
         raise ValueError(f"head_width divides the {channels} channels of its level; got {head_width}.")
     return channels // head_width

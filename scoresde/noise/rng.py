@@ -53,7 +53,9 @@ class Rng:
         values = [whole(value, "A seed (below 2^63)", 0) for value in ([seed] if seeds is None else seeds)]
         if max(values) >= 2**63:
             raise ValueError(f"A seed is a whole number below 2^63; got {max(values)}.")
-        self._position = Position(torch.tensor(values, dtype=torch.int64), per_sample=seeds is not None)
+        with torch.inference_mode(False):  # or the count could not move on outside of it
+            streams = torch.tensor(values, dtype=torch.int64, device="cpu")
+            self._position = Position(streams, per_sample=seeds is not None)
         # the rows of the last draw, and what was made ahead of it: the number of a first draw, and all numbers
         self._ahead: dict[str, tuple[tuple[int, ...], int, Tensor | Sequence[Tensor]]] = {}
 
@@ -95,7 +97,7 @@ class Rng:
     def state_dict(self) -> dict[str, Tensor]:
         """Every stream's seed and the number of its next draw, (streams, 2) int64, and the version of the noise."""
         streams = torch.stack([self._position.seeds, self._position.numbers()], 1)
-        return {"streams": streams, "version": torch.tensor(VERSION)}
+        return {"streams": streams, "version": torch.tensor(VERSION, device="cpu")}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Goes on from a state, with a warning where it is of a version that drew other numbers."""
@@ -126,8 +128,8 @@ class Rng:
     def normal(
         self, shape: Sequence[int], *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
     ) -> Tensor:
-        """Standard normals of `shape`; with per-sample seeds `shape[0]` must be their number."""
-        dtype, place = dtype or torch.get_default_dtype(), torch.device(device or "cpu")
+        """Standard normals of `shape`; with per-sample seeds `shape[0]` must be their number. By default float32."""
+        dtype, place = dtype or torch.float32, torch.device(device or "cpu")
         if self._by_op(place, dtype):
             return draws.normal(shape, dtype, self._position.find(shape, place))
         return self._draw("normal", shape, philox.normals).to(place, dtype)
@@ -139,7 +141,7 @@ class Rng:
         self, shape: Sequence[int], *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
     ) -> Tensor:
         """Uniforms in [0, 1): 53 random bits in float64, the first 24 of them in float32, fewer in half types."""
-        dtype = dtype or torch.get_default_dtype()
+        dtype = dtype or torch.float32
         digits = round(1 - math.log2(torch.finfo(dtype).eps))
         words = (self._words("uniform", shape) >> (64 - digits)) & (2**digits - 1)
         return (words.to(torch.float64) * 2.0**-digits).to(device, dtype)
@@ -199,7 +201,7 @@ class Rng:
             return make(philox.streams(seeds, row, draw if own is None else own, rows), n).reshape(tuple(shape))
         if not first <= draw < first + len(numbers):
             first, many = draw, min(many, 64)
-            where = philox.streams(seeds, row, torch.arange(draw, draw + many)[:, None], rows)
+            where = philox.streams(seeds, row, torch.arange(draw, draw + many, device="cpu")[:, None], rows)
             numbers = make(where, n).unflatten(0, (many, rows))
             self._ahead[kind] = asked, first, numbers
         return numbers[draw - first].clone().reshape(tuple(shape))

@@ -22,6 +22,7 @@ from ..noise.switch import enabled, mode, use, why_not
 from . import gradients as gradients  # so that the ops can be differentiated
 from . import library as ops
 from . import reference
+from .broadcast import host
 from .reference import Coefficient
 
 __all__ = [
@@ -124,5 +125,5 @@ def _tensor(noise: Tensor | Noise, like: Tensor) -> Tensor:
 def _factor(value: Coefficient, like: Tensor) -> Tensor:
     """`value` on the device, or as a number on the CPU, which is an argument of the launch and needs no copy."""
     if not isinstance(value, Tensor):
-        return torch.tensor(value, dtype=torch.float64)
+        return host(value)
     return value if value.ndim == 0 and value.device.type == "cpu" else value.to(like.device)

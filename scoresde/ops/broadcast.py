@@ -2,8 +2,47 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
+
+
+def host(values: float | Sequence[Any]) -> Tensor:
+    """`values` in float64 on the CPU, whatever torch's default device is: times, and what is computed of them alone."""
+    return torch.tensor(values, dtype=torch.float64, device="cpu")
+
+
+def as_double(values: Tensor | float | Sequence[Any]) -> Tensor:
+    """`values` in float64: a tensor where it lies, other numbers on the CPU."""
+    return values.double() if isinstance(values, Tensor) else host(values)
+
+
+def samples(x: Tensor, name: str) -> Tensor:
+    """`x` (B, *event) as noise can be added to it: in floating point of 32 bits or more, and open to autograd.
+
+    What narrower types round off would be visible beside small noise. Only the type is looked at, so it costs nothing.
+
+    Raises:
+        TypeError: no tensor, or one of integers, truth values or complex numbers.
+    """
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} is a tensor (B, *event); got {type(x).__name__}. torch.as_tensor({name}) makes one.")
+    if not x.is_floating_point():
+        cure = "scale them: x.float() / 127.5 - 1 for 8-bit pictures, or Scaling(levels=256).encode(x)"
+        if x.is_complex():
+            cure = "give both parts as real numbers: torch.view_as_real(x)"
+        raise TypeError(f"{name} holds {x.dtype}, and noise is added to real numbers; {cure}.")
+    return plain(x if x.dtype in (torch.float32, torch.float64) else x.float())
+
+
+def plain(x: Tensor) -> Tensor:
+    """`x`, or a copy of it where it was made under `torch.inference_mode` and autograd will have to keep it."""
+    if torch.compiler.is_compiling() or not x.is_inference() or torch.is_inference_mode_enabled():
+        return x
+    return x.clone()
 
 
 def expand_as_batch(value: Tensor, like: Tensor) -> Tensor:
@@ -35,9 +74,14 @@ def as_time(t: Tensor | float, like: Tensor) -> Tensor:
     on a GPU it would be dozens of kernels for one number each.
 
     Raises:
-        TypeError: `t` holds integers (a step index is not a time).
+        TypeError: `t` holds integers (a step index is not a time), or `like` holds no real numbers.
+        ValueError: `t` is the number NaN.
     """
+    if not like.is_floating_point():
+        samples(like, "x_t")  # which says what to do
     if not isinstance(t, Tensor):
+        if math.isnan(t):
+            raise ValueError("t is a time; got nan.")
         return torch.tensor(float(t), dtype=torch.float64, device=like.device)
     if not t.is_floating_point():
         raise TypeError(
@@ -59,4 +103,4 @@ def beside(value: Tensor, like: Tensor) -> Tensor:
 def per_sample(value: Tensor, like: Tensor) -> Tensor:
     """`value` (() or (B,)), computed in any precision, as networks want it: (B,) beside `like`, in its dtype, for half
     types float32."""
-    return beside(value.to(torch.promote_types(like.dtype, torch.float32)), like).expand(len(like))
+    return beside(value.to(torch.promote_types(like.dtype, torch.float32)), like).expand(like.shape[0])

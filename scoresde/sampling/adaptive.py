@@ -7,9 +7,10 @@ from torch import Tensor
 
 from ..checks import whole
 from ..diffusion.denoiser import Cond, Denoiser
+from ..diffusion.undisturbed import in_eval
 from ..noise.rng import Rng
 from ..ode import METHODS, check_solver, integrate, log_ratio, point, probability_flow
-from ..ops.broadcast import as_time
+from ..ops.broadcast import as_time, host, samples
 from .sampler import State, Step
 
 
@@ -57,9 +58,9 @@ class AdaptiveODE(Step):
         return self.move(denoiser, x, t, s, cond=cond), state
 
     def encode(self, denoiser: Denoiser, x0: Tensor, *, cond: Cond = None) -> Tensor:
-        """The latent x_T (B, *event) of data `x0` (B, *event): the ODE from t_min to t_max."""
-        sde = denoiser.sde
-        with torch.no_grad():
+        """The latent x_T (B, *event) of data `x0` (B, *event), in float32 or wider: the ODE from t_min to t_max."""
+        sde, x0 = denoiser.sde, samples(x0, "x0")
+        with in_eval(list(denoiser.modules())), torch.no_grad():
             return self.move(denoiser, x0, as_time(sde.t_min, x0), as_time(sde.t_max, x0), cond=cond)
 
     def move(self, denoiser: Denoiser, x: Tensor, start: Tensor, end: Tensor, *, cond: Cond = None) -> Tensor:
@@ -80,6 +81,6 @@ class AdaptiveODE(Step):
             method=self.method,
             fixed_steps=self.fixed_steps,
             max_evaluations=self.max_evaluations,
-            time=lambda u: float(point(sde, torch.tensor(u, dtype=torch.float64))[0]),
+            time=lambda u: float(point(sde, host(u))[0]),
         )
         return (alpha1 * y1).to(x.dtype).reshape(x.shape)

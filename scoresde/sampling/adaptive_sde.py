@@ -6,12 +6,10 @@ Brownian motion in the clock e^{2η²ℓ}, and for a constant x̂_0 a step of an
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
-from ..checks import whole
+from ..checks import positive, whole
 from ..diffusion.conditions import Cond, take
 from ..diffusion.denoiser import Denoiser
 from ..diffusion.prediction import Prediction
@@ -66,12 +64,10 @@ class AdaptiveSDE(Step):
         max_evaluations: int = 10_000,
     ):
         self.rtol, self.atol = check_tolerances(rtol, atol)
-        if not (0 < eta < math.inf):
-            raise ValueError(f"AdaptiveSDE needs eta > 0 (AdaptiveODE solves for eta = 0); got {eta}.")
-        if not (0 < first_step < math.inf and max_step > 0):
-            raise ValueError(f"first_step and max_step are lengths in log(α/σ), > 0; got {first_step} and {max_step}.")
-        self.first_step, self.max_step = min(float(first_step), float(max_step)), float(max_step)
-        self.eta, self.max_evaluations = float(eta), whole(max_evaluations, "max_evaluations")
+        self.eta = positive(eta, "eta", "an amount of noise, see AdaptiveODE for 0,")
+        self.max_step = positive(max_step, "max_step", "a length in log(α/σ)")
+        self.first_step = min(positive(first_step, "first_step", "a length in log(α/σ)"), self.max_step)
+        self.max_evaluations = whole(max_evaluations, "max_evaluations")
 
     def __call__(
         self, denoiser: Denoiser, x: Tensor, t: Tensor, s: Tensor, state: State, *, cond: Cond, rng: Rng

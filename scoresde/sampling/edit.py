@@ -15,7 +15,7 @@ from ..diffusion.denoiser import Cond, Denoiser
 from ..diffusion.grids import Grid
 from ..diffusion.sde import SDE
 from ..noise.rng import Rng
-from ..ops.broadcast import expand_as_batch
+from ..ops.broadcast import expand_as_batch, host, samples
 from .sampler import Sampler
 
 
@@ -35,7 +35,7 @@ class From:
 
     def start(self, sde: SDE) -> Tensor:
         """The time of `level`, float64 ()."""
-        start = sde.time(-2 * torch.tensor(self.level, dtype=torch.float64).log())
+        start = sde.time(-2 * host(self.level).log())
         if not sde.t_min < float(start) <= sde.t_max:
             raise ValueError(f"{type(sde).__name__} has no time of noise level {self.level} in (t_min, t_max].")
         return start
@@ -75,7 +75,7 @@ def sdedit(
     Returns:
         (B, *event).
     """
-    rng = Rng(0) if rng is None else rng
+    rng, x0 = Rng(0) if rng is None else rng, samples(x0, "x0")
     grid = From(sampler.grid, level)
     noisy = denoiser.sde.perturb(x0, grid.start(denoiser.sde), rng.noise(x0))
     return Sampler(sampler.step, grid, sampler.steps, sampler.denoise)(denoiser, noisy, cond=cond, rng=rng)
@@ -95,6 +95,7 @@ def interpolate(first: Tensor, second: Tensor, share: Tensor | float) -> Tensor:
     Raises:
         ValueError: shapes that differ, or a share that is neither a number nor (B,).
     """
+    first, second = samples(first, "first"), samples(second, "second")
     if first.shape != second.shape:
         raise ValueError(f"Latents are paired, (B, *event); got {tuple(first.shape)} and {tuple(second.shape)}.")
     a, b = first.flatten(1).double(), second.flatten(1).double()
@@ -115,6 +116,7 @@ def attribute(having: Tensor, lacking: Tensor) -> Tensor:
     Raises:
         ValueError: no sample of one kind, or latents of other shapes.
     """
+    having, lacking = samples(having, "having"), samples(lacking, "lacking")
     if having.shape[1:] != lacking.shape[1:]:
         raise ValueError(
             f"An attribute is between latents of one shape; got {tuple(having.shape)} and {tuple(lacking.shape)}."

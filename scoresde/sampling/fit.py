@@ -15,12 +15,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..checks import whole
 from ..diffusion.conditions import Cond, take
 from ..diffusion.denoiser import Denoiser
 from ..diffusion.grids import FittedGrid, Grid, KarrasGrid, LogisticGrid, LogSNRGrid, SoftplusGrid, UniformGrid
 from ..diffusion.sde import SDE
+from ..diffusion.undisturbed import undisturbed
 from ..noise.rng import Rng
 from ..ode import check_finite
+from ..ops.broadcast import host
 from .multistep import Multistep
 from .sampler import Sampler, Step
 
@@ -28,6 +31,8 @@ _KNOBS = 8
 """Unknowns that move the times: steps grow and shrink by a factor that is linear between so many of them."""
 
 
+@undisturbed
+@torch.no_grad()
 def fit_grid(
     denoiser: Denoiser,
     step: Step,
@@ -66,21 +71,15 @@ def fit_grid(
         ValueError: steps, samples or shape that cannot work, or a step that is adaptive.
         SolverError: a reference that is not finite.
     """
-    if steps < 1 or samples < 8 or batch_size < 1 or iterations < 0 or fine_steps < 4 * steps:
-        raise ValueError(
-            "fit_grid needs steps >= 1, samples >= 8, batch_size >= 1, iterations >= 0 and fine_steps >= 4·steps; got "
-            f"{steps}, {samples}, {batch_size}, {iterations}, {fine_steps}."
-        )
+    steps, samples, batch_size = whole(steps, "steps"), whole(samples, "samples", 8), whole(batch_size, "batch_size")
+    iterations, fine_steps = whole(iterations, "iterations", 0), whole(fine_steps, "fine_steps (4 steps)", 4 * steps)
     if step.evaluations is None:
         raise ValueError(f"{type(step).__name__} chooses its own steps; fit a grid for a step that follows one.")
-    with torch.inference_mode(False), torch.no_grad():
-        x = Sampler.start(denoiser, (samples, *shape), Rng(0) if rng is None else rng)
-        *_, end = reference(denoiser, x, cond, fine_steps)[1]
-        fit = _Fit(denoiser, step, x, end, cond, samples // 4)
-        times = descend(
-            fit.residuals, best(fit.residuals, generic_grids(denoiser), denoiser.sde, steps)[0], denoiser.sde
-        )
-        return fit.by_gradients(times, batch_size, iterations if gradients and steps > 1 else 0)
+    x = Sampler.start(denoiser, (samples, *shape), Rng(0) if rng is None else rng)
+    *_, end = reference(denoiser, x, cond, fine_steps)[1]
+    fit = _Fit(denoiser, step, x, end, cond, samples // 4)
+    times = descend(fit.residuals, best(fit.residuals, generic_grids(denoiser), denoiser.sde, steps)[0], denoiser.sde)
+    return fit.by_gradients(times, batch_size, iterations if gradients and steps > 1 else 0)
 
 
 class _Fit:
@@ -88,7 +87,7 @@ class _Fit:
 
     def __init__(self, denoiser: Denoiser, step: Step, x: Tensor, end: Tensor, cond: Cond, held_out: int):
         self.denoiser, self.step, self.x, self.end, self.cond, self.held_out = denoiser, step, x, end, cond, held_out
-        self.ends = torch.tensor([denoiser.sde.t_max, denoiser.sde.t_min], dtype=torch.float64)
+        self.ends = host([denoiser.sde.t_max, denoiser.sde.t_min])
 
     def residuals(self, times: Tensor) -> np.ndarray:
         *_, y = run(self.denoiser, self.step, self.x, times, self.cond)

@@ -23,6 +23,7 @@ from torch import Tensor
 from ..checks import whole
 from ..diffusion.conditions import Cond
 from ..diffusion.denoiser import CountingDenoiser, Denoiser, sample_std
+from ..diffusion.undisturbed import undisturbed
 from ..noise.rng import Rng
 from ..ode import lagrange
 from .default import default_sampler
@@ -35,6 +36,7 @@ _NODES = 4  # values that a step goes by
 _RIDGE = 1e-6  # of the mean square of V: what keeps weights that the data leave open near those of polynomials
 
 
+@undisturbed
 @torch.no_grad()
 def fit_sampler(
     denoiser: Denoiser,
@@ -174,7 +176,7 @@ def _regressed(values: Sequence[Tensor], missing: Tensor, usual: Tensor) -> list
     """The b (k,) with the least |Σ_j b_j V_j − missing|², near `usual` where that leaves them open."""
     v = torch.stack([value.double().flatten() for value in values])
     gram, usual = v @ v.T, usual.to(v)
-    ridge = _RIDGE * gram.diagonal().mean() * torch.eye(len(gram)).to(gram)
+    ridge = _RIDGE * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     return (
         usual + torch.linalg.pinv(gram + ridge, hermitian=True) @ (v @ (missing.double().flatten() - usual @ v))
     ).tolist()

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..checks import whole
 from ..diffusion.denoiser import Cond, Denoiser
 from ..noise.rng import Rng
 from ..ops import lincomb
@@ -80,9 +81,9 @@ class Multistep(Step):
         bound: float | None = None,
     ):
         name = type(self).__name__
-        if order not in (1, 2, 3, 4):
+        if whole(order, "order") not in (1, 2, 3, 4):
             raise ValueError(f"{name} needs order 1, 2, 3 or 4 (past values to use); got {order!r}.")
-        if not (0 <= corrector <= order + 1):
+        if not (0 <= whole(corrector, "corrector", 0) <= order + 1):
             raise ValueError(f"{name}'s corrector has 0 to order + 1 = {order + 1} nodes; got {corrector}.")
         if slope not in ("exact", "bh1", "bh2"):
             raise ValueError(f"slope is 'exact', 'bh1' or 'bh2'; got {slope!r}.")

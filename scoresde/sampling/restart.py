@@ -11,7 +11,7 @@ from ..checks import positive, whole
 from ..diffusion.denoiser import Cond, Denoiser
 from ..noise.rng import Rng
 from ..ops import lincomb
-from ..ops.broadcast import expand_as_batch
+from ..ops.broadcast import expand_as_batch, host
 from .sampler import State, Step, StepWrapper
 from .steps import Heun
 
@@ -66,7 +66,7 @@ class Restart(StepWrapper):
         self, denoiser: Denoiser, x: Tensor, t: Tensor, s: Tensor, state: State, *, cond: Cond, rng: Rng
     ) -> tuple[Tensor, State]:
         sde = denoiser.sde
-        low, high = (-2 * torch.tensor(ratio, dtype=torch.float64).log() for ratio in (self.low, self.high))
+        low, high = (-2 * host(ratio).log() for ratio in (self.low, self.high))
         if float(high) < float(sde.log_snr(sde.terminal)):
             raise ValueError(f"Restart goes up to σ/α = {self.high}, beyond t_max of {type(sde).__name__}; lower it.")
         x, state = self.step(denoiser, x, t, s, state, cond=cond, rng=rng)

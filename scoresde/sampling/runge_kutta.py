@@ -11,6 +11,7 @@ import math
 import torch
 from torch import Tensor
 
+from ..checks import whole
 from ..diffusion.denoiser import Cond, Denoiser
 from ..diffusion.sde import SDE
 from ..noise.rng import Rng
@@ -105,7 +106,7 @@ class DPMSolver(Step):
     evaluations: int
 
     def __init__(self, order: int = 2, prediction: str = "x0", eta: float = 0.0):
-        if order not in (2, 3):
+        if whole(order, "order") not in (2, 3):
             raise ValueError(f"DPMSolver has order 2 or 3 (DDIM is its first); got {order!r}.")
         if prediction not in ("x0", "eps"):
             raise ValueError(f"DPMSolver interpolates prediction='x0' or 'eps'; got {prediction!r}.")

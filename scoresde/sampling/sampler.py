@@ -16,8 +16,10 @@ from ..checks import whole
 from ..diffusion.denoiser import Cond, CountingDenoiser, Denoiser
 from ..diffusion.grids import Grid, UniformGrid, check_grid
 from ..diffusion.readable import Readable
+from ..diffusion.undisturbed import in_eval
 from ..noise.rng import Rng
 from ..ode import check_finite
+from ..ops.broadcast import samples
 from .cuda_graph import Graphs
 
 State = Any
@@ -177,13 +179,13 @@ class Sampler(Readable):
 
     def _states(self, denoiser: Denoiser, x: Tensor, times: Tensor, cond: Cond, rng: Rng) -> Iterator[Tensor]:
         """x after each step, and after the last denoising."""
-        knots, state = times.unbind(), self.step.init(x)
+        knots, state, modules = times.unbind(), self.step.init(x), list(denoiser.modules())
         for t, s in itertools.pairwise(knots):
-            with torch.no_grad():
+            with in_eval(modules), torch.no_grad():
                 x, state = self.step(denoiser, x, t, s, state, cond=cond, rng=rng)
             yield x
         if self.denoise:
-            with torch.no_grad():
+            with in_eval(modules), torch.no_grad():
                 x = denoiser(x, knots[-1], cond).x0
             yield x
 
@@ -195,14 +197,14 @@ class Sampler(Readable):
                     "A starting point is a floating-point batch (B, *event); "
                     f"got shape {tuple(shape_or_x.shape)}, {shape_or_x.dtype}."
                 )
-            return shape_or_x.detach()
-        shape = tuple(int(n) for n in shape_or_x)
+            return samples(shape_or_x.detach(), "x_T")
+        shape = tuple(whole(n, "Each size of a shape (B, *event)") for n in shape_or_x)
         if len(shape) < 2 or min(shape) < 1:
             raise ValueError(f"A sample shape is (B, *event) with positive sizes; got {shape}.")
         tensors = itertools.chain(denoiser.parameters(), denoiser.buffers())
         device = next((tensor.device for tensor in tensors), None)
         dtypes = (torch.promote_types(parameter.dtype, torch.float32) for parameter in denoiser.parameters())
-        dtype = next(dtypes, torch.get_default_dtype())
+        dtype = next(dtypes, torch.float32)
         return denoiser.prior_sample(shape, rng=rng, dtype=dtype, device=device)
 
     @staticmethod

@@ -9,6 +9,7 @@ import math
 
 from torch import Tensor
 
+from ..checks import whole
 from ..diffusion.denoiser import Cond, Denoiser
 from ..diffusion.prediction import Prediction
 from ..diffusion.sde import SDE
@@ -218,8 +219,7 @@ class PredictorCorrector(Step):
     """
 
     def __init__(self, predictor: Step, corrector: Step, corrector_steps: int = 1):
-        if corrector_steps < 0:
-            raise ValueError(f"corrector_steps is at least 0; got {corrector_steps}.")
+        corrector_steps = whole(corrector_steps, "corrector_steps", 0)
         if predictor.evaluations is None or corrector.evaluations is None:
             raise ValueError("PredictorCorrector takes fixed-step parts; an adaptive solver has no steps to correct.")
         self.predictor, self.corrector, self.corrector_steps = predictor, corrector, corrector_steps

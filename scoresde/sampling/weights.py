@@ -125,7 +125,7 @@ def bounded(
     """
     longer = range(max(at, 1) + 1 + (at == 1), len(levels) + 1)
     orders = [[0, at] if at else [0], *(list(range(n)) for n in longer)]
-    rule, gain = torch.zeros(()), torch.ones(())
+    rule, gain = (torch.tensor(value, dtype=torch.float32, device="cpu") for value in (0, 1))
     for chosen in orders:
         found = dict(zip(chosen, weights([levels[i] for i in chosen], start, end, eta, angle=angle), strict=True))
         wider = torch.stack([found.get(i, torch.zeros_like(found[0])) for i in range(len(levels))], -1)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..checks import positive
 from ..runs.posthoc import exponent
+from .buffers import Buffers
 from .slices import local
 
 
@@ -46,9 +47,9 @@ class Average(abc.ABC):
         self._first: Tensor | None = None
 
     def _take(self, module: nn.Module) -> None:
-        weights, buffers = dict(module.named_parameters()), dict(module.named_buffers())
+        weights, buffers = dict(module.named_parameters()), Buffers(module)
         _refuse_other(self._own[0][0], weights, "parameters")
-        _refuse_other(self._own[0][1], buffers, "buffers")
+        _refuse_other(self._own[0][1], buffers.now(), "buffers")
         self._theirs, self._source, self._first = (weights, buffers), module, next(module.parameters(), None)
 
     @property
@@ -72,7 +73,7 @@ class Average(abc.ABC):
         """
         if module is not self._source or next(module.parameters()) is not self._first:
             self._take(module)
-        weights, buffers = self._theirs
+        weights, buffers = self._theirs[0], self._theirs[1].now()
         new = [local(p) if p.dtype == torch.float32 else local(p).float() for p in weights.values()]
         for (mine, kept), decay in zip(self._own, self.decays(images, batch), strict=True):
             pull([local(p) for p in mine.values()], new, 1 - decay, keep)

@@ -39,7 +39,7 @@ class Parallel:
 
     def blame(self) -> Tensor:
         """Whether this process's own part of the last gradient was not finite (a bool scalar); resets it."""
-        return torch.ones((), dtype=torch.bool)
+        return torch.ones((), dtype=torch.bool, device="cpu")
 
     def view(self, average: Loss) -> Loss:
         """The averaged loss, all of it on this process, for measuring. Every process calls it."""
@@ -121,7 +121,7 @@ class Sharded(Parallel):
 
     def blame(self) -> Tensor:
         # a slice already holds the parts of all processes: only the loss says which one was not finite
-        return torch.zeros((), dtype=torch.bool)
+        return torch.zeros((), dtype=torch.bool, device="cpu")
 
     def view(self, average: Loss) -> Loss:
         device = next(average.parameters()).device

@@ -24,7 +24,7 @@ class LossScale:
     def __init__(self, start: float | None, device: torch.device):
         self.fixed = start is None
         first = 1.0 if start is None else positive(start, "loss_scale", "null or a number")
-        self.value = torch.tensor(first, device=device)
+        self.value = torch.tensor(first, dtype=torch.float32, device=device)
         self.good = torch.zeros((), dtype=torch.int32, device=device)
 
     def up(self, loss: Tensor) -> Tensor:

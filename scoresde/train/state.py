@@ -17,6 +17,7 @@ from ..losses.loss import Loss, Terms
 from ..noise.rng import Rng
 from ..runs.checkpoint import Checkpoint, CheckpointError
 from ..runs.posthoc import write_snapshot
+from .buffers import Buffers
 from .ema import Average
 from .parallel import Parallel, Single
 from .scale import LossScale
@@ -98,7 +99,7 @@ class TrainingState:
         # listed once: walking through a module costs as much as an optimizer step of a small one
         named = dict(loss.named_parameters())
         self.names, self.parameters = list(named), list(named.values())
-        self.device = self.parameters[0].device
+        self.device, self.buffers = self.parameters[0].device, Buffers(loss)
         self.train = dataset.train.to(self.device) if _fits(dataset.train.raw, self.device) else dataset.train
         self.scale = LossScale(loss_scale, self.device)
         self.tally = Tally(self.device, loss.denoiser.sde, self.names, self.world)

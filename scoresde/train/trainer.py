@@ -36,7 +36,7 @@ class Trainer:
 
     The learning rate rises linearly over `warmup`, stays, and falls linearly to 0 over `cooldown` at the end. Where the
     two are longer than the whole training, both are scaled so that they fill it: it reaches its full rate. A step whose
-    loss or gradient is not finite changes nothing (weights, moments, average) and is counted.
+    loss or gradient is not finite changes nothing (weights, moments, buffers, average) and is counted.
 
     Args:
         images: length of training, ≥ 1.
@@ -106,6 +106,7 @@ class Trainer:
         for group in state.optimizer.param_groups:
             group.setdefault("peak_lr", group["lr"])
             group["lr"] = group["peak_lr"] * self.lr_scale(state.images)
+        state.buffers.keep()
         for left in reversed(range(self.accumulate)):
             with state.parallel.exchange(now=left == 0), fast_half(state.device):
                 terms = state.terms()
@@ -117,6 +118,7 @@ class Trainer:
         state.optimizer.step()
         state.optimizer.zero_grad(set_to_none=True)
         state.scale.update(keep)
+        state.buffers.restore(unless=keep)
         seen = self.accumulate * state.order.batch_size
         state.step, state.images = state.step + 1, state.images + seen
         state.ema.update(state.loss, state.images, seen, keep)

@@ -92,7 +92,7 @@ class Processes(World):
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         # objects go by the CPU, on connections of their own, so that they wait for no kernel and hold up no sum
         self._objects = dist.new_group(backend="gloo", timeout=self._PATIENCE)
-        self._code = torch.zeros((), dtype=torch.int64)
+        self._code = torch.zeros((), dtype=torch.int64, device="cpu")
         self._pending: dist.Work | None = None
 
     def sum(self, x: Tensor) -> Tensor:
@@ -105,7 +105,7 @@ class Processes(World):
             if self._pending is not None:
                 self._pending.wait()
             agreed = int(self._code)
-            self._code = torch.tensor(code)
+            self._code = torch.tensor(code, device="cpu")
             self._pending = dist.all_reduce(self._code, dist.ReduceOp.MAX, group=self._objects, async_op=True)
         return agreed
 

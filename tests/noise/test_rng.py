@@ -178,8 +178,8 @@ def test_types_are_roundings_of_one_number() -> None:
 
 def test_devices_and_default_types() -> None:
     assert Rng(0).normal((2, 3)).dtype == Rng(0).uniform((2,)).dtype == torch.float32
-    torch.set_default_dtype(torch.float64)
-    assert Rng(0).normal((2, 3)).dtype == Rng(0).uniform((2,)).dtype == torch.float64
+    torch.set_default_dtype(torch.float64)  # which is for what a user makes, and changes no draw
+    assert Rng(0).normal((2, 3)).dtype == Rng(0).uniform((2,)).dtype == torch.float32
     assert Rng(0).integers(3, (2,)).dtype == torch.int64
     assert Rng(0).normal_like(torch.empty(2, 3, device="meta")).device.type == "meta"
     assert Rng(seeds=[0, 1]).rademacher_like(torch.empty(2, 3, device="meta")).device.type == "meta"
