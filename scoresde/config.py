@@ -108,11 +108,7 @@ def build(node: Any, allow: Sequence[str] = (), *given: Any, key: str | None = N
 
 
 def build_network(node: Any, allow: Sequence[str] = (), *, key: str = "network", classes: int, **facts: Any) -> Any:
-    """A network: with `_partial_: true` it is built with those of the facts (event_shape, classes) that it takes.
-
-    Raises:
-        ConfigError: see `build`; or there are classes to be told of, and the network has no parameter for them.
-    """
+    """A network: with `_partial_: true` it is built with those of the facts (event_shape, classes) that it takes."""
     tree = _checked(node, allow, key)
     if not tree.get("_partial_"):
         return build(node, allow, key=key)
@@ -121,26 +117,6 @@ def build_network(node: Any, allow: Sequence[str] = (), *, key: str = "network",
     if classes and "classes" not in taken:
         raise ConfigError(f"{key}: {tree['_target_']} has no parameter 'classes', of which conditional=true tells it.")
     return build(node, allow, key=key, **taken)
-
-
-def drop_leftovers(cfg: Any, typed: Sequence[str]) -> None:
-    """Where the command line replaces a target, `network._target_=mine.Net`, the keys of the old one go with it.
-
-    What was typed for the new one stays; and where that is published here, every key that it has.
-    """
-    from omegaconf import OmegaConf, open_dict
-
-    words = [word.lstrip("+").partition("=")[0] for word in typed]
-    for key in (word.removesuffix("._target_") for word in words if word.endswith("._target_")):
-        node = OmegaConf.select(cfg, key)
-        if not OmegaConf.is_dict(node):
-            continue
-        kept = {word.removeprefix(f"{key}.").partition(".")[0] for word in words if word.startswith(f"{key}.")}
-        if (target := _today(node.get("_target_"))) in targets():
-            kept |= set(parameters(target)[0])
-        with open_dict(node):
-            for name in [str(name) for name in node if name not in kept | {"_partial_"}]:
-                del node[name]
 
 
 def renamed(tree: Any, depth: int = 0) -> Any:

@@ -213,5 +213,5 @@ def test_every_tensor_is_made_on_a_named_device() -> None:
             maker, given = ast.unparse(node.func).removeprefix("torch."), {word.arg for word in node.keywords}
             if maker in _MAKERS:
                 assert "device" in given, f"{path}:{node.lineno}: {ast.unparse(node)}"
-                whole = maker in ("arange", "randint") or path.name in ("rng.py", "world.py", "folder.py")
+                whole = maker in ("arange", "randint") or path.name in ("rng.py", "world.py", "folder.py", "kinds.py")
                 assert "dtype" in given or whole, f"{path}:{node.lineno}: {ast.unparse(node)}"

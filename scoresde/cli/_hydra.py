@@ -18,11 +18,11 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
 from hydra.main import main as hydra_main
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from .. import __version__
-from ..config import ConfigError, Refusal, build, config_dir, drop_leftovers, resolved
+from ..config import ConfigError, Refusal, build, config_dir, parameters, renamed, resolved, targets
 from ..evaluate.shards import ShardError, Shards, ranks
 from ..ode import SolverError
 from ..runs import lock
@@ -270,6 +270,22 @@ class Command:
         facts = {name: value for name, value in self.options.items() if name not in _FREE} | digests
         facts |= {"step": run.step, "checkpoint": run.digest}
         return Shards(self.folder / "batches", redacted(facts), *ranks(), timeout=self.options["timeout"])
+
+
+def drop_leftovers(cfg: DictConfig, typed: Sequence[str]) -> None:
+    """Where the command line replaces a target, `network._target_=mine.Net`, the keys of the old one go, but what was
+    typed; for a target of ours, those that it does not have."""
+    words = [word.lstrip("+").partition("=")[0] for word in typed]
+    for key in (word.removesuffix("._target_") for word in words if word.endswith("._target_")):
+        node = OmegaConf.select(cfg, key)
+        if not OmegaConf.is_dict(node):
+            continue
+        kept = {word.removeprefix(f"{key}.").partition(".")[0] for word in words if word.startswith(f"{key}.")}
+        if (target := renamed({"_target_": node.get("_target_")})["_target_"]) in targets():
+            kept |= set(parameters(target)[0])
+        with open_dict(node):
+            for name in [str(name) for name in node if name not in kept | {"_partial_"}]:
+                del node[name]
 
 
 def read(cfg: DictConfig) -> Command:

@@ -24,8 +24,8 @@ def excerpt(dataset: Dataset) -> Dataset:
     kept = min(len(test), max(_FEWEST, _BYTES // size))
     return dataclasses.replace(
         dataset,
-        train=train.take(torch.arange(min(_FEWEST, len(train)))),
-        test=test.take(torch.arange(kept) * len(test) // kept),
+        train=train.take(torch.arange(min(_FEWEST, len(train)), device="cpu")),
+        test=test.take(torch.arange(kept, device="cpu") * len(test) // kept),
         log_prob=None,
         known=dataset.statistics,
     )

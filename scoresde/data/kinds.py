@@ -71,7 +71,7 @@ class Kind:
         if names_held_out(word):
             return self.test[held_out(word, len(self.test), where)]
         if self.name == "label" and word in self.classes:
-            return torch.tensor([self.classes.index(word)])
+            return torch.tensor([self.classes.index(word)], device="cpu")
         if not Path(word).suffix:
             raise self._unlike(where, repr(word))
         file = existing(word)
@@ -142,11 +142,11 @@ def in_turn(dataset: Dataset, n: int, conditional: bool) -> Cond:
     if not conditional:
         return None
     if dataset.test.conditions:
-        return dataset.test.cond(torch.arange(n) % len(dataset.test), True, torch.device("cpu"))
+        return dataset.test.cond(torch.arange(n, device="cpu") % len(dataset.test), True, torch.device("cpu"))
     if not dataset.classes:
         return None
-    classes = torch.tensor(dataset.seen_classes)
-    return classes[torch.arange(n) % len(classes)]
+    classes = torch.tensor(dataset.seen_classes, device="cpu")
+    return classes[torch.arange(n, device="cpu") % len(classes)]
 
 
 def turns_in_words(dataset: Dataset, conditional: bool) -> str:

@@ -24,17 +24,14 @@ from .readable import Readable
 
 @dataclass(frozen=True)
 class Scales:
-    """α_t, σ_t and their time derivatives at `t`, broadcast against a batch (shape () or (B, 1, …, 1)).
-
-    `known` has the derivatives where there is no SDE any more to ask.
-    """
+    """α_t, σ_t and their time derivatives at `t`, broadcast against a batch (shape () or (B, 1, …, 1))."""
 
     sde: SDE
     t: Tensor
     alpha: Tensor
     sigma: Tensor
     like: Tensor
-    known: tuple[Tensor, Tensor] | None = None
+    known: tuple[Tensor, Tensor] | None = None  # the derivatives, where there is no SDE to ask any more
 
     @cached_property
     def rates(self) -> tuple[Tensor, Tensor]:
