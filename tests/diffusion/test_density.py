@@ -355,8 +355,8 @@ def test_a_path_that_breaks_names_its_sample() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"rtol": 0.0, "atol": 1e-3}, "rtol and atol are positive"),
-        ({"rtol": 1e-3, "atol": -1e-5}, "rtol and atol"),
+        ({"rtol": 0.0, "atol": 1e-3}, "rtol is a tolerance, > 0 and finite"),
+        ({"rtol": 1e-3, "atol": -1e-5}, "atol is a tolerance, > 0 and finite"),
         ({"rtol": 1e-3, "atol": 1e-3, "backend": "diffrax"}, "Unknown backend"),
         ({"rtol": 1e-3, "atol": 1e-3, "method": "rk4"}, "no method 'rk4'"),
         ({"rtol": 1e-3, "atol": 1e-3, "max_evaluations": 0}, "max_evaluations"),
@@ -385,5 +385,5 @@ def test_what_cannot_work_is_refused(arguments, error, message: str) -> None:
     for call in (log_likelihood, sample_with_log_prob):
         with pytest.raises(error, match=message):
             call(denoiser, torch.zeros(3, 2), **arguments)
-    with pytest.raises(ValueError, match="positive"):
+    with pytest.raises(ValueError, match="> 0 and finite"):
         LikelihoodGrid(width=0.0)

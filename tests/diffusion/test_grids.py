@@ -69,7 +69,7 @@ def test_t_end_is_the_last_time(sde, grid) -> None:
 @each_grid
 @pytest.mark.parametrize("steps", [0, -3])
 def test_no_steps_are_refused(grid, steps) -> None:
-    with pytest.raises(ValueError, match="at least one step"):
+    with pytest.raises(ValueError, match="number of steps of a grid, is a whole number of at least 1"):
         grid()(VPSDE(), steps)
 
 
@@ -113,7 +113,7 @@ def test_a_uniform_grid_visits_every_entry_of_a_table() -> None:
 
 @pytest.mark.parametrize("rho", [0.0, -7.0, math.nan])
 def test_karras_refuses_a_rho_that_is_not_positive(rho) -> None:
-    with pytest.raises(ValueError, match="rho > 0"):
+    with pytest.raises(ValueError, match="rho is the exponent of a KarrasGrid, > 0 and finite"):
         KarrasGrid(rho)
 
 

@@ -274,11 +274,11 @@ def test_a_prediction_that_is_not_finite_is_an_error() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"rtol": 0.0}, "Tolerances"),
-        ({"atol": math.nan}, "Tolerances"),
+        ({"rtol": 0.0}, "is a tolerance, > 0 and finite"),
+        ({"atol": math.nan}, "is a tolerance, > 0 and finite"),
         ({"eta": 0.0}, "AdaptiveODE"),
-        ({"first_step": 0.0}, "lengths"),
-        ({"max_step": -1.0}, "lengths"),
+        ({"first_step": 0.0}, "is a length in log.*> 0 and finite"),
+        ({"max_step": -1.0}, "is a length in log.*> 0 and finite"),
         ({"max_evaluations": 0}, "at least 1"),
     ],
 )

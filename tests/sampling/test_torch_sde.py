@@ -300,8 +300,8 @@ def test_a_time_per_sample_is_refused() -> None:
         ({"method": "milstone"}, "srk, euler"),
         ({"steps": 0}, "at least 1"),
         ({"max_evaluations": 0}, "at least 1"),
-        ({"rtol": 0.0}, "Tolerances"),
-        ({"atol": math.nan}, "Tolerances"),
+        ({"rtol": 0.0}, "is a tolerance, > 0 and finite"),
+        ({"atol": math.nan}, "is a tolerance, > 0 and finite"),
     ],
 )
 def test_bad_arguments_are_refused_at_construction(arguments, message) -> None:
