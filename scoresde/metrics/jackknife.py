@@ -87,13 +87,13 @@ def score(
 
 def without(x: Tensor, group: int, groups: int) -> Tensor:
     """x (n, …) without one of the groups that it is divided into at random, the same at every call."""
-    keep = torch.ones(len(x), dtype=torch.bool)
+    keep = torch.ones(len(x), dtype=torch.bool, device="cpu")
     keep[Rng(0).permutation(len(x))[group::groups]] = False
     return x[keep.to(x.device)]
 
 
 def _score(value: float, left_out: list[float]) -> Score:
-    parts, count = torch.tensor(left_out, dtype=torch.float64), len(left_out)
+    parts, count = torch.tensor(left_out, dtype=torch.float64, device="cpu"), len(left_out)
     return Score(value, float((parts - parts.mean()).norm()) * math.sqrt((count - 1) / count), tuple(left_out))
 
 

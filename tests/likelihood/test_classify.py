@@ -233,8 +233,11 @@ def test_a_noisy_classifier_sees_unit_variance_and_answers_for_labels_however_gi
 @pytest.mark.parametrize(
     "build, words",
     [
-        (lambda: Network((2,), classes=1), "at least 2 classes"),
-        (lambda: Network((2,), classes=2, depth=0), "1 block"),
+        (lambda: Network((2,), classes=1), "classes is a whole number of at least 2; got 1"),
+        (
+            lambda: Network((2,), classes=2, depth=0),
+            "depth, the number of dense blocks, is a whole number of at least 1; got 0",
+        ),
         (lambda: Network((), classes=2), "shape of one sample"),
         (lambda: Network((2,), classes=2)(torch.zeros(1, 3), torch.zeros(1)), r"\(2,\)"),
         (lambda: NoisyClassifier(nn.Linear(2, 2), VPSDE(), sigma_data=0.0), "> 0"),

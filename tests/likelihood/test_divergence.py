@@ -240,7 +240,11 @@ def test_arguments_are_checked() -> None:
         Hutchinson(0)
     with pytest.raises(ValueError, match="'rademacher' or 'gaussian'"):
         Hutchinson(1, "uniform")
-    wrongs = {"sketch": (0, "at least 1; got 0"), "probes": (1, "at least 2; got 1"), "level": (0.0, "> 0 and finite; got 0.0")}
+    wrongs = {
+        "sketch": (0, "at least 1; got 0"),
+        "probes": (1, "at least 2; got 1"),
+        "level": (0.0, "> 0 and finite; got 0.0"),
+    }
     for name, (value, message) in wrongs.items():
         with pytest.raises(ValueError, match=f"HutchPlusPlus's .*{message}"):
             HutchPlusPlus(**{name: value})
