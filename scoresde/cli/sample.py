@@ -140,7 +140,7 @@ def write(
     folders.finish(folder / "summary.json", record)
     columns: dict[str, Sequence[Any]] = {
         "sampler": list(made),
-        "NFE": [f"{samples.evaluations:.0f}" for samples in made.values()],
+        "network calls": [f"{samples.evaluations:.0f}" for samples in made.values()],
         "seconds": [f"{samples.seconds:.1f}" for samples in made.values()],
         "samples": [len(samples.x) for samples in made.values()],
     }

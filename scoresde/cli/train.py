@@ -243,10 +243,10 @@ def measure(plan: Plan, run: TrainingState) -> Mapping[str, float]:
 def picture(plan: Plan, run: TrainingState) -> Mapping[str, Path]:
     """Samples of the average beside real ones, during training."""
     dataset, n = run.dataset, min(plan.evaluation.samples, len(run.dataset.test))
-    cond, sampler = in_turn(dataset, n, plan.config["conditional"]), next(iter(plan.samplers.values()))
+    cond, (name, sampler) = in_turn(dataset, n, plan.config["conditional"]), next(iter(plan.samplers.items()))
     job = Drawing(dataset.event_shape, range(n), cond, plan.evaluation.batch_size).job(run.average.denoiser, sampler)
     path = plan.folder / "progress" / f"step-{run.step:08d}.png"
-    return {"eval/samples": figures.sample_grid(job.run().x, real_beside(cond, dataset, n), path)}
+    return {"eval/samples": figures.sample_grid(job.run().x, real_beside(cond, dataset, n), path, sampler=name)}
 
 
 def fit_and_report(plan: Plan, logger: Logger, signals: Signals) -> dict[str, float]:

@@ -242,7 +242,7 @@ def test_the_commands_work_under_torchrun(trained: Path, tmp_path: Path) -> None
     assert done.returncode == 0, done.stderr
     (folder,) = (trained / "sample").iterdir()
     assert {path.name for path in folder.iterdir()} == {"samples.npz", "summary.json"}
-    assert done.stdout.count("NFE") == 1 and str(folder) in done.stdout
+    assert done.stdout.count("network calls") == 1 and str(folder) in done.stdout
     assert np.array_equal(*(np.load(path / "samples.npz")["ddim"] for path in (folder, tmp_path / "alone")))
     again = command("sample", *arguments, cwd=tmp_path)
     assert again.code == 1 and f"{folder} holds the results of a command already" in again.err
