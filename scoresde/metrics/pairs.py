@@ -50,8 +50,12 @@ def mean_within(x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
 def distances_between(x: Tensor, y: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """Blocks of |x_i − y_j|: (the rows i, (rows, m)). They are computed from products, so 0 is one up to round-off."""
     centre = y.mean(0)  # products cancel less near the origin
+    y = y - centre
+    norms = (y * y).sum(1)
     for rows in row_blocks(x, y):
-        yield rows, torch.cdist(x[rows] - centre, y - centre)
+        part = x[rows] - centre
+        squares = torch.addmm(norms, part, y.T, alpha=-2).add_((part * part).sum(1, keepdim=True))
+        yield rows, squares.clamp_min_(0).sqrt_()
 
 
 def row_blocks(x: Tensor, y: Tensor) -> Iterator[slice]:
