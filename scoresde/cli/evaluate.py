@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
@@ -36,7 +35,7 @@ def evaluate(cfg: DictConfig) -> float:
         if evaluation.pictures:
             figures.require()
         samplers, likelihood = command.samplers(), command.build("likelihood")
-        run = with_data(chosen_run(options, allow))
+        run = chosen_run(options, allow, whole_data=True)
         versus = compared(run, options, allow)
         for each in filter(None, (run, versus)):
             check_samplers(samplers, each.denoiser)
@@ -55,16 +54,6 @@ def evaluate(cfg: DictConfig) -> float:
     shards.clear()
     print(list_files(folder))
     return summary["bits_per_dim"]["mean"] if evaluation.objective == "bits_per_dim" else value
-
-
-def with_data(run: Run) -> Run:
-    """The run with all of its data; where their path is gone, said in words, with what its folder keeps of them."""
-    path = run.config["data"].get("path")
-    if path is None or Path(path).exists() or run.dataset.known is None:
-        return run.whole_data()
-    kept = f"the {len(run.dataset.test):,} held-out samples that the run folder keeps, and no training samples"
-    print(f"The data are not at {path} any more: measured on {kept}.")
-    return run
 
 
 def compared(run: Run, options: Mapping[str, Any], allow: Sequence[str]) -> Run | None:

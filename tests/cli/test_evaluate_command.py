@@ -55,7 +55,7 @@ def test_without_the_data_the_run_folder_is_enough(cwd: Path) -> None:
     (cwd / "x.npy").rename(cwd / "gone.npy")
     done = command("evaluate", *PLAINLY, "out=moved", cwd=cwd)
     assert done.code == 0, done.err
-    assert "are not at x.npy any more: measured on the 50 held-out samples" in done.out
+    assert "keeps 50 of the 50 held-out samples, which are measured" in done.out + done.err
     assert "Not measured: metrics.memorisation" in done.out
     scores = json.loads((cwd / "moved" / "summary.json").read_text())["scores"]
     assert list(scores) == ["ddim"] and set(scores["ddim"]) == {
