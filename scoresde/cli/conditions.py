@@ -50,6 +50,10 @@ def choose_cond(given: Any, n: int, run: Run, *, problem: Problem | None = None)
         cond[name] = rows[torch.arange(n).repeat(inputs) % len(rows)]
         if len(rows) > n:
             notes.append(f"cond.{name} has {len(rows):,} rows, of which {n:,} samples get the first {n:,}.")
+    asked = set(cond["label"].tolist()) if "label" in cond else set()
+    if unseen := sorted(asked - set(run.dataset.seen_classes)):
+        names = ", ".join(run.dataset.names_of_classes[k] for k in unseen)
+        notes.append(f"No training sample of {run.folder} has class {names}: what is drawn of it is a guess.")
     return unnamed(cond), "\n".join(notes)
 
 

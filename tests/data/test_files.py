@@ -10,6 +10,7 @@ import zipfile
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,10 +18,11 @@ import pytest
 import torch
 from PIL import Image
 
+from scoresde.cli.conditions import choose_cond
 from scoresde.data import Arrays, Dataset, Idx, ImageFolder, Split
 from scoresde.data.excerpt import excerpt, packed, unpacked
 from scoresde.data.folder import read_image
-from scoresde.data.kinds import in_turn
+from scoresde.data.kinds import in_turn, kinds_of
 from scoresde.data.source import existing, read_array
 
 rng = np.random.default_rng(0)
@@ -193,6 +195,10 @@ def test_a_class_without_a_training_sample_is_named_and_not_drawn_unasked(tmp_pa
     old = packed(few)[1]
     del old["statistics"]["labels"], old["statistics"]["digests"]  # as of a folder that does not say
     assert unpacked(packed(few)[0], old, data.scaling).seen_classes == (0, 1, 2, 3)
+    run: Any = SimpleNamespace(kinds=kinds_of(data, always=False), check_kinds=dict, dataset=data, folder="runs/mine")
+    asked = {label: choose_cond({"label": label}, 2, run) for label in (0, 3)}
+    assert asked[0][0].tolist() == [0, 0] and "No training sample of runs/mine has class 0" in asked[0][1]
+    assert asked[3][1] == ""
     whole = Dataset("all", data.train, data.test, data.scaling, 20)
     assert whole.unseen == "0, 2, 4, 5, 6, 7, 8, 9 and 10 more"
 
