@@ -166,7 +166,7 @@ class TrainingState:
         """
         cure = "To resume, put the file back as it was; or train on what it holds now in another folder: out=…."
         try:
-            self.dataset.check_unaltered(checkpoint.records.get("data") or {}, str(checkpoint.path), cure)
+            self.dataset.check_unaltered(checkpoint.records.get("data") or {}, "the run", cure)
             for name, module in self._modules().items():
                 load(module, _joined(name, checkpoint.tensors))
             self._restore_optimizer(checkpoint.tensors["optimizer"])
