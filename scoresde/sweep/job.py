@@ -19,6 +19,7 @@ from ..config import Refusal
 from ..runs import lock
 from ..runs.files import find, values
 from ..runs.folder import finish
+from ..runs.listing import number
 from ..runs.publish import content_of, publish
 from ..runs.redact import guard, redacted
 from ..train.signals import Signals
@@ -88,8 +89,14 @@ def one_job(work: Callable[[], Mapping[str, float]], *, resume: bool, in_process
 
 def jobs_of(sweep: Path) -> list[Path]:
     """The folders with a record of a job of this sweep, however deep they lie; not those of sweeps in folders below."""
-    found = [folder for folder in find(sweep) if (folder / "job.json").is_file()]
-    return [at for at in found if at.parent == sweep or read_job(at).get("job") == os.path.relpath(at, sweep)]
+    found = [folder for folder in find(sweep) if os.path.lexists(folder / "job.json")]
+    return [at for at in found if at.parent == sweep or record_of(sweep, at)["job"] == os.path.relpath(at, sweep)]
+
+
+def record_of(sweep: Path, folder: Path) -> dict[str, Any]:
+    """What the record of a job says; of one that is damaged, that it is."""
+    damaged = {"overrides": [], "status": "damaged", "folder": str(folder), "error": "job.json is damaged"}
+    return {"job": os.path.relpath(folder, sweep), **(read_job(folder) or damaged)}
 
 
 def write_job(folder: Path, name: str, overrides: Sequence[str], status: str, **measured: Any) -> None:
@@ -112,7 +119,8 @@ def objective_of(folder: Path, overrides: Sequence[str]) -> float | None:
     """Objective of the job in `folder` if it has finished with these overrides; None otherwise."""
     job = read_job(folder)
     same = job.get("status") == "finished" and values(job["overrides"]) == values(redacted(overrides))
-    return float(job["objective"]) if same and isinstance(job.get("objective"), (int, float)) else None
+    objective = number(job.get("objective")) if same else None
+    return None if objective is None else float(objective)
 
 
 class Turn:

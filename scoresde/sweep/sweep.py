@@ -23,9 +23,9 @@ from omegaconf import DictConfig, OmegaConf
 from ..runs.files import natural, read, values
 from ..runs.listing import differing, layout, number, window
 from ..runs.lock import alive
-from ..runs.publish import publish
+from ..runs.publish import content_of, publish
 from ..train.signals import Signals, heard
-from .job import AGAIN, STOP, Turn, jobs_of, objective_of, read_job, write_job
+from .job import AGAIN, STOP, Turn, jobs_of, objective_of, read_job, record_of, write_job
 from .page import write_page
 
 _FIXED = ("job", "status", "objective")
@@ -83,13 +83,13 @@ class Sweep:
         for job in jobs_of(folder):
             if not (keep and self._finished(job)):
                 path = job / "job.json"
-                self._removed[path] = path.read_bytes()
+                self._removed[path] = content_of(path) if path.is_file() else b""
                 path.unlink()
         self._kept = set(jobs_of(folder))
 
     def _finished(self, job: Path) -> bool:
         if self.jobs is None:
-            return read_job(job).get("status") == "finished"
+            return record_of(self.folder, job).get("status") in ("finished", "damaged")
         overrides = self.jobs.get(str(job.relative_to(self.folder)))
         return overrides is not None and objective_of(job, overrides) is not None
 
@@ -238,7 +238,7 @@ def planned(config: DictConfig) -> dict[str, list[str]] | None:
 
 def gather(folder: Path) -> list[dict[str, Any]]:
     """One row per job of the sweep in `folder`, best objective first, then those without, failed jobs last."""
-    jobs = [job for path in jobs_of(folder) if (job := read_job(path))]
+    jobs = [{**record_of(folder, path), "job": os.path.relpath(path, folder)} for path in jobs_of(folder)]
     tables = [values(job["overrides"]) for job in jobs]
     swept, _ = differing(tables)
     rows = []

@@ -19,6 +19,7 @@ from offline import offline_runs
 from omegaconf import OmegaConf
 
 from scoresde.sweep.job import Turn, objective_of, read_job, write_job
+from scoresde.sweep.sweep import Sweep
 
 
 class Probe(Callback):
@@ -165,11 +166,32 @@ def test_what_makes_a_job_the_same(tmp_path: Path) -> None:
     assert objective_of(tmp_path, ["+a.b=1", "sde=vp", "resume=auto", "threads=2"]) == 1.5
     for other in (["sde=ve", "+a.b=1"], ["sde=vp"], ["sde=vp", "+a.b=1", "seed=1"]):
         assert objective_of(tmp_path, other) is None
-    for status, objective in (("failed", 1.5), ("running", 1.5), ("finished", None), ("finished", "x")):
+    for status, objective in (("failed", 1.5), ("running", 1.5), ("finished", None), ("finished", "x"),
+                              ("finished", 10**400)):  # fmt: skip
         write_job(tmp_path, "0", ["sde=vp"], status, objective=objective)
         assert objective_of(tmp_path, ["sde=vp"]) is None
     (tmp_path / "job.json").write_text("{")
     assert objective_of(tmp_path, ["sde=vp"]) is None and read_job(tmp_path) == {}
+
+
+@pytest.mark.parametrize("harm", ["cut", "pipe", "of another type", "400 digits"])
+def test_a_job_whose_record_is_damaged_stays_on_the_page(tmp_path: Path, harm: str, capsys: Any) -> None:
+    """In the table, on the page and in the exit status, wherever it lies."""
+    for name, objective in (("0", 1.5), ("1", 2.5), ("deep/2", 3.5)):
+        write_job(tmp_path / name, name, [f"seed={name}"], "finished", objective=objective)
+    for name in ("1", "deep/2"):
+        path = tmp_path / name / "job.json"
+        content = path.read_text()
+        path.unlink()
+        os.mkfifo(path) if harm == "pipe" else path.write_text(
+            {"cut": content[:-9], "of another type": "[1]", "400 digits": '{"overrides": 9' + 5000 * "9" + "}"}[harm]
+        )
+    assert Sweep(tmp_path, None, keep=True).close() == 1
+    rows = {row["job"]: row for row in table(tmp_path)}
+    assert [rows[name]["status"] for name in ("0", "1", "deep/2")] == ["finished", "damaged", "damaged"]
+    assert rows["1"]["error"] == "job.json is damaged" and "2 of 3 jobs are not done" in capsys.readouterr().err
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("damaged: job.json") >= 2 and page.count("<tr data-run=") == 3
 
 
 def test_a_turn_is_given_back_after_the_run_has_saved() -> None:
