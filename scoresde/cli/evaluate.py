@@ -10,7 +10,7 @@ from omegaconf import DictConfig
 
 from ..config import ConfigError, build
 from ..evaluate import figures
-from ..evaluate.evaluation import held_out_loss
+from ..evaluate.evaluation import evenly_spaced, held_out_loss
 from ..evaluate.report import Evaluation, Report, check_samplers, list_files
 from ..evaluate.scoring import Scoring, check_rank
 from ..runs.load import build_loss, choose_device, chosen_run
@@ -36,6 +36,7 @@ def evaluate(cfg: DictConfig) -> float:
             figures.require()
         samplers, likelihood = command.samplers(), command.build("likelihood")
         run = chosen_run(options, allow, whole_data=True)
+        evenly_spaced(len(run.dataset.test), evaluation.points, "evaluation.points")
         versus = compared(run, options, allow)
         for each in filter(None, (run, versus)):
             check_samplers(samplers, each.denoiser)

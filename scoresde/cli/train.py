@@ -171,7 +171,7 @@ def assemble(command: Command, world: World) -> Plan:
     loss: Any = loading.build_loss(config, denoiser, command.allow).to(device)
     loading.check_fit(denoiser, dataset, conditional=conditional)
     check_samplers(samplers, denoiser)
-    evenly_spaced(len(dataset.test), evaluation.points)  # refused now rather than after training
+    evenly_spaced(len(dataset.test), evaluation.points, "evaluation.points")  # refused now rather than after training
     if config["channels_last"]:
         loss = loss.to(memory_format=torch.channels_last)
     ema = command.build("ema", module=loss)

@@ -155,8 +155,8 @@ def choose_split(dataset: Dataset, split: str) -> Split:
     return dataset.train if split == "train" else dataset.test
 
 
-def evenly_spaced(n: int, points: int | None) -> Tensor:
-    """`points` evenly spaced indices of range(n); all of them for None.
+def evenly_spaced(n: int, points: int | None, key: str = "n") -> Tensor:
+    """`points` evenly spaced indices of range(n); all of them for None. `key` is what messages call them.
 
     Raises:
         ValueError: points outside 1 … n.
@@ -164,5 +164,5 @@ def evenly_spaced(n: int, points: int | None) -> Tensor:
     if points is None:
         return torch.arange(n)
     if not (1 <= points <= n):
-        raise ValueError(f"n is between 1 and the {n} points of the split, or null for all; got {points}.")
+        raise ValueError(f"{key} is between 1 and the {n} points of the split, or null for all; got {points}.")
     return torch.arange(points) * n // points

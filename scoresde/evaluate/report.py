@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -224,7 +224,8 @@ class Report:
         lines = [markdown(columns), *notes, markdown(noise) if levels else ""]
         publish(folder / "summary.md", "\n\n".join(filter(None, lines)) + "\n")
         if evaluation.pictures:
-            self.draw(made, scores, levels, folder)
+            for path in self.draw(made, scores, levels, folder):
+                logger.image(f"eval/{path.stem}", path, step=facts.get("step", 0), images=facts.get("images", 0))
         summary = {
             **facts,
             "bits_per_dim": {
@@ -293,7 +294,7 @@ class Report:
         scores: Mapping[str, Mapping[str, Score]],
         levels: Sequence[Level],
         folder: Path,
-    ) -> None:
+    ) -> Iterator[Path]:
         """`scores.png` and `noise.png`, where there is something to draw."""
         values = {row: {name: (each.value, each.stderr) for name, each in of.items()} for row, of in scores.items()}
         costs = {
@@ -301,11 +302,11 @@ class Report:
             f"seconds for {len(self.seeds):,} samples": {name: samples.seconds for name, samples in made.items()},
         }
         if self.scoring.metrics:
-            figures.score_chart(costs, values, folder / "scores.png")
+            yield figures.score_chart(costs, values, folder / "scores.png")
         if levels:
             losses = {what: [(each.value, each.stderr) for each in found] for what, found in by_split(levels).items()}
             losses.pop("held out − training")
-            figures.noise_chart([level.noise for level in levels], losses, folder / "noise.png")
+            yield figures.noise_chart([level.noise for level in levels], losses, folder / "noise.png")
 
 
 def list_files(folder: Path) -> str:

@@ -11,8 +11,6 @@ from ..runs.listing import layout, window
 from .evaluation import Samples
 from .scoring import TRAINING, ranked
 
-_NUMBERS = 4  # columns of numbers that one table has on a terminal
-
 
 def columns_of(
     made: Mapping[str, Samples], scores: Mapping[str, Mapping[str, Score]], by: str | None
@@ -66,17 +64,15 @@ def shown(score: Score | None) -> str:
 
 
 def printed(columns: Mapping[str, Sequence[str]]) -> str:
-    """For the console: one table, or on a terminal several with the same rows, of a few numbers each."""
-    if window() is None:
-        return layout(columns, None)[0]
-    names, tables = list(columns), []
-    for first in range(3, max(len(names), 4), _NUMBERS):
-        chosen = (
-            [*names[:3], *names[first : first + _NUMBERS]]
-            if first == 3
-            else [names[0], *names[first : first + _NUMBERS]]
-        )
-        tables.append(layout({name: columns[name] for name in chosen}, None)[0])
+    """For the console: one table, or on a terminal as many as are needed, with the same rows."""
+    width, (head, *names), tables = window() or 10**6, list(columns), []
+    while names:
+        for count in range(len(names), 0, -1):
+            table = layout({name: columns[name] for name in [head, *names[:count]]}, None)[0]
+            if max(map(len, table.splitlines())) <= width:
+                break
+        tables.append(table)
+        names = names[count:]
     return "\n\n".join(tables)
 
 

@@ -35,7 +35,7 @@ def density_coverage(made: Tensor, held_out: Tensor, train: Tensor, *, k: int = 
     """Density and coverage (Naeem et al. 2020, arXiv:2002.09797, eq. 3 and 5), more is better.
 
     Density: in how many balls of held-out points a sample lies, over k: its mean is 1 for equal laws, and may be more.
-    Coverage: the share of held-out points with a sample in their ball, 1 − E[…] ≈ 1 − 2^{−k} for equal laws and n = m.
+    Coverage: the share of held-out points with a sample in their ball, 1 − 2^{−k} for equal laws and large n = m.
 
     Args, Raises: as in `precision_recall`.
     """

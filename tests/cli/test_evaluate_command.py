@@ -46,6 +46,8 @@ def test_a_metric_from_a_file_and_another_run(cwd: Path, monkeypatch: pytest.Mon
     assert (other["value"], other["minus_best"], other["minus_best_stderr"]) == (scores["ddim"]["gap"]["value"], 0, 0)
     assert summary["protocol"]["settings"]["gap"] == {"_target_": "mine.gap", "power": 2.0}
     assert "gap − ddim" in done.out and "@run is the run run" in done.out and len(summary["noise_levels"]) == 8
+    refused = command("evaluate", *PLAINLY, "evaluation.points=51", "out=no", cwd=cwd)
+    assert refused.code == 1 and "evaluation.points is between 1 and the 50 points" in refused.err
     refused = command("evaluate", *PLAINLY, "metrics=vectors", "evaluation.samples=30", "out=no", cwd=cwd)
     assert refused.code == 1 and not (cwd / "no").exists()
     assert "evaluation.samples=30 and 50 held-out points" in refused.err and "'~metrics.kernel'" in refused.err

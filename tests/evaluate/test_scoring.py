@@ -197,12 +197,14 @@ def test_the_table_is_sorted_and_compares_in_pairs() -> None:
 def test_a_wide_table_is_printed_in_parts_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     columns = {"sampler": ["pc"], "calls": ["1"], "seconds": ["2"], **{f"n{k}": [f"{k}.5"] for k in range(6)}}
     assert len(printed(columns).splitlines()) == 3
-    monkeypatch.setattr("scoresde.evaluate.table.window", lambda: 80)
-    parts = printed(columns).split("\n\n")
-    assert [part.split() for part in (parts[0].splitlines()[0], parts[1].splitlines()[0])] == [
-        ["sampler", "calls", "seconds", "n0", "n1", "n2", "n3"], ["sampler", "n4", "n5"],
-    ]  # fmt: skip
-    assert len(printed({"sampler": ["pc"], "calls": ["1"], "seconds": ["2"]}).splitlines()) == 3
+    for width, expected in (
+        (33, [["calls", "seconds", "n0", "n1"], ["n2", "n3", "n4", "n5"]]),
+        (5, [[name] for name in list(columns)[1:]]),
+    ):
+        monkeypatch.setattr("scoresde.evaluate.table.window", lambda width=width: width)
+        parts = printed(columns).split("\n\n")
+        assert [part.split()[1 : 1 + len(names)] for part, names in zip(parts, expected, strict=True)] == expected
+        assert width == 5 or max(len(line) for part in parts for line in part.splitlines()) <= width
 
 
 class Kept(Logger):
@@ -214,6 +216,10 @@ class Kept(Logger):
 
     def summary(self, values: Mapping[str, Any]) -> None:
         self.kept |= values
+
+    def image(self, key: str, path: Path, *, step: int, images: int) -> None:
+        assert path.is_file()
+        self.kept[key] = (step, images)
 
 
 def test_a_report_scores_an_exact_model_and_says_so_everywhere(tmp_path: Path, capsys) -> None:
@@ -228,7 +234,7 @@ def test_a_report_scores_an_exact_model_and_says_so_everywhere(tmp_path: Path, c
     measured = report.measure(Shards(tmp_path / "batches"))
     assert measured is not None
     logger = Kept()
-    summary = report.write(*measured, tmp_path, {"folder": "f"}, logger)
+    summary = report.write(*measured, tmp_path, {"folder": "f", "step": 7}, logger)
     assert json.loads((tmp_path / "summary.json").read_text()) == json.loads(json.dumps(summary))
     assert {"scores.png", "noise.png", "samples.png", "samples-many.png"} <= {path.name for path in tmp_path.iterdir()}
     kernel = {row: numbers["kernel"] for row, numbers in summary["scores"].items()}
@@ -244,4 +250,5 @@ def test_a_report_scores_an_exact_model_and_says_so_everywhere(tmp_path: Path, c
         assert "Scores on pixels" in shown_in and "held out − training" in shown_in and "(training data)" in shown_in
     columns, rows = logger.kept["eval/summary"]
     assert columns[0] == "sampler" and [row[0] for row in rows] == ["many", "few", TRAINING]
+    assert logger.kept["eval/scores"] == logger.kept["eval/noise"] == (7, 0)
     assert logger.kept["scores/kernel"]["few"] == kernel["few"]["value"] and logger.kept["w2"].keys() >= {"few", "many"}
