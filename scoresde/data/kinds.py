@@ -44,7 +44,7 @@ class Kind:
     def __str__(self) -> str:
         if self.name == "label":
             last = len(self.classes) - 1
-            ours = "" if self.classes == tuple(map(str, range(last + 1))) else f" or its name, {_listed(self.classes)}"
+            ours = "" if self.classes == tuple(map(str, range(last + 1))) else f" (called {_listed(self.classes)})"
             return f"a class 0 … {last}{ours}"
         article = {"vector": "a ", "image": "an ", "tokens": ""}[self.name]
         return f"{article}{self.name} of shape {_shown(self.shape)}"
@@ -91,7 +91,9 @@ class Kind:
         if self.name == "label":
             if values.ndim > 1 or values.min() < 0 or values.max() >= len(self.classes):
                 raise self._unlike(where, found if of_shape else f"{found} with values {values.min()} … {values.max()}")
-            return torch.from_numpy(values.astype(np.int64).reshape(-1))
+            labels = values.astype(np.int64).reshape(-1)
+            self._check_names(labels.tolist(), where)
+            return torch.from_numpy(labels)
         with np.errstate(over="ignore"):  # what is too large becomes infinite, and is refused below
             rows = torch.from_numpy(values.astype(np.float32))
         if rows.ndim <= len(self.shape):
@@ -103,6 +105,15 @@ class Kind:
             raise self._unlike(where, found + of_shape)
         self._check_values(rows, where)
         return rows
+
+    def _check_names(self, labels: list[int], where: str) -> None:
+        """Refuses a number that is the name of another class."""
+        for label in labels:
+            if str(label) in self.classes and self.classes[label] != str(label):
+                raise ValueError(
+                    f"{where}: class {label} is called {self.classes[label]!r}, and another is called '{label}'. Give "
+                    f"the name as text: cond='{label}' in Python, 'cond.label=\"{label}\"' on the command line."
+                )
 
     def _check_values(self, rows: Tensor, where: str) -> None:
         known, there = filled(rows, 2 if self.name == "tokens" else 1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,10 +17,12 @@ from scoresde import DDIM, Budget, ClassifierFree, Exact, Rng, Sampler, log_like
 from scoresde.codecs import Scaling
 from scoresde.data import Arrays, Dataset, Split
 from scoresde.data.excerpt import excerpt, packed, unpacked
+from scoresde.data.kinds import kinds_of
 from scoresde.runs.checkpoint import CheckpointError
 from scoresde.runs.load import load_run
 from scoresde.runs.run import Run
 
+DOCS = Path(__file__).parents[2] / "docs" / "python.md"
 OPTIONS = tuple(option for option in TINY if not option.startswith("data"))
 SAMPLER = Sampler(DDIM(), steps=4)
 
@@ -54,6 +57,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def run(folder: Path) -> Run:
     return scoresde.load(str(folder / "elsewhere" / "moved"))
+
+
+def test_the_session_in_the_docs(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (page,) = re.findall(r"```python\n(.*?)```", DOCS.read_text(encoding="utf-8"), re.DOTALL)
+    (tmp_path / "runs").mkdir()
+    shutil.copytree(folder / "elsewhere" / "moved", tmp_path / "runs" / "digits")
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(page, names)
+    assert names["raw"].shape == (16, 2) and bool(names["score"].bits_per_dim.isfinite().all())
 
 
 def test_it_is_what_was_trained(run: Run) -> None:
@@ -140,6 +153,18 @@ def test_conditions_are_names_numbers_or_a_mapping(run: Run) -> None:
         assert torch.equal(run.cond(given, 3), torch.tensor([1, 1, 1]))
     assert torch.equal(run.cond([2, 0], 3), torch.tensor([2, 0, 2]))
     assert torch.equal(run.cond(None, 4), torch.tensor([0, 1, 2, 0]))
+
+
+def test_classes_are_called_by_name() -> None:
+    split = Split(torch.zeros(4, 1), torch.tensor([0, 1, 2, 0]))
+    dataset = Dataset("d", split, split, Scaling.identity(), 3, class_names=("2", "cat", "1"))
+    kind = kinds_of(dataset, always=False)["label"]
+    assert kind.rows("cat").tolist() == [1]
+    assert kind.rows(["1", "2", "cat"]).tolist() == [2, 0, 1] and kind.rows([0]).tolist() == [0]
+    with pytest.raises(ValueError, match="class 2 is called '1', and another is called '2'"):
+        kind.rows(2)
+    with pytest.raises(ValueError, match=r"a class 0 … 2 \(called 2, cat, 1\), or a list; got 'dog'"):
+        kind.rows("dog")
 
 
 @pytest.mark.parametrize(
