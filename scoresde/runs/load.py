@@ -167,6 +167,7 @@ def with_named(run: Run, options: Mapping[str, Any]) -> Run:
     return run.whole_data() if named and not run.dataset.complete else run
 
 
+@torch.inference_mode(False)  # weights that were made in it could not be differentiated later
 def load(
     path: Path | str,
     *,
@@ -296,7 +297,7 @@ def _rebuilt(
     """The run in `path` with these weights, its model on the device and measured."""
     denoiser, conditional = build_denoiser(config, dataset, allow), bool(config["conditional"])
     try:
-        denoiser.load_state_dict(tensors)
+        denoiser.load_state_dict(tensors, assign=True)  # in the dtype that they have, whatever torch's default is
     except RuntimeError as error:
         raise CheckpointError(f"The weights in {path} do not fit its configuration: {error}") from error
     denoiser = denoiser.to(choose_device(device)).eval().requires_grad_(False)

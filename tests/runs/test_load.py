@@ -75,6 +75,16 @@ def test_it_is_what_was_trained(run: Run) -> None:
     assert run.denoiser.data_std == pytest.approx(run.dataset.statistics.data_std) and run.denoiser.roughness < np.inf
 
 
+def test_the_state_of_torch_changes_nothing(run: Run) -> None:
+    torch.set_default_dtype(torch.float64)
+    with torch.inference_mode():
+        again = scoresde.load(run.folder)
+    torch.set_default_dtype(torch.float32)
+    assert {p.dtype for p in again.denoiser.parameters()} == {torch.float32}
+    assert not any(p.is_inference() for p in again.denoiser.parameters())
+    assert torch.equal(*(one.sample(3, sampler=SAMPLER, progress=False) for one in (run, again)))
+
+
 def test_samples_are_raw_and_each_depends_on_its_seed_alone(run: Run) -> None:
     made = run.sample(7, sampler=SAMPLER, rng=Rng(3), progress=False)
     assert made.dtype == torch.uint8 and made.shape == (7, 2)
