@@ -75,6 +75,23 @@ def test_it_is_what_was_trained(run: Run) -> None:
     assert run.denoiser.data_std == pytest.approx(run.dataset.statistics.data_std) and run.denoiser.roughness < np.inf
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_of_16_bits_draw_samples_and_a_likelihood_asks_for_32(run: Run, dtype: torch.dtype) -> None:
+    """The state stays float32, and the last prediction is that of float32 weights to their precision.
+
+    Of 4 layers each rounds its input, weights and output, by half an epsilon at most: 4 · 3/2 epsilon of what it is.
+    """
+    half = scoresde.load(run.folder).to(dtype=dtype)
+    x, t, cond = torch.randn(8, 2), torch.tensor(0.5), torch.arange(8) % 3
+    eps, exact = half.denoiser(x, t, cond).eps, run.denoiser(x, t, cond).eps
+    assert eps.dtype == torch.float32
+    assert float((eps - exact).abs().max()) < 6 * torch.finfo(dtype).eps * float(exact.abs().max())
+    made = half.sample(3, sampler=SAMPLER, progress=False)
+    assert made.shape == (3, 2) and made.dtype == torch.uint8
+    with pytest.raises(ValueError, match=r"run.to\(dtype=torch.float32\) first"):
+        half.log_likelihood(made, solver=Budget(5))
+
+
 def test_the_state_of_torch_changes_nothing(run: Run) -> None:
     torch.set_default_dtype(torch.float64)
     with torch.inference_mode():
