@@ -13,6 +13,7 @@ from .denoising import (
     StratifiedTimes,
     UniformTimes,
 )
+from .loss import Loss, Terms
 
 __all__ = [
     "ClassifierLoss",
@@ -22,10 +23,12 @@ __all__ = [
     "Likelihood",
     "LogNormalTimes",
     "LogSNRTimes",
+    "Loss",
     "MinSNR",
     "NoisyClassifier",
     "OptimalTransport",
     "Simple",
     "StratifiedTimes",
+    "Terms",
     "UniformTimes",
 ]
