@@ -13,6 +13,8 @@ import torch
 def pytest_configure() -> None:
     torch.set_num_threads(1)
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        del os.environ[name]  # of whoever runs them
 
 
 @pytest.hookimpl(optionalhook=True)

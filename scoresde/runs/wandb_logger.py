@@ -24,7 +24,6 @@ from .redact import redacted
 _log = logging.getLogger(__name__)
 _ENCODER = json.JSONEncoder(default=plain)
 _VARIABLES = {"group": "WANDB_RUN_GROUP", "id": "WANDB_RUN_ID"}  # others are named as the argument
-_TRUE = ("1", "true", "yes", "on", "t", "y")
 _OLD_MODES = {"dryrun": "offline", "run": "online"}  # that W&B still understands
 
 
@@ -37,7 +36,8 @@ class WandbLogger(Logger):
     the view opens no connection, not even for W&B's own telemetry.
 
     What is None is what W&B's own variable says, so that WANDB_MODE=disabled or WANDB_PROJECT=… work as everywhere;
-    WANDB_DIR, WANDB_RUN_ID and WANDB_RESUME are taken as well, and WANDB_SILENT=true prints no `wandb sync` line.
+    WANDB_DIR, WANDB_RUN_ID and WANDB_RESUME are taken as well. WANDB_SILENT=true prints neither the line that uploads
+    an offline run nor where an online one is shown.
 
     Args:
         mode: "offline" (no account, no network; `wandb sync` later), "online" or "disabled". None: WANDB_MODE, else
@@ -70,8 +70,9 @@ class WandbLogger(Logger):
         if self.mode not in ("offline", "online", "disabled"):
             which = "WANDB_MODE" if mode is None else "mode"
             raise ValueError(f"{which} is 'offline', 'online' or 'disabled'; got {self.mode!r}.")
-        if _told("resume") not in ("", "allow", "must", "never", "auto"):
-            raise ValueError(f"WANDB_RESUME is 'allow', 'must', 'never' or 'auto'; got {_told('resume')!r}.")
+        variables = {} if self.mode == "disabled" else {key: _told(key) for key in ("resume", "project", "id")}
+        if (resume := variables.get("resume")) not in (None, "", "allow", "must", "never", "auto"):
+            raise ValueError(f"WANDB_RESUME is 'allow', 'must', 'never' or 'auto'; got {resume!r}.")
         if tags is not None:
             tags = [str(tag) for tag in (tags if isinstance(tags, (list, tuple)) else str(tags).split(","))]
             if wrong := [tag for tag in tags if not 1 <= len(tag) <= 64]:
@@ -80,7 +81,7 @@ class WandbLogger(Logger):
         said |= {"job_type": job_type}
         self.said: dict[str, Any] = redacted({key: value for key, value in said.items() if value is not None})
         for key, refused in (("project", "/\\#?%:"), ("id", ":;,#?/'")):
-            value = self.said.get(key) or _told(key)
+            value = self.said.get(key) or variables.get(key, "")
             if found := sorted(set(value) & set(refused)):
                 raise ValueError(f"The {key} of a W&B run holds none of {refused}; got {value!r} with {found[0]!r}.")
         self.finish_timeout = positive(finish_timeout, "finish_timeout", "a number of seconds")
@@ -133,7 +134,7 @@ class WandbLogger(Logger):
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._view.wait(self.finish_timeout)
             self._end(f"W&B did not end within {self.finish_timeout:g} s")
-            if not self._warned and "/offline-run-" in self._folder and _told("silent").lower() not in _TRUE:
+            if not self._warned and "/offline-run-" in self._folder and not _silent():
                 earlier = Path(self._folder).parent.glob(f"offline-run-*-{glob.escape(self._id)}*")
                 _log.info("To upload the run to W&B: wandb sync %s", shlex.join(sorted(map(str, earlier))))
 
@@ -160,7 +161,8 @@ class WandbLogger(Logger):
             if kind == "folder":
                 self._folder = text
             elif kind == "url":
-                _log.info("W&B shows the run at %s", text)
+                if not _silent():
+                    _log.info("W&B shows the run at %s", text)
             else:
                 self._warn(text)
 
@@ -188,6 +190,10 @@ class WandbLogger(Logger):
 def _told(key: str) -> str:
     """What W&B's variable of an argument says, empty where it is not set."""
     return os.environ.get(_VARIABLES.get(key, f"WANDB_{key.upper()}"), "")
+
+
+def _silent() -> bool:
+    return _told("silent").lower() in ("1", "true", "yes", "on", "t", "y")
 
 
 def _mode() -> str:

@@ -21,13 +21,6 @@ VARIABLES = {
 }  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in os.environ:
-        if name.startswith("WANDB_"):
-            monkeypatch.delenv(name)
-
-
 def logged(folder: Path, steps: range = range(1, 4), *, sweep: str | None = None, **keys) -> None:
     """A run of a few rows in `folder`, which is made."""
     folder.mkdir(exist_ok=True)
@@ -95,6 +88,7 @@ def test_the_mode_is_the_key_then_the_variable_then_offline(variables, key, mode
 
 def test_disabled_by_the_variable_starts_nothing(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "disabled")
+    monkeypatch.setenv("WANDB_RESUME", "true")
     monkeypatch.setattr(subprocess, "Popen", None)
     logged(tmp_path)
     assert not list(tmp_path.iterdir())
