@@ -124,5 +124,5 @@ def ranked(scores: Mapping[str, Mapping[str, Score]], by: str | None) -> list[st
 
 def check_rank(by: str | None, names: Sequence[str]) -> None:
     """Refuses to sort by a number that is not measured."""
-    if by is not None and by.removeprefix("-") not in names:
+    if by is not None and str(by).removeprefix("-") not in names:
         raise ValueError(f"evaluation.rank_by={by} is none of the numbers that are measured: {', '.join(names)}.")
