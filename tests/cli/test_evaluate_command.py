@@ -33,9 +33,8 @@ PLAINLY = ("run=run", "sampler=ddim", "sampler.steps=4", "evaluation.points=4", 
            "likelihood=budget", "likelihood.solver.calls=16", "evaluation.pictures=false")  # fmt: skip
 
 
-def test_a_metric_from_a_file_and_another_run(cwd: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_metric_from_a_file_and_another_run(cwd: Path) -> None:
     """The other run is the same one: the same samples, the same numbers, and a difference of 0 with no error."""
-    monkeypatch.syspath_prepend(cwd)
     mine = ("+metrics.gap._target_=mine.gap", "+metrics.gap.power=2.0", "allow_targets=[mine.gap]")
     done = command("evaluate", *PLAINLY, *mine, "versus=run", "evaluation.rank_by=gap", "out=own", cwd=cwd)
     assert done.code == 0, done.err
