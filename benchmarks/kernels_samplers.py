@@ -83,7 +83,7 @@ def samplers(
         sampler = S.Sampler(step, steps=steps)
         x, still = denoiser.prior_sample(shape, rng=S.Rng(0), device=device), None
         still = Still(x).to(device)
-        grid = sampler.grid(denoiser.sde, steps)
+        grid = sampler.times(denoiser)
         name = "kernels" if gpu else "reference"
         loops: dict[str, Callable[[], Any]] = {
             "eager loop, as the peers write it": lambda d=denoiser, x=x, g=grid: by_hand(d, x, g),

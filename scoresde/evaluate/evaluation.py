@@ -138,7 +138,7 @@ def digest_of(cond: Cond) -> str:
 
 def _frame_indices(denoiser: Denoiser, sampler: Sampler, frames: int) -> set[int]:
     """Steps that are evenly spaced in log-SNR, where things happen, and the final denoising."""
-    log_snr = denoiser.sde.log_snr(sampler.grid(denoiser.sde, sampler.steps).double())
+    log_snr = denoiser.sde.log_snr(sampler.times(denoiser))
     wanted = torch.linspace(float(log_snr[0]), float(log_snr[-1]), frames, dtype=torch.float64)
     nearest = (log_snr[:, None] - wanted).abs().argmin(0)
     return {*nearest.tolist(), sampler.steps + 1}

@@ -15,7 +15,6 @@ from ..checks import whole
 from ..data import Dataset
 from ..data.kinds import in_turn, turns_in_words
 from ..diffusion.denoiser import Cond, Denoiser
-from ..diffusion.grids import check_grid
 from ..likelihood.ode import bits_per_dim
 from ..metrics import Score, score, sliced_score
 from ..metrics.jackknife import GROUPS
@@ -79,10 +78,10 @@ class Evaluation:
 
 
 def check_samplers(samplers: Mapping[str, Sampler], denoiser: Denoiser) -> None:
-    """Refuses a sampler whose grid does not fit the SDE, before anything is computed."""
-    for name, sampler in samplers.items():
+    """Refuses a sampler whose grid does not fit the SDE, before anything is computed. A classifier is not sampled."""
+    for name, sampler in samplers.items() if denoiser.draws else ():
         try:
-            check_grid(sampler.grid(denoiser.sde, sampler.steps), denoiser.sde)
+            sampler.times(denoiser)
         except ValueError as error:
             raise ValueError(f"sampler {name}: {error}") from error
 

@@ -14,8 +14,8 @@ from ..noise.rng import Rng
 from .multistep import Adams, Multistep
 from .sampler import Sampler, Step
 
-_ROUGH = 2.0
-"""The roughness of a network (see `Denoiser`) from which the first steps decide."""
+_ROUGH, _ROUGH_EARLY = 2.0, 4.0
+"""The roughness of a network (see `Denoiser`) from which the first steps decide: from 8 evaluations on, and below."""
 
 
 def default_sampler(denoiser: Denoiser, budget: int) -> Sampler:
@@ -25,11 +25,11 @@ def default_sampler(denoiser: Denoiser, budget: int) -> Sampler:
     `Denoiser.measure` knows:
 
     - Exact scores (roughness 0): Adams of order 3 in the angle, with its corrector from 12 evaluations on.
-    - Networks: order 3 in log-SNR, with its corrector from 16 evaluations on, around the noise level of the data. No
+    - Networks: order 3 in log-SNR, with its corrector from 10 evaluations on, around the noise level of the data. No
       step counts the largest value more than 2.5 to 4 times, so that no error of a network is blown up.
     - Networks that are rough where there is little but noise (most that predict noise), and all that nobody has
-      measured: below 8 evaluations order 2 on ε̂, with most steps at high noise; from then on as above, with the
-      corrector, and steps that spread wider.
+      measured: order 2 on ε̂ below 8 evaluations, from then on as above, with the corrector; with most steps at high
+      noise below 16 evaluations, and steps that spread wider from then on.
 
     Raises:
         ValueError: budget < 1.
@@ -44,15 +44,15 @@ def default_sampler(denoiser: Denoiser, budget: int) -> Sampler:
     elif denoiser.roughness == 0:
         step = Adams(3, corrector=3)
         grid = LogisticGrid(c, 0.5, 1 + 0.5 * (12 / budget) ** 2)
-    elif denoiser.roughness < _ROUGH:
+    elif denoiser.roughness < (_ROUGH_EARLY if budget < 8 else _ROUGH):
         grid = LogisticGrid(c, 0.0, 2.0 if budget < 30 else 3.0)
-        corrector, bound = (0, 3.0) if budget < 16 else (3, 4.0)
+        corrector, bound = 0 if budget < 10 else 3, 3.0 if budget < 16 else 4.0
         step = Multistep(3, sigma_data=None, corrector=corrector, bound=bound)
     elif budget < 8:
         grid = SoftplusGrid(c)
         step = Multistep(2, sigma_data=math.inf, bound=2.0)
     else:
-        grid = LogisticGrid(c, 0.0, 3.0)
+        grid = SoftplusGrid(c, 3.0, 2.0) if budget < 16 else LogisticGrid(c, 0.0, 3.0)
         step = Multistep(3, sigma_data=None, corrector=3, bound=2.5)
     return Sampler(step, grid, steps=budget, denoise=False)
 

@@ -76,7 +76,7 @@ def sdedit(
         (B, *event).
     """
     rng, x0 = Rng(0) if rng is None else rng, samples(x0, "x0")
-    grid = From(sampler.grid, level)
+    grid = From(sampler.grid_for(denoiser), level)
     noisy = denoiser.sde.perturb(x0, grid.start(denoiser.sde), rng.noise(x0))
     return Sampler(sampler.step, grid, sampler.steps, sampler.denoise)(denoiser, noisy, cond=cond, rng=rng)
 

@@ -112,10 +112,10 @@ def _search(path: _Path, generic: Sampler, budget: int, calls: int) -> _Found:
         *_, x = run(path.denoiser, generic.step, path.x, times, path.cond)
         return residuals(x, path.end)
 
-    grids = [*generic_grids(path.denoiser), generic.grid]
+    grids = [*generic_grids(path.denoiser), generic.grid_for(path.denoiser)]
     starts = best(path.residuals, grids, sde, budget)[:2]
     tried = [_Candidate(path.residuals, times, path.found) for times in starts]
-    tried.append(_Candidate(plain, generic.grid(sde, generic.steps), lambda t: (sde.log_snr(t).tolist(), None, None)))
+    tried.append(_Candidate(plain, generic.times(path.denoiser), lambda t: (sde.log_snr(t).tolist(), None, None)))
     iterations = (calls // budget - len(grids)) // (len(tried) * min(budget, 8))
     fitted = [one._replace(times=descend(one.residuals, one.times, sde, iterations)) for one in tried]
     chosen = min(fitted, key=lambda one: float(np.square(one.residuals(one.times)).sum()))
@@ -183,7 +183,7 @@ def _regressed(values: Sequence[Tensor], missing: Tensor, usual: Tensor) -> list
 
 
 def _last(denoiser: Denoiser, sampler: Sampler, x: Tensor, cond: Cond) -> Tensor:
-    *_, x = run(denoiser, sampler.step, x, sampler.grid(denoiser.sde, sampler.steps), cond)
+    *_, x = run(denoiser, sampler.step, x, sampler.times(denoiser), cond)
     return x
 
 

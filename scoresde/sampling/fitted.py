@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..checks import positive
 from ..diffusion.denoiser import Denoiser
-from ..diffusion.grids import FittedGrid
+from ..diffusion.grids import FittedGrid, Grid
 from .default import default_sampler
 from .multistep import Multistep
 from .sampler import Sampler
@@ -47,6 +47,10 @@ class FittedStep(Multistep):
         super().__init__(max(sizes), sigma_data=positive(data_std, "data_std", "the standard deviation of the data"))
         self.order, self.default_steps = 0.0, len(sizes)
 
+    def default_grid(self, denoiser: Denoiser) -> Grid:
+        """The fitted times, which the weights belong to."""
+        return self.grid
+
     def _weights(self, levels: list[Tensor], start: Knot, end: Knot, at: int) -> tuple[Tensor, ...]:
         here, there = 2 * start.level, 2 * end.level
         index = int((self.grid.log_snr[:-1] - here.flatten()[0].cpu()).abs().argmin())
@@ -54,7 +58,7 @@ class FittedStep(Multistep):
         if bool(torch.maximum((here - first).abs(), (there - last).abs()).max() > 0.01 * (last - first)):
             raise ValueError(
                 f"These weights were fitted to the log-SNR {[round(v, 3) for v in self.grid.log_snr.tolist()]}; got "
-                f"a step from {here.tolist()} to {there.tolist()}. Run it on its own grid: Sampler(step, step.grid)."
+                f"a step from {here.tolist()} to {there.tolist()}. Run it on its own grid: Sampler(step)."
             )
         return tuple(end.norm * b for b in self.rows[index])
 

@@ -17,7 +17,7 @@ from ..checks import whole
 from ..diffusion.denoiser import Cond, Denoiser
 from ..noise.rng import Rng
 from ..ops import lincomb
-from .sampler import State, Step
+from .sampler import LongStep, State
 from .weights import Knot, bounded, carry, knots, published, weights
 
 Term = tuple[Tensor | float, Any]
@@ -40,7 +40,7 @@ class History(NamedTuple):
     origin: Tensor | None
 
 
-class Multistep(Step):
+class Multistep(LongStep):
     r"""Any multistep method of `weights.py`; the named methods below are choices of its arguments.
 
     The predictor integrates the polynomial through the last `order` values. With a corrector the previous step is
@@ -250,17 +250,18 @@ class IPNDM(Multistep):
 
 
 class Adams(Multistep):
-    r"""Adams–Bashforth and –Moulton on what a Gaussian of the data's spread leaves over: this library's own default.
+    r"""Adams–Bashforth and –Moulton on what a Gaussian of the data's spread leaves over: the default for exact scores.
 
     With w = x/√(α²c² + σ²), θ = arctan(σ/(αc)) and V as in this module, dw/dθ ∝ V: a plain ODE over a bounded angle, in
     which noise (θ = π/2) and Gaussian data (V = 0) cost nothing (c = 1 is v-prediction, Salimans & Ho 2022, App. D).
 
     Args:
         order: nodes of the predictor, 1 to 4.
-        corrector: nodes of the corrector with the new one, 0 (none) to order + 1.
+        corrector: nodes of the corrector with the new one, 0 (none) to order + 1; see `Multistep` for what it needs.
         eta: η ≥ 0, see `Multistep`.
         sigma_data: c > 0, None for the denoiser's own.
-        angle: polynomials in θ; False has them in log-SNR.
+        angle: polynomials in θ, best for exact scores; on four trained networks ten calls ended 2 to 43 times as far as
+            those of a bounded `Multistep`. False has them in log-SNR.
     """
 
     def __init__(

@@ -16,10 +16,10 @@ from ..diffusion.denoiser import Cond, Denoiser
 from ..diffusion.sde import SDE
 from ..noise.rng import Rng
 from ..ops import lincomb
-from .sampler import State, Step
+from .sampler import LongStep, State
 
 
-class RungeKutta(Step):
+class RungeKutta(LongStep):
     r"""An explicit Runge–Kutta method on dy/dς = ε̂, y = x/α, ς = σ/α.
 
     a_i1 and b_1 are what the other entries of a row lack to c_i and 1, so y_i = y_t + c_i Δς ε̂_1 + Δς Σ_j a_ij (ε̂_j −
@@ -77,7 +77,7 @@ def _time(sde: SDE, log_snr: Tensor, t: Tensor, s: Tensor) -> Tensor:
     return sde.time(log_snr).clamp(min=s, max=t)
 
 
-class DPMSolver(Step):
+class DPMSolver(LongStep):
     r"""Singlestep DPM-Solver-2 and -3 (Lu et al. 2022, alg. 1 and 2) and DPM-Solver++ (Lu et al. 2022b, alg. 1).
 
     A prediction linear in log(α/σ) is integrated exactly. With h = ½(λ_s − λ_t), a stage at a fraction r of the way,

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..checks import whole
 from ..diffusion.denoiser import Cond, CountingDenoiser, Denoiser
-from ..diffusion.grids import Grid, UniformGrid, check_grid
+from ..diffusion.grids import Grid, LogisticGrid, UniformGrid, check_grid
 from ..diffusion.readable import Readable
 from ..diffusion.undisturbed import in_eval
 from ..noise.rng import Rng
@@ -47,11 +47,23 @@ class Step(Readable, abc.ABC):
         """Network calls of a run of `steps` steps; None for adaptive steps."""
         return None if self.evaluations is None else steps * self.evaluations
 
+    def default_grid(self, denoiser: Denoiser) -> Grid:
+        """The grid of a `Sampler` that is given none: equal steps in t, where a step knows nothing better."""
+        return UniformGrid()
+
     @abc.abstractmethod
     def __call__(
         self, denoiser: Denoiser, x: Tensor, t: Tensor, s: Tensor, state: State, *, cond: Cond, rng: Rng
     ) -> tuple[Tensor, State]:
         """(x_s, state) from x_t (B, *event) at times t ≥ s, each () or (B,)."""
+
+
+class LongStep(Step):
+    """A step of a method that takes few: by default they are short where noise becomes data, and long elsewhere."""
+
+    def default_grid(self, denoiser: Denoiser) -> Grid:
+        """Wide enough for networks that predict noise, whose first steps decide."""
+        return LogisticGrid(denoiser.data_std, 0.0, 3.0)
 
 
 class StepWrapper(Step):
@@ -70,6 +82,9 @@ class StepWrapper(Step):
 
     def count(self, steps: int) -> int | None:
         return self.step.count(steps)
+
+    def default_grid(self, denoiser: Denoiser) -> Grid:
+        return self.step.default_grid(denoiser)
 
 
 @dataclass(frozen=True)
@@ -94,7 +109,7 @@ class Sampler(Readable):
 
     Args:
         step: the move.
-        grid: (sde, n) -> n + 1 falling times.
+        grid: (sde, n) -> n + 1 falling times; None takes the step's own for the model, `Step.default_grid`.
         steps: n ≥ 1; None takes the step's own default.
         denoise: end with x̂_0(x, t_end), one more evaluation: removes the noise σ(t_end) that is left.
         cuda_graph: on a CUDA device, run all steps as one CUDA graph, network included. The samples are the same. It
@@ -122,7 +137,7 @@ class Sampler(Readable):
                 "same: take a step of fixed size, or cuda_graph=False."
             )
         self.step = step
-        self.grid: Grid = UniformGrid() if grid is None else grid
+        self.grid = grid
         self.steps = steps
         self.denoise = denoise
         self.cuda_graph = bool(cuda_graph)
@@ -147,7 +162,7 @@ class Sampler(Readable):
         if not self.cuda_graph:
             return deque(self.iterate(denoiser, shape_or_x, cond=cond, rng=rng), maxlen=1).pop().x
         rng = Rng(0) if rng is None else rng
-        times = self._times(denoiser)
+        times = self.times(denoiser)
         x = self.start(denoiser, shape_or_x, rng)
 
         def run(x: Tensor, cond: Cond, rng: Rng) -> Tensor:
@@ -162,7 +177,7 @@ class Sampler(Readable):
     ) -> Iterator[Trace]:
         """A run point by point: progress bars and trajectories are the caller's `for`. Never a CUDA graph."""
         rng = Rng(0) if rng is None else rng
-        times, counted = self._times(denoiser), CountingDenoiser(denoiser)
+        times, counted = self.times(denoiser), CountingDenoiser(denoiser)
         start, labels = self.start(denoiser, shape_or_x, rng), times.tolist()
         yield Trace(0, labels[0], start, 0)
         for index, x in enumerate(self._states(counted, start, times, cond, rng), 1):
@@ -170,9 +185,17 @@ class Sampler(Readable):
                 self._check(x, labels[-1], counted.evaluations)
             yield Trace(index, labels[min(index, self.steps)], x, counted.evaluations)
 
-    def _times(self, denoiser: Denoiser) -> Tensor:
-        """Falling times (n + 1,), float64, on the CPU, where steps compute plain numbers from them."""
-        times = check_grid(self.grid(denoiser.sde, self.steps), denoiser.sde)
+    def grid_for(self, denoiser: Denoiser) -> Grid:
+        """The grid that was given, or else that of the step for this model."""
+        return self.step.default_grid(denoiser) if self.grid is None else self.grid
+
+    def times(self, denoiser: Denoiser) -> Tensor:
+        """Falling times (n + 1,), float64, on the CPU, where steps compute plain numbers from them.
+
+        Raises:
+            ValueError: the grid does not fit the SDE.
+        """
+        times = check_grid(self.grid_for(denoiser)(denoiser.sde, self.steps), denoiser.sde)
         if len(times) != self.steps + 1:
             raise ValueError(f"A grid (sde, n) returns n + 1 times; got {len(times)} for n = {self.steps}.")
         return times.to("cpu", torch.float64)

@@ -11,11 +11,12 @@ from torch import Tensor
 
 from ..checks import whole
 from ..diffusion.denoiser import Cond, Denoiser
+from ..diffusion.grids import Grid
 from ..diffusion.prediction import Prediction
 from ..diffusion.sde import SDE
 from ..noise.rng import Rng
 from ..ops import langevin, lincomb
-from .sampler import State, Step
+from .sampler import LongStep, State, Step
 
 
 class EulerMaruyama(Step):
@@ -92,7 +93,7 @@ def ddim_update(sde: SDE, p: Prediction, t: Tensor, s: Tensor, eta: float, rng: 
     return lincomb(((alpha, p.x0), (kept, p.eps)), (eta * sigma * gap.sqrt(), rng.noise(p.x0)))
 
 
-class DDIM(Step):
+class DDIM(LongStep):
     """The DDIM step (Song, Meng & Ermon 2021, eq. 12): exact for a constant prediction, in any SDE.
 
     Args:
@@ -128,7 +129,7 @@ class Ancestral(Step):
         return ddim_update(denoiser.sde, denoiser(x, t, cond), t, s, 1.0, rng), state
 
 
-class Heun(Step):
+class Heun(LongStep):
     r"""Heun's method on dy/dς = ε̂, y = x/α, ς = σ/α (Karras et al. 2022, alg. 1, for every SDE):
 
     `x_s = α_s ȳ_0 + σ_s ε̄`, with ε̄ the mean of ε̂ at t and at the DDIM point, ȳ_0 = (x − σ_t ε̄)/α_t.
@@ -229,6 +230,9 @@ class PredictorCorrector(Step):
 
     def init(self, x: Tensor) -> State:
         return self.predictor.init(x), self.corrector.init(x)
+
+    def default_grid(self, denoiser: Denoiser) -> Grid:
+        return self.predictor.default_grid(denoiser)
 
     def __call__(
         self, denoiser: Denoiser, x: Tensor, t: Tensor, s: Tensor, state: State, *, cond: Cond, rng: Rng

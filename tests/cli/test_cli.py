@@ -28,7 +28,7 @@ from scoresde.config import config_dir
         ("sde=vpp", "There is no sde=vpp. Did you mean 'vp'?"),
         ("sampler=ancestrall", "Did you mean 'ancestral'?"),
         ("imagess=5", "Did you mean 'trainer.images'?"),
-        ("sampler.step.corrector.srn=1", "Did you mean 'sampler.step.corrector.snr'?"),
+        ("sampler.step.bonud=1", "Did you mean 'sampler.step.bound'?"),
         ("experiment=demmo", "Did you mean 'demo'?"),
         ("trainer.images=[1", "cannot be read"),
     ],

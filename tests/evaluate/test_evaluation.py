@@ -311,7 +311,7 @@ def test_cost_and_frames_are_those_of_the_run(sampler: Sampler) -> None:
     assert sampler.evaluations in (None, made.evaluations)
     assert {4, 2} <= {len(cond) for cond in denoiser.seen} and torch.equal(denoiser.seen[-1], labels[8:])
     assert made.cond is labels and made.frames.shape == (len(made.times), 3, 2) and 2 <= len(made.times) <= 6
-    assert made.times[0] == denoiser.sde.t_max and made.times[-1] == sampler.grid(denoiser.sde, sampler.steps)[-1]
+    assert made.times[0] == denoiser.sde.t_max and made.times[-1] == sampler.times(denoiser)[-1]
     assert made.times == sorted(made.times, reverse=True)
     torch.testing.assert_close(made.frames[-1], made.x[:3])
     prior = denoiser.prior_sample((4, 2), rng=Rng(seeds=[0, 1, 2, 3]), dtype=torch.float32)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from scoresde import (
     DDIM,
+    DEIS,
     EDMSDE,
     VESDE,
     VPSDE,
@@ -32,6 +33,7 @@ from scoresde import (
     SavedGrid,
     Step,
     UniformGrid,
+    UniPC,
     default_sampler,
     fit_grid,
     sample,
@@ -53,7 +55,7 @@ def solved(denoiser: Denoiser) -> tuple[Tensor, Tensor]:
         return x, AdaptiveODE(1e-7, 1e-7).move(denoiser, x, *ends)
 
 
-def rms(denoiser: Denoiser, step: Step, grid: Grid, steps: int) -> float:
+def rms(denoiser: Denoiser, step: Step, grid: Grid | None, steps: int) -> float:
     """RMS distance to the probability-flow end point, over the data's spread, on noise of its own."""
     x, exact = solved(denoiser)
     y = Sampler(step, grid, steps, denoise=False)(denoiser, x)
@@ -149,6 +151,17 @@ def test_the_default_beats_the_usual_solvers_and_grids(sde, budget) -> None:
     chosen = default_sampler(denoiser, budget)
     usual = min(rms(denoiser, DPMSolverPP(2), grid, budget) for grid in GENERIC)
     assert rms(denoiser, chosen.step, chosen.grid, budget) < 0.8 * usual
+
+
+@each_sde
+@pytest.mark.parametrize(
+    "step", [DDIM(), Heun(), UniPC(2), DPMSolverPP(2), DEIS(3)], ids=lambda step: type(step).__name__
+)
+def test_a_step_has_a_better_grid_of_its_own_than_the_generic_ones(sde, step) -> None:
+    """In 20 calls nearer to the truth; equal steps in t end at 1.06 (VE) to 300 times the distance."""
+    denoiser, steps = ring(sde), 20 // step.evaluations
+    others = min(rms(denoiser, step, grid, steps) for grid in (UniformGrid(), LogSNRGrid(), KarrasGrid()))
+    assert rms(denoiser, step, None, steps) < others
 
 
 class Wrong(DenoiserWrapper):

@@ -18,11 +18,13 @@ from scoresde import (
     AdaptiveODE,
     Ancestral,
     AnnealedLangevin,
+    Churn,
     Denoiser,
     EulerMaruyama,
     GaussianMixtureDenoiser,
     Heun,
     Langevin,
+    LogisticGrid,
     LogSNRGrid,
     Preconditioned,
     PredictorCorrector,
@@ -352,3 +354,22 @@ def test_bad_grids_are_refused(grid, message) -> None:
     with pytest.raises(ValueError, match=message):
         Sampler(DDIM(), grid, steps=4)(denoiser, (2, 2))
     assert not calls
+
+
+def test_without_a_grid_it_is_that_of_the_step_for_the_model() -> None:
+    """ODE methods go by the measured spread of the data, samplers of many short steps by t; parts of a step decide."""
+    denoiser = network()
+    for spread in (0.5, 3.0):
+        denoiser.data_std = spread
+        around = LogisticGrid(spread, 0.0, 3.0)(denoiser.sde, 6)
+        even = UniformGrid()(denoiser.sde, 6)
+        for step, wanted in (
+            (DDIM(), around),
+            (Churn(), around),
+            (PredictorCorrector(Heun(), Langevin()), around),
+            (PredictorCorrector(ReverseDiffusion(), Langevin()), even),
+            (EulerMaruyama(), even),
+            (Ancestral(), even),
+        ):
+            assert torch.equal(Sampler(step, steps=6).times(denoiser), wanted), step
+            assert torch.equal(Sampler(step, UniformGrid(), 6).times(denoiser), even), step
