@@ -24,7 +24,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="everything that is known, as JSON")
     parser.add_argument("--html", metavar="FILE", type=Path, help="also write a page with curves and pictures")
     parser.add_argument("--version", action="version", version=f"scoresde {__version__}")
-    output = guard()
+    output = guard(hide=str)  # the files have no secrets, and may be large
     chosen = parser.parse_args()
     if not chosen.folder.is_dir():
         parser.error(f"{chosen.folder} is no folder; give one that holds runs: scoresde-runs runs")

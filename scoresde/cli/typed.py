@@ -12,7 +12,7 @@ from hydra.errors import HydraException
 
 # Last parts of keys whose value is text, whatever it reads like; `null` is a name for the first two alone.
 _TEXT = (
-    *("out", "run", "guide", "mask", "input", "path", "test_path", "key", "label_key"),
+    *("out", "run", "experiment", "guide", "mask", "input", "path", "test_path", "key", "label_key"),
     *("project", "entity", "group", "name", "notes", "job_type"),
 )
 _NEVER_NULL = ("out", "run")

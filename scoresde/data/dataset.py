@@ -211,7 +211,7 @@ def hold_out(samples: Split, fraction: float, seed: int) -> tuple[Split, Split]:
     if len(test) == 0 or len(train) == 0:
         raise ValueError(
             f"test_fraction={fraction} of {n} samples leaves {len(train)} to train on and {len(test)} to test; "
-            "both must be at least 1. Add samples or change the fraction."
+            "both must be at least 1. Add samples or change data.test_fraction."
         )
     return samples.take(train.sort().values), samples.take(test.sort().values)
 

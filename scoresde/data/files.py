@@ -118,12 +118,16 @@ def _load(path: Path, key: str | None, keys: dict[str, str]) -> tuple[np.ndarray
         content = np.load(path, allow_pickle=False)
     if isinstance(content, np.ndarray):
         if key is not None or keys:
-            raise ValueError(f"{path} is one array without keys: leave key and label_key out, or store an .npz.")
+            raise ValueError(
+                f"{path} is one array without keys: leave data.key and data.label_key out, or store an .npz."
+            )
         return content, {}
     with content:
         names = content.files
         if key is None and len(names) != 1:
-            raise ValueError(f"{path} holds {', '.join(names) or 'no array'}; choose one with key=….")
+            raise ValueError(
+                f"{path} holds {', '.join(names) or 'no array'}; choose one: data.key={next(iter(names), '…')}."
+            )
         first = key or names[0]
         if absent := [at for at in (first, *keys.values()) if at not in names]:
             raise ValueError(f"{path} has no array {absent[0]!r}; found {', '.join(names)}.")

@@ -31,8 +31,8 @@ class EpochOrder:
             raise ValueError(f"Expected n ≥ 1, batch_size ≥ 1, seed ≥ 0; got {n}, {batch_size}, {seed}.")
         if n < batch_size:
             raise ValueError(
-                f"The data set has {n} samples, fewer than batch_size={batch_size}: no batch can be filled. "
-                f"Set batch_size to at most {n}, or add data."
+                f"The data set has {n} samples, fewer than trainer.batch_size={batch_size}: no batch can be filled. "
+                f"Set trainer.batch_size to at most {n}, or add data."
             )
         self.n, self.batch_size, self.seed, self.drop_last = n, batch_size, seed, drop_last
         self._go_to(0, 0)

@@ -31,12 +31,12 @@ _HUMP = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
 _SECRET_VARIABLE = re.compile(rf"^(?!(?:OLD)?PWD$)(?:.*{_ANYWHERE}|(?:.*_)?(?:{_NAMES}|key|pass))$", re.IGNORECASE)
 # name=value of a command line or query, name: value of YAML and JSON; quotes keep spaces
 _ASSIGNED = re.compile(
-    rf"((?<![A-Za-z0-9])[\w.@+-]*{_NAMES}[\"']?\s?[=:]\s?)"
+    rf"({_NAMES}[\"']?\s?[=:]\s?)"
     r"(\"[^\"]*\"|'[^']*'|\[[^\]]*\]|(?:(?:Bearer|Basic|Token|Digest) )?[^\s&\"'}]+)",
     re.IGNORECASE,
 )
 # in a sweep Hydra writes https\://user\:secret@host
-_USERINFO = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*\\?://)(?!git@)[^\s/\"'?#]+@")
+_USERINFO = re.compile(r"([A-Za-z][A-Za-z0-9+.-]{0,30}\\?://)(?!git@)[^\s/\"'?#]+@")
 # Values that say themselves what they are: of headers, of known services, JSON Web Tokens, keys in PEM.
 _VALUES = re.compile(
     r"\b(?:Bearer|Basic) (?=\S+[A-Z0-9=])[\w.~+/=-]{8,}|\b[spr]k_(?:live|test)_\w+|\bsk-[\w-]{16,}|\bgh[pousr]_\w{20,}"
@@ -76,8 +76,8 @@ def redacted_text(text: str) -> str:
     return _VALUES.sub(HIDDEN, _ASSIGNED.sub(_hide, text))
 
 
-def guard() -> Stream:
-    """Makes everything that this process prints and logs from now on pass through `redacted_text`.
+def guard(hide: Callable[[str], str] = redacted_text) -> Stream:
+    """Makes everything that this process prints from now on pass through `hide`, and what it logs be without secrets.
 
     A terminal that is gone or cannot show a character costs nothing but what it would have shown. Returns the standard
     output.
@@ -87,8 +87,8 @@ def guard() -> Stream:
     os.close(descriptor)
     codecs.register_error("scoresde", _shown)
     logging.setLogRecordFactory(_Record)
-    output = Stream(sys.stdout)
-    sys.stdout, sys.stderr = output, Stream(sys.stderr)  # type: ignore[assignment]
+    output = Stream(sys.stdout, hide)
+    sys.stdout, sys.stderr = output, Stream(sys.stderr, hide)  # type: ignore[assignment]
     return output
 
 
@@ -108,12 +108,13 @@ class Stream:
         lost: whether it could not be written, and nothing has been since; a reader who has left (`| head`) is no loss.
     """
 
-    def __init__(self, stream: Any):
+    def __init__(self, stream: Any, hide: Callable[[str], str] = redacted_text):
+        self._hide = hide
         self._stream, self.lost = _nowhere() if stream is None else stream, False
 
     def write(self, text: str) -> int:
         encoding = self._stream.encoding or "utf-8"
-        shown = redacted_text(text).encode(encoding, "scoresde").decode(encoding)
+        shown = self._hide(text).encode(encoding, "scoresde").decode(encoding)
         self._try(lambda: self._stream.write(shown))
         return len(text)
 
@@ -146,7 +147,8 @@ class _Record(logging.LogRecord):
 
 
 def _hide(match: re.Match[str]) -> str:
-    name = re.split(r"[\"'\s=:]", match[1], maxsplit=1)[0]
+    before = match.string[max(match.start() - 100, 0) : match.start()]  # by hand, for a pattern would try every place
+    name = re.split(r"[^\w.@+-]", before)[-1] + re.split(r"[\"'\s=:]", match[1], maxsplit=1)[0]
     quote = match[2][0] if match[2][0] in "\"'" else ""
     return f"{match[1]}{quote}{HIDDEN}{quote}" if _is_secret(name) else match[0]
 

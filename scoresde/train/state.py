@@ -85,7 +85,7 @@ class TrainingState:
             raise ValueError(f"conditional=true needs labels or other conditions; data set {dataset.name!r} has none.")
         if order.batch_size % self.world.size or (self.world.size > 1 and not order.drop_last):
             raise ValueError(
-                f"batch_size={order.batch_size} is of all {self.world.size} processes together and has to be a "
+                f"trainer.batch_size={order.batch_size} is of all {self.world.size} processes together and has to be a "
                 "multiple of their number, with drop_last=True."
             )
         if conditional and dataset.unseen and self.world.rank == 0:

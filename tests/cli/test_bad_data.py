@@ -54,7 +54,7 @@ CASES: dict[str, tuple[Any, tuple[str, ...], tuple[str, ...]]] = {
     "empty": (BYTES[:0], (), ("at least one sample", "(0, 8, 8, 3)")),
     "one sample": (VECTORS[:1], ("data.raw_low=-1", "data.raw_high=1"), ("at least 1", "one half")),
     "batch larger than the set": (
-        VECTORS[:40], ("data.raw_low=-1", "data.raw_high=1"), ("fewer than batch_size=64", "at most"),
+        VECTORS[:40], ("data.raw_low=-1", "data.raw_high=1"), ("fewer than trainer.batch_size=64", "at most"),
     ),
     "complex": (VECTORS * 1j, (), ("complex128", "real floats")),
     "truth values": (VECTORS > 0, (), ("bool", "levels=2")),

@@ -89,7 +89,7 @@ def test_a_command_lists_its_own_experiments_and_those_of_the_user(tmp_path: Pat
         ("conditional=true", "needs labels"),
         ("network.embedding=none", "network: "),
         ("sampler.steps=0", "steps is a whole number of at least 1"),
-        ("data.train=10", "fewer than batch_size=64"),
+        ("data.train=10", "fewer than trainer.batch_size=64"),
         ("network._target_=os.system", "network._target_=os.system is not a name that a configuration may call"),
         ("logger._target_=logging.os.system", "is not a name that a configuration may call"),
     ],

@@ -56,7 +56,7 @@ OVERRIDES = {
     "out=": "out= is empty",
     # contradictions
     "sde.beta_min=30": "sde: Expected 0 < beta_min <= beta_max; got beta_min=30, beta_max=20",
-    "data.train=10": "10 samples, fewer than batch_size=64.* Set batch_size to at most 10",
+    "data.train=10": "10 samples, fewer than trainer.batch_size=64.* Set trainer.batch_size to at most 10",
     "evaluation.points=33": "evaluation.points is between 1 and the 32 points",
     "resume=auto overwrite=true": "give one of the two",
     "data=arrays data.path=x": "data.train.*data=8gaussians.* have it",

@@ -229,7 +229,7 @@ def test_another_batch_size_continues_where_the_samples_stopped():
 
 
 def test_order_refuses_a_batch_that_cannot_be_filled_and_a_foreign_state():
-    with pytest.raises(ValueError, match=r"3 samples, fewer than batch_size=8.*at most 3"):
+    with pytest.raises(ValueError, match=r"3 samples, fewer than trainer.batch_size=8.*at most 3"):
         EpochOrder(3, 8, 0)
     with pytest.raises(ValueError, match="n=23 samples with seed=0"):
         EpochOrder(22, 4, 0).load_state_dict(EpochOrder(23, 4, 0).state_dict())

@@ -18,7 +18,7 @@ from together import Ended, start
 
 from scoresde.cli._hydra import alone
 from scoresde.config import Refusal
-from scoresde.runs.lock import Locked, hold, holder
+from scoresde.runs.lock import Locked, alive, hold, holder, note
 
 
 def take(folder: Path, seconds: float = 0.0) -> None:
@@ -201,3 +201,14 @@ def test_commands_hold_their_folder_and_the_ranks_of_one_job_are_one(
             task(None)
         monkeypatch.setenv("RANK", "1")
         assert task(None)["pid"] == os.getpid()  # who holds it is rank 0
+
+
+def test_a_number_that_another_process_has_now_is_not_alive() -> None:
+    """A restarted container gives the same host name and numbers; a note of before, without a birth, counts."""
+    mine = note()
+    assert alive(mine) is True and mine["pid"] == os.getpid()
+    boot, tick = str(mine["born"]).split()
+    assert alive({**mine, "born": f"{boot} {int(tick) - 1}"}) is False
+    assert alive({**mine, "born": f"another-boot {tick}"}) is False
+    assert alive({name: value for name, value in mine.items() if name != "born"}) is True
+    assert alive({**mine, "host": "another"}) is None and alive(note() | {"pid": "x"}) is None

@@ -217,3 +217,35 @@ def test_a_turn_is_given_back_after_the_run_has_saved() -> None:
     finally:
         signal.signal(signal.SIGUSR2, before)
         signal.signal(signal.SIGUSR1, ordinary)
+
+
+DEEP = (*TINY, *PLAIN, "evaluate_at_end=false", "trainer.images=64", "out=a/b/c")
+
+
+def test_jobs_lie_at_any_depth(tmp_path: Path) -> None:
+    """They are counted, kept by resume=auto, and stand in the table; a sweep in a folder below is another one."""
+    subdir = "hydra.sweep.subdir=one/${hydra.job.num}"
+    write_job(tmp_path / "a/b/c/other/0", "0", ["seed=9"], "finished", objective=1.0)
+    done = command("train", "-m", "seed=0,1", *DEEP, subdir, cwd=tmp_path)
+    assert done.code == 0, done.err
+    assert sorted((row["job"], row["seed"]) for row in table(tmp_path / "a/b/c")) == [("one/0", "0"), ("one/1", "1")]
+    before = tree(tmp_path / "a/b/c/one/1/checkpoints")
+    again = command("train", "-m", "seed=0,1", *DEEP, subdir, "resume=auto", cwd=tmp_path)
+    assert again.code == 0 and again.out.count("is finished already") == 2, again.err
+    assert tree(tmp_path / "a/b/c/one/1/checkpoints") == before
+    assert read_job(tmp_path / "a/b/c/other/0")["status"] == "finished"
+
+
+def test_a_deep_sweep_fails_with_its_jobs(tmp_path: Path) -> None:
+    words = ("data=arrays", "data.path=/nowhere/a.npy,/nowhere/b.npy", "logger=jsonl", "out=s")
+    done = command("train", "-m", *words, "hydra.sweep.subdir=${hydra.job.override_dirname}", cwd=tmp_path)
+    assert done.code == 1 and "2 of 2 jobs failed" in done.err, done.err
+    assert len(table(tmp_path / "s")) == 2 and {row["status"] for row in table(tmp_path / "s")} == {"failed"}
+
+
+@pytest.mark.parametrize(
+    ("subdir", "words"), [("../x", "leads out of"), ("/x", "leads out of"), ("one", "gives all jobs one folder")]
+)
+def test_jobs_that_would_lie_elsewhere_or_on_one_another_are_refused(subdir: str, words: str, tmp_path: Path) -> None:
+    done = command("train", "-m", "seed=0,1", *DEEP, f"hydra.sweep.subdir={subdir}", cwd=tmp_path)
+    assert done.code == 1 and words in done.err and not (tmp_path / "a").exists(), done.err

@@ -14,7 +14,7 @@ from together import Ended, start
 
 from scoresde.train.signals import Interrupted, Signals, Stopped
 
-CODES = {"SIGTERM": 143, "SIGINT": 130, "SIGUSR1": 143}
+CODES = {"SIGTERM": 143, "SIGINT": 130, "SIGUSR1": 143, "SIGHUP": 129}
 BY_NAME = pytest.mark.parametrize("name", CODES)
 
 
@@ -43,6 +43,20 @@ def test_handlers_are_restored() -> None:
         for number in numbers:
             os.kill(os.getpid(), number)
         assert heard == numbers
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def test_a_hangup_that_is_ignored_stays_so() -> None:
+    """As `nohup` has it; what else is ignored is heard."""
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGHUP, signal.SIGTERM)}
+    try:
+        with Signals() as signals:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert signals.code == 0 and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert signals.code == 143
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
