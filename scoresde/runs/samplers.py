@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -55,7 +56,8 @@ def keep(folder: Path, model: Model, fitted: FittedSampler) -> None:
     names = ("budget", "error", "error_stderr", "generic", "generic_stderr", "calls", "log_snr", "rows", "data_std")
     record = asdict(model) | {name: getattr(fitted, name) for name in names}
     others = [other for other in read(folder) if _use(other) != _use(record)]
-    publish(folder / _FILE, json.dumps({"samplers": [*others, record]}, indent=2) + "\n")
+    kept = {"samplers": [*others, record], "sha256": _digest([*others, record])}
+    publish(folder / _FILE, json.dumps(kept, indent=2) + "\n")
 
 
 def recall(folder: Path, model: Model, budget: int, denoiser: Denoiser) -> tuple[Sampler, str]:
@@ -98,9 +100,12 @@ def read(folder: Path) -> list[dict[str, Any]]:
         return exported
     path = folder / _FILE
     try:
-        records = json.loads(content_of(path))["samplers"]
+        found = json.loads(content_of(path))
+        records = found["samplers"]
         for record in records:
             _check(record)
+        if found.get("sha256", _digest(records)) != _digest(records):
+            raise ValueError("its SHA-256 differs from what was written")
     except FileNotFoundError:
         return []
     except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
@@ -108,6 +113,10 @@ def read(folder: Path) -> list[dict[str, Any]]:
             f"{path} is not a file of scoresde-fit: {error!r}. Remove it; scoresde-fit run={folder} makes it again."
         ) from error
     return records
+
+
+def _digest(records: Sequence[Mapping[str, Any]]) -> str:
+    return hashlib.sha256(json.dumps(records, sort_keys=True).encode()).hexdigest()
 
 
 def _check(record: Any) -> None:
