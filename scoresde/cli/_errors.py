@@ -67,6 +67,8 @@ def _of_hydra(error: BaseException, command: str) -> str:
         )
     if match := re.search(r"Could not override '([^']+)'\.\s+No match in the defaults", str(error)):
         return _unknown_group(match[1], command)
+    if match := re.match(r"Multiple values for (\S+)\. ", str(error)):
+        return f"{match[1]} is there already, to be chosen once and without +: {match[1]}=…."
     if match := re.search(r"Missing mandatory value: (\S+)", str(error)):
         return f"{match[1]} has no value yet; give it on the command line: {match[1]}=…."
     cause: BaseException | None = error

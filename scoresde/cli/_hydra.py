@@ -28,6 +28,7 @@ from ..ode import SolverError
 from ..runs import lock
 from ..runs.checkpoint import CheckpointError
 from ..runs.load import set_threads
+from ..runs.logger import Logger, RunFacts, run_id
 from ..runs.publish import publish
 from ..runs.redact import guard, redacted, redacted_text
 from ..runs.run import Run
@@ -46,7 +47,7 @@ _EXPLAINED = (Refusal, SolverError, CheckpointError, ProcessLost, ShardError, Tr
 # Options of Hydra's that print, and do nothing else.
 _PRINTING = ("--help", "-h", "--hydra-help", "--cfg", "-c", "--info", "-i", "--version")
 # Keys of scoresde-sample, -likelihood and -evaluate on which no batch depends.
-_FREE = ("run", "out", "device", "threads", "kernels", "pictures", "allow_targets", "timeout")
+_FREE = ("run", "out", "versus", "logger", "device", "threads", "kernels", "pictures", "allow_targets", "timeout")
 
 
 def launch(task: Callable[[DictConfig], Any], name: str) -> None:
@@ -58,6 +59,7 @@ def launch(task: Callable[[DictConfig], Any], name: str) -> None:
         print(f"scoresde {__version__}")
         return
     OmegaConf.register_new_resolver("command", name_of_command, replace=True)
+    OmegaConf.register_new_resolver("sweep_of", folder_of_sweep, replace=True)
     output = guard()  # Hydra logs and prints the overrides of every job
     words = sys.argv[1:]
     if problem := problem_in_words(words) or problem_in_options(words) or of_another_command(f"scoresde-{name}"):
@@ -136,8 +138,17 @@ def name_of_command(run: str) -> str:
     Every process of `torchrun` finds the same name, and so does the same command typed again.
     """
     steps = [path.name for path in Path(run, "checkpoints").glob("step-*")]
-    digest = hashlib.sha256("\0".join(sys.argv[1:]).encode()).hexdigest()
-    return f"{max(steps, default='step')}-{digest[:8]}"
+    return f"{max(steps, default='step')}-{_digest()}"
+
+
+def _digest() -> str:
+    return hashlib.sha256("\0".join(sys.argv[1:]).encode()).hexdigest()[:8]
+
+
+def folder_of_sweep(command: str) -> str:
+    """Where `-m` puts the folders of its jobs, which may be of several runs: `out` if it is typed."""
+    given = [word.partition("=")[2].strip("'\"") for word in sys.argv[1:] if word.lstrip("+").startswith("out=")]
+    return given[-1] if given else f"multirun/{command}-{_digest()}"
 
 
 class OutputFolder(Callback):
@@ -260,6 +271,14 @@ class Command:
         if there and "batches" not in there:
             raise ValueError(f"{folder} is not empty, and nothing in it is overwritten: {other}")
         return True
+
+    @contextlib.contextmanager
+    def logging(self, logger: Logger) -> Iterator[None]:
+        """What is logged within is of a run of its own, in the folder of this command."""
+        config = {name: value for name, value in self.options.items() if name != "logger"}
+        logger.start(RunFacts(self.folder, run_id(config, self.folder), redacted(config)))
+        yield
+        logger.close()
 
     def shards(self, run: Run, **digests: str) -> Shards:
         """This process's share of the work, whose batches depend on the options, the run, and files of these digests.

@@ -11,11 +11,12 @@ from ..config import ConfigError
 from ..data.kinds import NAMES, Kind, in_turn, turns_in_words
 from ..data.readers import names_held_out
 from ..diffusion.conditions import Cond, unnamed
+from ..evaluate.edits import Edited
 from ..evaluate.problem import Problem
 from ..runs.run import Run
 
 
-def choose_cond(given: Any, n: int, run: Run, *, problem: Problem | None = None) -> tuple[Cond, str]:
+def choose_cond(given: Any, n: int, run: Run, *, problem: Problem | Edited | None = None) -> tuple[Cond, str]:
     """The condition of samples, and a sentence about it where there is more to know, else an empty one.
 
     Args:
@@ -24,7 +25,7 @@ def choose_cond(given: Any, n: int, run: Run, *, problem: Problem | None = None)
             the inputs of a problem.
         n: number of samples; of a problem, for each of its inputs, which follow one another.
         run: the model, or the classifier, that is given the condition.
-        problem: its samples have no condition where nothing is given; others then have those of `in_turn`.
+        problem: or edit; its samples have no condition where nothing is given; others then have those of `in_turn`.
 
     Raises:
         ConfigError, ValueError, OSError: a kind that the model was not trained with, one that is missing, or values
@@ -69,7 +70,7 @@ def _unsaid(n: int, run: Run, known: Mapping[str, Kind], in_turns: bool) -> tupl
     return None, ""
 
 
-def _held_out_inputs(kind: str, problem: Problem | None, run: Run) -> list[str]:
+def _held_out_inputs(kind: str, problem: Problem | Edited | None, run: Run) -> list[str]:
     """The inputs of a problem, all of them held-out samples of the run that knows their conditions."""
     if problem is None:
         example = "problem=inpaint input=test:0-7, …."

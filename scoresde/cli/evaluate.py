@@ -10,13 +10,13 @@ from omegaconf import DictConfig
 
 from ..config import ConfigError, build
 from ..evaluate import figures
-from ..evaluate.evaluation import evenly_spaced, held_out_loss
+from ..evaluate.evaluation import digest_of, evenly_spaced, held_out_loss
 from ..evaluate.report import Evaluation, Report, check_samplers, list_files
 from ..evaluate.scoring import Scoring, check_rank
 from ..runs.load import build_loss, choose_device, chosen_run
-from ..runs.logger import NullLogger
 from ..runs.run import Run
 from ._hydra import Command, launch, read, refusing
+from .given import with_given
 
 
 def main() -> None:
@@ -34,8 +34,8 @@ def evaluate(cfg: DictConfig) -> float:
         evaluation = Evaluation(**options["evaluation"])
         if evaluation.pictures:
             figures.require()
-        samplers, likelihood = command.samplers(), command.build("likelihood")
-        run = chosen_run(options, allow, whole_data=True)
+        samplers, likelihood, logger = command.samplers(), command.build("likelihood"), command.build("logger")
+        run = with_given(command, chosen_run(options, allow, whole_data=options["data"] is None))
         evenly_spaced(len(run.dataset.test), evaluation.points, "evaluation.points")
         versus = compared(run, options, allow)
         for each in filter(None, (run, versus)):
@@ -43,7 +43,8 @@ def evaluate(cfg: DictConfig) -> float:
         scoring = scoring_of(command).tried(run.dataset, evaluation.samples)
         check_rank(evaluation.rank_by, [*["sliced-W2"] * (len(run.event_shape) == 1), *scoring.names])
         loss = build_loss(run.config, run.denoiser, allow)
-        shards = command.shards(run, **({} if versus is None else {"versus": versus.digest}))
+        digests = {"points": digest_of(run.dataset.test.raw)} | ({} if versus is None else {"versus": versus.digest})
+        shards = command.shards(run, **digests)
     model = (run.denoiser, run.dataset, run.conditional)
     report = Report(*model, samplers, likelihood, evaluation, seed=options["seed"], scoring=scoring, versus=versus)
     measured = report.measure(shards)
@@ -51,7 +52,8 @@ def evaluate(cfg: DictConfig) -> float:
         return float("nan")
     value = held_out_loss(loss, run.dataset, conditional=run.conditional)
     facts = {"folder": str(folder), "run": str(run.folder), "step": run.step, "weights": options["weights"]}
-    summary = report.write(*measured, folder, facts | {"loss": value}, NullLogger())
+    with command.logging(logger):
+        summary = report.write(*measured, folder, facts | {"loss": value}, logger)
     shards.clear()
     print(list_files(folder))
     return summary["bits_per_dim"]["mean"] if evaluation.objective == "bits_per_dim" else value

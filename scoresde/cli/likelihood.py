@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import csv
 import io
+import math
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +14,15 @@ import numpy as np
 from omegaconf import DictConfig
 from torch import Tensor
 
-from ..evaluate.evaluation import choose_split, evenly_spaced
+from ..config import ConfigError
+from ..evaluate.evaluation import choose_split, digest_of, evenly_spaced
 from ..evaluate.likelihood import BitsPerDim
 from ..runs import folder as folders
 from ..runs.load import chosen_run
 from ..runs.publish import publish, replacing
-from ._hydra import launch, read, refusing
+from ..runs.run import Run
+from ._hydra import Command, launch, read, refusing
+from .given import measured_on, with_given
 
 
 def main() -> None:
@@ -31,34 +37,72 @@ def likelihood(cfg: DictConfig) -> float:
         folder, options = command.folder, command.options
         if not command.is_due("likelihood.json"):
             return float("nan")
-        measure = command.build("likelihood")
-        run = chosen_run(options, command.allow, whole_data=True)
-        index = evenly_spaced(len(choose_split(run.dataset, options["split"])), options["n"])
-        shards = command.shards(run)
-    what = {"split": options["split"], "points": options["n"], "seed": options["seed"], "conditional": run.conditional}
-    job = measure.job(run.denoiser, run.dataset, **what)
-    if shards.rank:
+        measure, logger = command.build("likelihood"), command.build("logger")
+        runs = choose_runs(command)
+        split = "test" if options["data"] is not None else options["split"]
+        points = choose_split(runs[0].dataset, split)
+        index = evenly_spaced(len(points), options["n"])
+        shards = command.shards(runs[0], points=digest_of(points.raw), versus=runs[-1].digest)
+    what = {"split": split, "points": options["n"], "seed": options["seed"]}
+    jobs = [measure.job(run.denoiser, run.dataset, **what, conditional=run.conditional) for run in runs]
+    jobs[1:] = [replace(job, name="versus") for job in jobs[1:]]
+    if shards.rank == 0:
+        print(f"Batches: {jobs[0].count}; {measure.cost(runs[0].event_shape)} …", flush=True)
+    for job in jobs:
         shards.work(job)
+    if shards.rank:
         return float("nan")
-    print(f"Batches: {job.count}; {measure.cost(run.dataset.event_shape)} …", flush=True)
-    bits = shards.result(job)
-    record = {"run": str(run.folder), "step": run.step}
-    record |= {name: options[name] for name in ("weights", "split", "seed", "likelihood")}
-    record |= bits.record
-    write_points(folder, index, bits, choose_split(run.dataset, options["split"]).labels)
+    found = [shards.result(job) for job in jobs]
+    record = {name: options[name] for name in ("weights", "split", "seed", "likelihood", "data")}
+    each = [{"run": str(run.folder), "step": run.step} | bits.record for run, bits in zip(runs, found, strict=True)]
+    record |= each[0] | {"versus": each[1] | difference(*found) if each[1:] else None}
+    write_points(folder, index, found, points.labels)
     folders.finish(folder / "likelihood.json", record)
     shards.clear()
-    print(
-        f"{bits.mean:.4f} ± {bits.stderr:.4f} bits/dim on {bits.points} points of {options['split']} "
-        f"({bits.evaluations:.0f} evaluations, {bits.seconds:.1f} s), of {bits.meaning}. Values in {folder}"
-    )
-    return bits.mean
+    with command.logging(logger):
+        gap = record["versus"] or {}
+        numbers = {record["estimator"]: record["mean"], "bpd_stderr": record["stderr"], "points": record["points"]}
+        logger.summary(numbers | {name: gap[name] for name in ("difference", "difference_stderr") if gap})
+    where = f"{split} of {runs[0].dataset.name}" if options["data"] is None else runs[0].dataset.name
+    for run, bits in zip(runs, found, strict=True):
+        print(
+            f"{run.folder}: {bits.mean:.4f} ± {bits.stderr:.4f} bits/dim on {bits.points} points of {where} "
+            f"({bits.evaluations:.0f} evaluations, {bits.seconds:.1f} s), of {bits.meaning}"
+        )
+    if gap:
+        value = f"{gap['difference']:+.4f} ± {gap['difference_stderr']:.4f}"
+        print(f"{runs[1].folder} less {runs[0].folder}: {value} bits/dim, point by point")
+    print(f"Values in {folder}")
+    return found[0].mean
 
 
-def write_points(folder: Path, index: Tensor, bits: BitsPerDim, labels: Tensor | None) -> None:
-    """`bits_per_dim.npz` and `.csv`: index in the split, bits/dim, its standard error and label of each point."""
-    columns = {"index": index, "bits_per_dim": bits.values, "stderr": bits.errors}
+def choose_runs(command: Command) -> list[Run]:
+    """The run with the points that it is measured on, and the one that it is compared with on the same, if any."""
+    options, other = command.options, command.options["versus"]
+    run = with_given(command, chosen_run(options, command.allow, whole_data=options["data"] is None))
+    runs = [run]
+    if other is not None:
+        second = measured_on(chosen_run({**options, "run": other}, command.allow), run.dataset)
+        own, its = (run.dataset.scaling.levels for run in (run, second))
+        if own != its:
+            raise ConfigError(f"versus={other} counts {its} levels of the same values, and run={run.folder} {own}.")
+        runs.append(second)
+    return runs
+
+
+def difference(first: BitsPerDim, second: BitsPerDim) -> dict[str, float]:
+    """How much more bits/dim the second run needs, with the standard error of the mean over pairs."""
+    gaps = second.values - first.values
+    error = float(gaps.std() / len(gaps) ** 0.5) if len(gaps) > 1 else math.nan
+    return {"difference": float(gaps.mean()), "difference_stderr": error}
+
+
+def write_points(folder: Path, index: Tensor, found: Sequence[BitsPerDim], labels: Tensor | None) -> None:
+    """`bits_per_dim.npz` and `.csv`: index, bits/dim, standard error, label, and those of `versus`."""
+    columns = {"index": index, "bits_per_dim": found[0].values, "stderr": found[0].errors}
     columns |= {} if labels is None else {"label": labels[index]}
+    for bits in found[1:]:
+        columns |= {"versus": bits.values, "versus_stderr": bits.errors}
     arrays: dict[str, Any] = {name: values.numpy() for name, values in columns.items()}
     with replacing(folder / "bits_per_dim.npz") as file:
         np.savez_compressed(file, **arrays)

@@ -47,7 +47,7 @@ def read_problem(options: Mapping[str, Any], dataset: Dataset, allow: Sequence[s
         raise ConfigError("A problem needs what was measured: input=photo.png, or input=test:0 for a held-out sample.")
     operator, mask = _operator(node["operator"], options["mask"], dataset.event_shape, allow)
     measurement = Measurement(dataset, build(node, allow, key="problem", y=None, operator=operator))
-    inputs = _inputs(options["input"], len(dataset.test))
+    inputs = names_of(options["input"], len(dataset.test), "input")
     return measurement.problem(inputs, mask, simulate=options["simulate"], seed=options["seed"])
 
 
@@ -80,16 +80,17 @@ def read_mask(words: Any, event: tuple[int, ...]) -> Tensor:
     return (hole if words.startswith("hole:") else mask_in_file)(words, event)
 
 
-def _inputs(given: Any, count: int) -> list[str]:
-    """Inputs one by one: test:3-5 is test:3, test:4 and test:5."""
+def names_of(given: Any, count: int, key: str) -> list[str]:
+    """Inputs one by one: test:3-5 is test:3, test:4 and test:5, of `count` held-out samples."""
     names: list[str] = []
-    for word in given if isinstance(given, list) else [given]:
+    words = list(given) if isinstance(given, Sequence) and not isinstance(given, str) else [given]
+    for word in words:
         if not isinstance(word, str) or not word.strip():
-            raise ConfigError(f"input is a file, test:5, or a list of such: input=[a.png,b.png]; got {given!r}.")
-        held = held_out(word, count, "input").tolist() if names_held_out(word) else None
+            raise ConfigError(f"{key} is a file, test:5, or a list of such: {key}=[a.png,b.png]; got {given!r}.")
+        held = held_out(word, count, key).tolist() if names_held_out(word) else None
         names += [word] if held is None else [f"test:{i}" for i in held]
     if not names:
-        raise ConfigError("input is an empty list.")
+        raise ConfigError(f"{key} is an empty list.")
     return names
 
 

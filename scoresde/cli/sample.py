@@ -13,6 +13,7 @@ from ..diffusion.conditions import Cond
 from ..diffusion.denoiser import Denoiser
 from ..evaluate import figures
 from ..evaluate.conditions import condition_arrays
+from ..evaluate.edits import Edited, write_edited
 from ..evaluate.evaluation import Drawing, Samples, digest_of
 from ..evaluate.problem import Problem, measured, write_restored
 from ..evaluate.report import check_samplers, list_files, write_samples
@@ -24,6 +25,7 @@ from ..runs.samplers import Model, recall
 from ..sampling.sampler import Sampler
 from ._hydra import Command, launch, read, refusing
 from .conditions import choose_cond
+from .edit import read_edit
 from .guided import build_guidance
 from .problem import Method, choose_method, read_problem
 
@@ -62,8 +64,8 @@ def sample(cfg: DictConfig) -> None:
         samplers, run = command.samplers(), chosen_run(options, allow)
         check_samplers(samplers, run.denoiser)
         denoiser, guide, conditioned = build_guidance(options, run, allow)
-        problem = read_problem(options, run.dataset, allow)
-        cond, said = choose_cond(options["cond"], len(seeds), conditioned, problem=problem)
+        problem, edited = read_problem(options, run.dataset, allow), read_edit(command, run, len(seeds))
+        cond, said = choose_cond(options["cond"], len(seeds), conditioned, problem=problem or edited)
         method, every, given = Method(denoiser, samplers, options["batch_size"]), seeds, cond
         # of what the options only name, and the samples depend on
         digests = {} if guide is None else {"guide_checkpoint": guide}
@@ -78,17 +80,22 @@ def sample(cfg: DictConfig) -> None:
             method = choose_method(problem, options["posterior"], method, allow, cond=cond, n=len(seeds))
             every, given = seeds * len(problem.inputs), problem.condition(len(seeds), cond)
             digests["given"] = problem.digest
+        if edited is not None:
+            method = Method(denoiser, edited.edit.samplers(samplers, denoiser), options["batch_size"])
+            check_samplers(method.samplers, denoiser)
+            every, digests["given"] = seeds * len(edited.inputs), edited.digest
         shards = command.shards(run, **digests)
     if said and not shards.rank:
         print(said, flush=True)
-    drawing = Drawing(run.dataset.event_shape, every, given, method.batch_size)
+    start = None if edited is None else edited.start
+    drawing = Drawing(run.dataset.event_shape, every, given, method.batch_size, start=start)
     jobs = drawing.jobs(method.denoiser, method.samplers)
     for job in jobs.values():
         shards.work(job)
     if shards.rank:
         return
     made = {name: shards.result(job) for name, job in jobs.items()}
-    table = write(command, run, problem, seeds, cond, made)
+    table = write(command, run, problem, edited, seeds, cond, made)
     shards.clear()
     print(table)
     print(list_files(command.folder))
@@ -110,16 +117,25 @@ def of_budget(command: Command, run: Run, denoiser: Denoiser, model: Model) -> t
 
 
 def write(
-    command: Command, run: Run, problem: Problem | None, seeds: list[int], cond: Cond, made: Mapping[str, Samples]
+    command: Command,
+    run: Run,
+    problem: Problem | None,
+    edited: Edited | None,
+    seeds: list[int],
+    cond: Cond,
+    made: Mapping[str, Samples],
 ) -> str:
     """Arrays, pictures and at last `summary.json`. Returns a table of costs, and of how good restored samples are."""
     folder, options, restored = command.folder, command.options, dict[str, dict[str, float]]()
-    if problem is None:
+    if edited is not None:
+        write_edited(edited, made, run.dataset, folder, seeds=seeds, pictures=options["pictures"])
+    elif problem is None:
         write_samples(made, run.dataset, folder, seeds=seeds, pictures=options["pictures"])
     else:
         write_restored(problem, made, run.dataset, folder, cond=cond, seeds=seeds, pictures=options["pictures"])
         restored = measured(problem, made, run.dataset)
-    labels = condition_arrays(cond, None if problem is None else len(problem.inputs)).get("labels")
+    given = problem or edited
+    labels = condition_arrays(cond, None if given is None else len(given.inputs)).get("labels")
     chosen, *others = made
     record = {
         "run": str(run.folder),
@@ -137,6 +153,8 @@ def write(
     if problem is not None:
         record |= {name: options[name] for name in ("problem", "posterior", "mask")}
         record |= {"inputs": problem.inputs, "restored": restored}
+    if edited is not None:
+        record |= {"edit": options["edit"], "inputs": edited.inputs}
     folders.finish(folder / "summary.json", record)
     columns: dict[str, Sequence[Any]] = {
         "sampler": list(made),

@@ -216,6 +216,15 @@ def hold_out(samples: Split, fraction: float, seed: int) -> tuple[Split, Split]:
     return samples.take(train.sort().values), samples.take(test.sort().values)
 
 
+def given(name: str, samples: Split, codec: Scaling, class_names: tuple[str, ...] = ()) -> Dataset:
+    """Samples that a trained model is measured on, under its codec: all of them are held out."""
+    try:
+        codec.check(samples.raw, f"{name}: raw")
+    except (TypeError, ValueError) as error:  # without its advice, which is on how to make a codec
+        raise type(error)(f"{str(error).partition('. ')[0].rstrip('.')}.") from error
+    return Dataset(name, samples, samples, codec, count_classes(samples), class_names=class_names)
+
+
 def count_classes(*splits: Split) -> int:
     """One more than the largest label, 0 without labels."""
     return 1 + max((int(split.labels.max()) for split in splits if split.labels is not None), default=-1)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..codecs.scaling import Scaling
-from .dataset import Dataset, Split, check_samples, count_classes, hold_out
+from .dataset import Dataset, Split, check_samples, count_classes, given, hold_out
 from .source import existing, explained, misfit, unpacked_bytes
 
 # What makes labels of other kinds class indices, by the letter of their dtype.
@@ -36,6 +36,7 @@ def Arrays(
     add_channel: bool = False,
     test_fraction: float = 0.1,
     seed: int = 0,
+    codec: Scaling | None = None,
 ) -> Dataset:
     """Samples (N, *event) of a NumPy file. Nothing is unpickled.
 
@@ -55,6 +56,7 @@ def Arrays(
         channels_last: samples are stored (…, C) and become (C, …).
         add_channel: samples are stored without a channel axis and get one of size 1.
         test_fraction, seed: of the split, in (0, 1), and ≥ 0; by class where there are labels.
+        codec: of a model that is measured on these samples, in place of levels and range; all are held out.
 
     Raises:
         FileNotFoundError: a file is missing.
@@ -66,6 +68,8 @@ def Arrays(
         raise ValueError("channels_last and add_channel exclude each other: the channel axis is there or it is not.")
     keys = dict(cond_keys or {}) | ({} if label_key is None else {"label": label_key})
     train = _read_split(file, key, keys, channels_last, add_channel)
+    if codec is not None:
+        return given(file.name, train, codec)
     scaling = _scaling(train.raw, levels, raw_low, raw_high, file)
     if test_path is None:
         train, test = hold_out(train, test_fraction, seed)

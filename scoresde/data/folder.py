@@ -11,14 +11,19 @@ from torch import Tensor
 
 from ..checks import whole
 from ..codecs.scaling import Scaling
-from .dataset import Dataset, Split, count_classes, hold_out
+from .dataset import Dataset, Split, count_classes, given, hold_out
 from .source import existing, misfit
 
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".gif")
 
 
 def ImageFolder(
-    path: str, size: int | None = None, grey: bool = False, test_fraction: float = 0.1, seed: int = 0
+    path: str,
+    size: int | None = None,
+    grey: bool = False,
+    test_fraction: float = 0.1,
+    seed: int = 0,
+    codec: Scaling | None = None,
 ) -> Dataset:
     """8-bit images of a folder, decoded once and kept in memory.
 
@@ -32,6 +37,7 @@ def ImageFolder(
             as they are, all of one size.
         grey: one channel (colour becomes luma) instead of three (grey images are then refused).
         test_fraction, seed: of the split, in (0, 1), and ≥ 0; by class where there are labels.
+        codec: of a model that is measured on these images, of 256 levels; all are held out.
 
     Returns:
         raw (N, 1 or 3, H, W) uint8 in 256 levels.
@@ -52,6 +58,10 @@ def ImageFolder(
             expected = f"{in_pixels(images[0])} pixels as in {files[0].name}"
             raise misfit(file, expected, in_pixels(image), "Give size=… to cut and resize all of them.")
     samples = Split(torch.from_numpy(np.stack(images)), labels)
+    if codec is not None:
+        if codec.levels != 256:
+            raise misfit(folder, f"samples of {codec}", "8-bit images", "Give the values themselves: data=arrays.")
+        return given(folder.resolve().name, samples, codec, names)
     splits, scaling = hold_out(samples, test_fraction, seed), Scaling(levels=256)
     classes, both = count_classes(samples), (str(path), str(path))
     return Dataset(folder.resolve().name, *splits, scaling, classes, class_names=names, files=both)

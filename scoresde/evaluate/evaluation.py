@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..data import Dataset, Split
 from ..diffusion.conditions import Cond, move, named, take
-from ..diffusion.denoiser import Denoiser, model_device
+from ..diffusion.denoiser import CountingDenoiser, Denoiser, model_device
 from ..losses.loss import Loss
 from ..noise.rng import Rng
 from ..runs.progress import track
@@ -86,6 +86,8 @@ class Drawing:
         batch_size: samples at a time.
         frames, watched: how many states of how many samples of the first batch are kept, for a trajectory; None watches
             500 vectors, or 8 of other events.
+        start: (denoiser, slice of the samples, their conditions, their Rng, device) -> the state that they start from;
+            None draws it from the prior.
     """
 
     event_shape: Sequence[int]
@@ -94,6 +96,7 @@ class Drawing:
     batch_size: int = 128
     frames: int = 8
     watched: int | None = None
+    start: Callable[[Denoiser, slice, Cond, Rng, torch.device], Tensor] | None = None
 
     def jobs(self, denoiser: Denoiser, samplers: Mapping[str, Sampler]) -> dict[str, Job[Samples]]:
         """The work of every sampler, all from the same seeds."""
@@ -108,12 +111,14 @@ class Drawing:
         def batch(index: int) -> Iterator[Tensors]:
             part, kept, times = slice(index * size, (index + 1) * size), [], []
             shape, cond = (len(seeds[part]), *self.event_shape), move(take(self.cond, part), device)
-            for trace in sampler.iterate(denoiser, shape, cond=cond, rng=Rng(seeds=seeds[part])):
+            rng, counted = Rng(seeds=seeds[part]), CountingDenoiser(denoiser)
+            start = shape if self.start is None else self.start(counted, part, cond, rng, device)
+            for trace in sampler.iterate(denoiser, start, cond=cond, rng=rng):
                 if index == 0 and trace.index in watch:
                     kept.append(trace.x[:watched].cpu())
                     times.append(trace.t)
                 yield {}
-            made = {"x": trace.x.cpu(), "evaluations": torch.tensor(trace.evaluations)}
+            made = {"x": trace.x.cpu(), "evaluations": torch.tensor(trace.evaluations + counted.evaluations)}
             if index == 0:
                 made |= {"frames": torch.stack(kept), "times": torch.tensor(times, dtype=torch.float64)}
             yield made
@@ -124,6 +129,7 @@ class Drawing:
 
         digest = None if self.cond is None else digest_of(self.cond)
         settings = {**vars(self), "seeds": seeds, "cond": digest, "steps": sampler.steps, "watched": watched}
+        del settings["start"]  # which the caller vouches for
         count = math.ceil(len(seeds) / size)
         return Job(name, count, sampler.steps + 2 + int(sampler.denoise), batch, merge, settings)
 

@@ -32,7 +32,9 @@ def require() -> None:
         ) from error
 
 
-def sample_grid(made: Tensor, real: Tensor, path: Path, *, columns: int = 8, sampler: str = "") -> Path:
+def sample_grid(
+    made: Tensor, real: Tensor, path: Path, *, columns: int = 8, sampler: str = "", beside: str = "real"
+) -> Path:
     """Generated samples beside real ones: images as two blocks, signals as lines, points as a scatter plot. Of many the
     first are drawn: 128 images, 16 signals.
 
@@ -41,8 +43,9 @@ def sample_grid(made: Tensor, real: Tensor, path: Path, *, columns: int = 8, sam
         path: the PNG to write.
         columns: images per row of a block.
         sampler: by which they were made, for the title.
+        beside: the title of `real`.
     """
-    titles = (f"generated{sampler and ' by '}{sampler}", "real")
+    titles = (f"generated{sampler and ' by '}{sampler}", beside)
     made, real = _signals(made), _signals(real)
     if made.ndim < 3:
         return _scatter(list(zip(titles, (made, real), strict=True)), path, shared=True)

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -228,16 +228,26 @@ class Elbo(Likelihood):
         samples: draws of noise and its level for each point, ≥ 1; a single one has no standard error.
         batch_size: points at a time, ≥ 1.
         t_min: likelihood cut-off; None for the SDE's own.
+        bound: how the network was trained on integers, "dequantised" by uniform noise or as "centres" of their bins. It
+            cannot tell where in a bin a value is if that was noise, and the bound of the centres is then bits too high.
 
     Raises:
-        ValueError: a batch size or number of samples below 1.
+        ValueError: a batch size or number of samples below 1, another bound.
     """
 
-    estimator, how, dequantises = "bpd/elbo", "by the variational bound of continuous time", False
+    estimator, how = "bpd/elbo", "by the variational bound of continuous time"
 
-    def __init__(self, *, samples: int = 64, batch_size: int = 64, t_min: float | None = None):
+    def __init__(
+        self,
+        *,
+        samples: int = 64,
+        batch_size: int = 64,
+        t_min: float | None = None,
+        bound: Literal["dequantised", "centres"] = "dequantised",
+    ):
         super().__init__(batch_size, t_min)
         self.calls = self.samples = whole(samples, "samples")
+        self.bound, self.dequantises = bound, bound == "dequantised"
 
     @property
     def accuracy(self) -> Mapping[str, float]:
@@ -245,12 +255,16 @@ class Elbo(Likelihood):
 
     @property
     def settings(self) -> dict[str, Any]:
-        return {"samples": self.samples, "bound": "elbo"}
+        return {"samples": self.samples, "bound": f"elbo, {self.bound}"}
 
     def cost(self, event_shape: Sequence[int]) -> str:
         return f"network calls for each {self.batch_size} points: {self.samples}"
 
     def measure(self, denoiser: Denoiser, raw: Tensor, scaling: Scaling, cond: Cond, rng: Rng) -> Measured:
-        how: dict[str, Any] = {"samples": self.samples, "scaling": scaling, "t_min": self.t_min}
-        found = elbo(denoiser, raw, cond=cond, rng=rng, **how)
-        return Measured(found.log_prob, found.stderr, torch.full_like(found.log_prob, math.nan), found.evaluations)
+        how: dict[str, Any] = {"samples": self.samples, "t_min": self.t_min, "cond": cond, "rng": rng}
+        if self.dequantises:  # log P(raw) is at least the mean of log p(raw + u), and that of its bound
+            found, volume = elbo(denoiser, scaling.encode(raw, rng=rng), **how), scaling.log_volume(raw.shape[1:])
+        else:
+            found, volume = elbo(denoiser, raw, scaling=scaling, **how), 0.0
+        unknown = torch.full_like(found.log_prob, math.nan)
+        return Measured(found.log_prob + volume, found.stderr, unknown, found.evaluations)

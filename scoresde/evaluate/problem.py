@@ -92,15 +92,15 @@ class Measurement:
             FileNotFoundError: no such file.
             ValueError: what is in a file does not fit, or inputs of both kinds.
         """
-        clean = [self._clean(name) for name in inputs if simulate or names_held_out(name)]
+        clean = [self.clean(name) for name in inputs if simulate or names_held_out(name)]
         if clean and len(clean) < len(inputs):
             raise ValueError("Inputs are all test:… (or simulate=true), or all measured; got both.")
         ys = [self._simulated(x, seed) for x in clean] or [self._read(name) for name in inputs]
         truth = torch.stack(clean) if clean else None
         return Problem(self.observation, torch.stack(ys), self.seen, mask, truth, inputs)
 
-    def _clean(self, name: str) -> Tensor:
-        """The sample that is to be degraded."""
+    def clean(self, name: str) -> Tensor:
+        """A sample in a file, or a held-out one, as model data."""
         dataset = self.dataset
         if names_held_out(name):
             return dataset.encode(dataset.test.raw[held_out(name, len(dataset.test), "input")])[0]

@@ -163,7 +163,7 @@ def chosen_run(options: Mapping[str, Any], allow: Sequence[str], *, whole_data: 
 
 def with_named(run: Run, options: Mapping[str, Any]) -> Run:
     """The run with all of its data if a command names held-out samples and the folder keeps a part of them only."""
-    named = any("test:" in str(options.get(key)) for key in ("input", "cond"))
+    named = any("test:" in str(options.get(key)) for key in ("input", "cond", "edit"))
     return run.whole_data() if named and not run.dataset.complete else run
 
 

@@ -42,6 +42,7 @@ from scoresde.config import ConfigError, build, build_network, config_dir, param
 from scoresde.data import Dataset
 from scoresde.diffusion.parameterization import Parameterization
 from scoresde.evaluate import Features
+from scoresde.evaluate.edits import Edit
 from scoresde.evaluate.likelihood import Likelihood
 from scoresde.evaluate.report import Evaluation
 from scoresde.nn import MLP, Classifier
@@ -56,7 +57,7 @@ OPTIONS = sorted(
     (path.parent.name, path.stem)
     for path in CONF.glob("*/*.yaml")
     if path.parent.name not in ("experiment", "metrics", "features")  # the last two are built in a test of their own
-    and path.relative_to(CONF) not in (Path("problem/none.yaml"), Path("grid/own.yaml"))  # there is nothing in them
+    and str(path.relative_to(CONF)) not in ("problem/none.yaml", "edit/none.yaml", "grid/own.yaml")  # nothing in them
 )
 EXPERIMENTS = sorted(path.stem for path in CONF.glob("experiment/*.yaml"))
 
@@ -119,8 +120,9 @@ GROUPS: dict[str, tuple[Any, Callable[[], dict[str, Any]]]] = {
     ),
     "posterior": ((Denoiser, Step), lambda: {"denoiser": tiny_denoiser(), "step": DDIM(), "observation": seen()}),
     "problem": (Observation, lambda: {"y": None}),
+    "edit": (Edit, dict),
 }
-OF_SAMPLES = ("guidance", "posterior", "problem")  # groups that scoresde-train has not
+OF_SAMPLES = ("guidance", "posterior", "problem", "edit")  # groups that scoresde-train has not
 
 
 def wanted(node: Any, facts: dict[str, Any]) -> dict[str, Any]:
@@ -155,13 +157,15 @@ def files(folder: Path) -> dict[str, list[str]]:
     given["cifar_vp"] = [f"data.path={folder / 'images.npz'}"]
     given["fitted"] = [f"grid.path={folder / 'grid.json'}"]
     given["energy"] = ["guidance.energy={_target_: scoresde.UniformGrid}"]  # something that can be called
+    given |= {option: ["edit.input=test:0-1"] for option in ("sdedit", "interpolation", "attribute")}
+    given["attribute"] += ["edit.having=test:0", "edit.lacking=[test:1]"]
     return given | {"arrays": [*given["arrays"], "data.raw_low=-1", "data.raw_high=1"]}
 
 
 @pytest.mark.parametrize(("group", "option"), OPTIONS, ids=str)
 def test_every_option_builds(group: str, option: str, tmp_path: Path) -> None:
     kind, runtime = GROUPS[group]
-    more = files(tmp_path).get(option, []) if group in ("data", "grid", "guidance") else []
+    more = files(tmp_path).get(option, []) if group in ("data", "grid", "guidance", "edit") else []
     if group in OF_SAMPLES:
         cfg = composed(f"{group}={option}", "run=somewhere", *more, name="sample")
     else:
@@ -220,7 +224,7 @@ def test_the_other_mains_build_every_option_of_their_groups(name: str, tmp_path:
     for group, option in OPTIONS:
         if group in groups:
             kind, runtime = GROUPS[group]
-            more = given.get(option, []) if group in ("grid", "guidance") else []
+            more = given.get(option, []) if group in ("data", "grid", "guidance", "edit") else []
             node = composed(f"{group}={option}", "run=somewhere", *more, name=name)[group]
             assert isinstance(build(node, **wanted(node, runtime())), kind)
 

@@ -1,0 +1,38 @@
+"""An edit as a command gives it: the change, and the samples that are changed."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from ..config import ConfigError
+from ..evaluate.edits import Edited
+from ..evaluate.problem import Measurement
+from ..inverse.observation import Observation
+from ..runs.run import Run
+from ._hydra import Command
+from .problem import names_of
+
+_CHOSEN = ("sampler=", "sampler.", "grid=", "grid.", "+sampler@")
+
+
+def read_edit(command: Command, run: Run, n: int) -> Edited | None:
+    """The edit that a command describes, None for edit=none.
+
+    Raises:
+        ConfigError, ValueError, OSError: what was given does not fit; says what was expected and found.
+    """
+    options = command.options
+    if options["edit"] is None:
+        return None
+    for key in ("problem", "budget"):
+        if options[key] is not None:
+            raise ConfigError(f"edit= starts from given samples, which {key}= does not; leave one of them away.")
+    edit = command.build("edit")
+    if edit.flow and (typed := [word for word in command.typed if word.startswith(_CHOSEN)]):
+        raise ConfigError(f"This edit goes along the probability flow, set by edit.flow; leave {typed[0]} away.")
+    reader = Measurement(run.dataset, Observation(None, nn.Identity(), std=1e-3, linear=True))
+    names = {key: names_of(words, len(run.dataset.test), f"edit.{key}") for key, words in edit.words.items()}
+    x = {key: torch.stack([reader.clean(name) for name in found]) for key, found in names.items()}
+    rows, changed = edit.rows(names["input"], x["input"])
+    return Edited(edit, x, rows, changed, n)
