@@ -126,6 +126,8 @@ def alive(note: Mapping[str, Any]) -> bool | None:
     if note.get("host") != socket.gethostname():
         return None
     try:
+        if int(note["pid"]) <= 0:  # of a damaged note: to the kernel these are groups of processes, −1 all of them
+            return None
         os.kill(int(note["pid"]), 0)
     except ProcessLookupError:
         return False

@@ -203,6 +203,12 @@ def test_commands_hold_their_folder_and_the_ranks_of_one_job_are_one(
         assert task(None)["pid"] == os.getpid()  # who holds it is rank 0
 
 
+@pytest.mark.parametrize("pid", [-1, 0, "x", None, 10**400, -(2**31)])
+def test_a_number_that_no_process_has_is_not_alive(pid: object) -> None:
+    """A signal to −1 would reach every process, and whoever is found alive may be sent one."""
+    assert alive({**note(), "pid": pid}) is None
+
+
 def test_a_number_that_another_process_has_now_is_not_alive() -> None:
     """A restarted container gives the same host name and numbers; a note of before, without a birth, counts."""
     mine = note()
