@@ -525,7 +525,7 @@ def capture(mode: FakeTensorMode, step: Step, model: Callable[[], nn.Module], gr
     with mode:
         denoiser: Any = model()
         x, rng = torch.empty(4, 2, device=GPU), Rng(0).captured(GPU)
-    times = sampler._times(denoiser)
+    times = sampler.times(denoiser)
     with mode, Capture():
         for state in sampler._states(denoiser, x, times, None, rng):
             assert state.shape == (4, 2) and state.device == GPU
