@@ -164,7 +164,7 @@ def test_a_conditional_model_is_told_the_label_or_not(folder: Path, told: Run, j
 
 def test_a_problem_is_solved_under_the_label(folder: Path, free: Run, judge: Run) -> None:
     """PiGDM(Classifier(P)), and a step around the sampler's, whose last denoising hears the label and not y."""
-    words = ("run=free", "problem=inpaint", "grid=uniform", "mask=mask.npy", "problem.std=0.1", "input=[test:3,test:8]",
+    words = ("run=free", "problem=inpaint", "grid=own", "mask=mask.npy", "problem.std=0.1", "input=[test:3,test:8]",
              "guidance=classifier", "guide=judge", "n=4")  # fmt: skip
     guided, y = Classifier(free.denoiser, judge.denoiser), torch.tensor([0, 2, 0, 2])
     both = {"pigdm": ("posterior=pigdm",), "replacement": ("posterior=replacement",)}

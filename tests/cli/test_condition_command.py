@@ -163,7 +163,7 @@ def test_where_nothing_is_said_held_out_samples_are_gone_through(folder: Path, e
 
 
 def test_a_measurement_and_a_vector_together(folder: Path, vec: Run) -> None:
-    words = ("problem=inpaint", "mask=mask.npy", "input=[test:1,test:6]", "problem.std=0.1", "grid=uniform", "n=3")
+    words = ("problem=inpaint", "mask=mask.npy", "input=[test:1,test:6]", "problem.std=0.1", "grid=own", "n=3")
     arrays, _ = drawn(
         folder, "vec", "both", *words, "cond.vector=[[0.3,-1],[1,1]]", "guidance=cfg", "guidance.scale=1.5"
     )  # fmt: skip
@@ -179,7 +179,7 @@ def test_a_measurement_and_a_vector_together(folder: Path, vec: Run) -> None:
 def test_every_input_is_told_what_belongs_to_itself(folder: Path, everything: Run) -> None:
     """All kinds at once, for two samples of each of three inputs, in batches of other sizes; or one of the kinds. What
     was told is beside the samples."""
-    words = ("problem=inpaint", "mask=half.npy", "problem.std=0.1", "grid=uniform", "guidance=cfg", "n=2")
+    words = ("problem=inpaint", "mask=half.npy", "problem.std=0.1", "grid=own", "guidance=cfg", "n=2")
     arrays, _ = drawn(folder, "all", "own", *words, "input=[test:3,test:9-10]", "cond=input", "batch_size=4")
     test, seen, index = everything.dataset.test, torch.arange(4).expand(1, 4, 4) < 2, (3, 9, 10)
     for i, given, samples in zip(index, torch.from_numpy(arrays["given"]).nan_to_num(), arrays["samples"], strict=True):

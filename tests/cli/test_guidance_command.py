@@ -103,7 +103,7 @@ def test_a_measurement_and_a_label_together(folder: Path, run: Run) -> None:
     """The posterior of the guided model: PiGDM(ClassifierFree(P)), of each input with all labels in turn."""
     mask = torch.arange(8) < 4  # the left half
     np.save(folder / "mask.npy", mask.expand(8, 8).numpy())
-    words = ("problem=inpaint", "grid=uniform", "mask=mask.npy", "problem.std=0.1")
+    words = ("problem=inpaint", "grid=own", "mask=mask.npy", "problem.std=0.1")
     made = drawn(
         folder, "both", *words, "input=[test:3,test:8]", "guidance=cfg", "guidance.scale=2", "cond.label=[5,6,7]",
         "n=4", "batch_size=3",

@@ -22,6 +22,7 @@ from scoresde import (
     Score,
     ScoreFunction,
     TableSDE,
+    UniformGrid,
     V,
     Velocity,
     log_likelihood,
@@ -155,7 +156,8 @@ def test_foreign_networks_sample_and_score_like_the_exact_denoiser() -> None:
     exact = mixture(sde, (2,))
     start = sde.prior_sample((6, 2), rng=Rng(0), dtype=torch.float64)
     x = exact.sample(3, rng=Rng(2), dtype=torch.float64)
-    want = Sampler(DDIM(), steps=12)(exact, start)
+    sampler = Sampler(DDIM(), UniformGrid(), steps=12)
+    want = sampler(exact, start)
 
     def score(denoiser):
         return log_likelihood(denoiser, x, divergence=Exact(), solver=Tolerance(1e-4, 1e-4), rng=Rng(0)).log_prob
@@ -164,7 +166,9 @@ def test_foreign_networks_sample_and_score_like_the_exact_denoiser() -> None:
     for convention in CONVENTIONS:
         denoiser = convention(exact)
         denoiser.data_mean, denoiser.data_var = exact.data_mean, exact.data_var
-        torch.testing.assert_close(Sampler(DDIM(), steps=12)(denoiser, start), want, rtol=1e-7, atol=1e-7)
+        torch.testing.assert_close(
+            Sampler(DDIM(), UniformGrid(), steps=12)(denoiser, start), want, rtol=1e-7, atol=1e-7
+        )
         # round-off may tip a step of the adaptive solver: its tolerance bounds the difference
         torch.testing.assert_close(score(denoiser), expected, rtol=0, atol=1e-2)
 
