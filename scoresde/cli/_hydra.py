@@ -276,9 +276,17 @@ class Command:
     def logging(self, logger: Logger) -> Iterator[None]:
         """What is logged within is of a run of its own, in the folder of this command."""
         config = {name: value for name, value in self.options.items() if name != "logger"}
-        logger.start(RunFacts(self.folder, run_id(config, self.folder), redacted(config)))
-        yield
-        logger.close()
+        hydra, failed = HydraConfig.get(), True
+        sweep = Path(str(hydra.sweep.dir)).name if in_sweep() else None
+        what = RunFacts(
+            self.folder, run_id(config, self.folder), redacted(config), sweep, work=str(hydra.job.config_name)
+        )
+        logger.start(what)
+        try:
+            yield
+            failed = False
+        finally:
+            logger.close(failed)
 
     def shards(self, run: Run, **digests: str) -> Shards:
         """This process's share of the work, whose batches depend on the options, the run, and files of these digests.

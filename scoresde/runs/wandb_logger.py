@@ -44,7 +44,7 @@ class WandbLogger(Logger):
             "online" for a run that `wandb agent` starts, else "offline".
         project, entity, name, group, tags, notes, job_type: as in `wandb.init`. None: WANDB_PROJECT, WANDB_ENTITY,
             WANDB_NAME, WANDB_RUN_GROUP, WANDB_TAGS (a,b), WANDB_NOTES, WANDB_JOB_TYPE, else project "scoresde", the
-            folder's name, the sweep as the group and "train".
+            folder's name, the sweep as the group and the command.
         finish_timeout: seconds that `close` waits at most, > 0. W&B has two fifths of it to begin an online run, which
             is kept offline otherwise, and two fifths to upload the rest at the end. Rows that were not uploaded by then
             are on the disk, and one line says how to upload them.
