@@ -39,7 +39,7 @@ from ..train.world import ProcessLost
 from ._errors import explain, of_another_command
 from .foreign import CheckedLoader
 from .own_options import problem_in_options
-from .typed import problem_in_words, typed
+from .typed import problem_in_words, typed, words_of
 
 _show_warning = warnings.showwarning
 # Errors whose message says what to do.
@@ -102,7 +102,7 @@ def _past_hydra(task: Callable[[DictConfig], Any]) -> Callable[[DictConfig], Any
         try:
             return task(cfg)
         except Exception as error:
-            if in_sweep():  # launchers know no other errors
+            if HydraConfig.get().runtime.choices["hydra/launcher"] != "basic":  # others know no other errors
                 raise
             raise _PastHydra(error) from None
 
@@ -168,8 +168,11 @@ class OutputFolder(Callback):
         self._remember(config.hydra.sweep.dir)
 
     def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
-        note = Path(str(config.hydra.sweep.dir), "multirun.yaml")  # Hydra's own, with everything that was typed
-        if in_sweep() and note.is_file():
+        # Hydra's own, with everything that was typed
+        notes = [Path(str(config.hydra.sweep.dir), "multirun.yaml")] if in_sweep() else []
+        if config.hydra.output_subdir is not None:
+            notes += Path(config.hydra.runtime.output_dir, config.hydra.output_subdir).glob("*.yaml")
+        for note in filter(Path.is_file, notes):
             publish(note, redacted_text(note.read_text(encoding="utf-8")))
 
     @staticmethod
@@ -183,6 +186,9 @@ class OutputFolder(Callback):
     def remove_created() -> None:
         """Removes the folders made for this command, if nothing but Hydra's own note is in them."""
         for path in OutputFolder.created:
+            for job in path.glob("*/"):
+                with contextlib.suppress(OSError):
+                    job.rmdir()
             with contextlib.suppress(OSError):
                 if {entry.name for entry in path.iterdir()} == {"multirun.yaml"}:
                     (path / "multirun.yaml").unlink()
@@ -334,17 +340,4 @@ def read(cfg: DictConfig) -> Command:
     set_threads(options["threads"])
     warnings.showwarning = _note  # type: ignore[assignment]
     folder, words = Path(hydra.runtime.output_dir), list(hydra.overrides.task)
-    return Command(options, names, folder, words, _words(hydra, folder))
-
-
-def _words(hydra: Any, folder: Path) -> list[str]:
-    given: Any = OmegaConf.to_container(hydra.overrides, resolve=False)
-    words = given["task"]
-    if in_sweep():
-        words = [word for word in words if not word.startswith(("out=", "resume="))] + [f"out={folder}"]
-    else:
-        words += [word for word in given["hydra"] if not word.startswith("hydra.mode=")]
-    dirs = [
-        f"--config-dir={source.path}" for source in hydra.runtime.config_sources if source.provider == "command-line"
-    ]
-    return [redacted_text(word) for word in [hydra.job.name, *dirs, *words]]
+    return Command(options, names, folder, words, words_of(hydra, folder, sweep=in_sweep()))

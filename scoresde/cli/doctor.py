@@ -16,6 +16,7 @@ from textwrap import fill
 
 from .. import __version__
 from ..config import config_dir
+from ..runs.redact import guard
 
 _EXTRAS = ("data", "plot", "sweep")
 
@@ -28,10 +29,12 @@ def main() -> None:
     """Entry point of `scoresde-doctor`; exits with 1 if anything is broken."""
     parser = argparse.ArgumentParser(prog="scoresde-doctor", description="Versions, device, kernels and a trial step.")
     parser.add_argument("--version", action="version", version=f"scoresde {__version__}")
+    output = guard()
     parser.parse_args()
     broken = [name for name, look in _LOOKS.items() if not _shown(name, look)]
     print(f"broken: {', '.join(broken)}" if broken else "all is well")
-    sys.exit(bool(broken))
+    output.flush()
+    sys.exit(bool(broken) or output.lost)
 
 
 def _shown(name: str, look: Callable[[], str]) -> bool:

@@ -5,14 +5,19 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException
+from omegaconf import OmegaConf
+
+from ..runs.redact import redacted_text
 
 # Last parts of keys whose value is text, whatever it reads like; `null` is a name for the first two alone.
 _TEXT = (
-    *("out", "run", "experiment", "guide", "mask", "input", "path", "test_path", "key", "label_key"),
+    *("out", "run", "versus", "experiment", "guide", "mask", "input", "path", "test_path", "key", "label_key"),
     *("project", "entity", "group", "name", "notes", "job_type"),
 )
 _NEVER_NULL = ("out", "run")
@@ -32,7 +37,8 @@ def problem_in_words(words: Sequence[str]) -> str:
     for word in words:
         key, equals, value = word.partition("=")
         if not word.isascii() and word != word.encode(errors="replace").decode():
-            return f"{word.encode(errors='backslashreplace').decode()} is not text in UTF-8; rename the file."
+            shown = word.encode(errors="backslashreplace").decode()
+            return f"{shown} is no text here: set PYTHONUTF8=1 if it is UTF-8, else choose another name."
         if equals and is_text(key) and value.startswith("~"):
             return f"{word}: the shell leaves ~ as it is there. Write the folder out: {key}=$HOME{value[1:]}."
     return ""
@@ -51,6 +57,20 @@ def in_shell(*words: str) -> str:
 def _escaped(word: str) -> str:
     slashed = word.replace("\\", "\\\\").replace("'", "\\'")
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in slashed)
+
+
+def words_of(hydra: Any, folder: Path, *, sweep: bool) -> list[str]:
+    """The command that Hydra was given, without secrets; of a job of a sweep, that which runs it alone."""
+    given: Any = OmegaConf.to_container(hydra.overrides, resolve=False)
+    words = given["task"]
+    if sweep:
+        words = [word for word in words if not word.startswith(("out=", "resume="))] + [f"out={folder}"]
+    else:
+        words += [word for word in given["hydra"] if not word.startswith("hydra.mode=")]
+    dirs = [
+        f"--config-dir={source.path}" for source in hydra.runtime.config_sources if source.provider == "command-line"
+    ]
+    return [redacted_text(word) for word in [hydra.job.name, *dirs, *words]]
 
 
 def is_text(key: str) -> bool:

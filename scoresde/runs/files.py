@@ -195,7 +195,7 @@ def newest_checkpoint(folder: Path) -> int | None:
 def values(overrides: Sequence[Any]) -> dict[str, str]:
     """`["sde=vp", "+a.b=1", "resume=auto"]` as `{"sde": "vp", "a.b": "1"}`: the overrides that define a job."""
     pairs = [str(override).lstrip("+").split("=", 1) for override in overrides if "=" in str(override)]
-    return {name: value for name, value in pairs if name not in CONTROL}
+    return {name: re.sub(r"^([\"'])(.*)\1$", r"\2", value) for name, value in pairs if name not in CONTROL}
 
 
 def marked(path: Path) -> bool:

@@ -74,5 +74,5 @@ def test_a_command_can_be_pasted() -> None:
 
 def test_words_that_cannot_be_taken_are_told() -> None:
     assert "out=$HOME/x" in problem_in_words(["out=~/x"])
-    assert "out=\\udcff is not text in UTF-8" in problem_in_words(["out=\udcff"])
+    assert "out=\\udcff is no text here: set PYTHONUTF8=1" in problem_in_words(["out=\udcff"])
     assert not problem_in_words(["out=größe", "~sampler.grid", "data.path=a~b"])

@@ -98,6 +98,13 @@ def test_forty_are_tried() -> None:
     assert len(OVERRIDES) + len(FILES) >= 40
 
 
+def test_a_sweep_of_another_command_is_refused_in_a_line(tmp_path: Path) -> None:
+    """Without Hydra's line of all overrides above it, and without the folder of the first job."""
+    done = command("likelihood", "-m", "run=nowhere", "n=1,2", "out=made", cwd=tmp_path)
+    assert done.code == 1 and "Error executing" not in done.err and "Traceback" not in done.err, done.err
+    assert done.err.strip().splitlines()[-1].startswith("error: ") and not (tmp_path / "made").exists()
+
+
 BOMB = "\n".join(
     ["a0: &a0 [x,x,x,x,x,x,x,x,x]", *(f"a{i}: &a{i} [{','.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 9))]
 )
