@@ -237,7 +237,8 @@ def _check_target(target: Any, allow: frozenset[str], where: str) -> None:
         raise ConfigError(f"{where} is the dotted name of a class, as text; got {target!r}.")
     if target not in allow and target not in targets():
         similar, own = nearest(target, targets(), 0.75), f"'allow_targets=[{target}]'"
-        cure = f"A network or data set of your own is allowed on the command line: {own}."
+        python = f"scoresde.load(…, allow_targets=[{target!r}])"
+        cure = f"A network or data set of your own is allowed on the command line: {own}; or in Python: {python}."
         raise ConfigError(f"{where}={target} is not a name that a configuration may call.{similar} {cure}")
 
 

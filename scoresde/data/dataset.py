@@ -37,6 +37,10 @@ class Split:
     def __len__(self) -> int:
         return len(self.raw)
 
+    def __repr__(self) -> str:
+        told = f", {' and '.join(self.named)}" if self.named else ""
+        return f"Split({len(self):,} samples {tuple(self.raw.shape[1:])} of {self.raw.dtype}{told})"
+
     def to(self, device: torch.device) -> Split:
         """The split on `device`."""
         return self._each(lambda values: values.to(device))
@@ -120,6 +124,10 @@ class Dataset:
                 f"{self.name}: training samples have the shapes {train}, test samples {test}; names and shapes must "
                 "agree (pad tokens with NaN)."
             )
+
+    def __repr__(self) -> str:
+        parts = f"train={self.train}, test={self.test}, scaling={self.scaling}"
+        return f"Dataset({self.name!r}, {parts}{f', classes={self.classes}' if self.classes else ''})"
 
     @property
     def event_shape(self) -> tuple[int, ...]:

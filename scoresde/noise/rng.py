@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import textwrap
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -58,6 +59,14 @@ class Rng:
             self._position = Position(streams, per_sample=seeds is not None)
         # the rows of the last draw, and what was made ahead of it: the number of a first draw, and all numbers
         self._ahead: dict[str, tuple[tuple[int, ...], int, Tensor | Sequence[Tensor]]] = {}
+
+    def __repr__(self) -> str:
+        seeds = self._position.seeds.tolist()
+        return (
+            f"Rng(seeds={textwrap.shorten(str(seeds), 80, placeholder=' …')})"
+            if self.per_sample
+            else f"Rng({seeds[0]})"
+        )
 
     def __len__(self) -> int:
         """Number of streams: 1, or one per sample."""

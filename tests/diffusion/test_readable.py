@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import scoresde as S
+from scoresde.data import Split
 
 
 @pytest.mark.parametrize(
@@ -20,6 +21,12 @@ import scoresde as S
         (S.UniPC(order=2), "UniPC(order=2, variant='bh2', eta=0.0)"),
         (S.KarrasGrid(), "KarrasGrid(rho=7.0)"),
         (S.Exact(chunk=8), "Exact(chunk=8)"),
+        (S.Rng(3), "Rng(3)"),
+        (S.Rng(seeds=[1, 2]), "Rng(seeds=[1, 2])"),
+        (
+            Split(torch.zeros(3, 2), torch.tensor([0, 1, 0])),
+            "Split(3 samples (2,) of torch.float32, label)",
+        ),
         (
             S.Sampler(S.DDIM(), S.LogSNRGrid(t_end=0.01), steps=4),
             "Sampler(step=DDIM(eta=0.0), grid=LogSNRGrid(t_end=0.01), steps=4, denoise=True, cuda_graph=False)",
