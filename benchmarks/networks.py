@@ -49,9 +49,8 @@ def main() -> None:
     measuring = commands.add_parser("measure", help="compare solvers on the networks that are there")
     measuring.add_argument("--names", nargs="+", default=[], metavar="NAME", help="default: all that are trained")
     measuring.add_argument("--budgets", nargs="+", type=int, default=list(BUDGETS), help="network calls")
-    measuring.add_argument(
-        "--noises", type=int, default=16, help=f"in each of {SETS} sets; 16 times as many below 64 dimensions"
-    )
+    measuring.add_argument("--noises", type=int, default=16, help=f"in each of {SETS} sets, from 64 dimensions on")
+    measuring.add_argument("--points", type=int, help="in each set below 64 dimensions; default 16 times --noises")
     measuring.add_argument("--fit", nargs="*", type=int, default=[5, 10, 20], help="budgets to fit a sampler for, too")
     measuring.add_argument(
         "--again", nargs="+", default=[], choices=COLUMNS, metavar="GROUP",
@@ -84,9 +83,10 @@ def main() -> None:
 def measure(options: argparse.Namespace, names: list[str]) -> None:
     """All networks at all budgets: rows as they come, then the tables and the picture."""
     folder = options.results or Path(__file__).parent / "results" / "networks"
-    kept = {key: vars(options)[key] for key in ("names", "budgets", "fit", "noises", "threads")}
+    kept = {key: vars(options)[key] for key in ("names", "budgets", "fit", "noises", "points", "threads")}
     report = Report(SimpleNamespace(results=str(folder), **kept), "networks")
-    sizes = {name: SETS * options.noises * (16 if dims(name, options.folder) < 64 else 1) for name in names}
+    points = options.points or 16 * options.noises
+    sizes = {name: SETS * (points if dims(name, options.folder) < 64 else options.noises) for name in names}
     known = {name: facts(name, options.folder) for name in names}
     total = sum(
         planned(float(known[name]["spread"]), dims(name, options.folder), n, options.budgets, options.fit)
