@@ -54,6 +54,8 @@ def evaluate(cfg: DictConfig) -> float:
     facts = {"folder": str(folder), "run": str(run.folder), "step": run.step, "weights": options["weights"]}
     with command.logging(logger):
         summary = report.write(*measured, folder, facts | {"loss": value}, logger)
+        for name in ("samples", "trajectory") if evaluation.pictures else ():
+            logger.image(f"eval/{name}", folder / f"{name}.png", step=run.step, images=0)
     shards.clear()
     print(list_files(folder))
     return summary["bits_per_dim"]["mean"] if evaluation.objective == "bits_per_dim" else value
