@@ -21,8 +21,8 @@ def whole(value: Any, name: str, least: int = 1, *, otherwise: str = "") -> int:
         number = operator.index(value)
     except TypeError:
         raise ValueError(f"{name} is {expected}; got {value!r}.") from None
-    if number < least:
-        raise ValueError(f"{name} is {expected}; got {number}.")
+    if not least <= number < 2**63:  # which is where integers of torch end
+        raise ValueError(f"{name} is {expected}{' and below 2^63' if number > least else ''}; got {number}.")
     return number
 
 

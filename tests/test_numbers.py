@@ -130,6 +130,15 @@ def test_numbers_that_are_not_positive_and_finite_are_refused(value: Any) -> Non
             S.AdaptiveODE(*tolerances)
 
 
+@pytest.mark.parametrize("make", [
+    lambda: whole(2**63, "n"), lambda: S.Rng(2**63), lambda: S.Hutchinson(2**63), lambda: S.UniformGrid(float("inf")),
+    lambda: S.EDMSDE(sigma_max=float("inf")), lambda: S.KarrasGrid(float("inf")), lambda: S.EDM(float("inf")),
+])  # fmt: skip
+def test_numbers_without_bound_are_refused(make: Callable[[], Any]) -> None:
+    with pytest.raises(ValueError):
+        make()
+
+
 def test_positive_numbers_of_any_library_are_taken() -> None:
     assert [positive(value, "c") for value in (2, np.float32(2), torch.tensor(2.0))] == [2.0, 2.0, 2.0]
 

@@ -37,6 +37,7 @@ def evaluate(cfg: DictConfig) -> float:
         samplers, likelihood, logger = command.samplers(), command.build("likelihood"), command.build("logger")
         run = with_given(command, chosen_run(options, allow, whole_data=options["data"] is None))
         evenly_spaced(len(run.dataset.test), evaluation.points, "evaluation.points")
+        likelihood.job(run.denoiser, run.dataset, seed=options["seed"])  # refused now, not after the samples
         versus = compared(run, options, allow)
         for each in filter(None, (run, versus)):
             check_samplers(samplers, each.denoiser)

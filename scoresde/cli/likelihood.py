@@ -43,8 +43,8 @@ def likelihood(cfg: DictConfig) -> float:
         points = choose_split(runs[0].dataset, split)
         index = evenly_spaced(len(points), options["n"])
         shards = command.shards(runs[0], points=digest_of(points.raw), versus=runs[-1].digest)
-    what = {"split": split, "points": options["n"], "seed": options["seed"]}
-    jobs = [measure.job(run.denoiser, run.dataset, **what, conditional=run.conditional) for run in runs]
+        what = {"split": split, "points": options["n"], "seed": options["seed"]}
+        jobs = [measure.job(run.denoiser, run.dataset, **what, conditional=run.conditional) for run in runs]
     jobs[1:] = [replace(job, name="versus") for job in jobs[1:]]
     if shards.rank == 0:
         print(f"Batches: {jobs[0].count}; {measure.cost(runs[0].event_shape)} …", flush=True)

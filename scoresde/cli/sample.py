@@ -45,6 +45,7 @@ def choose_seeds(seeds: Any, seed: Any, n: Any) -> list[int]:
     """
     if seeds is None:
         n, seed = whole(n, "n"), whole(seed, "seed", 0)
+        whole((seed + 1) * n, "(seed + 1) n, up to which the seeds of samples go,")
         return list(range(seed * n, (seed + 1) * n))
     if not isinstance(seeds, list) or not seeds:
         raise ConfigError(f"seeds is a list of whole numbers, one per sample, as in seeds=[0,1,2]; got {seeds!r}.")
@@ -59,6 +60,7 @@ def sample(cfg: DictConfig) -> None:
         if not command.is_due("summary.json"):
             return
         seeds = choose_seeds(options["seeds"], options["seed"], options["n"])
+        whole(options["batch_size"], "batch_size")
         if options["pictures"]:
             figures.require()
         samplers, run = command.samplers(), chosen_run(options, allow)

@@ -189,6 +189,8 @@ def assemble(command: Command, world: World) -> Plan:
     how: dict[str, Any] = {"conditional": conditional, "world": world, "parallel": parallel}
     training = TrainingState(loss, optimizer, ema, dataset, order, Rng(seed), loss_scale=trainer.loss_scale, **how)
     likelihood, view = command.build("likelihood"), command.build("logger")
+    if denoiser.draws:
+        denoiser.sde.cut_off(likelihood.t_min, "likelihood")
     # what is kept of it, in whatever file, holds no secret
     how = {"budgets": choose_budgets(config["fit"]), "allow": command.allow, "words": command.words}
     return Plan(command.folder, redacted(config), trainer, training, samplers, likelihood, evaluation, view, **how)

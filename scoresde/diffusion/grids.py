@@ -58,6 +58,8 @@ class _Grid(Readable, abc.ABC):
     """n + 1 times from t_max down to `t_end`, by a rule for what lies between."""
 
     def __init__(self, t_end: float | None = None):
+        if t_end is not None and not math.isfinite(t_end):
+            raise ValueError(f"t_end is a time of the SDE, or None for its t_min; got {t_end}.")
         self.t_end = t_end
 
     @abc.abstractmethod

@@ -155,7 +155,7 @@ class SDE(Readable, abc.ABC):
         return logs.expand(z.shape).flatten(1).sum(1)
 
     def _check_times(self) -> None:
-        if not (0 < self.t_min < self.t_max):
+        if not (0 < self.t_min < self.t_max < math.inf):
             raise ValueError(
                 f"{type(self).__name__} needs 0 < t_min < t_max; got t_min={self.t_min}, t_max={self.t_max}."
             )

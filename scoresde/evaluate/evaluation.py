@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..checks import whole
 from ..data import Dataset, Split
 from ..diffusion.conditions import Cond, move, named, take
 from ..diffusion.denoiser import CountingDenoiser, Denoiser, model_device
@@ -171,4 +172,4 @@ def evenly_spaced(n: int, points: int | None, key: str = "n") -> Tensor:
         return torch.arange(n)
     if not (1 <= points <= n):
         raise ValueError(f"{key} is between 1 and the {n} points of the split, or null for all; got {points}.")
-    return torch.arange(points) * n // points
+    return torch.arange(whole(points, key)) * n // points

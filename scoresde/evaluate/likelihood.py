@@ -138,9 +138,11 @@ class Likelihood(abc.ABC):
         Its batches raise `SolverError` where a solve fails; there is never a number instead.
 
         Raises:
-            ValueError: an unknown split, or more points than it has.
+            ValueError: an unknown split, more points than it has, a cut-off outside the SDE's times, a seed too large.
         """
         data = choose_split(dataset, split)
+        denoiser.sde.cut_off(self.t_min, "likelihood")
+        whole((whole(seed, "seed", 0) + 1) * len(data), f"seed + 1, times the {len(data)} points that draw from it,")
         parts = evenly_spaced(len(data), points).split(self.batch_size)
         device, event = model_device(denoiser), dataset.event_shape
 

@@ -79,8 +79,9 @@ class TrainingState:
         if not optimizer.defaults.get("fused"):
             raise ValueError("The trainer needs optimizer(fused=True): others cannot skip a bad step on the device.")
         for group in optimizer.param_groups:
-            if not 0 <= group["lr"] < math.inf:
-                raise ValueError(f"lr is a finite number of at least 0; got {group['lr']}.")
+            for name in ("lr", "eps", "weight_decay"):
+                if not 0 <= group.get(name, 0) < math.inf:
+                    raise ValueError(f"{name} is a finite number of at least 0; got {group[name]}.")
         if conditional and dataset.train.labels is None and not dataset.train.conditions:
             raise ValueError(f"conditional=true needs labels or other conditions; data set {dataset.name!r} has none.")
         if order.batch_size % self.world.size or (self.world.size > 1 and not order.drop_last):

@@ -452,3 +452,15 @@ def test_a_network_that_is_not_partial_is_used_as_it_is() -> None:
     node = {"_target_": "scoresde.nn.MLP", "event_shape": [3], "width": 8}
     assert build_network(node, event_shape=(2,), classes=0).event_shape == (3,)
     assert build_network({**node, "_partial_": True}, event_shape=(2,), classes=0).event_shape == (2,)
+
+
+@pytest.mark.parametrize("word", [
+    "likelihood.t_min=5", "likelihood.t_min=0", "grid.t_end=2", "grid.t_end=-1", "loss.times.t_min=1",
+    "optim.eps=1e400", "optim.lr=1e400", "optim.weight_decay=1e400", "seed=9223372036854775808", "trainer.batch_size=0",
+    "trainer.batch_size=9223372036854775808", "evaluation.samples=1.5", "likelihood.divergence.probes=1.5",
+    "likelihood.solver.atol=1e400", "sigma_data=1e400", "fit=[1.5]", "sampler.steps=9223372036854775808",
+])  # fmt: skip
+def test_numbers_that_cannot_work_are_refused_before_a_folder_is_made(on_the_command_line, word: str, tmp_path) -> None:
+    small = ("data=8gaussians", "data.train=200", "data.test=50", "network=mlp", "network.width=8", "sampler=ddim")
+    with pytest.raises(ValueError):
+        assemble(read(on_the_command_line(*small, "trainer.batch_size=64", "evaluation.pictures=false", word)), Alone())
