@@ -294,6 +294,7 @@ def test_a_run_that_is_not_there_is_named(name: str, tmp_path: Path) -> None:
 def test_a_checkpoint_cannot_call_what_it_likes(trained: Path, tmp_path: Path) -> None:
     """A configuration with a foreign target and leave for it, its manifest made to fit: leave is the user's alone."""
     shutil.copytree(trained, tmp_path / "evil", symlinks=True)
+    (tmp_path / "evil" / "excerpt.safetensors").unlink()  # with it, the data are not built at all
     path = tmp_path / "evil" / "checkpoints" / "step-00000010"
     config = json.loads((path / "config.json").read_text())
     text = json.dumps(
