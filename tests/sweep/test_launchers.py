@@ -30,8 +30,8 @@ def deadly(**arguments):
     os._exit(9)
 def lingering(**arguments):
     write = job.write_job
-    def write_and_stay(folder, overrides, status, **measured):
-        write(folder, overrides, status, **measured)
+    def write_and_stay(folder, name, overrides, status, **measured):
+        write(folder, name, overrides, status, **measured)
         if status == "finished":
             time.sleep(3600)
     job.write_job = write_and_stay
