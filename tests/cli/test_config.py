@@ -462,5 +462,6 @@ def test_a_network_that_is_not_partial_is_used_as_it_is() -> None:
 ])  # fmt: skip
 def test_numbers_that_cannot_work_are_refused_before_a_folder_is_made(on_the_command_line, word: str, tmp_path) -> None:
     small = ("data=8gaussians", "data.train=200", "data.test=50", "network=mlp", "network.width=8", "sampler=ddim")
+    small += ("grid=uniform",)
     with pytest.raises(ValueError):
         assemble(read(on_the_command_line(*small, "trainer.batch_size=64", "evaluation.pictures=false", word)), Alone())
