@@ -171,9 +171,9 @@ def test_errors_say_where() -> None:
         ({"method": "rk4"}, r"choose one of dopri5.*torchdiffeq"),
         ({"backend": "scipy", "method": "RK46"}, "RK46"),
         ({"backend": "torchdiffeq", "method": "dopri6"}, "dopri6"),
-        ({"rtol": 0.0}, "positive"),
-        ({"atol": -1.0}, "positive"),
-        ({"atol": math.nan}, "positive"),
+        ({"rtol": 0.0}, "is a tolerance, > 0 and finite"),
+        ({"atol": -1.0}, "is a tolerance, > 0 and finite"),
+        ({"atol": math.nan}, "is a tolerance, > 0 and finite"),
     ],
 )
 def test_what_cannot_work_is_refused_before_anything_is_evaluated(arguments, message: str) -> None:

@@ -82,14 +82,14 @@ class Outcome(NamedTuple):
 
 @contextmanager
 def hearing() -> Iterator[list[str]]:
-    """The lines that a view gives the user."""
+    """The warnings that a view gives the user."""
     said: list[str] = []
 
     class Ear(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
             said.append(record.getMessage())
 
-    log, ear = logging.getLogger("scoresde.runs.wandb_logger"), Ear()
+    log, ear = logging.getLogger("scoresde.runs.wandb_logger"), Ear(logging.WARNING)
     log.addHandler(ear)
     log.propagate = False
     try:

@@ -329,15 +329,17 @@ def read(cfg: DictConfig) -> Command:
         ValueError: a number of threads that cannot be.
     """
     hydra = HydraConfig.get()
-    drop_leftovers(cfg, hydra.overrides.task)
+    # as they were typed: an interpolation among them is of `cfg`, not of Hydra's own configuration
+    words: Any = OmegaConf.to_container(hydra.overrides.task, resolve=False)
+    drop_leftovers(cfg, words)
     options = resolved(cfg)
     names = options["allow_targets"]
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise ConfigError(f"allow_targets is a list of dotted names: allow_targets=[my_package.MyNet]; got {names!r}.")
-    if names and not any(word.lstrip("+").startswith("allow_targets=") for word in hydra.overrides.task):
+    if names and not any(word.lstrip("+").startswith("allow_targets=") for word in words):
         typed = f"'allow_targets=[{','.join(names)}]'"
         raise ConfigError(f"allow_targets is taken from the command line alone, not from a file: {typed}.")
     set_threads(options["threads"])
     warnings.showwarning = _note  # type: ignore[assignment]
-    folder, words = Path(hydra.runtime.output_dir), list(hydra.overrides.task)
+    folder = Path(hydra.runtime.output_dir)
     return Command(options, names, folder, words, words_of(hydra, folder, sweep=in_sweep()))

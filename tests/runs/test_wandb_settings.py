@@ -6,6 +6,7 @@ import logging
 import os
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -144,7 +145,10 @@ def test_the_line_at_the_end_uploads_every_start_of_the_run(tmp_path: Path, capl
     line = sync_line(caplog)
     assert line == ["wandb", "sync", *(str(run.folder) for run in offline_runs(folder))] and len(line) == 4
     access = {"WANDB_BASE_URL": server.url, "WANDB_API_KEY": "c0ffee" + "0" * 34}
-    done = subprocess.run(line, env={**os.environ, **access}, capture_output=True, text=True, timeout=300)
+    beside = Path(sys.executable).with_name(line[0])  # which need not be on the path
+    done = subprocess.run(
+        [str(beside), *line[1:]], env={**os.environ, **access}, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr
     assert {run: [row["step"] for row in rows.values()] for run, rows in server.history.items()} == {
         "0123456789ab": [1, 2, 3, 4, 5]
