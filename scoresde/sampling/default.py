@@ -28,8 +28,8 @@ def default_sampler(denoiser: Denoiser, budget: int) -> Sampler:
     - Networks: order 3 in log-SNR, with its corrector from 10 evaluations on, around the noise level of the data. No
       step counts the largest value more than 2.5 to 4 times, so that no error of a network is blown up.
     - Networks that are rough where there is little but noise (most that predict noise), and all that nobody has
-      measured: order 2 on ε̂ below 8 evaluations, from then on as above, with the corrector; with most steps at high
-      noise below 16 evaluations, and steps that spread wider from then on.
+      measured: order 2 on ε̂ below 8 evaluations, from then on as above, with the corrector; always with most steps at
+      high noise.
 
     Raises:
         ValueError: budget < 1.
@@ -53,7 +53,7 @@ def default_sampler(denoiser: Denoiser, budget: int) -> Sampler:
         grid = SoftplusGrid(c) if math.isinf(denoiser.roughness) else SoftplusGrid(c, 0.0, 2.0)
         step = Multistep(2, sigma_data=math.inf, bound=2.0)
     else:
-        grid = SoftplusGrid(c, 3.0, 2.0) if budget < 16 else LogisticGrid(c, 0.0, 3.0)
+        grid = SoftplusGrid(c, 3.0, 2.0) if budget < 16 else SoftplusGrid(c, 4.0, 1.0)
         step = Multistep(3, sigma_data=None, corrector=3, bound=2.5)
     return Sampler(step, grid, steps=budget, denoise=False)
 
