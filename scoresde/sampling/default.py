@@ -49,7 +49,7 @@ def default_sampler(denoiser: Denoiser, budget: int) -> Sampler:
         corrector, bound = 0 if budget < 10 else 3, 3.0 if budget < 16 else 4.0
         step = Multistep(3, sigma_data=None, corrector=corrector, bound=bound)
     elif budget < 8:
-        # what is known to be rough goes slower still at first; smooth networks that nobody has measured would lose by it
+        # a network that is known to be rough goes slower still; a smooth one that nobody has measured would lose by it
         grid = SoftplusGrid(c) if math.isinf(denoiser.roughness) else SoftplusGrid(c, 0.0, 2.0)
         step = Multistep(2, sigma_data=math.inf, bound=2.0)
     else:
