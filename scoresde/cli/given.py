@@ -69,10 +69,8 @@ def _conditions(held: Split, found: Dataset, run: Run) -> tuple[dict[str, Tensor
     told = {name: values for name, values in held.named.items() if name in run.kinds}
     if not told:
         if run.always_conditional:
-            names, cure = (
-                " and ".join(run.kinds),
-                "data.label_key=…, data.cond_keys={vector: …}, or a sub-folder per class",
-            )
+            names = " and ".join(run.kinds)
+            cure = "data.label_key=…, data.cond_keys={vector: …}, or a sub-folder per class"
             raise ConfigError(f"{run.folder} was never trained without a {names}, which {found.name} lacks: {cure}.")
         return {}, False
     run.check_kinds(told)

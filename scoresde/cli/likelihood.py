@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +16,7 @@ from torch import Tensor
 from ..config import ConfigError
 from ..evaluate.evaluation import choose_split, digest_of, evenly_spaced
 from ..evaluate.likelihood import BitsPerDim
+from ..metrics.jackknife import mean_score
 from ..runs import folder as folders
 from ..runs.load import chosen_run
 from ..runs.publish import publish, replacing
@@ -92,9 +92,8 @@ def choose_runs(command: Command) -> list[Run]:
 
 def difference(first: BitsPerDim, second: BitsPerDim) -> dict[str, float]:
     """How much more bits/dim the second run needs, with the standard error of the mean over pairs."""
-    gaps = second.values - first.values
-    error = float(gaps.std() / len(gaps) ** 0.5) if len(gaps) > 1 else math.nan
-    return {"difference": float(gaps.mean()), "difference_stderr": error}
+    gap = mean_score(second.values - first.values)
+    return {"difference": gap.value, "difference_stderr": gap.stderr}
 
 
 def write_points(folder: Path, index: Tensor, found: Sequence[BitsPerDim], labels: Tensor | None) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..noise.rng import Rng
-from ..ops.broadcast import as_double, as_time, beside, samples
+from ..ops.broadcast import as_double, as_time, beside, host, samples
 from .conditions import Cond
 from .denoiser import Denoiser
 from .prediction import Prediction
@@ -102,10 +102,7 @@ class GaussianMixtureDenoiser(Denoiser):
     def log_prob(self, x: Tensor, t: Tensor | float = 0) -> Tensor:
         """log p_t(x) in nats, shape (B,), for x (B, *event); `t=0` is the data themselves, without any noise."""
         if not isinstance(t, Tensor) and t == 0:
-            alpha, sigma = (
-                torch.ones((), dtype=torch.float64, device="cpu"),
-                torch.zeros((), dtype=torch.float64, device="cpu"),
-            )
+            alpha, sigma = host(1.0), host(0.0)
         else:
             alpha, sigma = self.sde.marginal(as_time(t, x).double())
         return self._components(x, alpha.to(x.device), sigma.to(x.device))[2].logsumexp(-1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,6 +12,7 @@ from ..data import Dataset, Split
 from ..diffusion.denoiser import Denoiser, model_device
 from ..diffusion.grids import LogSNRGrid
 from ..metrics import Score
+from ..metrics.jackknife import mean_score
 from ..noise.rng import Rng
 from .evaluation import evenly_spaced
 
@@ -67,7 +67,7 @@ def _errors(
         found = [denoiser(denoiser.sde.perturb(x0, t, eps), t, cond).eps - eps for t in times.to(device)]
         parts.append(torch.stack([(error**2).flatten(1).mean(1).double().cpu() for error in found]))
     values = torch.cat(parts, 1)
-    return [Score(float(each.mean()), float(each.std()) / math.sqrt(len(each))) for each in values]
+    return [mean_score(each) for each in values]
 
 
 def by_split(levels: Sequence[Level]) -> dict[str, list[Score]]:

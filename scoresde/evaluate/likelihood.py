@@ -22,6 +22,7 @@ from ..likelihood.divergence import Divergence, Hutchinson
 from ..likelihood.ode import LogLikelihood, bits_per_dim, log_likelihood
 from ..likelihood.solver import Solver
 from ..likelihood.tolerance import Tolerance
+from ..metrics.jackknife import mean_score
 from ..noise.rng import Rng
 from ..runs.progress import CallsShown
 from .evaluation import choose_split, costs, evenly_spaced, joined
@@ -161,9 +162,9 @@ class Likelihood(abc.ABC):
 
         def merge(batches: list[Tensors]) -> BitsPerDim:
             bits, errors, of_solver = (joined(batches, name) for name in ("bits", "errors", "of_solver"))
-            stderr = float(bits.std() / len(bits) ** 0.5) if len(bits) > 1 else math.nan
-            means, cost = (float(bits.mean()), stderr, float(of_solver.mean())), costs(batches)
-            return BitsPerDim(*means, bits, errors, len(bits), *cost, self.estimator)
+            mean = mean_score(bits)
+            means = (mean.value, mean.stderr, float(of_solver.mean()))
+            return BitsPerDim(*means, bits, errors, len(bits), *costs(batches), self.estimator)
 
         what = {"split": split, "points": points, "of": len(data), "seed": seed, "conditional": conditional}
         settings = {**what, "batch_size": self.batch_size, **self.settings, "t_min": self.t_min, "errors": True}

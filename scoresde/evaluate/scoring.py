@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -110,13 +110,17 @@ def trained_on(dataset: Dataset) -> bool:
     return len(dataset.train) == dataset.statistics.training
 
 
+def rank_name(names: Iterable[str], by: str | None) -> str:
+    """The number that rows are sorted by: the one that is named, or else the first; empty where there is none."""
+    return (by or next(iter(names), "")).removeprefix("-")
+
+
 def ranked(scores: Mapping[str, Mapping[str, Score]], by: str | None) -> list[str]:
     """The rows from the best to the worst: by the first number, least first, or by the one that is named; "-recall"
     puts the greatest first. Training data come last.
     """
     rows = [row for row in scores if row != TRAINING]
-    name = (by or "").lstrip("-") or next(iter(scores[rows[0]]), None)
-    if name is None:
+    if not (name := rank_name(scores[rows[0]], by)):
         return rows
     sign = -1.0 if by and by.startswith("-") else 1.0
     return [*sorted(rows, key=lambda row: sign * scores[row][name].value), *(row for row in scores if row == TRAINING)]

@@ -9,7 +9,7 @@ from typing import Any
 from ..metrics import Score
 from ..runs.listing import layout, window
 from .evaluation import Samples
-from .scoring import TRAINING, ranked
+from .scoring import TRAINING, rank_name, ranked
 
 
 def columns_of(
@@ -27,7 +27,7 @@ def columns_of(
         "network calls": [f"{cost.evaluations:.0f}" if cost else "" for cost in costs],
         f"seconds for {count:,}": [f"{cost.seconds:.1f}" if cost else "" for cost in costs],
     }
-    first = (by or next(iter(names), "")).removeprefix("-")
+    first = rank_name(names, by)
     for name in [first, *(name for name in names if name != first)] if names else []:
         columns[name] = [shown(scores[row].get(name)) for row in rows]
         if name == first and len(made) > 1:
@@ -40,7 +40,7 @@ def columns_of(
 def verdict(made: Mapping[str, Samples], scores: Mapping[str, Mapping[str, Score]], by: str | None) -> str:
     """Which sampler is better, in a sentence; empty where there is nothing to compare."""
     best, *others = [row for row in ranked(scores, by) if row in made]
-    name = (by or next(iter(scores[best]), "")).removeprefix("-")
+    name = rank_name(scores[best], by)
     if not name or not others:
         return ""
     gaps = {row: scores[row][name].minus(scores[best][name]) for row in others}

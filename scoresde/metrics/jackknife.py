@@ -39,6 +39,12 @@ class Score:
         return Score(self.value - other.value, math.hypot(self.stderr, other.stderr))
 
 
+def mean_score(values: Tensor) -> Score:
+    """The mean of independent values (n,), with its standard error std/√n; NaN for a single one."""
+    count = len(values)
+    return Score(float(values.mean()), float(values.std()) / math.sqrt(count) if count > 1 else math.nan)
+
+
 def score(
     metric: Metric,
     name: str,

@@ -135,8 +135,7 @@ def chosen_run(options: Mapping[str, Any], allow: Sequence[str], *, whole_data: 
 
     Args:
         whole_data: with all of the data; where they are gone, with what the folder keeps of them, in words. They are
-            read, too, where the command names held-out samples (test:5) and the
-            folder keeps a part of them only.
+            read, too, where the command names held-out samples (test:5) and the folder keeps a part of them only.
 
     Raises:
         ConfigError: it is the run of a classifier.

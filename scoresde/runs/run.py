@@ -31,20 +31,7 @@ from .progress import track
 
 @dataclass(frozen=True, eq=False)
 class Run(LoadedModel):
-    """A trained model with all that it needs to make and to score raw data; `scoresde.load` makes it.
-
-    Attributes:
-        folder: of the run, or the file that it was exported to.
-        config: its resolved configuration.
-        step: optimizer step of the checkpoint.
-        digest: SHA-256 of the checkpoint's manifest, so of its weights.
-        dataset: the samples that the folder keeps; all of the data where `whole_data` was called or the folder,
-            written by an older scoresde, keeps none.
-        denoiser: in eval mode, on the device, and measured; a classifier's run has that in its place.
-        conditional: the network takes conditions.
-        weights: which of the weights it has: "ema", "weights", or a length of average.
-        allow: targets of the user's own that its configuration may name.
-    """
+    """A trained model with all that it needs to make and to score raw data; `scoresde.load` makes it."""
 
     def __repr__(self) -> str:
         kind = "samples" if self.draws else "a classifier"
