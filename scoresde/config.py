@@ -107,15 +107,20 @@ def build(node: Any, allow: Sequence[str] = (), *given: Any, key: str | None = N
         raise ConfigError(f"{name or tree['_target_']}: {error}") from error
 
 
-def build_network(node: Any, allow: Sequence[str] = (), *, key: str = "network", classes: int, **facts: Any) -> Any:
-    """A network: with `_partial_: true` it is built with those of the facts (event_shape, classes) that it takes."""
+def build_network(
+    node: Any, allow: Sequence[str] = (), *, key: str = "network", classes: int, cond_augment: int = 0, **facts: Any
+) -> Any:
+    """A network: with `_partial_: true` it is built with those of the facts (event_shape, classes, and cond_augment
+    where it is told of augmentation) that it takes."""
     tree = _checked(node, allow, key)
     if not tree.get("_partial_"):
         return build(node, allow, key=key)
     names, open_ended = parameters(tree["_target_"])
-    taken = {name: value for name, value in {**facts, "classes": classes}.items() if name in names or open_ended}
-    if classes and "classes" not in taken:
-        raise ConfigError(f"{key}: {tree['_target_']} has no parameter 'classes', of which conditional=true tells it.")
+    facts |= {"classes": classes} | ({"cond_augment": cond_augment} if cond_augment else {})
+    taken = {name: value for name, value in facts.items() if name in names or open_ended}
+    for name, count, by in (("classes", classes, "conditional"), ("cond_augment", cond_augment, "augment.tell")):
+        if count and name not in taken:
+            raise ConfigError(f"{key}: {tree['_target_']} has no parameter {name!r}, of which {by}=true tells it.")
     return build(node, allow, key=key, **taken)
 
 

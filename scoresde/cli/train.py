@@ -186,7 +186,8 @@ def assemble(command: Command, world: World) -> Plan:
     if world.rank:
         torch.manual_seed(seed + world.rank)  # other dropout on each
     order = EpochOrder(len(dataset.train), trainer.batch_size, seed)
-    how: dict[str, Any] = {"conditional": conditional, "world": world, "parallel": parallel}
+    augment = command.build("augment") if config["augment"] else None
+    how: dict[str, Any] = {"conditional": conditional, "world": world, "parallel": parallel, "augment": augment}
     training = TrainingState(loss, optimizer, ema, dataset, order, Rng(seed), loss_scale=trainer.loss_scale, **how)
     likelihood, view = command.build("likelihood"), command.build("logger")
     if denoiser.draws:
@@ -256,6 +257,8 @@ def fit_and_report(plan: Plan, logger: Logger, signals: Signals) -> dict[str, fl
     training, trainer, start = plan.training, plan.trainer, time.monotonic()
     size = sum(p.numel() for p in training.loss.parameters())
     others = "" if training.world.size == 1 else f" by {training.world.size} processes"
+    if training.augment:
+        plan.say(str(training.augment))
     plan.say(
         f"Training {size:,} parameters on {len(training.dataset.train):,} samples of {training.dataset.name}, shape "
         f"{training.dataset.event_shape}, until {trainer.images:,} have been seen{others}. Run in {plan.folder}"

@@ -1,5 +1,6 @@
 """Data in memory: raw values, how they become model data, and the volume of that map."""
 
+from .augment import Augmentation
 from .dataset import Dataset, Split
 from .digits import Digits
 from .files import Arrays
@@ -10,6 +11,6 @@ from .sigma_max import suggest_sigma_max
 from .toys import Checkerboard, EightGaussians, Moons, Pinwheel, SwissRoll, Toy, toy_dataset
 
 __all__ = [
-    "Arrays", "Checkerboard", "Dataset", "Digits", "EightGaussians", "EpochOrder", "Idx", "ImageFolder", "Moons",
-    "Pinwheel", "Split", "SwissRoll", "Toy", "suggest_sigma_max", "toy_dataset",
+    "Arrays", "Augmentation", "Checkerboard", "Dataset", "Digits", "EightGaussians", "EpochOrder", "Idx", "ImageFolder",
+    "Moons", "Pinwheel", "Split", "SwissRoll", "Toy", "suggest_sigma_max", "toy_dataset",
 ]  # fmt: skip

@@ -26,7 +26,7 @@ class Options(Kinds, total=False):
 
 
 class Conditioning(nn.Module):
-    r"""SiLU(W₂ SiLU(W₁ waves(c_noise) + label + vector + image)), the vector that modulates every block of a network.
+    r"""SiLU(W₂ SiLU(W₁ waves(c_noise) + label + vector + image + augment)), which modulates every block of a network.
 
     What is absent is replaced by a learned null: the label `classes`, or a vector in place of the embedded one. An
     image is read by a small convolutional encoder that keeps a coarse map of what is where. Tokens are checked and
@@ -37,7 +37,8 @@ class Conditioning(nn.Module):
         embedding: "fourier" or "sinusoidal".
         embedding_scale: frequency scale of the embedding, > 0; 1 suits c_noise in about [−3, 3].
         encode_image: False leaves the image to the network, too.
-        kinds: classes, cond_dim, cond_image, cond_tokens and cond_dropout, the conditions there are: see `Conditions`.
+        kinds: classes, cond_dim, cond_image, cond_tokens, cond_dropout and cond_augment, the conditions there are: see
+            `Conditions`.
 
     Raises:
         ValueError: at construction for arguments out of range; in forward for conditions that do not fit.
@@ -70,6 +71,8 @@ class Conditioning(nn.Module):
             self.image = ConvEncoder(shapes["image"], width)
             self.image_out = linear(self.image.outputs, width)
             self.null_image = nn.Parameter(torch.randn(width))
+        if "augment" in shapes:
+            self.augment = nn.Linear(shapes["augment"][0], width, bias=False)  # 0 says nothing, so it adds nothing
 
     def forward(self, c_noise: Tensor, cond: Cond, like: Tensor) -> Tensor:
         """The embedding (B, width) in the dtype of `like` (B, *)."""
@@ -91,6 +94,8 @@ class Conditioning(nn.Module):
         if self.encode_image:
             encode = lambda image: self.image_out(self.image(image, F.silu(noise)))  # noqa: E731
             h = h + _read(given.get("image"), encode, self.null_image, batch)
+        if "augment" in given:
+            h = h + self.augment(filled(given["augment"])[0])
         return F.silu(self.outer(F.silu(h)))
 
 

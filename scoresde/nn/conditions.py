@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TypedDict
 
 import torch
@@ -20,6 +20,7 @@ class Kinds(TypedDict, total=False):
     cond_image: Sequence[int]
     cond_tokens: int
     cond_dropout: float
+    cond_augment: int
 
 
 class Conditions(nn.Module):
@@ -29,6 +30,7 @@ class Conditions(nn.Module):
         "vector"   (B, cond_dim) floats
         "image"    (B, *cond_image) floats
         "tokens"   (B, L, cond_tokens) floats, any L; rows of NaN are padding
+        "augment"  (B, cond_augment) floats, what was done to the sample; it says no more than 0 where it is left out
 
     A sample is without a condition where its floats are all NaN, where its label is `classes`, and where the kind is
     left out: the network has learned a null for each kind. With `cond_dropout` p, a forward in training mode makes
@@ -41,6 +43,7 @@ class Conditions(nn.Module):
         cond_image: shape (C, *sizes) of the image, one to three sizes; () for none.
         cond_tokens: size of one token ≥ 0; 0 for none.
         cond_dropout: p in [0, 1).
+        cond_augment: size of what tells of augmentation ≥ 0, which is never dropped; 0 for none.
 
     Raises:
         ValueError: at construction for arguments out of range; in forward for a condition that the network was not
@@ -55,11 +58,12 @@ class Conditions(nn.Module):
         cond_image: Sequence[int] = (),
         cond_tokens: int = 0,
         cond_dropout: float = 0.0,
+        cond_augment: int = 0,
     ):
         super().__init__()
-        classes, cond_dim, cond_tokens = (
-            whole(count, name, 0, otherwise="0 for none")
-            for count, name in ((classes, "classes"), (cond_dim, "cond_dim"), (cond_tokens, "cond_tokens"))
+        counts = {"classes": classes, "cond_dim": cond_dim, "cond_tokens": cond_tokens, "cond_augment": cond_augment}
+        classes, cond_dim, cond_tokens, cond_augment = (
+            whole(count, name, 0, otherwise="0 for none") for name, count in counts.items()
         )
         image = sizes(cond_image, "cond_image")
         if image and not 2 <= len(image) <= 4:
@@ -81,6 +85,8 @@ class Conditions(nn.Module):
                 f"cond_dropout={cond_dropout} has no condition to drop: "
                 "set classes, cond_dim, cond_image or cond_tokens."
             )
+        if cond_augment:
+            self.shapes["augment"] = (cond_augment,)
 
     def forward(self, cond: Cond, like: Tensor) -> dict[str, Tensor]:
         """The kinds given, by name, for a batch `like` (B, *): labels int64, floats in its dtype."""
@@ -88,9 +94,10 @@ class Conditions(nn.Module):
         given = {name: value.long() if name == "label" else value.to(like.dtype) for name, value in given.items()}
         if given and self.training and self.dropout:
             keep = torch.rand(like.shape[0], device=like.device) >= self.dropout
-            given = {
+            given |= {
                 name: torch.where(keep.reshape(-1, *[1] * (value.ndim - 1)), value, nothing(value, self.classes))
                 for name, value in given.items()
+                if name != "augment"
             }
         return given
 
@@ -104,8 +111,8 @@ class Conditions(nn.Module):
     def _parts(self, cond: Cond) -> dict[str, Tensor]:
         if cond is None:
             return {}
-        names = list(self.shapes)
-        if not names:
+        names = [name for name in self.shapes if name != "augment"]
+        if not names and not (isinstance(cond, Mapping) and self.shapes):
             raise ValueError(
                 "This network is unconditional: leave cond out, or build it with classes, cond_dim, cond_image or "
                 "cond_tokens."
@@ -114,7 +121,7 @@ class Conditions(nn.Module):
         if "" in parts:
             many, shown = ("two", "three", "four")[len(names) - 2], ", ".join(f'"{name}": …' for name in names)
             raise ValueError(f"This network has {many} conditions: pass cond={{{shown}}}.")
-        if unknown := sorted(parts.keys() - set(names)):
+        if unknown := sorted(parts.keys() - set(self.shapes)):
             raise ValueError(f"This network's conditions are {names}; got also {unknown}.")
         return parts
 

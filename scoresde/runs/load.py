@@ -67,7 +67,9 @@ def choose_kernels(kernels: str | bool | None, device: torch.device) -> None:
 def build_denoiser(config: Mapping[str, Any], dataset: Dataset, allow: Sequence[str]) -> Denoiser:
     """The denoiser of a resolved configuration, or the classifier, freshly initialised."""
     classes, node = dataset.classes if config["conditional"] else 0, config["denoiser"]
-    network = build_network(config["network"], allow, key="network", event_shape=dataset.event_shape, classes=classes)
+    augment = build(config["augment"], allow, key="augment") if config.get("augment") else None
+    told = {"classes": classes, "cond_augment": augment.told if augment else 0}
+    network = build_network(config["network"], allow, key="network", event_shape=dataset.event_shape, **told)
     facts = {"network": network, "sde": build(config["sde"], allow, key="sde")}
     if leaves_open(node, "parameterization", allow, key="denoiser"):
         facts["parameterization"] = build(config["parameterization"], allow, key="parameterization")

@@ -11,8 +11,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ..data import Dataset, EpochOrder
-from ..diffusion.denoiser import Cond
+from ..data import Augmentation, Dataset, EpochOrder
+from ..diffusion.conditions import Cond, named, unnamed
 from ..losses.loss import Loss, Terms
 from ..noise.rng import Rng
 from ..runs.checkpoint import Checkpoint, CheckpointError
@@ -49,6 +49,7 @@ class TrainingState:
         world: the processes that train together.
         parallel: how the network is spread over them; made before the optimizer.
         loss_scale: first value of the loss scale, for float16; None for none.
+        augment: what is done to training samples whenever one is seen; None for nothing.
 
     Attributes:
         average: the averaged copy of `loss`, in eval mode; where `loss` is sliced, a whole copy made by `refresh`.
@@ -74,6 +75,7 @@ class TrainingState:
         world: World | None = None,
         parallel: Parallel | None = None,
         loss_scale: float | None = None,
+        augment: Augmentation | None = None,
     ):
         self.world = Alone() if world is None else world
         if not optimizer.defaults.get("fused"):
@@ -92,6 +94,9 @@ class TrainingState:
         if conditional and dataset.unseen and self.world.rank == 0:
             said = "%s: no training sample has class %s; it is drawn only when asked for."
             _log.warning(said, dataset.name, dataset.unseen)
+        if augment is not None:
+            augment.check(dataset.train, conditional)
+        self.augment = augment
         self.loss, self.optimizer, self.ema = loss, optimizer, ema
         self.parallel = Single(loss) if parallel is None else parallel
         self.dataset, self.order, self.conditional = dataset, order, conditional
@@ -110,8 +115,12 @@ class TrainingState:
     def batch(self) -> tuple[Tensor, Cond]:
         """This process's rows of the next batch: x0 (B/size, *event) and its condition, on the device."""
         index = self.order.next().chunk(self.world.size)[self.world.rank].to(self.train.raw.device)
-        x0 = self.dataset.scaling.scale(self.train.raw[index], rng=self.rng).to(self.device)
-        return x0, self.train.cond(index, self.conditional, self.device)
+        raw, told = self.train.raw[index], dict[str, Tensor]()
+        if self.augment is not None:
+            raw, told = self.augment(raw, self.rng)
+        x0 = self.dataset.scaling.scale(raw, rng=self.rng).to(self.device)
+        cond = named(self.train.cond(index, self.conditional, self.device))
+        return x0, unnamed(cond | {name: value.to(self.device) for name, value in told.items()})
 
     def terms(self) -> Terms:
         """The terms of the loss on the next batch."""

@@ -39,7 +39,7 @@ from scoresde import (
 from scoresde.cli._hydra import read
 from scoresde.cli.train import assemble
 from scoresde.config import ConfigError, build, build_network, config_dir, parameters, targets
-from scoresde.data import Dataset
+from scoresde.data import Augmentation, Dataset
 from scoresde.diffusion.parameterization import Parameterization
 from scoresde.evaluate import Features
 from scoresde.evaluate.edits import Edit
@@ -57,7 +57,8 @@ OPTIONS = sorted(
     (path.parent.name, path.stem)
     for path in CONF.glob("*/*.yaml")
     if path.parent.name not in ("experiment", "metrics", "features")  # the last two are built in a test of their own
-    and str(path.relative_to(CONF)) not in ("problem/none.yaml", "edit/none.yaml", "grid/own.yaml")  # nothing in them
+    and str(path.relative_to(CONF))
+    not in ("problem/none.yaml", "edit/none.yaml", "augment/none.yaml", "grid/own.yaml")  # nothing in them
 )
 EXPERIMENTS = sorted(path.stem for path in CONF.glob("experiment/*.yaml"))
 
@@ -108,6 +109,7 @@ GROUPS: dict[str, tuple[Any, Callable[[], dict[str, Any]]]] = {
     ),
     "sampler": (Sampler, dict),
     "data": (Dataset, dict),
+    "augment": (Augmentation, dict),
     "optim": (torch.optim.Optimizer, lambda: {"params": [nn.Parameter(torch.zeros(2))]}),
     "ema": (Average, lambda: {"module": nn.Linear(2, 2)}),
     "logger": (Logger, dict),
