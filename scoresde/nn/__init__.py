@@ -8,6 +8,7 @@ from .embedding import FourierEmbedding, SinusoidalEmbedding
 from .log_variance import LogVariance
 from .mlp import MLP
 from .resample import Downsample, Upsample
+from .transformer import DiT
 from .unet import UNet
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "Cond",
     "Conditioning",
     "Conditions",
+    "DiT",
     "Downsample",
     "FourierEmbedding",
     "LogVariance",

@@ -26,17 +26,22 @@ class Options(Kinds, total=False):
 
 
 class Conditioning(nn.Module):
-    r"""SiLU(W₂ SiLU(W₁ waves(c_noise) + label + vector + image + augment)), which modulates every block of a network.
+    r"""SiLU(W₂ SiLU(W₁ waves(c_noise) + cond)), the vector that modulates every block of a network.
 
-    What is absent is replaced by a learned null: the label `classes`, or a vector in place of the embedded one. An
-    image is read by a small convolutional encoder that keeps a coarse map of what is where. Tokens are checked and
-    dropped with the rest; to attend to them is left to the network.
+    cond is the sum of what is known: a row of a table for the label, linear maps of the vector, of the augmentation and
+    of what a small convolutional encoder, which keeps a coarse map of what is where, finds in the image. With `late` it
+    is SiLU(W₂ SiLU(W₁ waves(c_noise)) + cond), as in ADM and DiT.
+
+    What is absent is replaced by a learned null: the label `classes`, or a vector in place of the embedded one. Tokens
+    are checked and dropped with the rest; to attend to them is left to the network.
 
     Args:
         width: size of the result (B, width), even.
         embedding: "fourier" or "sinusoidal".
         embedding_scale: frequency scale of the embedding, > 0; 1 suits c_noise in about [−3, 3].
         encode_image: False leaves the image to the network, too.
+        waves: number of waves, even; None for `width`.
+        late: add the conditions after the second layer.
         kinds: classes, cond_dim, cond_image, cond_tokens, cond_dropout and cond_augment, the conditions there are: see
             `Conditions`.
 
@@ -51,6 +56,8 @@ class Conditioning(nn.Module):
         embedding: str = "fourier",
         embedding_scale: float = 1.0,
         encode_image: bool = True,
+        waves: int | None = None,
+        late: bool = False,
         **kinds: Unpack[Kinds],
     ):
         super().__init__()
@@ -60,8 +67,9 @@ class Conditioning(nn.Module):
         self.conditions = Conditions(**kinds)
         shapes = self.conditions.shapes
         self.encode_image = "image" in shapes and encode_image
-        self.waves = _EMBEDDINGS[embedding](width, embedding_scale)
-        self.inner, self.outer = linear(width, width), linear(width, width)
+        self.late, waves = late, width if waves is None else waves
+        self.waves = _EMBEDDINGS[embedding](waves, embedding_scale)
+        self.inner, self.outer = linear(waves, width), linear(width, width)
         if "label" in shapes:
             self.label = nn.Embedding(self.conditions.classes + 1, width)
         if "vector" in shapes:
@@ -84,6 +92,8 @@ class Conditioning(nn.Module):
         if c_noise.shape != (batch,):
             raise ValueError(f"c_noise has shape ({batch},), one number per sample; got {tuple(c_noise.shape)}.")
         h = noise = self.inner(self.waves(c_noise).to(like.dtype))
+        if self.late:
+            h = self.outer(F.silu(h))
         if "label" in self.conditions.shapes:
             label = given.get("label")
             if label is None:
@@ -96,7 +106,31 @@ class Conditioning(nn.Module):
             h = h + _read(given.get("image"), encode, self.null_image, batch)
         if "augment" in given:
             h = h + self.augment(filled(given["augment"])[0])
-        return F.silu(self.outer(F.silu(h)))
+        return F.silu(h if self.late else self.outer(F.silu(h)))
+
+
+def joined(image: Tensor | None, channels: int, x: Tensor) -> Tensor:
+    """An image condition (B, channels, *sizes) at the size of x (B, C, *sizes), beside a channel of ones.
+
+    It is resized linearly, and is 0 in every channel where there is none.
+    """
+    sizes = x.shape[2:]
+    if image is None:
+        return x.new_zeros(x.shape[0], channels + 1, *sizes)
+    image, there = filled(image)
+    if image.shape[2:] != sizes:
+        image = F.interpolate(image, sizes, mode=("linear", "bilinear", "trilinear")[len(sizes) - 1])
+    flag = there.to(image.dtype).reshape(-1, 1, *[1] * len(sizes)).expand(-1, 1, *sizes)
+    return torch.cat([image, flag], 1)
+
+
+def check_joined(event_shape: tuple[int, ...], image: tuple[int, ...]) -> None:
+    """Refuses an image that has another number of sizes than the samples that it is joined to."""
+    if image and len(image) != len(event_shape):
+        raise ValueError(
+            f"An image {image} cannot be joined to samples {event_shape}, which have another number of sizes: "
+            "take encode_image=True."
+        )
 
 
 def _read(value: Tensor | None, encode, null: Tensor, batch: int) -> Tensor:

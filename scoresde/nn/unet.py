@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..checks import sizes, whole
-from ..diffusion.conditions import Cond, filled
+from ..diffusion.conditions import Cond
 from .blocks import Attention, CrossAttention, ResampleConv, ResidualBlock, Stack, TokenEmbedding
-from .conditioning import Conditioning, Options
+from .conditioning import Conditioning, Options, check_joined, joined
 from .layers import conv, group_norm
 from .resample import Downsample, Upsample
 
@@ -139,7 +139,7 @@ class UNet(nn.Module):
         tokens = None if self.tokens is None else self.tokens(given.get("tokens"), x)
         h, pyramid = self.inlet(x), x
         if self.joint is not None:  # a convolution of all channels together, in two parts
-            h = h + self.joint(self._joined(given.get("image"), x))
+            h = h + self.joint(joined(given.get("image"), self.conditioning.conditions.shapes["image"][0], x))
         skips = [h]
         for level, stages in enumerate(self.encoder):
             if level:
@@ -161,17 +161,6 @@ class UNet(nn.Module):
     def null(self, cond: Cond) -> Cond:
         """The null condition, see `Conditions`."""
         return self.conditioning.conditions.null(cond)
-
-    def _joined(self, image: Tensor | None, x: Tensor) -> Tensor:
-        """The image at the size of x, 0 where there is none, and a channel that says where there is one."""
-        sizes = x.shape[2:]
-        if image is None:
-            return x.new_zeros(x.shape[0], self.conditioning.conditions.shapes["image"][0] + 1, *sizes)
-        image, there = filled(image)
-        if image.shape[2:] != sizes:
-            image = F.interpolate(image, sizes, mode=("linear", "bilinear", "trilinear")[len(sizes) - 1])
-        flag = there.to(image.dtype).reshape(-1, 1, *[1] * len(sizes)).expand(-1, 1, *sizes)
-        return torch.cat([image, flag], 1)
 
 
 class _Layers(NamedTuple):
@@ -225,11 +214,7 @@ def _check(width: int, multipliers: Sequence[int], blocks: int, progressive_inpu
 
 def _joint(event_shape: tuple[int, ...], image: tuple[int, ...], width: int) -> nn.Module | None:
     """The convolution of an image that is joined to x, and of the channel beside it."""
-    if image and len(image) != len(event_shape):
-        raise ValueError(
-            f"An image {image} cannot be joined to samples {event_shape}, which have another number of sizes: "
-            "take encode_image=True."
-        )
+    check_joined(event_shape, image)
     return conv(len(image) - 1, image[0] + 1, width, 3) if image else None
 
 

@@ -16,6 +16,7 @@ from scoresde.losses.denoising import Likelihood, LogSNRTimes
 from scoresde.nn import (
     MLP,
     Conditioning,
+    DiT,
     Downsample,
     FourierEmbedding,
     SinusoidalEmbedding,
@@ -31,6 +32,8 @@ NETWORKS = {
     "unet-1d": lambda **kw: UNet((2, 8), attention=(4,), **SMALL, **kw),
     "unet-2d": lambda **kw: UNet((1, 8, 4), attention=(4,), heads=2, **SMALL, **kw),
     "unet-2d-fir": lambda **kw: UNet((1, 4, 4), fir=True, progressive_input="residual", **SMALL, **kw),
+    "dit-1d": lambda **kw: DiT((2, 8), width=8, depth=2, heads=2, **kw),
+    "dit-2d": lambda **kw: DiT((1, 8, 4), width=16, depth=3, heads=2, skips=True, **kw),
     "unet-3d": lambda **kw: UNet((1, 2, 4, 2), attention=(2,), resnet_resample=False, **SMALL, **kw),
 }
 every_network = pytest.mark.parametrize("build", NETWORKS.values(), ids=NETWORKS.keys())
