@@ -111,7 +111,7 @@ def bits(denoiser: S.Denoiser, dataset: Dataset, cfg: DictConfig, *, told: bool)
         result = S.log_likelihood(
             denoiser, dataset.test.raw[part], S.Budget(cfg.calls),
             cond=dataset.test.cond(part, told, torch.device("cpu")),
-            scaling=dataset.scaling, divergence=S.Hutchinson(cfg.probes), rng=S.Rng(seeds=part.tolist()),
+            scaling=dataset.codec, divergence=S.Hutchinson(cfg.probes), rng=S.Rng(seeds=part.tolist()),
         )  # fmt: skip
         parts.append(S.bits_per_dim(result.log_prob, dataset.event_shape))
     return torch.cat(parts)

@@ -42,7 +42,7 @@ def evaluate(cfg: DictConfig) -> float:
         for each in filter(None, (run, versus)):
             check_samplers(samplers, each.denoiser)
         scoring = scoring_of(command).tried(run.dataset, evaluation.samples)
-        check_rank(evaluation.rank_by, [*["sliced-W2"] * (len(run.event_shape) == 1), *scoring.names])
+        check_rank(evaluation.rank_by, [*["sliced-W2"] * (len(run.raw_shape) == 1), *scoring.names])
         loss = build_loss(run.config, run.denoiser, allow)
         digests = {"points": digest_of(run.dataset.test.raw)} | ({} if versus is None else {"versus": versus.digest})
         shards = command.shards(run, **digests)
@@ -71,8 +71,8 @@ def compared(run: Run, options: Mapping[str, Any], allow: Sequence[str]) -> Run 
     if options["versus"] is None:
         return None
     other = chosen_run({**options, "run": options["versus"]}, allow)
-    kinds = [f"samples of shape {each.event_shape} by {each.dataset.scaling}" for each in (run, other)]
-    if (run.event_shape, run.dataset.scaling) != (other.event_shape, other.dataset.scaling):
+    kinds = [f"samples of shape {each.event_shape} by {each.codec}" for each in (run, other)]
+    if (run.event_shape, run.codec) != (other.event_shape, other.codec):
         raise ValueError(f"versus={other.folder} makes {kinds[1]}; run={run.folder} makes {kinds[0]}: not comparable.")
     return other
 

@@ -7,7 +7,6 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..codecs import Scaling
 from ..config import ConfigError, leaves_open
 from ..data import Dataset, Split
 from ..data.dataset import count_classes
@@ -28,16 +27,16 @@ def with_given(command: Command, run: Run) -> Run:
     node, own = command.options["data"], run.dataset
     if node is None:
         return run
-    trained = f"{run.folder} was trained on samples of shape {own.event_shape}, {_in_words(own.scaling)}."
-    codec = {"codec": own.scaling} if leaves_open(node, "codec", command.allow, key="data") else {}
+    trained = f"{run.folder} was trained on samples of shape {own.raw_shape}, {own.codec.expects}."
+    codec = {"codec": own.codec} if leaves_open(node, "codec", command.allow, key="data") else {}
     try:
         found: Dataset = command.build("data", **codec)
     except (TypeError, ValueError, OSError) as error:
         raise ConfigError(f"{error} {trained}") from error
-    if found.event_shape != own.event_shape:
+    if found.raw_shape != own.raw_shape:
         cures = " and ".join(f"data.{key}" for key in _AXES if key in node)
         cure = f" How a file becomes samples is said by {cures}." if cures else ""
-        raise ConfigError(f"{found.name} holds samples of shape {found.event_shape}, and {trained}{cure}")
+        raise ConfigError(f"{found.name} holds samples of shape {found.raw_shape}, and {trained}{cure}")
     return measured_on(run, found)
 
 
@@ -51,7 +50,7 @@ def measured_on(run: Run, found: Dataset) -> Run:
     try:
         held = run.adopt(found).test
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"{error} {run.folder} was trained on {_in_words(own.scaling)}.") from error
+        raise ConfigError(f"{error} {run.folder} was trained on {own.codec.expects}.") from error
     kept, conditional = _conditions(held, found, run)
     known = own.known and replace(own.known, held_out=len(held))
     if conditional:
@@ -60,7 +59,7 @@ def measured_on(run: Run, found: Dataset) -> Run:
     else:  # the labels, if any, are noted beside the numbers, and go nowhere else
         none = None if held.labels is None else torch.zeros(len(own.train), dtype=torch.int64)
         train, test = Split(own.train.raw, none), Split(held.raw, held.labels)
-        dataset = Dataset(found.name, train, test, own.scaling, count_classes(test), own.log_prob, known=known)
+        dataset = Dataset(found.name, train, test, own.codec, count_classes(test), own.log_prob, known=known)
     return replace(run, dataset=dataset, conditional=conditional)
 
 
@@ -92,9 +91,3 @@ def _labels(labels: Tensor, found: Dataset, run: Run) -> Tensor:
     if int(labels.max()) >= len(run.classes):
         raise ConfigError(f"{found.name} has class {int(labels.max())}; {run.folder} knows {run.kinds['label']}.")
     return torch.tensor([run.classes.index(name) for name in names])[labels] if names else labels
-
-
-def _in_words(scaling: Scaling) -> str:
-    if scaling.levels is not None:
-        return f"integers 0 … {scaling.levels - 1}"
-    return f"floats in {scaling.raw_low:g} … {scaling.raw_high:g}" if scaling.bounded else "floats"

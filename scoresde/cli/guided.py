@@ -85,6 +85,6 @@ def _load_guide(target: Any, options: Mapping[str, Any], run: Run, allow: Sequen
 
 def _facts(run: Run, both: bool) -> dict[str, Any]:
     """What two runs have to agree in; `both` are given conditions."""
-    facts = {"samples of shape": run.dataset.event_shape, "data scaled by": run.dataset.scaling}
+    facts = {"samples of shape": run.dataset.event_shape, "data scaled by": run.codec}
     kinds = {name: str(kind) for name, kind in run.kinds.items()}
     return facts | ({"conditional": run.conditional, "the conditions": kinds} if both else {})

@@ -83,9 +83,8 @@ def choose_runs(command: Command) -> list[Run]:
     runs = [run]
     if other is not None:
         second = measured_on(chosen_run({**options, "run": other}, command.allow), run.dataset)
-        own, its = (run.dataset.scaling.levels for run in (run, second))
-        if own != its:
-            raise ConfigError(f"versus={other} counts {its} levels of the same values, and run={run.folder} {own}.")
+        if (own := run.codec.rounding) != (its := second.codec.rounding):
+            raise ConfigError(f"versus={other} counts {its} of the same values, and run={run.folder} {own}.")
         runs.append(second)
     return runs
 

@@ -249,7 +249,8 @@ def picture(plan: Plan, run: TrainingState) -> Mapping[str, Path]:
     cond, (name, sampler) = in_turn(dataset, n, plan.config["conditional"]), next(iter(plan.samplers.items()))
     job = Drawing(dataset.event_shape, range(n), cond, plan.evaluation.batch_size).job(run.average.denoiser, sampler)
     path = plan.folder / "progress" / f"step-{run.step:08d}.png"
-    return {"eval/samples": figures.sample_grid(job.run().x, real_beside(cond, dataset, n), path, sampler=name)}
+    made, real = (dataset.decode(x) for x in (job.run().x, real_beside(cond, dataset, n)))
+    return {"eval/samples": figures.sample_grid(made, real, path, sampler=name)}
 
 
 def fit_and_report(plan: Plan, logger: Logger, signals: Signals) -> dict[str, float]:
@@ -261,7 +262,7 @@ def fit_and_report(plan: Plan, logger: Logger, signals: Signals) -> dict[str, fl
         plan.say(str(training.augment))
     plan.say(
         f"Training {size:,} parameters on {len(training.dataset.train):,} samples of {training.dataset.name}, shape "
-        f"{training.dataset.event_shape}, until {trainer.images:,} have been seen{others}. Run in {plan.folder}"
+        f"{training.dataset.raw_shape}, until {trainer.images:,} have been seen{others}. Run in {plan.folder}"
     )
     trainer.fit(
         training,

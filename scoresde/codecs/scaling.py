@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,8 +10,10 @@ from torch import Tensor
 
 from ..checks import whole
 from ..noise.rng import Rng
-from .codec import Codec
+from .codec import Codec, Edges
 
+_MOST = 2**23
+_SIGNED, _UNSIGNED = (torch.int8, torch.int16, torch.int32), (torch.uint8, torch.int32)
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
@@ -20,10 +21,10 @@ _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 class Scaling(Codec):
     r"""An affine map from raw values to model values in [low, high], dequantised if the raw values are integers.
 
-    Discrete (`levels` = L given, raw integers 0 … L − 1): x = low + (high − low)(raw + u)/L with u ~ U[0, 1), so each
-    integer owns a bin of equal width and the density of x integrates over the bins to at most the probability of the
-    integers (Theis, van den Oord & Bethge 2016, Sec. 3.1). Continuous (`levels` None): [raw_low, raw_high] is mapped
-    to [low, high].
+    Discrete (`levels` = L given, raw integers offset … offset + L − 1): x = low + (high − low)(raw − offset + u)/L with
+    u ~ U[0, 1), so each integer owns a bin of equal width and the density of x integrates over the bins to at most the
+    probability of the integers (Theis, van den Oord & Bethge 2016, Sec. 3.1). Continuous (`levels` None):
+    [raw_low, raw_high] is mapped to [low, high].
 
     With `log_volume` = Σ_dims log |dx/d raw|, log p(raw) = log p(x) + log_volume in nats, and
     bits/dim = −(log p(x) + log_volume)/(D ln 2). For any [low, high], x uniform on it has
@@ -32,13 +33,15 @@ class Scaling(Codec):
 
     Args:
         low, high: range of model data, low < high.
-        levels: number of integer values, ≥ 2; None for continuous data.
+        levels: number of integer values, 2 … 2²³ (finer bins than those float32 does not tell apart); None for
+            continuous data.
         raw_low, raw_high: range of continuous raw data, raw_low < raw_high; not used with `levels`.
         bounded: refuse continuous raw values outside [raw_low, raw_high], and clamp decoded ones to it. With False
             the range only fixes the affine map.
+        offset: the least integer: −32768 with 65536 levels for 16-bit sound; 0 without `levels`.
 
     Raises:
-        ValueError: ranges that are empty or not finite, or fewer than two levels.
+        ValueError: ranges that are empty or not finite, a number of levels outside its range.
     """
 
     low: float = -1.0
@@ -47,13 +50,16 @@ class Scaling(Codec):
     raw_low: float = 0.0
     raw_high: float = 1.0
     bounded: bool = True
+    offset: int = 0
 
     def __post_init__(self) -> None:
         for low, high, name in ((self.low, self.high, ""), (self.raw_low, self.raw_high, "raw_")):
             if not (-math.inf < low < high < math.inf):
                 raise ValueError(f"Expected finite {name}low < {name}high; got {name}low={low}, {name}high={high}.")
         if self.levels is not None:
-            whole(self.levels, "levels", 2, otherwise="None for continuous data")
+            if whole(self.levels, "levels", 2, otherwise="None for continuous data") > _MOST:
+                raise ValueError(f"levels is at most {_MOST}, which float32 tells apart; got {self.levels}.")
+            whole(self.offset, "offset", -(2**63))
 
     @classmethod
     def identity(cls) -> Scaling:
@@ -72,10 +78,31 @@ class Scaling(Codec):
 
     @property
     def raw_dtype(self) -> torch.dtype:
-        """In which `decode` returns raw values: the smallest integers that hold `levels`, or float32."""
+        """In which `decode` returns raw values: the smallest of some integers that hold them all, or float32."""
         if self.levels is None:
             return torch.float32
-        return torch.uint8 if self.levels <= 256 else torch.int32
+        last, kinds = self.offset + self.levels - 1, _SIGNED if self.offset < 0 else _UNSIGNED
+        fits = (kind for kind in kinds if torch.iinfo(kind).min <= self.offset and last <= torch.iinfo(kind).max)
+        return next(fits, torch.int64)
+
+    @property
+    def raw_range(self) -> tuple[float, float] | None:
+        """(least, greatest) raw value, None where they have no bounds."""
+        if self.levels is not None:
+            return self.offset, self.offset + self.levels - 1
+        return (self.raw_low, self.raw_high) if self.bounded else None
+
+    @property
+    def affine(self) -> tuple[float, float]:
+        """(slope, offset) of x = slope · raw + offset, of integers the centre of the bin."""
+        return self._slope, self.low - self._slope * (self.offset - 0.5 if self.levels else self.raw_low)
+
+    @property
+    def expects(self) -> str:
+        """Which raw values it takes, in words."""
+        if self.levels is not None:
+            return f"integers {self.offset} … {self.offset + self.levels - 1}"
+        return f"floats in {self.raw_low:g} … {self.raw_high:g}" if self.bounded else "floats"
 
     def check(self, raw: Tensor, name: str = "raw") -> None:
         """Refuses raw values that this scaling was not made for.
@@ -91,19 +118,20 @@ class Scaling(Codec):
 
     def _check_integers(self, raw: Tensor, name: str) -> None:
         assert self.levels is not None
-        expected = f"integers 0 … {self.levels - 1} ({self.levels} levels)"
+        first, last = self.offset, self.offset + self.levels - 1
+        expected = f"{self.expects} ({self.levels} levels)"
         if raw.dtype not in _INTEGERS:
             raise TypeError(
                 f"{name} holds {raw.dtype}{_range_of(raw)}, expected {expected}. Pass the integers as they were "
                 "stored; if the data are continuous, use Scaling(levels=None, raw_low=…, raw_high=…)."
             )
-        if raw.numel() == 0 or (raw.dtype == torch.uint8 and self.levels >= 256):
+        if raw.numel() == 0 or (raw.dtype == torch.uint8 and first <= 0 and last >= 255):
             return
         low, high = (int(value) for value in raw.aminmax())
-        if low < 0 or high >= self.levels:
+        if low < first or high > last:
             cure = "Set levels to their number."
-            if low < 0:
-                cure = f"They count from 0: subtract the least, raw - ({low}), and set levels={high - low + 1} or more."
+            if low < first:
+                cure = f"Set offset={low}, or store raw - ({low}); and set levels={high - low + 1} or more."
             raise ValueError(f"{name} holds integers {low} … {high}, expected {expected}. {cure}")
 
     def _check_floats(self, raw: Tensor, name: str) -> None:
@@ -125,29 +153,21 @@ class Scaling(Codec):
                 f"raw_high={self.raw_high:g}. Declare the true range."
             )
 
-    def encode(self, raw: Tensor, *, rng: Rng | None = None) -> Tensor:
-        """Model data of `raw`, of its shape.
+    def transform(self, raw: Tensor, *, rng: Rng | None = None) -> Tensor:
+        """Model data of `raw`, of its shape, whose values are not looked at.
 
         Args:
-            raw: integers 0 … levels − 1, or floating-point values in [raw_low, raw_high].
+            raw: integers offset … offset + levels − 1, or floating-point values in [raw_low, raw_high].
             rng: draws u for discrete data; None puts every value at the centre of its bin, u = ½.
 
         Returns:
-            float32 for discrete data, else the dtype of `raw`, float32 at least.
-
-        Raises:
-            TypeError, ValueError: see `check`.
+            float32 for discrete data, else the dtype of `raw`.
         """
-        raw = raw if not raw.is_floating_point() or raw.dtype == torch.float64 else raw.float()
-        self.check(raw)
-        return self.scale(raw, rng=rng)
-
-    def scale(self, raw: Tensor, *, rng: Rng | None = None) -> Tensor:
-        """`encode` of values that were checked before, without looking at them: nothing waits for the device."""
         if self.levels is None:
             return self.low + (raw - self.raw_low) * self._slope
         u = 0.5 if rng is None else rng.uniform(raw.shape, dtype=torch.float32, device=raw.device)
-        return self.low + (raw.float() + u) * self._slope
+        counted = raw.float() if self.offset == 0 else (raw.long() - self.offset).float()
+        return self.low + (counted + u) * self._slope
 
     def decode(self, x: Tensor) -> Tensor:
         """Raw values of model data: the integer whose bin holds x (the nearest one outside [low, high]), or the
@@ -164,13 +184,32 @@ class Scaling(Codec):
             raise ValueError(f"decode was given {bad} NaN or infinite values of {x.numel()}: sampling failed before.")
         raw = (x - self.low) / self._slope
         if self.levels is not None:
-            return raw.floor().clamp(0, self.levels - 1).to(self.raw_dtype)
+            counted = raw.floor().clamp(0, self.levels - 1)
+            return (counted if self.offset == 0 else counted.long() + self.offset).to(self.raw_dtype)
         raw = raw + self.raw_low
         return raw.clamp(self.raw_low, self.raw_high) if self.bounded else raw
 
-    def log_volume(self, event_shape: Sequence[int]) -> float:
-        """Σ_dims log |dx/d raw| in nats for one sample of `event_shape`: add it to log p(x) for log p(raw)."""
-        return math.prod(event_shape) * math.log(self._slope)
+    def log_volume(self, raw: Tensor, x: Tensor) -> Tensor:
+        """Σ_dims log |dx/d raw| of each sample in nats, (B,): add it to log p(x) for log p(raw)."""
+        nats = raw[0].numel() * math.log(self._slope)
+        return torch.full((len(raw),), nats, dtype=torch.float64, device=x.device)
+
+    def bins(self, raw: Tensor, *, open_ends: bool = False) -> Edges | None:
+        """The edges of the bins that raw integers own in model space; None for continuous data."""
+        if self.levels is None:
+            return None
+        k = (raw.long() - self.offset).double()
+        low, high = self.low + k * self._slope, self.low + (k + 1) * self._slope
+        if open_ends:
+            low, high = low.masked_fill(k <= 0, -math.inf), high.masked_fill(k >= self.levels - 1, math.inf)
+        return low, high
+
+    def carry(self, edges: Edges | None) -> Edges | None:
+        """Edges of another codec's bins in model data."""
+        if edges is None or self.levels is not None:
+            return None
+        low, high = (self.low + (edge - self.raw_low) * self._slope for edge in edges)
+        return low, high
 
 
 def _range_of(raw: Tensor) -> str:

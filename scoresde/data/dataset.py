@@ -1,4 +1,4 @@
-"""A data set: raw values in memory, two splits, one scaling."""
+"""A data set: raw values in memory, two splits, one codec."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from ..codecs.scaling import Scaling
+from ..codecs.codec import Codec
 from ..diffusion.conditions import Cond, move, take, unnamed
 from ..noise.rng import Rng
 from .statistics import Statistics, measured
@@ -83,27 +83,29 @@ class Dataset:
     Attributes:
         name: for logs and error messages.
         train, test: see `Split`; same event shape, labels and conditions in both or in neither.
-        scaling: raw ↔ model data.
+        codec: raw ↔ model data.
         classes: labels are 0 … classes − 1; 0 for no labels.
         log_prob: raw samples (B, *event) -> exact log-density (B,) in nats, where it is known (the toys).
         class_names: one for each class; without, they are called by their numbers.
         known: of an excerpt: what is known of all the samples that it was taken from.
         files: those that training and held-out samples were read from, for messages; empty where no file was read.
+        columns: names of the features of a table; empty for other data.
 
     Raises:
-        TypeError: a dtype that the scaling cannot read, or labels that are not int64.
+        TypeError: a dtype that the codec cannot read, or labels that are not int64.
         ValueError: an empty split, NaN, values or labels out of range, or shapes that differ.
     """
 
     name: str
     train: Split
     test: Split
-    scaling: Scaling
+    codec: Codec
     classes: int = 0
     log_prob: Callable[[Tensor], Tensor] | None = None
     class_names: tuple[str, ...] = ()
     known: Statistics | None = None
     files: tuple[str, ...] = ()
+    columns: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.class_names and len(self.class_names) != self.classes:
@@ -113,7 +115,7 @@ class Dataset:
             check_samples(split.raw, where)
             if split.raw.is_floating_point() and split.raw.dtype != torch.float32:
                 raise TypeError(f"{where}: raw holds {split.raw.dtype}; networks compute in float32: pass raw.float().")
-            self.scaling.check(split.raw, f"{where}: raw")
+            self.codec.check(split.raw, f"{where}: raw")
             _check_conditions(split, self.classes, where)
         train, test = (
             {name: tuple(values.shape[1:]) for name, values in {"raw": split.raw, **split.conditions}.items()}
@@ -126,13 +128,23 @@ class Dataset:
             )
 
     def __repr__(self) -> str:
-        parts = f"train={self.train}, test={self.test}, scaling={self.scaling}"
+        parts = f"train={self.train}, test={self.test}, codec={self.codec}"
         return f"Dataset({self.name!r}, {parts}{f', classes={self.classes}' if self.classes else ''})"
 
     @property
     def event_shape(self) -> tuple[int, ...]:
-        """Shape of one sample."""
+        """Shape of one sample of model data, as networks, samplers and likelihoods see it."""
+        return self.codec.encoded_shape(self.raw_shape)
+
+    @property
+    def raw_shape(self) -> tuple[int, ...]:
+        """Shape of one raw sample."""
         return tuple(self.train.raw.shape[1:])
+
+    @property
+    def scaling(self) -> Codec:
+        """The codec, as it was called before."""
+        return self.codec
 
     @property
     def names_of_classes(self) -> tuple[str, ...]:
@@ -145,7 +157,7 @@ class Dataset:
         if self.known is not None:
             return self.known
         train, test = self.train, self.test
-        found = measured(train.raw, train.labels, train.conditions, self.scaling, len(test))
+        found = measured(train.raw, train.labels, train.conditions, self.codec, len(test))
         return replace(found, digests={"train": train.digest(), "test": test.digest()})
 
     def check_unaltered(self, digests: Mapping[str, str], whose: str, cure: str) -> None:
@@ -189,12 +201,12 @@ class Dataset:
         return len(self.test) == self.statistics.held_out
 
     def encode(self, raw: Tensor, rng: Rng | None = None) -> Tensor:
-        """Model data of raw samples (B, *event); `rng` dequantises, None takes bin centres."""
-        return self.scaling.encode(raw, rng=rng)
+        """Model data of raw samples (B, *raw shape); `rng` dequantises, None takes bin centres."""
+        return self.codec.encode(raw, rng=rng)
 
     def decode(self, x: Tensor) -> Tensor:
         """Raw values of model data (B, *event)."""
-        return self.scaling.decode(x)
+        return self.codec.decode(x)
 
 
 def hold_out(samples: Split, fraction: float, seed: int) -> tuple[Split, Split]:
@@ -224,7 +236,7 @@ def hold_out(samples: Split, fraction: float, seed: int) -> tuple[Split, Split]:
     return samples.take(train.sort().values), samples.take(test.sort().values)
 
 
-def given(name: str, samples: Split, codec: Scaling, class_names: tuple[str, ...] = ()) -> Dataset:
+def given(name: str, samples: Split, codec: Codec, class_names: tuple[str, ...] = ()) -> Dataset:
     """Samples that a trained model is measured on, under its codec: all of them are held out."""
     try:
         codec.check(samples.raw, f"{name}: raw")

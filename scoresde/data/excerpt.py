@@ -37,14 +37,12 @@ def packed(dataset: Dataset) -> tuple[dict[str, Tensor], dict[str, Any]]:
     Raises:
         TypeError: its codec is no dataclass.
     """
-    codec, module = dataset.scaling, type(dataset.scaling).__module__
-    if module.startswith("scoresde."):
-        module = module.rpartition(".")[0]  # our packages publish what is in their modules
     record = {
         "name": dataset.name,
-        "codec": {"_target_": f"{module}.{type(codec).__name__}", **dataclasses.asdict(codec)},
+        "codec": _recipe(dataset.codec),
         "classes": dataset.classes,
         "class_names": list(dataset.class_names),
+        "columns": list(dataset.columns),
         "statistics": dataclasses.asdict(dataset.statistics),
     }
     splits = {"train": dataset.train, "test": dataset.test}
@@ -72,11 +70,25 @@ def unpacked(tensors: Mapping[str, Tensor], record: Mapping[str, Any], codec: Co
         record["name"],
         split("train"),
         split("test"),
-        codec,  # type: ignore[arg-type]  # the only one so far is Scaling
+        codec,
         record["classes"],
         class_names=tuple(map(str, record["class_names"])),
         known=Statistics(**known),
+        columns=tuple(map(str, record.get("columns", ()))),
     )
+
+
+def _recipe(value: Any) -> Any:
+    """What `config.build` makes a codec of again, and the codecs in it: its target and its fields."""
+    if isinstance(value, tuple):
+        return [_recipe(each) for each in value]
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    module = type(value).__module__
+    if module.startswith("scoresde."):
+        module = module.rpartition(".")[0]  # our packages publish what is in their modules
+    fields = {each.name: _recipe(getattr(value, each.name)) for each in dataclasses.fields(value)}
+    return {"_target_": f"{module}.{type(value).__name__}", **fields}
 
 
 def _pair(values: Sequence[float]) -> tuple[float, float]:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..codecs.scaling import Scaling
+from ..codecs import Codec, Scaling
 from .dataset import Dataset, Split, check_samples, count_classes, given, hold_out
 from .source import existing, explained, misfit, unpacked_bytes
 
@@ -36,7 +36,7 @@ def Arrays(
     add_channel: bool = False,
     test_fraction: float = 0.1,
     seed: int = 0,
-    codec: Scaling | None = None,
+    codec: Codec | None = None,
 ) -> Dataset:
     """Samples (N, *event) of a NumPy file. Nothing is unpickled.
 

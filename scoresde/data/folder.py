@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..checks import whole
-from ..codecs.scaling import Scaling
+from ..codecs import Codec, Scaling
 from .dataset import Dataset, Split, count_classes, given, hold_out
 from .source import existing, misfit
 
@@ -23,7 +23,7 @@ def ImageFolder(
     grey: bool = False,
     test_fraction: float = 0.1,
     seed: int = 0,
-    codec: Scaling | None = None,
+    codec: Codec | None = None,
 ) -> Dataset:
     """8-bit images of a folder, decoded once and kept in memory.
 

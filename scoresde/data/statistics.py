@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from torch import Tensor
 
-from ..codecs.scaling import Scaling
+from ..codecs.codec import Codec
 from ..diffusion.denoiser import sample_std
 
 _MEASURED = 1024  # samples that the standard deviation is measured on
@@ -39,12 +39,12 @@ class Statistics:
 
 
 def measured(
-    raw: Tensor, labels: Tensor | None, conditions: Mapping[str, Tensor], scaling: Scaling, held_out: int
+    raw: Tensor, labels: Tensor | None, conditions: Mapping[str, Tensor], codec: Codec, held_out: int
 ) -> Statistics:
     """Of training samples (N, *event), their labels and other conditions."""
     return Statistics(
-        data_std=sample_std(scaling.encode(raw[:_MEASURED])),
-        span=scaling.model_range or extremes(scaling.encode(raw)),
+        data_std=sample_std(codec.encode(raw[:_MEASURED])),
+        span=codec.model_range or extremes(codec.encode(raw)),
         conditions={name: extremes(values) for name, values in conditions.items()},
         gaps=any(bool(values.isnan().flatten(1).all(1).any()) for values in conditions.values()),
         training=len(raw),

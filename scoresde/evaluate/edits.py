@@ -182,6 +182,7 @@ def write_edited(
         arrays[f"samples{suffix}"] = dataset.decode(samples.x).unflatten(0, (k, -1))
         if pictures:
             path = folder / f"edited{suffix}.png"
-            figures.sample_grid(samples.x, edited.truth, path, columns=min(edited.n, 16), beside="given")
+            made_raw, given = dataset.decode(samples.x), arrays["given"]
+            figures.sample_grid(made_raw, given, path, columns=min(edited.n, 16), beside="given")
     with replacing(folder / "samples.npz") as file:
         np.savez_compressed(file, **arrays)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..checks import whole
-from ..codecs import Scaling
+from ..codecs import Codec
 from ..data import Dataset
 from ..diffusion.conditions import Cond
 from ..diffusion.denoiser import Denoiser, model_device
@@ -121,8 +121,8 @@ class Likelihood(abc.ABC):
         """What a batch costs, in words."""
 
     @abc.abstractmethod
-    def measure(self, denoiser: Denoiser, raw: Tensor, scaling: Scaling, cond: Cond, rng: Rng) -> Measured:
-        """log p of raw samples (B, *event), in their own coordinates."""
+    def measure(self, denoiser: Denoiser, raw: Tensor, codec: Codec, cond: Cond, rng: Rng) -> Measured:
+        """log p of raw samples (B, *raw shape), in their own coordinates."""
 
     def job(
         self,
@@ -145,7 +145,7 @@ class Likelihood(abc.ABC):
         denoiser.sde.cut_off(self.t_min, "likelihood")
         whole((whole(seed, "seed", 0) + 1) * len(data), f"seed + 1, times the {len(data)} points that draw from it,")
         parts = evenly_spaced(len(data), points).split(self.batch_size)
-        device, event = model_device(denoiser), dataset.event_shape
+        device, event = model_device(denoiser), dataset.raw_shape
 
         def batch(index: int) -> Iterator[Tensors]:
             part = parts[index]
@@ -153,7 +153,7 @@ class Likelihood(abc.ABC):
             rng = Rng(seeds=[seed * len(data) + i for i in part.tolist()])
             label, show = f"network calls, batch {index + 1}", ranks()[0] == 0
             with CallsShown(denoiser, label, self.calls, show=show) as shown:
-                found = self.measure(shown, x, dataset.scaling, cond, rng)
+                found = self.measure(shown, x, dataset.codec, cond, rng)
             bits = {
                 name: bits_per_dim(nats, event).double().cpu()
                 for name, nats in (("bits", found.log_prob), ("errors", -found.stderr), ("of_solver", -found.of_solver))
@@ -215,11 +215,11 @@ class OdeLikelihood(Likelihood):
         products = self.divergence.products(math.prod(event_shape))
         return f"network calls for each {self.batch_size} points: {calls}, each with {products:,} backward products"
 
-    def measure(self, denoiser: Denoiser, raw: Tensor, scaling: Scaling, cond: Cond, rng: Rng) -> Measured:
+    def measure(self, denoiser: Denoiser, raw: Tensor, codec: Codec, cond: Cond, rng: Rng) -> Measured:
         solve: Callable[..., LogLikelihood] = log_likelihood
         if self.bound is not None:
             solve = partial(ode_bound, dequantised=self.bound == "dequantised")
-        how: dict[str, Any] = {"divergence": self.divergence, "scaling": scaling, "t_min": self.t_min}
+        how: dict[str, Any] = {"divergence": self.divergence, "scaling": codec, "t_min": self.t_min}
         found = solve(denoiser, raw, self.solver, cond=cond, rng=rng, **how)
         return Measured(found.log_prob, found.stderr, found.solver_error, found.evaluations)
 
@@ -263,11 +263,13 @@ class Elbo(Likelihood):
     def cost(self, event_shape: Sequence[int]) -> str:
         return f"network calls for each {self.batch_size} points: {self.samples}"
 
-    def measure(self, denoiser: Denoiser, raw: Tensor, scaling: Scaling, cond: Cond, rng: Rng) -> Measured:
+    def measure(self, denoiser: Denoiser, raw: Tensor, codec: Codec, cond: Cond, rng: Rng) -> Measured:
         how: dict[str, Any] = {"samples": self.samples, "t_min": self.t_min, "cond": cond, "rng": rng}
         if self.dequantises:  # log P(raw) is at least the mean of log p(raw + u), and that of its bound
-            found, volume = elbo(denoiser, scaling.encode(raw, rng=rng), **how), scaling.log_volume(raw.shape[1:])
+            x = codec.encode(raw, rng=rng)
+            found = elbo(denoiser, x, **how)
+            log_prob = found.log_prob + codec.log_volume(raw, x)
         else:
-            found, volume = elbo(denoiser, raw, scaling=scaling, **how), 0.0
-        unknown = torch.full_like(found.log_prob, math.nan)
-        return Measured(found.log_prob + volume, found.stderr, unknown, found.evaluations)
+            found = elbo(denoiser, raw, scaling=codec, **how)
+            log_prob = found.log_prob
+        return Measured(log_prob, found.stderr, torch.full_like(log_prob, math.nan), found.evaluations)

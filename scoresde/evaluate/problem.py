@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..codecs import Scaling
+from ..codecs import Codec
 from ..data import Dataset
 from ..data.readers import held_out, is_picture, names_held_out, read_sample
 from ..data.source import misfit
@@ -81,7 +81,7 @@ class Measurement:
         noise = Rng(0).normal((1, *event))
         observation.near(noise, observation.split({"y": observation(noise)})[0])  # refuses what is not linear
         self.seen = (observation(noise) != 0)[0]
-        # of the constant 1: an operator that keeps it commutes with the scaling of the data
+        # of the constant 1: an operator that keeps it commutes with the codec of the data
         self._unit = observation(torch.ones(1, *event))[0]
         self._keeps = bool(((self._unit - 1)[self.seen].abs() < 1e-4).all())
 
@@ -90,8 +90,9 @@ class Measurement:
 
         Raises:
             FileNotFoundError: no such file.
-            ValueError: what is in a file does not fit, or inputs of both kinds.
+            ValueError: what is in a file does not fit, inputs of both kinds, or a codec that is not affine.
         """
+        affine(self.dataset.codec)
         clean = [self.clean(name) for name in inputs if simulate or names_held_out(name)]
         if clean and len(clean) < len(inputs):
             raise ValueError("Inputs are all test:… (or simulate=true), or all measured; got both.")
@@ -104,9 +105,11 @@ class Measurement:
         dataset = self.dataset
         if names_held_out(name):
             return dataset.encode(dataset.test.raw[held_out(name, len(dataset.test), "input")])[0]
-        values = read_sample(name, dataset.event_shape, "a clean sample")
+        values = read_sample(name, dataset.raw_shape, "a clean sample")
+        if dataset.codec.affine is None:
+            return dataset.encode(values[None].to(dataset.codec.raw_dtype))[0]
         self._check_range(name, values)
-        slope, offset = affine(dataset.scaling, is_picture(name))
+        slope, offset = affine(dataset.codec, is_picture(name))
         return slope * values + offset
 
     def _simulated(self, x: Tensor, seed: int) -> Tensor:
@@ -130,36 +133,43 @@ class Measurement:
         self._check_range(name, values[self.seen])
         if not self.observation.linear:
             return values  # there is no rule: taken to be of model data
-        slope, offset = affine(self.dataset.scaling, is_picture(name))
+        slope, offset = affine(self.dataset.codec, is_picture(name))
         return torch.where(self.seen, slope * values + offset * self._unit, 0)
 
     def _check_range(self, file: str, values: Tensor) -> None:
         """Refuses values that the data cannot have, noise included, and pictures of data that have no range."""
-        scaling = self.dataset.scaling
-        bounded = scaling.levels is not None or scaling.bounded
-        if is_picture(file) and not bounded:
+        codec = self.dataset.codec
+        if is_picture(file) and codec.raw_range is None:
             raise ValueError(f"{file}: data without a range are in no picture; give their values as .npy.")
         if not bool(torch.isfinite(values).all()):
             raise ValueError(f"{file} holds NaN or infinite values.")
-        if is_picture(file) or not bounded or not self._keeps:
+        if is_picture(file) or codec.raw_range is None or not self._keeps:
             return
-        low, high = (0, scaling.levels - 1) if scaling.levels else (scaling.raw_low, scaling.raw_high)
-        slack = 6 * float(self.observation.std.max()) / affine(scaling)[0] + 1e-6 * (high - low)
+        low, high = codec.raw_range
+        slack = 6 * float(self.observation.std.max()) / affine(codec)[0] + 1e-6 * (high - low)
         least, most = float(values.min()), float(values.max())
         if least < low - slack or most > high + slack:
             expected = f"values {low:g} … {high:g} as the data of the run have"
             raise misfit(file, expected, f"{least:g} … {most:g}")
 
 
-def affine(scaling: Scaling, picture: bool = False) -> tuple[float, float]:
+def affine(codec: Codec, picture: bool = False) -> tuple[float, float]:
     """(slope, offset) of model data = slope · raw + offset; of integers, the centres of their bins.
 
     The 256 levels of a picture span the range of the data, however many levels these have.
+
+    Raises:
+        ValueError: a codec that is no such map, under which what is linear in raw data is not so in model data.
     """
-    levels = 256 if picture else scaling.levels
-    low, high = (-0.5, levels - 0.5) if levels else (scaling.raw_low, scaling.raw_high)
-    slope = (scaling.high - scaling.low) / (high - low)
-    return slope, scaling.low - slope * low
+    if codec.affine is None:
+        raise ValueError(
+            "A problem is stated in raw data, and needs model data that are slope · raw + offset, one pair for all; "
+            f"this run's are by {codec}. Train on data with one range for all values."
+        )
+    if picture and codec.model_range is not None:
+        low, high = codec.model_range
+        return (high - low) / 256, low + (high - low) / 512
+    return codec.affine
 
 
 def measured(problem: Problem, made: Mapping[str, Samples], dataset: Dataset) -> dict[str, dict[str, float]]:
@@ -200,7 +210,7 @@ def write_restored(
     `cond_tokens` (k, n, …).
     """
     observation, mask, truth = problem.observation, problem.mask, problem.truth
-    (slope, offset), given = affine(dataset.scaling), problem.y
+    (slope, offset), given = affine(dataset.codec), problem.y
     if observation.linear:
         constant = observation(torch.full((1, *dataset.event_shape), offset))
         given = torch.where(problem.seen, (given - constant) / slope, torch.nan)
@@ -223,5 +233,5 @@ def write_restored(
 
 
 def data_range(dataset: Dataset) -> tuple[float, float]:
-    """(least, greatest) value of model data: those of the scaling, or those that the training data have."""
+    """(least, greatest) value of model data: those of the codec, or those that the training data have."""
     return dataset.statistics.span

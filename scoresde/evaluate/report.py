@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from ..checks import whole
@@ -99,8 +100,10 @@ def write_samples(
     if pictures:
         real = real_beside(cond, dataset, len(seeds))
         for (suffix, samples), name in zip(by_suffix(made), made, strict=True):
-            figures.sample_grid(samples.x, real, folder / f"samples{suffix}.png", sampler=name)
-            figures.trajectory(samples.frames, samples.times, folder / f"trajectory{suffix}.png")
+            made_raw, real_raw = dataset.decode(samples.x), dataset.decode(real)
+            figures.sample_grid(made_raw, real_raw, folder / f"samples{suffix}.png", sampler=name)
+            frames = torch.stack([dataset.codec.layout(x) for x in samples.frames])
+            figures.trajectory(frames, samples.times, folder / f"trajectory{suffix}.png")
     arrays: dict[str, Any] = {"seeds": seeds, **condition_arrays(cond)}
     arrays |= {name: dataset.decode(samples.x) for name, samples in made.items()}
     with replacing(folder / "samples.npz") as file:
@@ -119,7 +122,7 @@ def distances_of(made: Mapping[str, Tensor], dataset: Dataset) -> dict[str, dict
     """
     found: dict[str, dict[str, Score]] = {name: {} for name in made}
     real = dataset.test.raw.float()
-    for name, x in made.items() if len(dataset.event_shape) == 1 else ():
+    for name, x in made.items() if len(dataset.raw_shape) == 1 else ():
         raw = dataset.decode(x).float()
         if min(len(raw), len(real)) >= 2 * GROUPS:
             found[name] = score(sliced_score, "sliced-W2", raw, real, real)
@@ -133,7 +136,7 @@ def exact_bits(dataset: Dataset, points: int | None) -> float | None:
     if dataset.log_prob is None:
         return None
     raw = dataset.test.raw[evenly_spaced(len(dataset.test), points)]
-    return float(bits_per_dim(dataset.log_prob(raw), dataset.event_shape).mean())
+    return float(bits_per_dim(dataset.log_prob(raw), dataset.raw_shape).mean())
 
 
 @dataclass(frozen=True)
@@ -281,7 +284,7 @@ class Report:
         return (
             f"bits/dim of the model: {bits.mean:.4f} ± {bits.stderr:.4f} on {bits.points} held-out points: "
             f"{bits.meaning}, {self.likelihood.how}, "
-            f"{'uniform dequantisation, ' if self.likelihood.dequantises and self.dataset.scaling.levels else ''}"
+            f"{'uniform dequantisation, ' if self.likelihood.dequantises and self.dataset.codec.discrete else ''}"
             f"{', '.join(f'{name}={value:g}' for name, value in accuracy.items())}, {bits.evaluations:.0f} "
             f"evaluations, {bits.seconds:.1f} s."
             f"{'' if exact is None else f' The true density has {exact:.4f} on the same points.'}"

@@ -91,11 +91,11 @@ class Scoring:
 
     def protocol(self, dataset: Dataset, samples: int) -> dict[str, Any]:
         """All that has to agree for two numbers to be compared."""
-        scaling = dataset.scaling
-        rounding = f", rounded to {scaling.levels} levels" if scaling.levels else ""
+        (low, high), codec = dataset.statistics.span, dataset.codec
+        rounding = f", rounded to {codec.rounding}" if codec.discrete else ""
         return {
             "features": self.features.name,
-            "coordinates": f"model data in [{scaling.low:g}, {scaling.high:g}]{rounding}",
+            "coordinates": f"model data in [{low:g}, {high:g}]{rounding}",
             "samples": samples,
             "held_out": len(dataset.test),
             "training": len(dataset.train) if trained_on(dataset) else 0,

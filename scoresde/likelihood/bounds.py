@@ -8,8 +8,9 @@ With z_t ~ q(z_t|x) = N(α_t x, σ_t² I), SNR = α²/σ², and the decoder p(x|
 the *model*: of samples drawn by the ancestral chain (`vlb`, `importance_weighted`) or the reverse SDE (`elbo`) and
 then decoded, not of the probability flow, whose log p `log_likelihood` measures.
 
-The decoder is N(z/α, (σ/α)² I) at t_min, so that of continuous data is in closed form, and discrete data (`scaling`
-with levels, raw integers) get the probability of their bin, the outer bins open (Ho et al. 2020, eq. 13).
+The decoder is N(z/α, (σ/α)² I) at t_min, so that of continuous data is in closed form, and discrete data (raw integers
+and their codec) get the probability of their bin, the outer bins open (Ho et al. 2020, eq. 13). In a table of both, the
+integers get that probability, and the others a density.
 """
 
 from __future__ import annotations
@@ -27,9 +28,9 @@ from ..diffusion.sde import SDE
 from ..diffusion.undisturbed import undisturbed
 from ..noise.rng import Rng
 from ..ops.broadcast import host
+from .codec import RawCodec
 from .divergence import Divergence, spread
 from .ode import LogLikelihood, log_likelihood
-from .scaling import RawScaling
 from .solver import Solver
 from .terms import Bound, Setting, Term, mean_and_error
 
@@ -62,7 +63,7 @@ def elbo(
     samples: int,
     cond: Cond = None,
     rng: Rng | None = None,
-    scaling: RawScaling | None = None,
+    scaling: RawCodec | None = None,
     t_min: float | None = None,
     importance: bool = True,
 ) -> Bound:
@@ -75,8 +76,8 @@ def elbo(
         denoiser: the model.
         x0: data (B, *event); raw data if `scaling` is given.
         samples: draws of (t, ε) per sample, ≥ 1, each one network call on the batch. The t of a sample are stratified.
-        scaling: of raw data; with levels they stay integers and the bound is on their probability, without
-            dequantisation; else `log_volume` makes it the density of raw data.
+        scaling: codec of raw data; integers stay what they are and the bound is on their probability, without
+            dequantisation; of floats `log_volume` makes it the density of raw data.
         t_min: cut-off and decoder, None for the SDE's own.
         importance: draw λ = log SNR uniformly: p(t) ∝ |dλ/dt|, which cancels the weight. False draws t uniformly.
 
@@ -110,7 +111,7 @@ def ode_bound(
     x0: Tensor,
     solver: Solver,
     *,
-    scaling: RawScaling,
+    scaling: RawCodec,
     samples: int = 1,
     dequantised: bool = True,
     divergence: Divergence | None = None,
@@ -128,7 +129,7 @@ def ode_bound(
     to log P(raw). With probes they are averaged: a weight e^noise would be too large in the mean.
 
     Args:
-        scaling: of the integers, with levels.
+        scaling: codec of the integers.
         samples: draws of z per sample, ≥ 1, each one solve. A single one has no `stderr`.
         dequantised: the network was trained on integers with uniform noise, so q is uniform in the bin and has the
             noise of t_min. False for the centres of the bins, as in `elbo`.
@@ -138,11 +139,11 @@ def ode_bound(
         As of `log_likelihood`; `divergence_error` is the standard error of the draws, with that of their divergence.
 
     Raises:
-        ValueError: no samples, a scaling without levels.
+        ValueError: no samples, a codec without integers, or one whose bins are no intervals in model space.
         SolverError: a solve that failed.
     """
     setting = Setting(denoiser, x0, scaling, t_min, samples, rng, cond)
-    if setting.bins is None:
+    if setting.edges is None:
         raise ValueError("ode_bound bounds the probability of integers: pass their scaling=, with levels.")
     rng, t = setting.rng, host(setting.start)
     values, errors, evaluations = [], [], 0
@@ -160,7 +161,8 @@ def ode_bound(
         relative = (draws - log_prob[:, None]).exp()
     of_draws = spread(relative) if setting.samples > 1 else torch.full_like(log_prob, math.nan)
     stderr = torch.hypot(of_draws, of_solver)
-    return LogLikelihood(log_prob, stderr, found.latent, evaluations, of_draws, of_solver, "bpd/ode-bound")
+    how, dims = "bpd/ode-bound", x0[0].numel()
+    return LogLikelihood(log_prob, stderr, found.latent, evaluations, of_draws, of_solver, how, dims)
 
 
 @undisturbed
@@ -174,7 +176,7 @@ def vlb(
     samples: int = 1,
     cond: Cond = None,
     rng: Rng | None = None,
-    scaling: RawScaling | None = None,
+    scaling: RawCodec | None = None,
     t_min: float | None = None,
 ) -> Bound:
     r"""L_0 + Σ L_{t−1} + L_T of the ancestral chain of T `steps` with the posterior variance (Ho et al. 2020, eq. 5).
@@ -218,7 +220,7 @@ def importance_weighted(
     grid: Grid | None = None,
     cond: Cond = None,
     rng: Rng | None = None,
-    scaling: RawScaling | None = None,
+    scaling: RawCodec | None = None,
     t_min: float | None = None,
 ) -> ImportanceBound:
     r"""log (1/K) Σ_k p(x, z^k_{0…T})/q(z^k_{0…T}|x), z^k ~ q: K = `samples` whole chains (Burda et al. 2016, eq. 8).

@@ -12,9 +12,9 @@ from ..checks import whole
 from ..diffusion.conditions import Cond, expand
 from ..diffusion.denoiser import Denoiser
 from ..noise.rng import Rng
+from .codec import RawCodec
 from .divergence import Divergence
 from .ode import LogLikelihood, log_likelihood
-from .scaling import RawScaling
 from .solver import Solver
 
 
@@ -50,7 +50,7 @@ def classify(
     priors: Tensor | None = None,
     divergence: Divergence | None = None,
     rng: Rng | None = None,
-    scaling: RawScaling | None = None,
+    scaling: RawCodec | None = None,
     t_min: float | None = None,
 ) -> Classification:
     r"""p(y | x) = p(x | y) p(y) / Σ p(x | y') p(y'), with log p(x | y) = `log_likelihood(…, cond=y)` (Li et al. 2023,

@@ -23,9 +23,9 @@ from ..diffusion.undisturbed import undisturbed
 from ..noise.rng import Rng
 from ..ode import SolverError
 from ..ops.broadcast import samples
+from .codec import RawCodec
 from .divergence import Divergence, Hutchinson
 from .flow import Flow
-from .scaling import RawScaling
 from .solver import Solver
 from .terms import hidden_bits
 
@@ -44,6 +44,7 @@ class LogLikelihood:
             kinked fields and learned scores; an upper estimate as a rule. NaN where the backend does not tell
             (torchdiffeq, scipy).
         name: of the estimator.
+        dims: D of bits/dim, the numbers in a raw sample; None for those of the latent.
     """
 
     log_prob: Tensor
@@ -53,11 +54,12 @@ class LogLikelihood:
     divergence_error: Tensor
     solver_error: Tensor
     name: str = "bpd/ode"
+    dims: int | None = None
 
     def __repr__(self) -> str:
         """Mean ± standard error over the samples; of a single one, itself ± its own error."""
         shown, n = [], len(self.log_prob)
-        per_bit = self.latent[0].numel() * math.log(2)
+        per_bit = (self.dims or self.latent[0].numel()) * math.log(2)
         for values, scale, unit in ((self.log_prob, 1.0, "nats"), (self.bits_per_dim, per_bit, "bits/dim")):
             error = float(values.detach().double().std()) / n**0.5 if n > 1 else float(self.stderr[0]) / scale
             shown.append(f"{float(values.detach().double().mean()):.5g} ± {error:.2g} {unit}")
@@ -66,7 +68,7 @@ class LogLikelihood:
     @property
     def bits_per_dim(self) -> Tensor:
         """−log_prob/(D ln 2), (B,)."""
-        return bits_per_dim(self.log_prob, tuple(self.latent.shape[1:]))
+        return bits_per_dim(self.log_prob, (self.dims or self.latent[0].numel(),))
 
 
 @undisturbed
@@ -78,7 +80,7 @@ def log_likelihood(
     divergence: Divergence | None = None,
     cond: Cond = None,
     rng: Rng | None = None,
-    scaling: RawScaling | None = None,
+    scaling: RawCodec | None = None,
     t_min: float | None = None,
     differentiable: bool = False,
 ) -> LogLikelihood:
@@ -95,8 +97,8 @@ def log_likelihood(
         divergence: `Hutchinson(probes, kind)` (default, one Rademacher probe), `HutchPlusPlus` or `Exact()`.
         cond: condition of each sample.
         rng: source of probes and dequantisation noise.
-        scaling: of the data set; raw integers are dequantised with uniform noise (Theis et al. 2016) and the
-            log-volume of the scaling is added, so the result is the density of raw data.
+        scaling: codec of the data set; raw integers are dequantised with uniform noise (Theis et al. 2016) and the
+            log-volume of the codec is added, so the result is the density of raw data.
         t_min: likelihood cut-off, None for the SDE's own.
         differentiable: let `log_prob` carry gradients to `x0` and the network's parameters by plain autograd; memory
             then grows with the evaluations. The steps of an adaptive solve are constants to it.
@@ -108,7 +110,7 @@ def log_likelihood(
     """
     rng = Rng(0) if rng is None else rng
     x, log_volume = _model_data(x0, scaling, rng)
-    if (hidden := hidden_bits(denoiser.sde, scaling, t_min)) > 0.01:
+    if (hidden := hidden_bits(denoiser.sde, None if scaling is None else scaling.bins(x0), t_min)) > 0.01:
         warnings.warn(
             f"The noise at t_min hides up to {hidden:.2g} bits/dim of these integers: it is wide beside a bin of "
             "theirs, and this is the density of the dequantised data there. Take a smaller t_min, or `ode_bound` "
@@ -120,7 +122,8 @@ def log_likelihood(
         latent, change, errors = _solve(flow, solver, x, up=True)
         latent = latent.to(x.dtype)
         log_prob = flow.counted.prior_log_prob_given(latent, cond) + flow.log_scale + change + log_volume
-    return LogLikelihood(log_prob, torch.hypot(*errors), latent, flow.counted.evaluations, *errors)
+    error, dims = torch.hypot(*errors), x0[0].numel()
+    return LogLikelihood(log_prob, error, latent, flow.counted.evaluations, *errors, dims=dims)
 
 
 @undisturbed
@@ -178,11 +181,12 @@ def _solve(flow: Flow, solver: Solver, x: Tensor, *, up: bool) -> tuple[Tensor, 
     return (end_alpha * solved.end).reshape(x.shape), change, (divergence_error.detach(), solved.error)
 
 
-def _model_data(x0: Tensor, scaling: RawScaling | None, rng: Rng) -> tuple[Tensor, float]:
+def _model_data(x0: Tensor, scaling: RawCodec | None, rng: Rng) -> tuple[Tensor, Tensor | float]:
     if x0.ndim < 2 or len(x0) == 0:
         raise ValueError(f"Expected a batch (B, *event) of at least one sample; got shape {tuple(x0.shape)}.")
     if scaling is not None:
-        return scaling.encode(x0, rng=rng), scaling.log_volume(tuple(x0.shape[1:]))
+        x = scaling.encode(x0, rng=rng)
+        return x, scaling.log_volume(x0, x)
     if not x0.is_floating_point() and not x0.is_complex():
         raise TypeError(
             f"x0 holds {x0.dtype}: integers are points, which have no density. Pass the data set's scaling= to "
@@ -191,14 +195,14 @@ def _model_data(x0: Tensor, scaling: RawScaling | None, rng: Rng) -> tuple[Tenso
     return samples(x0, "x0"), 0.0
 
 
-def bits_per_dim(log_prob: Tensor, event_shape: Sequence[int], *, log_volume: float = 0.0) -> Tensor:
+def bits_per_dim(log_prob: Tensor, event_shape: Sequence[int], *, log_volume: Tensor | float = 0.0) -> Tensor:
     """−(log p + log_volume)/(D ln 2), of the shape of `log_prob`.
 
     Args:
         log_prob: log-density in nats.
-        event_shape: of one sample; D is the product.
-        log_volume: log |dx/d raw| of the data scaling in nats, when `log_prob` is of scaled data (0 when
-            `log_likelihood` was given the scaling).
+        event_shape: of one raw sample; D is the product.
+        log_volume: `log_volume` of the codec in nats, (B,), when `log_prob` is of model data (0 when
+            `log_likelihood` was given the codec).
     """
     dims = math.prod(event_shape)
     if dims < 1:

@@ -14,8 +14,8 @@ from ..diffusion.denoiser import Cond, CountingDenoiser, Denoiser
 from ..diffusion.grids import Grid, LogSNRGrid, spanning
 from ..diffusion.sde import SDE
 from ..noise.rng import Rng
-from ..ops.broadcast import host, plain, samples
-from .scaling import RawScaling
+from ..ops.broadcast import expand_as_batch, host, plain, samples
+from .codec import RawCodec
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Bound:
         prior: KL(q(z_T|x) ‖ p_T(·|cond)); of a guided denoiser p_T is normalised up to second order, so the bound
             holds up to that: below 1e-3 nats at σ_T/α_T = 50 and data of unit variance.
         diffusion: what the denoiser adds between t_min and t_max.
-        reconstruction: E_q[−log p(x|z_{t_min})], less the log-volume of a continuous scaling.
+        reconstruction: E_q[−log p(x|z_{t_min})], less the log-volume of continuous raw data.
         steps: of `vlb`, L_1 … L_{T−1} of Ho et al., from noise to data: Term of (B, T). None for `elbo`.
         evaluations: network calls, each on the batch.
     """
@@ -70,7 +70,7 @@ class Setting:
         self,
         denoiser: Denoiser,
         x0: Tensor,
-        scaling: RawScaling | None,
+        scaling: RawCodec | None,
         t_min: float | None,
         draws: int,
         rng: Rng | None,
@@ -85,13 +85,24 @@ class Setting:
         self.cond = each(plain, cond)
         self.start = self.sde.cut_off(t_min, "likelihood")
         self.rng = Rng(0) if rng is None else rng
-        x0 = x0 if scaling is None else scaling.encode(x0)  # the centres of the bins of discrete data
-        self.x = samples(x0, "x0")
-        self.bins = scaling if scaling is not None and scaling.levels is not None else None
-        self.half_bin = 0.0 if self.bins is None else 0.5 * (self.bins.high - self.bins.low) / (self.bins.levels or 1)
-        self.log_volume = 0.0
-        if scaling is not None and self.bins is None:
-            self.log_volume = scaling.log_volume(tuple(x0.shape[1:]))
+        self.x = samples(x0 if scaling is None else scaling.encode(x0), "x0")  # integers at the centres of their bins
+        self.edges: tuple[Tensor, Tensor] | None = None
+        self.open_edges, self.owned = self.edges, torch.tensor(True, device=self.x.device)  # owned by a bin
+        self.half_bins, self.log_volume = self.x.new_zeros((), dtype=torch.float64), self.x.new_zeros(())
+        if scaling is not None:
+            self.log_volume = scaling.log_volume(x0, self.x)
+        if scaling is not None and scaling.discrete:
+            self.edges, self.open_edges = scaling.bins(x0), scaling.bins(x0, open_ends=True)
+            if self.edges is None or self.open_edges is None:
+                raise ValueError(
+                    f"The bins of these integers are no intervals of single dimensions under {scaling}, so the "
+                    "probability of a bin is not bounded. Measure the density of dequantised data: log_likelihood, "
+                    "likelihood.bound=null."
+                )
+            widths = self.edges[1] - self.edges[0]
+            self.half_bins, self.owned = widths / 2, widths > 0
+            # what is left is the volume of the continuous ones
+            self.log_volume = self.log_volume - widths.where(self.owned, 1.0).log().flatten(1).sum(1)
 
     def denoise(self, z: Tensor, t: Tensor):
         return self.counted(z, t, self.cond)
@@ -105,10 +116,10 @@ class Setting:
         """
         eps = self.rng.normal_like(self.x)
         error = self.denoise(self.sde.perturb(self.x, t, eps), t).eps - eps
-        squares, known = ((value.double() ** 2).flatten(1).sum(1) for value in (error, eps))
         log_snr = self.sde.log_snr(t)
-        share = torch.sigmoid(log_snr) ** 2 * ((-0.5 * log_snr).exp() > self.half_bin)
-        return squares - share * (known - eps[0].numel())
+        noise = expand_as_batch((-0.5 * log_snr).exp(), self.x)
+        known = ((eps.double() ** 2 - 1) * (noise > self.half_bins)).flatten(1).sum(1)
+        return (error.double() ** 2).flatten(1).sum(1) - torch.sigmoid(log_snr) ** 2 * known
 
     def times(self, steps: int, grid: Grid | None) -> Tensor:
         """Falling times (steps + 1,), float64."""
@@ -127,30 +138,31 @@ class Setting:
         alpha, sigma = (float(v) for v in self.sde.marginal(host(self.start)))
         ratio, centre = sigma / alpha, z.double() / alpha
         x, dims = self.x.double(), self.x[0].numel()
-        if self.bins is None:
+        if self.open_edges is None:
             quadratic = 0.5 * ((x - centre) / ratio).square().flatten(1).sum(1)
             return quadratic + dims * (math.log(ratio) + 0.5 * math.log(2 * math.pi)) - self.log_volume
         return -self.log_bins(z)
 
-    def log_bins(self, z: Tensor, open_ends: bool = True) -> Tensor:
-        """log of the mass of N(z/α, ς²) in the bins of x (B,) at t_min; with `open_ends` the outer ones are endless."""
-        assert self.bins is not None
+    def log_bins(self, z: Tensor) -> Tensor:
+        """log of what N(z/α, ς²) gives the raw data (B,) at t_min: the mass of the bins of integers, the outer ones
+        endless, and the density of the others."""
         alpha, sigma = (float(v) for v in self.sde.marginal(host(self.start)))
-        apart, half, ratio = self.x.double() - z.double() / alpha, self.half_bin, sigma / alpha
-        below, above = (apart - half) / ratio, (apart + half) / ratio
-        if open_ends:
-            below = below.masked_fill(self.x.double() - half <= self.bins.low + half / 2, -math.inf)
-            above = above.masked_fill(self.x.double() + half >= self.bins.high - half / 2, math.inf)
-        return _log_mass(below, above).flatten(1).sum(1)
+        return self._of_bins(self.open_edges, z.double() / alpha, sigma / alpha).flatten(1).sum(1) + self.log_volume
 
     def log_noised(self, z: Tensor, dequantised: bool) -> Tensor:
         """log q(z|raw) (B,) at t_min, of the bins of x with uniform noise in them or of their centres."""
-        alpha, sigma = self.sde.marginal(host(self.start))
-        dims = self.x[0].numel()
+        alpha, sigma = (float(v) for v in self.sde.marginal(host(self.start)))
+        y, ratio = z.double() / alpha, sigma / alpha  # q of z is that of z/α, a D-th power of α apart
+        log_q = self._of_bins(self.edges, y, ratio) if dequantised else _log_normal(y, self.x.double(), ratio)
         if dequantised:
-            return self.log_bins(z, open_ends=False) - dims * (2 * self.half_bin * alpha).log()
-        squares = ((z.double() - alpha * self.x.double()) / sigma).square().flatten(1).sum(1)
-        return -0.5 * (squares + dims * (2 * math.pi * sigma**2).log())
+            log_q = log_q - (2 * self.half_bins).where(self.half_bins > 0, 1.0).log()
+        return log_q.flatten(1).sum(1) - self.x[0].numel() * math.log(alpha)
+
+    def _of_bins(self, edges: tuple[Tensor, Tensor] | None, centre: Tensor, std: float) -> Tensor:
+        """Of each value: log of the mass of N(centre, std²) in its bin, or of its density at a continuous one."""
+        assert edges is not None
+        below, above = ((edge - centre) / std for edge in edges)
+        return _log_mass(below, above).where(self.owned, _log_normal(self.x.double(), centre, std))
 
     def bound(self, name: str, diffusion: Term, steps: Term | None = None) -> Bound:
         """The terms together; prior and reconstruction by `samples` draws of their own, or in closed form."""
@@ -160,7 +172,7 @@ class Setting:
             return self.sde.perturb(self.x, t, self.rng.normal_like(self.x))
 
         prior = mean_and_error(torch.stack([self.prior(noisy(t_max)) for _ in range(self.samples)]))
-        if self.bins is None:  # x − z/α is N(0, (σ/α)² I): the quadratic is D/2 in the mean
+        if self.edges is None:  # x − z/α is N(0, (σ/α)² I): the quadratic is D/2 in the mean
             exact = self.reconstruct(self.sde.at(start, self.x).alpha.double() * self.x.double())
             reconstruction = Term(exact + 0.5 * self.x[0].numel(), torch.zeros_like(exact))
         else:
@@ -176,14 +188,20 @@ def _log_mass(below: Tensor, above: Tensor) -> Tensor:
     return log_high + torch.log1p(-(log_low - log_high).exp().clamp(max=1 - 1e-16))
 
 
-def hidden_bits(sde: SDE, scaling: RawScaling | None, t_min: float | None = None) -> float:
+def _log_normal(x: Tensor, mean: Tensor, std: float) -> Tensor:
+    return -0.5 * ((x - mean) / std) ** 2 - math.log(std) - 0.5 * math.log(2 * math.pi)
+
+
+def hidden_bits(sde: SDE, bins: tuple[Tensor, Tensor] | None, t_min: float | None = None) -> float:
     """What the noise at t_min costs a density of dequantised integers, in bits/dim, at most: that of a value which is
-    always the same. Its density at t_min is uniform on a bin and smoothed by ς = σ/α. 0 without levels."""
-    if scaling is None or scaling.levels is None:
+    always the same, in the narrowest of the bins. Its density at t_min is uniform on a bin and smoothed by ς = σ/α.
+    0 without bins."""
+    widths = torch.zeros(()) if bins is None else bins[1] - bins[0]
+    if not bool((widths > 0).any()):
         return 0.0
     ratio = float((-0.5 * sde.log_snr(host(sde.cut_off(t_min, "likelihood")))).exp())
     u = (torch.arange(256, dtype=torch.float64, device="cpu") + 0.5) / 256
-    width = (scaling.high - scaling.low) / scaling.levels / ratio
+    width = float(widths[widths > 0].min()) / ratio
     return -float(_log_mass(-u * width, (1 - u) * width).mean()) / math.log(2)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..codecs.scaling import Scaling
+from ..codecs.codec import Codec
 from .features import network_features
 from .pairs import paired
 
@@ -80,8 +80,8 @@ class Frechet:
     Args:
         extractor: (B, *event) → (B, F); runs where its parameters are, and is left in the mode it was in.
         name: of the metric, e.g. "LeNet-FD". "FID" is reserved for Inception features (Heusel et al. 2017).
-        scaling: of the data; if it has levels, samples and reference are both decoded to raw values and encoded at
-            bin centres first, so that rounding is not what is measured. None for no rounding.
+        scaling: codec of the data; of integers samples and reference are both decoded to raw values and encoded at bin
+            centres first, so that rounding is not what is measured. None for no rounding.
         batch_size: ≥ 1.
         min_samples: fewest samples on either side, ≥ 2. The bias falls as 1/n: published numbers use 50,000.
         allow_small: go on with fewer, or with no more samples than features, and mark the record as small.
@@ -95,7 +95,7 @@ class Frechet:
         extractor: nn.Module,
         name: str,
         *,
-        scaling: Scaling | None = None,
+        scaling: Codec | None = None,
         batch_size: int = 256,
         min_samples: int = 2048,
         allow_small: bool = False,
@@ -137,7 +137,7 @@ class Frechet:
             samples=len(x),
             reference=len(reference),
             dims=dims,
-            rounding="none" if self.scaling is None or self.scaling.levels is None else f"{self.scaling.levels} levels",
+            rounding="none" if self.scaling is None else self.scaling.rounding,
             small=fewest < self.min_samples or fewest <= dims,
         )
 
@@ -146,6 +146,6 @@ class Frechet:
         return network_features(self.extractor, self._rounded(x), self.batch_size)
 
     def _rounded(self, x: Tensor) -> Tensor:
-        if self.scaling is None or self.scaling.levels is None:
+        if self.scaling is None or not self.scaling.discrete:
             return x
         return self.scaling.encode(self.scaling.decode(x))

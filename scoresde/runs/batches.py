@@ -35,4 +35,5 @@ def joined(parts: Sequence[LogLikelihood]) -> LogLikelihood:
         of(lambda r: r.divergence_error),
         of(lambda r: r.solver_error),
         parts[0].name,
+        parts[0].dims,
     )

@@ -57,12 +57,17 @@ class LoadedModel:
     @property
     def codec(self) -> Codec:
         """Raw values to model data and back."""
-        return self.dataset.scaling
+        return self.dataset.codec
 
     @property
     def event_shape(self) -> tuple[int, ...]:
-        """Shape of one sample."""
+        """Shape of one sample of model data, as the network sees it."""
         return self.dataset.event_shape
+
+    @property
+    def raw_shape(self) -> tuple[int, ...]:
+        """Shape of one raw sample."""
+        return self.dataset.raw_shape
 
     @property
     def classes(self) -> tuple[str, ...]:

@@ -36,10 +36,10 @@ class Run(LoadedModel):
     def __repr__(self) -> str:
         kind = "samples" if self.draws else "a classifier"
         told = f" given {' and '.join(self.kinds)}" if self.kinds else ""
-        return f"Run({str(self.folder)!r}: {kind} of {self.dataset.name} {self.event_shape}{told}, step {self.step:,})"
+        return f"Run({str(self.folder)!r}: {kind} of {self.dataset.name} {self.raw_shape}{told}, step {self.step:,})"
 
     def encode(self, raw: Tensor, *, rng: Rng | None = None) -> Tensor:
-        """Model data of raw values (B, *event); `rng` dequantises integers, None takes the centres of their bins.
+        """Model data of raw values (B, *raw shape); `rng` dequantises integers, None takes the centres of their bins.
 
         Raises:
             TypeError, ValueError: values or a shape that the model was not trained on.
@@ -73,7 +73,7 @@ class Run(LoadedModel):
         batch_size: int = 128,
         progress: bool = True,
     ) -> Tensor:
-        """n samples as raw values (n, *event), on the CPU.
+        """n samples as raw values (n, *raw shape), on the CPU.
 
         Args:
             n: how many, ≥ 1.
@@ -143,7 +143,7 @@ class Run(LoadedModel):
         """log p(raw) of each sample in nats, with `.bits_per_dim`, and what it is off by; see `log_likelihood`.
 
         Args:
-            raw: raw values (B, *event), integers or floats as the training data were.
+            raw: raw values (B, *raw shape), integers or floats as the training data were.
             solver: `Budget(calls)` or `Tolerance(rtol, atol)`; there is no default, for it is part of the result.
             cond: see `Run.cond`; None is p(raw) without a condition.
             divergence, t_min: as in `log_likelihood`.
@@ -170,7 +170,7 @@ class Run(LoadedModel):
         found: list[LogLikelihood] = []
         for part in track(parts, "log-likelihood", len(parts), show=progress):
             x0, own = raw[part].to(device), move(take(told, part), device)
-            how: dict[str, Any] = {"divergence": divergence, "scaling": self.dataset.scaling, "t_min": t_min}
+            how: dict[str, Any] = {"divergence": divergence, "scaling": self.codec, "t_min": t_min}
             found.append(log_likelihood(self.denoiser, x0, solver, cond=own, rng=streams.rows(part), **how))
         return joined(found)
 
@@ -205,12 +205,12 @@ class Run(LoadedModel):
         Raises:
             TypeError, ValueError: values or a shape that the model was not trained on.
         """
-        if dataset.event_shape != self.event_shape:
+        if dataset.raw_shape != self.raw_shape:
             raise ValueError(
-                f"{dataset.name} holds samples of shape {dataset.event_shape}, and {self.folder} was trained on "
-                f"{self.event_shape}."
+                f"{dataset.name} holds samples of shape {dataset.raw_shape}, and {self.folder} was trained on "
+                f"{self.raw_shape}."
             )
-        return dataclasses.replace(dataset, scaling=self.dataset.scaling)
+        return dataclasses.replace(dataset, codec=self.codec)
 
     def _checked(self, raw: Tensor) -> Tensor:
         """Raw values, a tensor or a NumPy array, as a tensor: integers as they are, floats as the network computes."""
@@ -218,11 +218,11 @@ class Run(LoadedModel):
         if raw.is_floating_point():
             weights = next((p.dtype for p in self.denoiser.parameters()), torch.float32)
             raw = raw.to(torch.promote_types(weights, torch.float32))
-        if len(raw) == 0 or tuple(raw.shape[1:]) != self.event_shape:
-            one = tuple(raw.shape) == self.event_shape
+        if len(raw) == 0 or tuple(raw.shape[1:]) != self.raw_shape:
+            one = tuple(raw.shape) == self.raw_shape
             raise ValueError(
-                f"{self.folder} was trained on samples of shape {self.event_shape}, so a batch of them is "
-                f"({', '.join(map(str, ('B', *self.event_shape)))}); got {tuple(raw.shape)}."
+                f"{self.folder} was trained on samples of shape {self.raw_shape}, so a batch of them is "
+                f"({', '.join(map(str, ('B', *self.raw_shape)))}); got {tuple(raw.shape)}."
                 f"{' A single sample is a batch of one: raw[None].' if one else ''}"
             )
         self.codec.check(raw)

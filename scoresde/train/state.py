@@ -118,7 +118,7 @@ class TrainingState:
         raw, told = self.train.raw[index], dict[str, Tensor]()
         if self.augment is not None:
             raw, told = self.augment(raw, self.rng)
-        x0 = self.dataset.scaling.scale(raw, rng=self.rng).to(self.device)
+        x0 = self.dataset.codec.transform(raw, rng=self.rng).to(self.device)
         cond = named(self.train.cond(index, self.conditional, self.device))
         return x0, unnamed(cond | {name: value.to(self.device) for name, value in told.items()})
 

@@ -263,7 +263,7 @@ def test_guides_that_do_not_fit_are_refused(
         return str(caught.value)
 
     data = judge.dataset
-    wide = replace(data, scaling=replace(data.scaling, raw_high=4.0))
+    wide = replace(data, codec=replace(data.codec, raw_high=4.0))
     assert "guide=judge has data scaled by Scaling(" in found(told, replace(judge, dataset=wide))
     longer = replace(data, train=replace(data.train, raw=data.train.raw.repeat(1, 2)),
                      test=replace(data.test, raw=data.test.raw.repeat(1, 2)))  # fmt: skip

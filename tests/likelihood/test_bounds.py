@@ -243,7 +243,7 @@ def test_a_continuous_scaling_gives_the_density_of_raw_data() -> None:
     scaling = Scaling(-1.0, 1.0, raw_low=-40.0, raw_high=160.0, bounded=False)
     raw = (x + 1) * 100 - 40
     scaled, plain = (elbo(denoiser, data, samples=3, rng=Rng(0), scaling=s) for data, s in ((raw, scaling), (x, None)))
-    torch.testing.assert_close(scaled.log_prob, plain.log_prob + scaling.log_volume((DIMS,)), rtol=0, atol=1e-6)
+    torch.testing.assert_close(scaled.log_prob, plain.log_prob + scaling.log_volume(raw, x), rtol=0, atol=1e-6)
 
 
 def test_one_draw_has_no_error_bar() -> None:

@@ -107,8 +107,9 @@ def test_the_bound_agrees_with_elbo_where_the_noise_is_wide() -> None:
 def test_what_the_cut_off_hides_is_said() -> None:
     """A value that is always the same: uniform in its bin, smoothed by ς; with ς ≫ Δ log₂(ς √(2π)/Δ) is hidden."""
     scaling = Scaling(levels=256)
-    assert hidden_bits(VESDE(0.5, 50.0), scaling) == pytest.approx(math.log2(0.5 * math.sqrt(2 * math.pi) * 128), 1e-3)
-    assert hidden_bits(VESDE(1e-5, 50.0), scaling) < 2e-3 and hidden_bits(VESDE(0.5, 50.0), None) == 0
+    bins = scaling.bins(torch.arange(256)[:, None])
+    assert hidden_bits(VESDE(0.5, 50.0), bins) == pytest.approx(math.log2(0.5 * math.sqrt(2 * math.pi) * 128), 1e-3)
+    assert hidden_bits(VESDE(1e-5, 50.0), bins) < 2e-3 and hidden_bits(VESDE(0.5, 50.0), None) == 0
     denoiser, raw, _ = quantised(scaling, VPSDE())
     with pytest.warns(UserWarning, match=r"hides up to 1\.9 bits/dim of these integers.*ode_bound"):
         log_likelihood(denoiser, raw[:2], Budget(8), scaling=scaling, t_min=1.1e-3)

@@ -275,7 +275,7 @@ def test_uniform_noise_of_8_bits_is_8_bits_per_dim() -> None:
     # the same from data encoded by hand, with the volume passed apart
     x = scaling.encode(raw, rng=Rng(1))
     apart = log_likelihood(denoiser, x, divergence=Exact(), solver=TIGHT)
-    by_hand = bits_per_dim(apart.log_prob, (1, 4, 4), log_volume=scaling.log_volume((1, 4, 4)))
+    by_hand = bits_per_dim(apart.log_prob, (1, 4, 4), log_volume=scaling.log_volume(raw, x))
     torch.testing.assert_close(by_hand, bits, rtol=0, atol=1e-6)
 
 

@@ -219,7 +219,7 @@ def test_other_data_are_scored_under_the_codec_of_the_run(run: Run) -> None:
     """Which their own loader would have scaled otherwise."""
     split = Split(torch.tensor([[1, 2], [3, 4]], dtype=torch.uint8))
     mine = run.adopt(Dataset("other", split, split, Scaling(levels=256)))
-    assert mine.scaling == run.codec and torch.equal(mine.test.raw, split.raw)
+    assert mine.scaling == mine.codec == run.codec and torch.equal(mine.test.raw, split.raw)
     with pytest.raises(ValueError, match=r"of shape \(3,\).*on \(2,\)"):
         wide = Split(torch.zeros(2, 3, dtype=torch.uint8))
         run.adopt(Dataset("other", wide, wide, Scaling(levels=256)))

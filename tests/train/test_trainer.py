@@ -116,7 +116,7 @@ def test_a_file_that_changed_is_named_on_resume(tmp_path: Path, caplog: pytest.L
     def of_file(raw: Tensor, labels: Tensor, files: tuple[str, ...] = ("x.npz", "x.npz")) -> TrainingState:
         state = training()
         samples = Split(raw, labels)
-        data = Dataset("x", samples, samples, state.dataset.scaling, classes=3, files=files)
+        data = Dataset("x", samples, samples, state.dataset.codec, classes=3, files=files)
         how = {"conditional": True, "world": state.world}
         return TrainingState(state.loss, state.optimizer, state.ema, data, state.order, state.rng, **how)
 
