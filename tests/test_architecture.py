@@ -54,7 +54,8 @@ DOORS = {
     "PIL": ("data.folder", "evaluate.figures"),
     "torchdiffeq": ("ode",),
     "torchsde": ("sampling.torch_sde",),
-    "scipy": ("ode", "metrics", "losses.coupling", "sampling.fit"),
+    "scipy": ("ode", "metrics", "losses.coupling", "sampling.fit", "data.hdf5"),
+    "h5py": ("data.hdf5",),
 }
 
 FILES = sorted(PACKAGE.rglob("*.py"))

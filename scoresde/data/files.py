@@ -1,4 +1,4 @@
-"""Arrays of your own, from .npy and .npz files."""
+"""Arrays of your own, from .npy, .npz, HDF5 and NetCDF files."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..codecs import Codec, Scaling
+from . import hdf5
 from .dataset import Dataset, Split, check_samples, count_classes, given, hold_out
 from .source import existing, explained, misfit, unpacked_bytes
 
@@ -38,17 +39,17 @@ def Arrays(
     seed: int = 0,
     codec: Codec | None = None,
 ) -> Dataset:
-    """Samples (N, *event) of a NumPy file. Nothing is unpickled.
+    """Samples (N, *event) of a file of NumPy, HDF5 or NetCDF. Nothing is unpickled.
 
     Integers are read as levels 0 … levels − 1 and dequantised; floats are kept as float32 and need their range, which
     is checked. Values that use less than half of the declared range, all at one end, are refused: it is wrong more
     often than not.
 
     Args:
-        path: .npy or .npz file.
-        key: array of the .npz to read; None if it holds a single one, or for .npy.
-        label_key: array of the .npz with class indices (N,), integers ≥ 0; None for none.
-        cond_keys: arrays of the .npz with other conditions, by their names: {"vector": key, "image": key, "tokens":
+        path: .npy, .npz, .h5, .hdf5 or .nc file.
+        key: array of the file to read, in HDF5 its path inside; None if it holds a single one, or for .npy.
+        label_key: array of the file with class indices (N,), integers ≥ 0; None for none.
+        cond_keys: arrays of the file with other conditions, by their names: {"vector": key, "image": key, "tokens":
             key}, floats as in `Split.conditions`.
         test_path: file of the test split, read with the same keys; None holds out `test_fraction` instead.
         levels: number of integer values; None means 256 for uint8, and is refused for other integers.
@@ -118,6 +119,8 @@ def _labels(values: np.ndarray, n: int, where: str) -> Tensor:
 
 def _load(path: Path, key: str | None, keys: dict[str, str]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """The array of samples, and by name what has a key beside it."""
+    if path.suffix in hdf5.SUFFIXES:
+        return hdf5.read_hdf5(path, key, keys)
     with explained(path, "a .npy or .npz file"):
         content = np.load(path, allow_pickle=False)
     if isinstance(content, np.ndarray):

@@ -5,6 +5,7 @@ from .classifier import Classifier
 from .conditioning import Conditioning
 from .conditions import Conditions
 from .embedding import FourierEmbedding, SinusoidalEmbedding
+from .equivariant import EGNN
 from .log_variance import LogVariance
 from .mlp import MLP
 from .resample import Downsample, Upsample
@@ -12,6 +13,7 @@ from .transformer import DiT
 from .unet import UNet
 
 __all__ = [
+    "EGNN",
     "MLP",
     "Classifier",
     "Cond",

@@ -14,6 +14,7 @@ from scoresde import EDM, VPSDE, DenoisingLoss, Preconditioned, Rng
 from scoresde.data import EightGaussians
 from scoresde.losses.denoising import Likelihood, LogSNRTimes
 from scoresde.nn import (
+    EGNN,
     MLP,
     Conditioning,
     DiT,
@@ -29,6 +30,7 @@ SMALL = {"width": 8, "multipliers": (1, 2), "blocks": 1}
 # Two resolutions, attention at the lower, every kind of resampling layer that has derivatives of its own.
 NETWORKS = {
     "mlp": lambda **kw: MLP((2, 3), width=16, depth=2, **kw),
+    "egnn": lambda **kw: EGNN((3, 3), numbers=(8, 1, 1, 6), width=8, depth=2, radial=4, **kw),
     "unet-1d": lambda **kw: UNet((2, 8), attention=(4,), **SMALL, **kw),
     "unet-2d": lambda **kw: UNet((1, 8, 4), attention=(4,), heads=2, **SMALL, **kw),
     "unet-2d-fir": lambda **kw: UNet((1, 4, 4), fir=True, progressive_input="residual", **SMALL, **kw),
