@@ -10,7 +10,7 @@ from omegaconf import DictConfig
 
 from ..config import ConfigError, build
 from ..evaluate import figures
-from ..evaluate.evaluation import digest_of, evenly_spaced, held_out_loss
+from ..evaluate.evaluation import evenly_spaced, held_out_loss
 from ..evaluate.report import Evaluation, Report, check_samplers, list_files
 from ..evaluate.scoring import Scoring, check_rank
 from ..runs.load import build_loss, choose_device, chosen_run
@@ -44,7 +44,7 @@ def evaluate(cfg: DictConfig) -> float:
         scoring = scoring_of(command).tried(run.dataset, evaluation.samples)
         check_rank(evaluation.rank_by, [*["sliced-W2"] * (len(run.raw_shape) == 1), *scoring.names])
         loss = build_loss(run.config, run.denoiser, allow)
-        digests = {"points": digest_of(run.dataset.test.raw)} | ({} if versus is None else {"versus": versus.digest})
+        digests = {"points": run.dataset.test.digest()} | ({} if versus is None else {"versus": versus.digest})
         shards = command.shards(run, **digests)
     model = (run.denoiser, run.dataset, run.conditional)
     report = Report(*model, samplers, likelihood, evaluation, seed=options["seed"], scoring=scoring, versus=versus)

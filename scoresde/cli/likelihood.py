@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from ..config import ConfigError
-from ..evaluate.evaluation import choose_split, digest_of, evenly_spaced
+from ..evaluate.evaluation import choose_split, evenly_spaced
 from ..evaluate.likelihood import BitsPerDim
 from ..metrics.jackknife import mean_score
 from ..runs import folder as folders
@@ -42,7 +42,7 @@ def likelihood(cfg: DictConfig) -> float:
         split = "test" if options["data"] is not None else options["split"]
         points = choose_split(runs[0].dataset, split)
         index = evenly_spaced(len(points), options["n"])
-        shards = command.shards(runs[0], points=digest_of(points.raw), versus=runs[-1].digest)
+        shards = command.shards(runs[0], points=points.digest(), versus=runs[-1].digest)
         what = {"split": split, "points": options["n"], "seed": options["seed"]}
         jobs = [measure.job(run.denoiser, run.dataset, **what, conditional=run.conditional) for run in runs]
     jobs[1:] = [replace(job, name="versus") for job in jobs[1:]]

@@ -188,6 +188,7 @@ def assemble(command: Command, world: World) -> Plan:
     order = EpochOrder(len(dataset.train), trainer.batch_size, seed)
     augment = command.build("augment") if config["augment"] else None
     how: dict[str, Any] = {"conditional": conditional, "world": world, "parallel": parallel, "augment": augment}
+    how["workers"] = trainer.workers
     training = TrainingState(loss, optimizer, ema, dataset, order, Rng(seed), loss_scale=trainer.loss_scale, **how)
     likelihood, view = command.build("likelihood"), command.build("logger")
     if denoiser.draws:

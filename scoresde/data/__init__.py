@@ -6,11 +6,13 @@ from .digits import Digits
 from .files import Arrays
 from .folder import ImageFolder
 from .idx import Idx
+from .loader import Loader
 from .order import EpochOrder
 from .sigma_max import suggest_sigma_max
 from .toys import Checkerboard, EightGaussians, Moons, Pinwheel, SwissRoll, Toy, toy_dataset
 
 __all__ = [
     "Arrays", "Augmentation", "Checkerboard", "Dataset", "Digits", "EightGaussians", "EpochOrder", "Idx", "ImageFolder",
+    "Loader",
     "Moons", "Pinwheel", "Split", "SwissRoll", "Toy", "suggest_sigma_max", "toy_dataset",
 ]  # fmt: skip

@@ -7,6 +7,7 @@ import hashlib
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from torch import Tensor
 from ..codecs.codec import Codec
 from ..diffusion.conditions import Cond, move, take, unnamed
 from ..noise.rng import Rng
+from .rows import Rows, checked, chunks, select, spots
 from .statistics import Statistics, measured
 
 _log = logging.getLogger(__name__)
@@ -24,13 +26,13 @@ class Split:
     """Samples as they were stored.
 
     Attributes:
-        raw: (N, *event), integers or float32.
+        raw: (N, *event), integers or float32; in memory, or `Rows` of files, of which only `raw[index]` is.
         labels: (N,) int64 class indices, or None.
         conditions: others than labels, by name: "vector" (N, d), "image" (N, C, *sizes) and "tokens" (N, L, d),
             float32 and of about unit variance, for nothing scales them; all NaN for a sample or token without one.
     """
 
-    raw: Tensor
+    raw: Tensor | Rows
     labels: Tensor | None = None
     conditions: Mapping[str, Tensor] = field(default_factory=dict)
 
@@ -42,12 +44,16 @@ class Split:
         return f"Split({len(self):,} samples {tuple(self.raw.shape[1:])} of {self.raw.dtype}{told})"
 
     def to(self, device: torch.device) -> Split:
-        """The split on `device`."""
-        return self._each(lambda values: values.to(device))
+        """The split on `device`; samples that stay in files do so."""
+        return self._each(lambda values: values.to(device) if isinstance(values, Tensor) else values)
 
     def take(self, index: Tensor) -> Split:
-        """The samples `index` (n,)."""
+        """The samples `index` (n,), in memory."""
         return self._each(lambda values: values[index])
+
+    def select(self, index: Tensor) -> Split:
+        """The samples `index` (n,); those in files stay there."""
+        return self._each(lambda values: select(values, index))
 
     @property
     def named(self) -> dict[str, Tensor]:
@@ -64,14 +70,21 @@ class Split:
         return move(take(unnamed(self.named), index), device)
 
     def digest(self) -> str:
-        """SHA-256 of samples, labels and other conditions."""
-        found = hashlib.sha256()
+        """SHA-256 of samples, labels and other conditions; "some:…" where it is of some samples and all sizes: of
+        more than 16 GiB, and of pictures that stay in their files.
+        """
+        found, some = hashlib.sha256(), spots(self.raw)
         for name, values in sorted({"raw": self.raw, **self.named}.items()):
             found.update(f"{name} {values.dtype} {tuple(values.shape)}".encode())
-            found.update(values.cpu().flatten().numpy().data)
-        return found.hexdigest()
+            for part in some if some is not None and name == "raw" else chunks(values):
+                found.update(part.cpu().flatten().numpy().data)
+        if some is None or isinstance(self.raw, Tensor):
+            return found.hexdigest()
+        for size in self.raw.sizes():
+            found.update(size.encode())
+        return f"some:{found.hexdigest()}"
 
-    def _each(self, fn: Callable[[Tensor], Tensor]) -> Split:
+    def _each(self, fn: Callable[[Any], Any]) -> Split:
         labels = None if self.labels is None else fn(self.labels)
         return Split(fn(self.raw), labels, {name: fn(values) for name, values in self.conditions.items()})
 
@@ -113,9 +126,9 @@ class Dataset:
         for part, split in (("train", self.train), ("test", self.test)):
             where = f"{self.name}, {part} split"
             check_samples(split.raw, where)
-            if split.raw.is_floating_point() and split.raw.dtype != torch.float32:
+            if split.raw.dtype.is_floating_point and split.raw.dtype != torch.float32:
                 raise TypeError(f"{where}: raw holds {split.raw.dtype}; networks compute in float32: pass raw.float().")
-            self.codec.check(split.raw, f"{where}: raw")
+            checked(self.codec.check, split.raw, f"{where}: raw")
             _check_conditions(split, self.classes, where)
         train, test = (
             {name: tuple(values.shape[1:]) for name, values in {"raw": split.raw, **split.conditions}.items()}
@@ -175,7 +188,8 @@ class Dataset:
         """
         own = self.statistics.digests
         for part, file in zip(("train", "test"), self.files or (self.name, self.name), strict=True):
-            if digests.get(part, own[part]) == own[part]:
+            before = digests.get(part, own[part])
+            if before == own[part] or (":" in before) != (":" in own[part]):  # of all, and of some, cannot be compared
                 continue
             said = f"{file} has changed: {whose} is of other samples under this name."
             if self.files:
@@ -233,13 +247,13 @@ def hold_out(samples: Split, fraction: float, seed: int) -> tuple[Split, Split]:
             f"test_fraction={fraction} of {n} samples leaves {len(train)} to train on and {len(test)} to test; "
             "both must be at least 1. Add samples or change data.test_fraction."
         )
-    return samples.take(train.sort().values), samples.take(test.sort().values)
+    return samples.select(train.sort().values), samples.select(test.sort().values)
 
 
 def given(name: str, samples: Split, codec: Codec, class_names: tuple[str, ...] = ()) -> Dataset:
     """Samples that a trained model is measured on, under its codec: all of them are held out."""
     try:
-        codec.check(samples.raw, f"{name}: raw")
+        checked(codec.check, samples.raw, f"{name}: raw")
     except (TypeError, ValueError) as error:  # without its advice, which is on how to make a codec
         raise type(error)(f"{str(error).partition('. ')[0].rstrip('.')}.") from error
     return Dataset(name, samples, samples, codec, count_classes(samples), class_names=class_names)
@@ -250,7 +264,7 @@ def count_classes(*splits: Split) -> int:
     return 1 + max((int(split.labels.max()) for split in splits if split.labels is not None), default=-1)
 
 
-def check_samples(raw: Tensor, where: str) -> None:
+def check_samples(raw: Tensor | Rows, where: str) -> None:
     """Refuses what holds no sample (N, *event)."""
     if raw.ndim < 2 or raw.numel() == 0:
         raise ValueError(f"{where}: expected at least one sample (N, *event); got shape {tuple(raw.shape)}.")

@@ -46,7 +46,7 @@ def packed(dataset: Dataset) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "statistics": dataclasses.asdict(dataset.statistics),
     }
     splits = {"train": dataset.train, "test": dataset.test}
-    tensors = {f"{part}.raw": split.raw for part, split in splits.items()}
+    tensors = {f"{part}.raw": split.raw[:] for part, split in splits.items()}
     tensors |= {f"{part}.{name}": values for part, split in splits.items() for name, values in split.named.items()}
     return tensors, record
 

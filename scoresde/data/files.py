@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,12 @@ from torch import Tensor
 from ..codecs import Codec, Scaling
 from . import hdf5
 from .dataset import Dataset, Split, check_samples, count_classes, given, hold_out
+from .npy import stored
+from .rows import Rows, checked, extent
 from .source import existing, explained, misfit, unpacked_bytes
+
+# What a packed file may have beside its samples.
+_PACKED = {"label": "labels", "class_names": "class_names"}
 
 # What makes labels of other kinds class indices, by the letter of their dtype.
 _ADVICE = {
@@ -38,6 +44,7 @@ def Arrays(
     test_fraction: float = 0.1,
     seed: int = 0,
     codec: Codec | None = None,
+    lazy: bool | None = None,
 ) -> Dataset:
     """Samples (N, *event) of a file of NumPy, HDF5 or NetCDF. Nothing is unpickled.
 
@@ -58,6 +65,8 @@ def Arrays(
         add_channel: samples are stored without a channel axis and get one of size 1.
         test_fraction, seed: of the split, in (0, 1), and ≥ 0; by class where there are labels.
         codec: of a model that is measured on these samples, in place of levels and range; all are held out.
+        lazy: samples stay in the file and are read batch by batch, which takes a .npy file or an uncompressed .npz in
+            C order; None does so above 1 GiB. No number depends on it.
 
     Raises:
         FileNotFoundError: a file is missing.
@@ -68,28 +77,36 @@ def Arrays(
     if channels_last and add_channel:
         raise ValueError("channels_last and add_channel exclude each other: the channel axis is there or it is not.")
     keys = dict(cond_keys or {}) | ({} if label_key is None else {"label": label_key})
-    train = _read_split(file, key, keys, channels_last, add_channel)
+    train, names = _read_split(file, key, keys, channels_last, add_channel, lazy)
     if codec is not None:
-        return given(file.name, train, codec)
+        return given(file.name, train, codec, names)
     scaling = _scaling(train.raw, levels, raw_low, raw_high, file)
     if test_path is None:
         train, test = hold_out(train, test_fraction, seed)
     else:
         other = existing(test_path)
-        test = _read_split(other, key, keys, channels_last, add_channel)
-        scaling.check(test.raw, f"{other}: raw")
+        test, others = _read_split(other, key, keys, channels_last, add_channel, lazy)
+        checked(scaling.check, test.raw, f"{other}: raw")
+        if names != others:
+            raise misfit(f"{other}[class_names]", f"{', '.join(names)} as in {file}", ", ".join(others) or "none")
     classes, n = count_classes(train, test), len(train) + len(test)
     if classes > n:  # the network would hold a row for each
         found, advice = f"{classes - 1} in {n} samples", "Number the classes without gaps."
-        raise misfit(f"{file}[{keys['label']}]", "classes 0, 1, 2 …", found, advice)
-    return Dataset(file.stem, train, test, scaling, classes, files=(str(path), str(test_path or path)))
+        raise misfit(f"{file}[{keys.get('label', 'labels')}]", "classes 0, 1, 2 …", found, advice)
+    files = (str(path), str(test_path or path))
+    return Dataset(file.stem, train, test, scaling, len(names) or classes, class_names=names, files=files)
 
 
-def _read_split(path: Path, key: str | None, keys: dict[str, str], channels_last: bool, add_channel: bool) -> Split:
-    """The samples of a file with all that stands beside them: `keys` has the key of the labels and other conditions."""
-    values, others = _load(path, key, keys)
-    raw = _tensor(values, path)
-    raw = raw[:, None] if add_channel else _channels_first(raw, channels_last, path)
+def _read_split(
+    path: Path, key: str | None, keys: dict[str, str], channels_last: bool, add_channel: bool, lazy: bool | None
+) -> tuple[Split, tuple[str, ...]]:
+    """The samples of a file with all that stands beside them, and the names of their classes where a packed file has
+    them: `keys` has the key of the labels and other conditions.
+    """
+    keys = dict(keys)
+    arrange = partial(_arranged, path=path, channels_last=channels_last, add_channel=add_channel)
+    raw, others = _load(path, key, keys, arrange, lazy)
+    names = tuple(map(str, others.pop("class_names", ())))
     labels = others.pop("label", None)
     for name, values in others.items():
         if values.dtype.kind != "f" or np.isinf(values).any():
@@ -99,8 +116,8 @@ def _read_split(path: Path, key: str | None, keys: dict[str, str], channels_last
             )
     conditions = {name: torch.from_numpy(values.astype(np.float32)) for name, values in others.items()}
     if labels is None:
-        return Split(raw, conditions=conditions)
-    return Split(raw, _labels(labels, len(raw), f"{path}[{keys['label']}]"), conditions)
+        return Split(raw, conditions=conditions), names
+    return Split(raw, _labels(labels, len(raw), f"{path}[{keys['label']}]"), conditions), names
 
 
 def _labels(values: np.ndarray, n: int, where: str) -> Tensor:
@@ -117,20 +134,28 @@ def _labels(values: np.ndarray, n: int, where: str) -> Tensor:
     raise misfit(where, f"({n},) integers ≥ 0, one class per sample", found, advice)
 
 
-def _load(path: Path, key: str | None, keys: dict[str, str]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """The array of samples, and by name what has a key beside it."""
+def _load(
+    path: Path, key: str | None, keys: dict[str, str], arrange: Callable[[np.ndarray], Tensor], lazy: bool | None
+) -> tuple[Tensor | Rows, dict[str, np.ndarray]]:
+    """The samples, and by name what has a key beside them; of a file of `scoresde-pack` all without a key."""
     if path.suffix in hdf5.SUFFIXES:
-        return hdf5.read_hdf5(path, key, keys)
-    with explained(path, "a .npy or .npz file"):
-        content = np.load(path, allow_pickle=False)
-    if isinstance(content, np.ndarray):
+        values, others = hdf5.read_hdf5(path, key, keys)
+        return arrange(values), others
+    content = stored(path, None, arrange, lazy)
+    if content is None:
+        with explained(path, "a .npy or .npz file"):
+            content = np.load(path, allow_pickle=False)
+    if not isinstance(content, np.lib.npyio.NpzFile):
         if key is not None or keys:
             raise ValueError(
                 f"{path} is one array without keys: leave data.key and data.label_key out, or store an .npz."
             )
-        return content, {}
+        return arrange(content) if isinstance(content, np.ndarray) else content, {}
     with content:
         names = content.files
+        if key is None and not keys and "raw" in names and set(names) <= {"raw", *_PACKED.values()}:
+            key = "raw"
+            keys |= {name: at for name, at in _PACKED.items() if at in names}
         if key is None and len(names) != 1:
             raise ValueError(
                 f"{path} holds {', '.join(names) or 'no array'}; choose one: data.key={next(iter(names), '…')}."
@@ -138,7 +163,9 @@ def _load(path: Path, key: str | None, keys: dict[str, str]) -> tuple[np.ndarray
         first = key or names[0]
         if absent := [at for at in (first, *keys.values()) if at not in names]:
             raise ValueError(f"{path} has no array {absent[0]!r}; found {', '.join(names)}.")
-        return _member(content, first, path), {name: _member(content, at, path) for name, at in keys.items()}
+        raw = stored(path, first, arrange, lazy)
+        others = {name: _member(content, at, path) for name, at in keys.items()}
+        return arrange(_member(content, first, path)) if raw is None else raw, others
 
 
 def _member(content: Any, name: str, path: Path) -> np.ndarray:
@@ -172,6 +199,12 @@ def _tensor(values: np.ndarray, path: Path) -> Tensor:
     return raw
 
 
+def _arranged(values: np.ndarray, path: Path, channels_last: bool, add_channel: bool) -> Tensor:
+    """Samples (n, C, …) of what is stored."""
+    raw = _tensor(values, path)
+    return raw[:, None] if add_channel else _channels_first(raw, channels_last, path)
+
+
 def _channels_first(raw: Tensor, channels_last: bool, path: Path) -> Tensor:
     """Images that look the other way round are refused, not turned."""
     event = tuple(raw.shape[1:])
@@ -184,11 +217,13 @@ def _channels_first(raw: Tensor, channels_last: bool, path: Path) -> Tensor:
     return raw.movedim(-1, 1).contiguous() if channels_last else raw
 
 
-def _scaling(raw: Tensor, levels: int | None, raw_low: float | None, raw_high: float | None, path: Path) -> Scaling:
-    low, high = (value.item() for value in raw.aminmax())
+def _scaling(
+    raw: Tensor | Rows, levels: int | None, raw_low: float | None, raw_high: float | None, path: Path
+) -> Scaling:
+    low, high = extent(raw)
     found = f"{low:.7g} … {high:.7g}"
-    if raw.is_floating_point():
-        Scaling.identity().check(raw, f"{path}: raw")  # NaN has no range
+    if raw.dtype.is_floating_point:
+        checked(Scaling.identity().check, raw, f"{path}: raw")  # NaN has no range
         if levels is not None:
             raise TypeError(
                 f"{path}: levels={levels} is for integers, found {raw.dtype} in {found}. Store the integers "
@@ -207,9 +242,9 @@ def _scaling(raw: Tensor, levels: int | None, raw_low: float | None, raw_high: f
             raise ValueError(f"{path}: integers other than uint8 need levels=…. Found {found}.{advice}")
         levels = 256 if levels is None else levels
         scaling, raw_low, raw_high = Scaling(levels=levels), 0, levels - 1
-    scaling.check(raw, f"{path}: raw")
+    checked(scaling.check, raw, f"{path}: raw")
     if not low < (raw_low + raw_high) / 2 < high:
-        option = "raw_low, raw_high" if raw.is_floating_point() else "levels"
+        option = "raw_low, raw_high" if raw.dtype.is_floating_point else "levels"
         raise ValueError(
             f"{path}: values span {found}, one half of the declared {raw_low:g} … {raw_high:g}. Declare the range that "
             f"the data use ({option})."

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..codecs.codec import Codec
 from ..diffusion.denoiser import sample_std
+from .rows import Rows, chunks
 
 _MEASURED = 1024  # samples that the standard deviation is measured on
 
@@ -39,18 +40,23 @@ class Statistics:
 
 
 def measured(
-    raw: Tensor, labels: Tensor | None, conditions: Mapping[str, Tensor], codec: Codec, held_out: int
+    raw: Tensor | Rows, labels: Tensor | None, conditions: Mapping[str, Tensor], codec: Codec, held_out: int
 ) -> Statistics:
     """Of training samples (N, *event), their labels and other conditions."""
     return Statistics(
         data_std=sample_std(codec.encode(raw[:_MEASURED])),
-        span=codec.model_range or extremes(codec.encode(raw)),
+        span=codec.model_range or _span(raw, codec),
         conditions={name: extremes(values) for name, values in conditions.items()},
         gaps=any(bool(values.isnan().flatten(1).all(1).any()) for values in conditions.values()),
         training=len(raw),
         held_out=held_out,
         labels=() if labels is None else tuple(labels.unique().tolist()),
     )
+
+
+def _span(raw: Tensor | Rows, codec: Codec) -> tuple[float, float]:
+    lows, highs = zip(*(extremes(codec.encode(part)) for part in chunks(raw)), strict=True)
+    return min(lows), max(highs)
 
 
 def extremes(values: Tensor) -> tuple[float, float]:

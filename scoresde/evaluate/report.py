@@ -15,6 +15,7 @@ from torch import Tensor
 from ..checks import whole
 from ..data import Dataset
 from ..data.kinds import in_turn, turns_in_words
+from ..data.rows import few
 from ..diffusion.denoiser import Cond, Denoiser
 from ..likelihood.ode import bits_per_dim
 from ..metrics import Score, score, sliced_score
@@ -121,7 +122,7 @@ def distances_of(made: Mapping[str, Tensor], dataset: Dataset) -> dict[str, dict
     enough; of other events there is none.
     """
     found: dict[str, dict[str, Score]] = {name: {} for name in made}
-    real = dataset.test.raw.float()
+    real = few(dataset.test.raw).float()
     for name, x in made.items() if len(dataset.raw_shape) == 1 else ():
         raw = dataset.decode(x).float()
         if min(len(raw), len(real)) >= 2 * GROUPS:

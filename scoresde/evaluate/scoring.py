@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..data import Dataset
+from ..data.rows import few, how_few
 from ..metrics import Metric, Score, score
 from ..metrics.jackknife import GROUPS, numbers, without
 from ..runs.progress import track
@@ -52,8 +53,8 @@ class Scoring:
         """
         if not self.metrics:
             return self
-        train = dataset.train.raw if trained_on(dataset) else dataset.train.raw[:0]
-        held, train = (self.features(dataset.encode(raw), dataset) for raw in (dataset.test.raw, train))
+        train = few(dataset.train.raw if trained_on(dataset) else dataset.train.raw[:0])
+        held, train = (self.features(dataset.encode(raw), dataset) for raw in (few(dataset.test.raw), train))
         made = held[torch.arange(samples) % len(held)]
         counted = f"evaluation.samples={samples} and {len(held)} held-out points, less a twentieth for the error"
         metrics, skipped, names = dict(self.metrics), [], list[str]()
@@ -97,8 +98,8 @@ class Scoring:
             "features": self.features.name,
             "coordinates": f"model data in [{low:g}, {high:g}]{rounding}",
             "samples": samples,
-            "held_out": len(dataset.test),
-            "training": len(dataset.train) if trained_on(dataset) else 0,
+            "held_out": how_few(dataset.test.raw),
+            "training": how_few(dataset.train.raw) if trained_on(dataset) else 0,
             "split": "test",
             "error": f"jackknife without one of {GROUPS} groups; of memorisation and c2st in closed form",
             "settings": dict(self.settings),

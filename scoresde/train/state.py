@@ -11,7 +11,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ..data import Augmentation, Dataset, EpochOrder
+from ..data import Augmentation, Dataset, EpochOrder, Loader
+from ..data.rows import Rows
 from ..diffusion.conditions import Cond, named, unnamed
 from ..losses.loss import Loss, Terms
 from ..noise.rng import Rng
@@ -50,6 +51,7 @@ class TrainingState:
         parallel: how the network is spread over them; made before the optimizer.
         loss_scale: first value of the loss scale, for float16; None for none.
         augment: what is done to training samples whenever one is seen; None for nothing.
+        workers: processes that read samples ahead which stay in files, ≥ 0.
 
     Attributes:
         average: the averaged copy of `loss`, in eval mode; where `loss` is sliced, a whole copy made by `refresh`.
@@ -76,6 +78,7 @@ class TrainingState:
         parallel: Parallel | None = None,
         loss_scale: float | None = None,
         augment: Augmentation | None = None,
+        workers: int = 0,
     ):
         self.world = Alone() if world is None else world
         if not optimizer.defaults.get("fused"):
@@ -107,6 +110,7 @@ class TrainingState:
         self.names, self.parameters = list(named), list(named.values())
         self.device, self.buffers = self.parameters[0].device, Buffers(loss)
         self.train = dataset.train.to(self.device) if _fits(dataset.train.raw, self.device) else dataset.train
+        self.loader = Loader(self.train.raw, order, rank=self.world.rank, size=self.world.size, workers=workers)
         self.scale = LossScale(loss_scale, self.device)
         self.tally = Tally(self.device, loss.denoiser.sde, self.names, self.world)
         self.step, self.images = 0, 0
@@ -114,8 +118,8 @@ class TrainingState:
 
     def batch(self) -> tuple[Tensor, Cond]:
         """This process's rows of the next batch: x0 (B/size, *event) and its condition, on the device."""
-        index = self.order.next().chunk(self.world.size)[self.world.rank].to(self.train.raw.device)
-        raw, told = self.train.raw[index], dict[str, Tensor]()
+        index, raw = self.loader.next()
+        told = dict[str, Tensor]()
         if self.augment is not None:
             raw, told = self.augment(raw, self.rng)
         x0 = self.dataset.codec.transform(raw, rng=self.rng).to(self.device)
@@ -234,5 +238,7 @@ def _joined(name: str, groups: Mapping[str, Mapping[str, Tensor]]) -> dict[str, 
     return {f"denoiser.{key}": value for key, value in groups[name].items()} | dict(groups.get(f"{name}-loss", {}))
 
 
-def _fits(raw: Tensor, device: torch.device) -> bool:
-    return device.type == "cuda" and raw.numel() * raw.element_size() < torch.cuda.mem_get_info(device)[0] // 4
+def _fits(raw: Tensor | Rows, device: torch.device) -> bool:
+    if device.type != "cuda" or not isinstance(raw, Tensor):
+        return False
+    return raw.numel() * raw.element_size() < torch.cuda.mem_get_info(device)[0] // 4

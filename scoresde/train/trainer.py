@@ -56,6 +56,7 @@ class Trainer:
         on_save_error: "stop", or "warn" to go on without that checkpoint and try again at the next.
         max_bad_steps: steps in a row that may be skipped before training stops, ≥ 1.
         loss_scale: first value of the loss scale that float16 needs (65536, say); None for none.
+        workers: processes that read samples ahead, ≥ 0, where they stay in files; no number depends on it.
 
     Raises:
         ValueError: a value outside its range.
@@ -79,10 +80,11 @@ class Trainer:
     on_save_error: Literal["stop", "warn"] = "stop"
     max_bad_steps: int = 10
     loss_scale: float | None = None
+    workers: int = 0
 
     def __post_init__(self) -> None:
         above = ("images", "batch_size", "accumulate", "keep_last", "max_bad_steps")
-        for name in (*above, "warmup", "cooldown", "keep_best", *(f"{action}_every" for action in ACTIONS)):
+        for name in (*above, "warmup", "cooldown", "keep_best", "workers", *(f"{action}_every" for action in ACTIONS)):
             setattr(self, name, whole(getattr(self, name), name, least=int(name in above)))
         if self.clip is not None:
             positive(self.clip, "clip", "null or a number")
@@ -218,6 +220,7 @@ class _FitLoop:
         finally:
             self.progress.close()
             self.saver.close()
+            self.state.loader.close()
 
     def act(self) -> None:
         """Does whatever is due at this number of images."""
