@@ -77,7 +77,8 @@ def Arrays(
     if channels_last and add_channel:
         raise ValueError("channels_last and add_channel exclude each other: the channel axis is there or it is not.")
     keys = dict(cond_keys or {}) | ({} if label_key is None else {"label": label_key})
-    train, names = _read_split(file, key, keys, channels_last, add_channel, lazy)
+    read = partial(_read_split, key=key, keys=keys, channels_last=channels_last, add_channel=add_channel, lazy=lazy)
+    train, names = read(file)
     if codec is not None:
         return given(file.name, train, codec, names)
     scaling = _scaling(train.raw, levels, raw_low, raw_high, file)
@@ -85,16 +86,22 @@ def Arrays(
         train, test = hold_out(train, test_fraction, seed)
     else:
         other = existing(test_path)
-        test, others = _read_split(other, key, keys, channels_last, add_channel, lazy)
+        test, others = read(other)
         checked(scaling.check, test.raw, f"{other}: raw")
         if names != others:
             raise misfit(f"{other}[class_names]", f"{', '.join(names)} as in {file}", ", ".join(others) or "none")
-    classes, n = count_classes(train, test), len(train) + len(test)
-    if classes > n:  # the network would hold a row for each
-        found, advice = f"{classes - 1} in {n} samples", "Number the classes without gaps."
-        raise misfit(f"{file}[{keys.get('label', 'labels')}]", "classes 0, 1, 2 …", found, advice)
+    classes = len(names) or _classes(train, test, f"{file}[{keys.get('label')}]")
     files = (str(path), str(test_path or path))
-    return Dataset(file.stem, train, test, scaling, len(names) or classes, class_names=names, files=files)
+    return Dataset(file.stem, train, test, scaling, classes, class_names=names, files=files)
+
+
+def _classes(train: Split, test: Split, where: str) -> int:
+    """Their number; the network holds a row for each."""
+    classes, n = count_classes(train, test), len(train) + len(test)
+    if classes > n:
+        found, advice = f"{classes - 1} in {n} samples", "Number the classes without gaps."
+        raise misfit(where, "classes 0, 1, 2 …", found, advice)
+    return classes
 
 
 def _read_split(
