@@ -86,13 +86,17 @@ def Arrays(
         train, test = hold_out(train, test_fraction, seed)
     else:
         other = existing(test_path)
-        test, others = read(other)
+        test, found = read(other)
         checked(scaling.check, test.raw, f"{other}: raw")
-        if names != others:
-            raise misfit(f"{other}[class_names]", f"{', '.join(names)} as in {file}", ", ".join(others) or "none")
+        _check_names(names, found, other)
     classes = len(names) or _classes(train, test, f"{file}[{keys.get('label')}]")
-    files = (str(path), str(test_path or path))
-    return Dataset(file.stem, train, test, scaling, classes, class_names=names, files=files)
+    return Dataset(file.stem, train, test, scaling, classes, class_names=names, files=(path, test_path or path))
+
+
+def _check_names(names: tuple[str, ...], found: tuple[str, ...], where: Path) -> None:
+    if found != names:
+        expected = "the classes of the training samples, " + (", ".join(names) or "which have no names")
+        raise misfit(f"{where}[class_names]", expected, ", ".join(found) or "none")
 
 
 def _classes(train: Split, test: Split, where: str) -> int:
