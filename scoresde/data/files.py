@@ -65,8 +65,7 @@ def Arrays(
         add_channel: samples are stored without a channel axis and get one of size 1.
         test_fraction, seed: of the split, in (0, 1), and ≥ 0; by class where there are labels.
         codec: of a model that is measured on these samples, in place of levels and range; all are held out.
-        lazy: samples stay in the file and are read batch by batch, which takes a .npy file or an uncompressed .npz in
-            C order; None does so above 1 GiB. No number depends on it.
+        lazy: samples stay in the file, .npy or uncompressed .npz, and are read batch by batch; None: above 1 GiB.
 
     Raises:
         FileNotFoundError: a file is missing.
