@@ -17,9 +17,10 @@ from .mixture import GaussianMixtureDenoiser
 from .parameterization import EDM, X0, Eps, Parameterization, Score, V, Velocity
 from .prediction import Prediction
 from .sde import EDMSDE, SDE, VESDE, VPSDE, CosineSDE, RectifiedFlow, Scales, SubVPSDE
-from .table import TableSDE
+from .table import DDPM, TableSDE
 
 __all__ = [
+    "DDPM",
     "EDM",
     "EDMSDE",
     "SDE",

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from ..checks import whole
 from .sde import SDE
 
 
@@ -75,3 +77,36 @@ class TableSDE(SDE):
         index = (torch.searchsorted(-table, -value) - 1).clamp(0, n - 2)
         part = (value - table[index]) / (table[index + 1] - table[index])
         return ((index + 1 + part) / n).to(log_snr.dtype)
+
+
+class DDPM(TableSDE):
+    r"""The discrete process of DDPM in continuous time: step i = 1 … N, q(x_i | x_{i−1}) = N(√(1 − β_i) x_{i−1}, β_i).
+
+    Its first sampler is `Ancestral` over the grid of its steps, UniformGrid with `steps − 1` of them and a last
+    denoising; `DiscreteTimes(steps)` trains at the steps alone.
+
+    Args:
+        betas: "linear", β_i evenly from `beta_start` to `beta_end` (Ho et al. 2020, sec. 4); or "cosine",
+            ᾱ_i ∝ cos²(π/2 (i/N + 0.008)/1.008), each β_i at most 0.999 (Nichol & Dhariwal 2021, eq. 17).
+        steps: N ≥ 2.
+        beta_start, beta_end: of the linear table, 0 < beta_start ≤ beta_end < 1; the paper's are for 1,000 steps.
+
+    Raises:
+        ValueError: another name of a table, or numbers outside these ranges.
+    """
+
+    def __init__(
+        self, betas: str = "linear", steps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02
+    ) -> None:
+        steps = whole(steps, "steps", 2)
+        if not 0 < beta_start <= beta_end < 1:
+            raise ValueError(f"Expected 0 < beta_start ≤ beta_end < 1; got {beta_start} and {beta_end}.")
+        if betas == "linear":
+            beta = torch.linspace(beta_start, beta_end, steps, dtype=torch.float64, device="cpu")
+        elif betas == "cosine":
+            place = torch.arange(steps + 1, dtype=torch.float64, device="cpu") / steps
+            alpha_bar = ((place + 0.008) / 1.008 * math.pi / 2).cos() ** 2
+            beta = (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=0.999)
+        else:
+            raise ValueError(f"betas is 'linear' or 'cosine'; got {betas!r}. Other tables: TableSDE(alpha_bar).")
+        super().__init__((1 - beta).cumprod(0))

@@ -4,6 +4,7 @@ from .classifier import ClassifierLoss, NoisyClassifier
 from .coupling import Independent, OptimalTransport
 from .denoising import (
     DenoisingLoss,
+    DiscreteTimes,
     EDMWeighting,
     Likelihood,
     LogNormalTimes,
@@ -18,6 +19,7 @@ from .loss import Loss, Terms
 __all__ = [
     "ClassifierLoss",
     "DenoisingLoss",
+    "DiscreteTimes",
     "EDMWeighting",
     "Independent",
     "Likelihood",

@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ..checks import positive
+from ..checks import positive, whole
 from ..diffusion.conditions import Cond, each
 from ..diffusion.denoiser import Denoiser
 from ..diffusion.sde import SDE
@@ -54,6 +54,30 @@ class StratifiedTimes(Times):
         start = self.start(sde)
         u = rng.stratified(n, device=device)
         return start + u * (sde.t_max - start), torch.ones_like(u)
+
+
+class DiscreteTimes(Times):
+    """t = t_max k/steps, k uniform (stratified) on 1 … steps: the steps of a discrete process, as DDPM is trained.
+
+    The distribution is part of the objective, so the importance is 1: do not use it with `Likelihood`.
+
+    Args:
+        steps: ≥ 1; the first one is no earlier than the SDE's t_min.
+    """
+
+    def __init__(self, steps: int = 1000):
+        super().__init__()
+        self.steps = whole(steps, "steps")
+
+    def start(self, sde: SDE) -> float:
+        first = sde.t_max / self.steps
+        if first < sde.t_min * (1 - 1e-9):  # round-off of a table's 1/N
+            raise ValueError(f"{self.steps} steps begin at t = {first:g}, before the SDE's t_min = {sde.t_min:g}.")
+        return super().start(sde)
+
+    def sample(self, sde: SDE, n: int, rng: Rng, device: torch.device) -> tuple[Tensor, Tensor]:
+        step = (rng.stratified(n, device=device) * self.steps).floor().clamp(max=self.steps - 1) + 1
+        return (sde.t_max * step / self.steps).clamp(min=sde.t_min), torch.ones_like(step)
 
 
 class LogNormalTimes(Times):

@@ -158,6 +158,7 @@ def files(folder: Path) -> dict[str, list[str]]:
     np.savez(folder / "images.npz", x=pixels.flatten()[: 400 * 768].reshape(400, 16, 16, 3))
     given["cifar_vp"] = [f"data.path={folder / 'images.npz'}"]
     given["fitted"] = [f"grid.path={folder / 'grid.json'}"]
+    given["table"] = ["sde.alpha_bar=[0.9,0.5,0.1]"]
     given["energy"] = ["guidance.energy={_target_: scoresde.UniformGrid}"]  # something that can be called
     given |= {option: ["edit.input=test:0-1"] for option in ("sdedit", "interpolation", "attribute")}
     given["attribute"] += ["edit.having=test:0", "edit.lacking=[test:1]"]
@@ -167,7 +168,7 @@ def files(folder: Path) -> dict[str, list[str]]:
 @pytest.mark.parametrize(("group", "option"), OPTIONS, ids=str)
 def test_every_option_builds(group: str, option: str, tmp_path: Path) -> None:
     kind, runtime = GROUPS[group]
-    more = files(tmp_path).get(option, []) if group in ("data", "grid", "guidance", "edit") else []
+    more = files(tmp_path).get(option, []) if group in ("data", "grid", "guidance", "edit", "sde") else []
     if group in OF_SAMPLES:
         cfg = composed(f"{group}={option}", "run=somewhere", *more, name="sample")
     else:
@@ -229,7 +230,7 @@ def test_the_other_mains_build_every_option_of_their_groups(name: str, tmp_path:
     for group, option in OPTIONS:
         if group in groups:
             kind, runtime = GROUPS[group]
-            more = given.get(option, []) if group in ("data", "grid", "guidance", "edit") else []
+            more = given.get(option, []) if group in ("data", "grid", "guidance", "edit", "sde") else []
             node = composed(f"{group}={option}", "run=somewhere", *more, name=name)[group]
             assert isinstance(build(node, **wanted(node, runtime())), kind)
 

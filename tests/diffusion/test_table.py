@@ -6,9 +6,10 @@ import math
 
 import pytest
 import torch
+from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from oracles import ddpm_alpha_bar, ncsn_sigmas, times
 
-from scoresde import VPSDE, TableSDE
+from scoresde import DDPM, VPSDE, TableSDE
 
 
 def entries(sde: TableSDE) -> torch.Tensor:
@@ -113,3 +114,28 @@ def test_the_callers_table_is_copied() -> None:
 def test_bad_tables_are_refused(arguments, message) -> None:
     with pytest.raises(ValueError, match=message):
         TableSDE(**arguments)
+
+
+@pytest.mark.parametrize("betas", ["linear", "cosine"])
+def test_ddpm_has_the_tables_of_diffusers(betas) -> None:
+    # theirs in float32, whose rounding over a product of 1,000 factors is below 1000 · 2⁻²⁴ = 6e-5, relative
+    schedule = {"linear": "linear", "cosine": "squaredcos_cap_v2"}[betas]
+    theirs = DDPMScheduler(beta_schedule=schedule).alphas_cumprod.double()
+    sde = DDPM(betas)
+    alpha, _ = sde.marginal(entries(sde))
+    torch.testing.assert_close(alpha**2, theirs, rtol=6e-5, atol=0)
+    if betas == "linear":
+        torch.testing.assert_close(alpha**2, ddpm_alpha_bar(), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"betas": "sigmoid"}, "'linear' or 'cosine'; got 'sigmoid'"),
+        ({"steps": 1}, "steps"),
+        ({"beta_start": 0.1, "beta_end": 0.02}, "beta_start ≤ beta_end"),
+    ],
+)
+def test_other_ddpm_tables_are_refused(arguments, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        DDPM(**arguments)

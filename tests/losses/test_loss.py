@@ -10,12 +10,14 @@ from oracles import EVENT_SHAPES, all_sdes, closed_form_sdes, gauss_legendre, me
 from torch import Tensor, nn
 
 from scoresde import (
+    DDPM,
     EDM,
     EDMSDE,
     SDE,
     VPSDE,
     CosineSDE,
     DenoisingLoss,
+    Eps,
     GaussianMixtureDenoiser,
     Preconditioned,
     RectifiedFlow,
@@ -23,6 +25,7 @@ from scoresde import (
     ScoreFunction,
 )
 from scoresde.losses.denoising import (
+    DiscreteTimes,
     EDMWeighting,
     Independent,
     Likelihood,
@@ -440,3 +443,13 @@ def test_the_learned_weight_trains_with_the_denoiser() -> None:
     # 300·256 losses on 33 coefficients, and what 32 waves cannot follow in 300 steps; log mean runs over 2.4
     error = head(sde.log_snr(t)).double().detach() - mean.log()
     assert float(error.square().mean().sqrt()) < 0.15 and float(mean.log().max() - mean.log().min()) > 2
+
+
+def test_discrete_times_are_the_whole_steps_each_as_often() -> None:
+    sde, steps = DDPM(steps=20), 20
+    t, importance = DiscreteTimes(steps).sample(sde, 200, Rng(0), torch.device("cpu"))
+    counts = (t * steps).round().long().bincount(minlength=21)
+    assert torch.equal(t, (t * steps).round() / steps) and torch.equal(importance, torch.ones_like(importance))
+    assert counts[0] == 0 and torch.equal(counts[1:], torch.full((20,), 10))  # strata of 1/200, ten in each step
+    with pytest.raises(ValueError, match=r"40 steps begin at t = 0\.025, before the SDE's t_min = 0\.05"):
+        DenoisingLoss(Preconditioned(lambda x, c: x, sde, Eps()), DiscreteTimes(40))
