@@ -42,10 +42,9 @@ ARGUMENTS = {
     "ReverseDiffusion": ("", "probability_flow=True"),
     "SASolver": ("", "predictor=3, corrector=4, tau=0.0"),
     "UniPC": ("order=2", "order=3"),
-    "TableSDE": ("torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000).double(), 0)",
-                 "sigmas=torch.logspace(-2, 1.7, 232).double()"),
+    "TableSDE": ("sigmas=torch.logspace(-2, 1.7, 232).double()",),
 }  # fmt: skip
-LABELS = {"TableSDE": ("TableSDE, DDPM", "TableSDE, NCSN")}
+LABELS = {"TableSDE": ("TableSDE, NCSN",)}
 
 MEAN, VAR = torch.tensor([1.5, -0.5]), 0.25
 SPAN = (-4.0, 7.0)  # log-SNR

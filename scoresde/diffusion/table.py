@@ -30,7 +30,9 @@ class TableSDE(SDE):
         ValueError: neither or both tables, fewer than two entries, or a table out of order or range.
     """
 
-    def __init__(self, alpha_bar: Sequence[float] | None = None, *, sigmas: Sequence[float] | None = None):
+    def __init__(
+        self, alpha_bar: Sequence[float] | Tensor | None = None, *, sigmas: Sequence[float] | Tensor | None = None
+    ):
         if (alpha_bar is None) == (sigmas is None):
             raise ValueError("TableSDE needs alpha_bar or sigmas, one of the two.")
         self.preserving = alpha_bar is not None
