@@ -23,6 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from .. import __version__
 from ..config import ConfigError, Refusal, build, config_dir, parameters, renamed, resolved, targets
+from ..data.rows import DataLost
 from ..evaluate.shards import ShardError, Shards, ranks
 from ..ode import SolverError
 from ..runs import lock
@@ -43,7 +44,7 @@ from .typed import problem_in_words, typed, words_of
 
 _show_warning = warnings.showwarning
 # Errors whose message says what to do.
-_EXPLAINED = (Refusal, SolverError, CheckpointError, ProcessLost, ShardError, TrainingDiverged)
+_EXPLAINED = (Refusal, SolverError, CheckpointError, ProcessLost, ShardError, TrainingDiverged, DataLost)
 # Options of Hydra's that print, and do nothing else.
 _PRINTING = ("--help", "-h", "--hydra-help", "--cfg", "-c", "--info", "-i", "--version")
 # Keys of scoresde-sample, -likelihood and -evaluate on which no batch depends.

@@ -44,7 +44,7 @@ from ..train.signals import Interrupted, Signals, Stopped
 from ..train.state import TrainingState
 from ..train.trainer import Trainer
 from ..train.world import World, join
-from ._hydra import Command, in_sweep, launch, read, refusing
+from ._hydra import Command, OutputFolder, in_sweep, launch, read, refusing
 from .fit import choose_budgets, fit_all
 from .typed import in_shell
 
@@ -108,7 +108,7 @@ def run(cfg: DictConfig) -> dict[str, float]:
     # the lock ends last, so that whoever waits for it finds everything written
     with contextlib.closing(world), contextlib.ExitStack() as stack, Signals() as signals:
         with refusing():
-            plan = assemble(command, world)
+            plan = assembled(command, world, signals)
             world.leader(lambda: stack.enter_context(lock.hold(plan.folder)))
             checkpoint = find(plan, command.options["resume"], command.options["overwrite"])
             if checkpoint is not None:
@@ -116,6 +116,16 @@ def run(cfg: DictConfig) -> dict[str, float]:
                 plan.say(f"Resuming {plan.folder} at step {checkpoint.step}.")
         with folders.blamed(plan.folder, lambda: plan.training.step) if world.rank == 0 else contextlib.nullcontext():
             return follow(plan, checkpoint, signals)
+
+
+def assembled(command: Command, world: World, signals: Signals) -> Plan:
+    """`assemble`, which a signal breaks off: reading the data may take minutes."""
+    try:
+        with signals.interruptible():
+            return assemble(command, world)
+    except Interrupted:
+        OutputFolder.remove_created()
+        raise Stopped(signals.code, "Stopped before training began; nothing was written.") from None
 
 
 def find(plan: Plan, resume: str | bool, overwrite: bool) -> Checkpoint | None:
@@ -167,6 +177,7 @@ def assemble(command: Command, world: World) -> Plan:
     torch.manual_seed(seed)  # initial weights and dropout; everything else takes an Rng
     with doing("reading the data"):
         dataset = command.build("data")
+        dataset.statistics  # noqa: B018  # looks at all samples, once; here a signal may break it off
     denoiser = loading.build_denoiser(config, dataset, command.allow).to(device)
     loss: Any = loading.build_loss(config, denoiser, command.allow).to(device)
     loading.check_fit(denoiser, dataset, conditional=conditional)

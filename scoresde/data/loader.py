@@ -5,16 +5,19 @@ from __future__ import annotations
 import atexit
 import copy
 import multiprocessing
+import os
 import signal
+import threading
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from .order import EpochOrder
-from .rows import Rows
+from .rows import DataLost, Rows
 
 
 class Loader:
@@ -25,7 +28,7 @@ class Loader:
 
     Workers are started by a server of their own (`forkserver`): a fork of a process with threads, CUDA, a lock on the
     run folder and handlers of signals would take all of these along. They hear no signal that asks the run to end,
-    which a scheduler sends to every process, and end with the run: within 5 s if it is killed.
+    which a scheduler sends to every process, and end with the run, also if it is killed.
 
     Args:
         raw: the samples; a tensor is read where it is, without workers.
@@ -36,16 +39,14 @@ class Loader:
 
     def __init__(self, raw: Tensor | Rows, order: EpochOrder, *, rank: int = 0, size: int = 1, workers: int = 0):
         self.raw, self.order, self.rank, self.size, self.workers = raw, order, rank, size, workers
-        self._ahead: Iterator[tuple[Tensor, Any]] | None = None
+        self._ahead: Iterator[tuple[np.ndarray, Any]] | None = None
         self._processes: list[multiprocessing.process.BaseProcess] = []
 
     def next(self) -> tuple[Tensor, Tensor]:
         """The next indices of this process, (n,) int64, and their samples.
 
         Raises:
-            DataChanged: a file is not what it was when it was opened.
-            RuntimeError: a worker ended.
-            ValueError: a sample that cannot be read.
+            DataLost: a sample can no longer be read, or a worker has ended.
         """
         raw, place = self.raw, self.order.state_dict()
         index = _share(self.order, self.rank, self.size)
@@ -56,22 +57,25 @@ class Loader:
             self._ahead = self._start(raw, place)
         try:
             read, found = next(self._ahead)
-            if not torch.equal(read, index):  # the order was moved, to where a checkpoint was written, say
+            if not np.array_equal(read, index):  # the order was moved, to where a checkpoint was written, say
                 self.close()
                 self._ahead = self._start(raw, place)
                 read, found = next(self._ahead)
-        except RuntimeError as error:
-            raise RuntimeError(f"A process that reads data ahead has ended: {error}") from error
+        except (RuntimeError, OSError, EOFError) as error:
+            ended = (
+                f"A process that reads samples ahead has ended: {error}. What ended it (memory?) is in the system's log"
+            )
+            raise DataLost(f"{ended}; resume=auto goes on from the last checkpoint.") from error
         if isinstance(found, Exception):
             raise found
-        return index, found
+        return index, torch.from_numpy(found)
 
     def close(self) -> None:
         """Ends the workers; the next batch starts others."""
         self._ahead = None
         _end(self._processes)
 
-    def _start(self, raw: Rows, place: dict[str, int]) -> Iterator[tuple[Tensor, Any]]:
+    def _start(self, raw: Rows, place: dict[str, int]) -> Iterator[tuple[np.ndarray, Any]]:
         ahead = copy.copy(self.order)
         ahead.load_state_dict(place)
         context = None
@@ -81,10 +85,11 @@ class Loader:
         loader: DataLoader[Any] = DataLoader(
             _Reads(raw),  # type: ignore[arg-type]  # it has what is asked of a data set
             batch_size=None,
+            collate_fn=tuple,  # as it is
             sampler=_Ahead(ahead, self.rank, self.size),
             num_workers=self.workers,
             multiprocessing_context=context,
-            worker_init_fn=_quiet,
+            worker_init_fn=_attend,
             generator=torch.Generator(),  # or it would draw from torch's own, as dropout does
         )
         before = multiprocessing.active_children()
@@ -110,16 +115,19 @@ class _Ahead:
 
 
 class _Reads:
-    """index -> (index, the samples or the error of reading them), which comes through as it was raised."""
+    """index -> (index, the samples or the error of reading them, which comes through as it was raised).
+
+    As arrays, which go through a pipe: tensors would take shared memory, of which containers have little.
+    """
 
     def __init__(self, raw: Rows):
         self.raw = raw
 
-    def __getitem__(self, index: Tensor) -> tuple[Tensor, Tensor | Exception]:
+    def __getitem__(self, index: Tensor) -> tuple[np.ndarray, np.ndarray | Exception]:
         try:
-            return index, self.raw[index]
+            return index.numpy(), self.raw[index].numpy()
         except Exception as error:
-            return index, error
+            return index.numpy(), error
 
 
 def _end(processes: list[multiprocessing.process.BaseProcess]) -> None:
@@ -130,7 +138,14 @@ def _end(processes: list[multiprocessing.process.BaseProcess]) -> None:
         process.join()
 
 
-def _quiet(worker: int) -> None:
-    """Leaves the signals that ask the run to end to the run."""
+def _attend(worker: int) -> None:
+    """Leaves the signals that ask the run to end to the run, and ends this process when the run has ended."""
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
+    # torch looks who its parent is, which a worker that begins when the run was just killed no longer sees
+    threading.Thread(target=_end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
+
+
+def _end_with(parent: Any) -> None:
+    parent.join()
+    os._exit(1)

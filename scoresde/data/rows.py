@@ -19,8 +19,8 @@ _HASHED = 1 << 34  # bytes up to which a digest is of every value: ten seconds f
 _SPOTS, _SPOT = 1024, 1 << 18  # a digest of more is of so many places of so many bytes, evenly spaced
 
 
-class DataChanged(RuntimeError):
-    """A file that samples are read from is not what it was when it was opened."""
+class DataLost(RuntimeError):
+    """Samples can no longer be read: a file is not what it was, or a process that reads has ended."""
 
 
 class Rows(abc.ABC):
@@ -62,7 +62,7 @@ class Rows(abc.ABC):
         """The samples `index` (n ≥ 1,), int64 in 0 … N − 1.
 
         Raises:
-            DataChanged: a file changed since this object was made, or can no longer be read.
+            DataLost: a file changed since this object was made, or can no longer be read.
         """
 
     @abc.abstractmethod
@@ -157,8 +157,8 @@ class Stored(Rows):
             raise self._changed("another")
         return values
 
-    def _changed(self, how: str) -> DataChanged:
-        return DataChanged(
+    def _changed(self, how: str) -> DataLost:
+        return DataLost(
             f"{self.path}: expected the file that was opened, found {how} one: it has changed since. Put back what it "
             "was; a run goes on from its last checkpoint by resume=auto."
         )
@@ -175,7 +175,7 @@ class _Open:
             try:
                 self._number = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             except OSError as error:
-                raise DataChanged(f"{path}: it can no longer be opened ({error.strerror}). Put it back.") from error
+                raise DataLost(f"{path}: it can no longer be opened ({error.strerror}). Put it back.") from error
         return self._number
 
     def __reduce__(self) -> tuple[type[_Open], tuple[()]]:
@@ -208,10 +208,13 @@ class Each(Rows):
     def read(self, index: Tensor) -> Tensor:
         read = []
         for k in index.tolist():
-            sample = self.one(self.items[k])
+            try:
+                sample = self.one(self.items[k])
+            except (ValueError, OSError) as error:
+                raise DataLost(str(error)) from error
             if tuple(sample.shape) != self.shape[1:] or sample.dtype != self.dtype:
                 found = f"{sample.dtype} {tuple(sample.shape)}"
-                raise DataChanged(
+                raise DataLost(
                     f"{self.items[k]}: expected {self.dtype} {self.shape[1:]}, found {found}: it has changed."
                 )
             read.append(sample)

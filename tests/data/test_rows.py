@@ -14,7 +14,7 @@ import torch
 from scoresde.data import Arrays, Loader, rows
 from scoresde.data.dataset import Split, hold_out
 from scoresde.data.order import EpochOrder
-from scoresde.data.rows import DataChanged, Rows, chunks, extent
+from scoresde.data.rows import DataLost, Rows, chunks, extent
 
 VALUES = np.random.default_rng(0).integers(0, 256, (300, 5, 4, 3), dtype=np.uint8)
 LABELS = np.arange(300) % 4
@@ -108,10 +108,10 @@ def test_a_file_that_changes_under_the_run_is_an_error_and_no_signal(tmp_path: P
         path.unlink()
         if change == "replaced":
             save(path)
-    with pytest.raises(DataChanged, match=r"x\.npy: .*(changed since|no longer be opened)"):
+    with pytest.raises(DataLost, match=r"x\.npy: .*(changed since|no longer be opened)"):
         again[:]
     if change in ("shorter", "written"):  # what was opened before is still the file that it was in the other cases
-        with pytest.raises(DataChanged, match="changed since"):
+        with pytest.raises(DataLost, match="changed since"):
             raw[:]
     else:
         raw[:]
@@ -169,6 +169,6 @@ def test_what_a_worker_cannot_read_is_said_as_it_was(tmp_path: Path) -> None:
     loader = Loader(Arrays(str(path), lazy=True, channels_last=True).train.raw, EpochOrder(270, 32, 5), workers=1)
     loader.next()
     os.truncate(path, 4000)
-    with pytest.raises(DataChanged, match=r"^\S+x\.npy: expected the file that was opened, found \w+ one"):
+    with pytest.raises(DataLost, match=r"^\S+x\.npy: expected the file that was opened, found \w+ one"):
         for _ in range(5):
             loader.next()
