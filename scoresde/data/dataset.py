@@ -103,6 +103,7 @@ class Dataset:
         known: of an excerpt: what is known of all the samples that it was taken from.
         files: those that training and held-out samples were read from, for messages; empty where no file was read.
         columns: names of the features of a table; empty for other data.
+        checksums: of the files of a folder, by their names in it, where each is of few samples.
 
     Raises:
         TypeError: a dtype that the codec cannot read, or labels that are not int64.
@@ -119,6 +120,7 @@ class Dataset:
     known: Statistics | None = None
     files: tuple[str, ...] = ()
     columns: tuple[str, ...] = ()
+    checksums: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.class_names and len(self.class_names) != self.classes:
@@ -171,7 +173,10 @@ class Dataset:
             return self.known
         train, test = self.train, self.test
         found = measured(train.raw, train.labels, train.conditions, self.codec, len(test))
-        return replace(found, digests={"train": train.digest(), "test": test.digest()})
+        digests = {"train": train.digest(), "test": test.digest()}
+        if self.checksums:
+            digests["files"] = "\n".join(f"{checksum} {name}" for name, checksum in self.checksums.items())
+        return replace(found, digests=digests)
 
     def check_unaltered(self, digests: Mapping[str, str], whose: str, cure: str) -> None:
         """Refuses files that hold other samples than those of these `Statistics.digests`.
@@ -191,11 +196,17 @@ class Dataset:
             before = digests.get(part, own[part])
             if before == own[part] or (":" in before) != (":" in own[part]):  # of all, and of some, cannot be compared
                 continue
-            said = f"{file} has changed: {whose} is of other samples under this name."
+            said = f"{file} has changed{self._where(digests)}: {whose} is of other samples under this name."
             if self.files:
                 raise ValueError(f"{said} {cure}")
             _log.warning("%s", said)
             return
+
+    def _where(self, digests: Mapping[str, str]) -> str:
+        """Which files of a folder are others than those of these digests, or are no longer there."""
+        before = {line[9:]: line[:8] for line in digests.get("files", "").splitlines()}
+        names = sorted({name for name, _ in before.items() ^ self.checksums.items()}) if before else []
+        return f" in {', '.join(names[:5])}{', …' if len(names) > 5 else ''}" if names and self.checksums else ""
 
     @property
     def seen_classes(self) -> tuple[int, ...]:

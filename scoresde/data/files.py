@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -30,6 +30,14 @@ _ADVICE = {
 }
 
 
+class Axes(NamedTuple):
+    """What is said of the axes of stored samples, see `Arrays`."""
+
+    channels_last: bool
+    add_channel: bool
+    signals: bool
+
+
 def Arrays(
     path: str,
     key: str | None = None,
@@ -41,6 +49,7 @@ def Arrays(
     raw_high: float | None = None,
     channels_last: bool = False,
     add_channel: bool = False,
+    signals: bool = False,
     test_fraction: float = 0.1,
     seed: int = 0,
     codec: Codec | None = None,
@@ -49,8 +58,7 @@ def Arrays(
     """Samples (N, *event) of a file of NumPy, HDF5 or NetCDF. Nothing is unpickled.
 
     Integers are read as levels 0 … levels − 1 and dequantised; floats are kept as float32 and need their range, which
-    is checked. Values that use less than half of the declared range, all at one end, are refused: it is wrong more
-    often than not.
+    is checked. Values that use less than half of the declared range, all at one end, are refused.
 
     Args:
         path: .npy, .npz, .h5, .hdf5 or .nc file.
@@ -63,6 +71,7 @@ def Arrays(
         raw_low, raw_high: range of floats.
         channels_last: samples are stored (…, C) and become (C, …).
         add_channel: samples are stored without a channel axis and get one of size 1.
+        signals: samples (A, B), which may be pictures without a channel axis, are signals of A channels.
         test_fraction, seed: of the split, in (0, 1), and ≥ 0; by class where there are labels.
         codec: of a model that is measured on these samples, in place of levels and range; all are held out.
         lazy: samples stay in the file, .npy or uncompressed .npz, and are read batch by batch; None: above 1 GiB.
@@ -73,10 +82,9 @@ def Arrays(
         ValueError: a damaged file, an unknown key, or anything that `Dataset` refuses.
     """
     file = existing(path)
-    if channels_last and add_channel:
-        raise ValueError("channels_last and add_channel exclude each other: the channel axis is there or it is not.")
     keys = dict(cond_keys or {}) | ({} if label_key is None else {"label": label_key})
-    read = partial(_read_split, key=key, keys=keys, channels_last=channels_last, add_channel=add_channel, lazy=lazy)
+    axes = Axes(channels_last, add_channel, signals or codec is not None)
+    read = partial(_read_split, key=key, keys=keys, axes=axes, lazy=lazy)
     train, names = read(file)
     if codec is not None:
         return given(file.name, train, codec, names)
@@ -108,13 +116,13 @@ def _classes(train: Split, test: Split, where: str) -> int:
 
 
 def _read_split(
-    path: Path, key: str | None, keys: dict[str, str], channels_last: bool, add_channel: bool, lazy: bool | None
+    path: Path, key: str | None, keys: dict[str, str], axes: Axes, lazy: bool | None
 ) -> tuple[Split, tuple[str, ...]]:
     """The samples of a file with all that stands beside them, and the names of their classes where a packed file has
     them: `keys` has the key of the labels and other conditions.
     """
     keys = dict(keys)
-    arrange = partial(_arranged, path=path, channels_last=channels_last, add_channel=add_channel)
+    arrange = partial(_arranged, path=path, axes=axes)
     raw, others = _load(path, key, keys, arrange, lazy)
     names = tuple(map(str, others.pop("class_names", ())))
     labels = others.pop("label", None)
@@ -209,10 +217,14 @@ def _tensor(values: np.ndarray, path: Path) -> Tensor:
     return raw
 
 
-def _arranged(values: np.ndarray, path: Path, channels_last: bool, add_channel: bool) -> Tensor:
+def _arranged(values: np.ndarray, path: Path, axes: Axes) -> Tensor:
     """Samples (n, C, …) of what is stored."""
+    if axes.add_channel and axes.channels_last:
+        raise ValueError("channels_last and add_channel exclude each other: the channel axis is there or it is not.")
     raw = _tensor(values, path)
-    return raw[:, None] if add_channel else _channels_first(raw, channels_last, path)
+    if not any(axes):
+        _ask(tuple(raw.shape[1:]), path)
+    return raw[:, None] if axes.add_channel else _channels_first(raw, axes.channels_last, path)
 
 
 def _channels_first(raw: Tensor, channels_last: bool, path: Path) -> Tensor:
@@ -225,6 +237,15 @@ def _channels_first(raw: Tensor, channels_last: bool, path: Path) -> Tensor:
         advice = "(H, W, C), expected (C, H, W). Set" if last else "(C, H, W) already. Leave out"
         raise ValueError(f"{path}: samples of shape {event} look like {advice} channels_last=True.")
     return raw.movedim(-1, 1).contiguous() if channels_last else raw
+
+
+def _ask(event: tuple[int, ...], path: Path) -> None:
+    """Refuses samples (A, B), both above 4 and at most 8 to 1: the first axis may be of channels or not."""
+    if len(event) == 2 and min(event) > 4 and max(event) <= 8 * min(event):
+        raise ValueError(
+            f"{path}: samples of shape {event} may be pictures or fields without a channel axis, or signals of "
+            f"{event[0]} channels and {event[1]} places. Say which: add_channel=True or signals=True."
+        )
 
 
 def _scaling(

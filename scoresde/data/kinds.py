@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ..diffusion.conditions import Cond, filled
 from .dataset import Dataset
-from .folder import read_image
+from .pictures import read_image
 from .readers import held_out, is_picture, names_held_out
 from .source import existing, read_array
 from .statistics import extremes

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .folder import in_pixels, read_image
+from .pictures import in_pixels, read_image
 from .source import existing, misfit, read_array
 
 
@@ -111,7 +111,7 @@ def _pixels(file: Path, shape: tuple[int, ...], what: str, why: str = "") -> Ten
     """uint8 values of a picture of `shape`."""
     if len(shape) != 3 or shape[0] not in (1, 3):
         raise ValueError(f"{file}: expected {what} of shape {shape}, as .npy; no picture holds it.")
-    pixels = read_image(file, shape[0])
+    pixels = read_image(file, shape[0], deep=True)
     if tuple(pixels.shape) != shape:
         raise misfit(file, f"{what} of {shape[2]} × {shape[1]} pixels{why}", in_pixels(pixels))
     return pixels

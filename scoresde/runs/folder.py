@@ -24,8 +24,10 @@ _FILES = (
 # Keys that define a run: a checkpoint made with another value belongs to another run.
 _IDENTITY = (
     "seed", "conditional", "sigma_data", "sde", "network", "parameterization", "denoiser", "loss", "data", "optim",
-    "ema", "trainer.batch_size", "trainer.accumulate", "trainer.warmup", "trainer.clip", "trainer.loss_scale",
+    "ema", "augment",
+    "trainer.batch_size", "trainer.accumulate", "trainer.warmup", "trainer.clip", "trainer.loss_scale",
 )  # fmt: skip
+_ANSWERS = ("data.signals", "data.grey")  # to questions about the data, which change none that an older version read
 
 
 def prepare(folder: Path, config: Mapping[str, Any], *, resume: str | bool, overwrite: bool) -> Checkpoint | None:
@@ -108,7 +110,7 @@ def _check_identity(checkpoint: Checkpoint, config: Mapping[str, Any]) -> None:
     saved, here = (_leaves(renamed(tree)) for tree in (checkpoint.records.get("config", {}), config))
     for key in sorted(saved.keys() | here.keys()):
         same_run = any(key == name or key.startswith((f"{name}.", f"{name}[")) for name in _IDENTITY)
-        if same_run and saved.get(key) != here.get(key):
+        if same_run and key not in _ANSWERS and saved.get(key) != here.get(key):
             raise ValueError(
                 f"The run in {checkpoint.path.parent.parent} was made with {key}={saved.get(key)}, and this command "
                 f"says {key}={here.get(key)}. Resuming takes the same command; another run takes another out=…."

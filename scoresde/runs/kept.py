@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..config import ConfigError, build
+from ..config import ConfigError, build, leaves_open
 from ..data import Dataset
 from ..data.excerpt import excerpt, packed, unpacked
 from ..data.statistics import Statistics
@@ -60,8 +60,11 @@ def read_data(
     Raises:
         CheckpointError: they cannot be read, or are not those that it was trained on.
     """
+    node = config["data"]
     try:
-        dataset: Dataset = build(config["data"], allow, key="data")
+        # of an older version, which did not ask what samples (A, B) are
+        unsaid = leaves_open(node, "signals", allow, key="data") and not node.get("add_channel")
+        dataset: Dataset = build(node, allow, key="data", **({"signals": True} if unsaid else {}))
     except (ConfigError, OSError, ImportError) as error:
         where = config["data"].get("path") if isinstance(config["data"], Mapping) else None
         raise CheckpointError(

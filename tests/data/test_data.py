@@ -22,6 +22,7 @@ from scoresde.data import (
 )
 from scoresde.likelihood.ode import bits_per_dim
 from scoresde.noise.rng import Rng
+from scoresde.runs.kept import read_data
 
 SHARED = Path(os.environ.get("SCORESDE_DATA", Path(__file__).parents[3] / "shared" / "data"))
 
@@ -347,6 +348,24 @@ def test_arrays_read_other_integers_with_levels_and_images_without_a_channel(tmp
     path = save(tmp_path / "deep.npz", x=BYTES[..., 0].astype(np.uint16) * 257)
     data = Arrays(path, levels=65536, add_channel=True)
     assert data.event_shape == (1, 8, 8) and torch.equal(data.decode(data.encode(data.test.raw)).long(), data.test.raw)
+
+
+@pytest.mark.parametrize(
+    "shape, asked",
+    [((28, 28), True), ((5, 40), True), ((40, 5), True), ((5, 41), False), ((4, 8), False), ((1, 100), False),
+     ((100, 3), False), ((3, 8, 8), False), ((12,), False)],
+)  # fmt: skip
+def test_what_may_be_pictures_or_signals_is_asked(tmp_path, shape, asked):
+    """An old run's configuration, which has no answer, is not asked."""
+    path = save(tmp_path / "x.npz", x=np.random.default_rng(0).integers(0, 256, (10, *shape), np.uint8))
+    if asked:
+        with pytest.raises(ValueError, match=rf"or signals of {shape[0]} channels.*add_channel.*signals=True"):
+            Arrays(path)
+        assert Arrays(path, add_channel=True).event_shape == (1, *shape)
+        node = {"_target_": "scoresde.data.Arrays", "path": path, "add_channel": False}
+        assert read_data(tmp_path, {"data": node}).event_shape == shape
+        assert Arrays(path, codec=Scaling(levels=256)).event_shape == shape  # a run knows what it is
+    assert Arrays(path, signals=True).event_shape == Arrays(path, signals=asked).event_shape == shape
 
 
 HALF = BYTES // 16  # 0 … 15 declared as 256 levels

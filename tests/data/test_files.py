@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gzip
 import io
+import logging
 import os
+import shutil
 import struct
 import zipfile
 import zlib
@@ -19,10 +21,11 @@ import torch
 from PIL import Image
 
 from scoresde.cli.conditions import choose_cond
+from scoresde.codecs import Scaling
 from scoresde.data import Arrays, Dataset, Idx, ImageFolder, Split
 from scoresde.data.excerpt import excerpt, packed, unpacked
-from scoresde.data.folder import read_image
 from scoresde.data.kinds import in_turn, kinds_of
+from scoresde.data.pictures import read_image
 from scoresde.data.source import existing, read_array
 
 rng = np.random.default_rng(0)
@@ -295,6 +298,76 @@ def test_pictures_that_are_not_read_whole_are_refused_by_name(tmp_path: Path, na
         with pytest.raises(ValueError) as caught:
             read()
         assert name in str(caught.value) and words in str(caught.value), caught.value
+
+
+def test_grey_pictures_are_read_as_they_are(tmp_path: Path) -> None:
+    """Of 8 bits and of 16, without a word; either in colours only as asked, and not both."""
+    shallow, deep = PIXELS[..., 0], rng.integers(0, 65536, (4, 6)).astype(np.uint16)
+    for name, values in (("a.png", shallow), ("b.png", deep), ("c.tif", deep)):
+        Image.fromarray(values).save(tmp_path / name)
+    with pytest.raises(ValueError, match=r"b\.png: expected an 8-bit grey image .* as a\.png is, found .* 16 bits"):
+        ImageFolder(str(tmp_path))
+    (tmp_path / "b.png").rename(tmp_path / "a.png")
+    data = ImageFolder(str(tmp_path), test_fraction=0.5)
+    assert data.scaling.levels == 65536 and data.event_shape == (1, 4, 6)
+    both = torch.cat([data.train.raw, data.test.raw])
+    assert torch.equal(both[:, 0], torch.from_numpy(np.stack([deep, deep]).astype(np.int32)))
+    smaller = ImageFolder(str(tmp_path), size=4, test_fraction=0.5).train.raw  # the central square, as it is
+    assert torch.equal(smaller[0, 0], both[0, 0, :, 1:5])
+    with pytest.raises(ValueError, match="expected an 8-bit RGB image, found mode I;16"):
+        ImageFolder(str(tmp_path), grey=False)
+    assert torch.equal(read_image(tmp_path / "a.png", 1, deep=True), both[0])
+    with pytest.raises(ValueError, match="16 bits"):
+        read_image(tmp_path / "a.png", 1)
+    for name in ("a.png", "c.tif"):
+        Image.fromarray(shallow).save(tmp_path / name)
+    data = ImageFolder(str(tmp_path), test_fraction=0.5)
+    assert data.scaling.levels == 256 and torch.equal(data.test.raw[0, 0], torch.from_numpy(shallow.copy()))
+
+
+def grid(folder: Path, parts: str, names: str, count: int = 3) -> None:
+    """Pictures of one value each, whose values tell them apart."""
+    for part in parts.split():
+        for name in names.split() or [""]:
+            for i in range(count):
+                path = folder / part / name / f"{i}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(np.full((4, 4), 10 * i + len(part), np.uint8)).save(path)
+
+
+def test_folders_say_what_is_held_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    grid(tmp_path, "train test val", "cat flower")
+    grid(tmp_path, "train", "bird")
+    with caplog.at_level(logging.INFO, "scoresde"):
+        data = ImageFolder(str(tmp_path))
+    assert "trained on train, test is held out; val is left out" in caplog.text
+    assert data.class_names == ("bird", "cat", "flower") and data.test.labels is not None
+    assert data.train.raw.unique().tolist() == [5, 15, 25] and data.test.raw.unique().tolist() == [4, 14, 24]
+    assert data.test.labels.tolist() == [1, 1, 1, 2, 2, 2]  # numbered as in training
+    given = ImageFolder(str(tmp_path), codec=Scaling(levels=256))
+    assert torch.equal(given.test.raw, data.test.raw)  # a model is not measured on what is trained on
+    shutil.rmtree(tmp_path / "test")
+    assert ImageFolder(str(tmp_path)).test.raw.unique().tolist() == [3, 13, 23]  # of val
+    grid(tmp_path, "val", "whale")
+    with pytest.raises(ValueError, match=r"val: expected classes of .*train, found whale"):
+        ImageFolder(str(tmp_path))
+    grid(tmp_path, "more", "cat")
+    with pytest.raises(ValueError, match="expected train and val alone, as splits, found more"):
+        ImageFolder(str(tmp_path))
+
+
+def test_what_is_passed_over_and_what_changed_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    grid(tmp_path, "a b", "", 4)
+    (tmp_path / "a" / "x.HEIC").write_bytes(b"x")
+    (tmp_path / "b" / "notes.txt").write_bytes(b"x")
+    data = ImageFolder(str(tmp_path), test_fraction=0.25)
+    assert "1 files are passed over that are not read: x.HEIC" in caplog.text
+    digests = unpacked(*packed(excerpt(data)), data.scaling).statistics.digests
+    data.check_unaltered(digests, "runs/mine", "Mend it.")
+    Image.fromarray(np.full((4, 4), 77, np.uint8)).save(tmp_path / "b" / "2.png")
+    (tmp_path / "a" / "3.png").unlink()
+    with pytest.raises(ValueError, match=rf"^{tmp_path} has changed in a/3\.png, b/2\.png: runs/mine is of other"):
+        ImageFolder(str(tmp_path), test_fraction=0.25).check_unaltered(digests, "runs/mine", "Mend it.")
 
 
 @pytest.mark.parametrize("form", ["PNG", "TIFF", "WEBP"])
