@@ -1,6 +1,10 @@
 """Codecs between raw data and model data, with the log-volume that turns a density of one into that of the other."""
 
+from .centred import Centred
+from .chain import Chain
 from .codec import Codec
+from .patches import Patches
 from .scaling import Scaling
+from .standardise import Standardise
 
-__all__ = ["Codec", "Scaling"]
+__all__ = ["Centred", "Chain", "Codec", "Patches", "Scaling", "Standardise"]

@@ -78,6 +78,11 @@ class Codec(abc.ABC):
         return self.levels is not None
 
     @property
+    def subspace(self) -> bool:
+        """Whether raw data fill a subspace, on which their density is."""
+        return False
+
+    @property
     def levels(self) -> int | None:
         """How many integers every raw value may be; None for continuous ones, and where that differs."""
         return None
@@ -112,3 +117,64 @@ class Codec(abc.ABC):
     def expects(self) -> str:
         """Which raw values it takes, in words."""
         return "floats"
+
+
+def finite(raw: Tensor, name: str) -> None:
+    """Refuses raw values that are no floating-point numbers, or not finite; names the first sample with such a one.
+
+    Raises:
+        TypeError, ValueError: it is one of these.
+    """
+    if not raw.is_floating_point():
+        raise TypeError(
+            f"{name} holds {raw.dtype}{range_of(raw)}, expected floating-point values. Integers are points, "
+            "which have no density: use Scaling(levels=…), which dequantises them."
+        )
+    bad = ~raw.isfinite()
+    if bool(bad.any()):
+        row = int(bad.flatten(1).any(1).nonzero()[0]) if raw.ndim > 1 else int(bad.nonzero()[0])
+        raise ValueError(
+            f"{name} holds {int(bad.sum())} NaN or infinite values of {raw.numel()}, the first in row {row}; remove "
+            "those samples first."
+        )
+
+
+def decodable(x: Tensor) -> None:
+    """Refuses what no sampler makes.
+
+    Raises:
+        TypeError: x is not floating point.
+        ValueError: x holds NaN or infinite values.
+    """
+    if not x.is_floating_point():
+        raise TypeError(f"decode expects model data in floating point; got {x.dtype}.")
+    bad = int((~x.isfinite()).sum())
+    if bad:
+        raise ValueError(f"decode was given {bad} NaN or infinite values of {x.numel()}: sampling failed before.")
+
+
+def range_of(raw: Tensor) -> str:
+    """The least and the greatest value, in words; empty where there are none."""
+    if raw.numel() == 0 or raw.dtype == torch.bool or raw.is_complex():
+        return ""
+    return f" (min {raw.min().item():g}, max {raw.max().item():g})"
+
+
+def refuse(bad: Tensor, raw: Tensor, name: str, why: str, columns: Sequence[str] = (), first: int = 0) -> None:
+    """Refuses raw values (N, D, *sizes) where any of `bad` (N, *sizes, D) is true, by column and row.
+
+    Args:
+        why: what is said of the first such value.
+        columns: D names; () for their numbers.
+        first: the number of the first row.
+
+    Raises:
+        ValueError: there is one.
+    """
+    if not bool(bad.any()):
+        return
+    row, *place, column = bad.nonzero()[0].tolist()
+    called = repr(columns[column]) if columns else str(column)
+    count, value = int(bad.sum()), float(raw.movedim(1, -1)[(row, *place, column)])
+    more = f" {count} values in all are refused." if count > 1 else ""
+    raise ValueError(f"{name}, column {called}, row {first + row}: {value:.7g} {why}.{more}")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..checks import whole
 from ..noise.rng import Rng
-from .codec import Codec, Edges
+from .codec import Codec, Edges, decodable, finite, range_of
 
 _MOST = 2**23
 _SIGNED, _UNSIGNED = (torch.int8, torch.int16, torch.int32), (torch.uint8, torch.int32)
@@ -122,7 +122,7 @@ class Scaling(Codec):
         expected = f"{self.expects} ({self.levels} levels)"
         if raw.dtype not in _INTEGERS:
             raise TypeError(
-                f"{name} holds {raw.dtype}{_range_of(raw)}, expected {expected}. Pass the integers as they were "
+                f"{name} holds {raw.dtype}{range_of(raw)}, expected {expected}. Pass the integers as they were "
                 "stored; if the data are continuous, use Scaling(levels=None, raw_low=…, raw_high=…)."
             )
         if raw.numel() == 0 or (raw.dtype == torch.uint8 and first <= 0 and last >= 255):
@@ -135,14 +135,7 @@ class Scaling(Codec):
             raise ValueError(f"{name} holds integers {low} … {high}, expected {expected}. {cure}")
 
     def _check_floats(self, raw: Tensor, name: str) -> None:
-        if not raw.is_floating_point():
-            raise TypeError(
-                f"{name} holds {raw.dtype}{_range_of(raw)}, expected floating-point values. Integers are points, "
-                "which have no density: use Scaling(levels=…), which dequantises them."
-            )
-        bad = int((~raw.isfinite()).sum())
-        if bad:
-            raise ValueError(f"{name} holds {bad} NaN or infinite values of {raw.numel()}; remove those samples first.")
+        finite(raw, name)
         if not self.bounded or raw.numel() == 0:
             return
         low, high = (float(value) for value in raw.detach().aminmax())
@@ -177,11 +170,7 @@ class Scaling(Codec):
             TypeError: x is not floating point.
             ValueError: x holds NaN or infinite values.
         """
-        if not x.is_floating_point():
-            raise TypeError(f"decode expects model data in floating point; got {x.dtype}.")
-        bad = int((~x.isfinite()).sum())
-        if bad:
-            raise ValueError(f"decode was given {bad} NaN or infinite values of {x.numel()}: sampling failed before.")
+        decodable(x)
         raw = (x - self.low) / self._slope
         if self.levels is not None:
             counted = raw.floor().clamp(0, self.levels - 1)
@@ -210,9 +199,3 @@ class Scaling(Codec):
             return None
         low, high = (self.low + (edge - self.raw_low) * self._slope for edge in edges)
         return low, high
-
-
-def _range_of(raw: Tensor) -> str:
-    if raw.numel() == 0 or raw.dtype == torch.bool or raw.is_complex():
-        return ""
-    return f" (min {raw.min().item():g}, max {raw.max().item():g})"

@@ -88,7 +88,8 @@ def _recipe(value: Any) -> Any:
     if module.startswith("scoresde."):
         module = module.rpartition(".")[0]  # our packages publish what is in their modules
     fields = {each.name: _recipe(getattr(value, each.name)) for each in dataclasses.fields(value)}
-    return {"_target_": f"{module}.{type(value).__name__}", **fields}
+    as_they_are = {"_convert_": "all"} if any(isinstance(field, list) for field in fields.values()) else {}
+    return {"_target_": f"{module}.{type(value).__name__}", **as_they_are, **fields}
 
 
 def _pair(values: Sequence[float]) -> tuple[float, float]:
