@@ -12,23 +12,17 @@ from torch import Tensor
 
 from ..checks import positive
 from ..noise.rng import Rng
-from .codec import Codec, decodable, finite
+from ..ops.centred import centred_basis
+from .codec import Codec, Stored, decodable, finite
 
-
-@functools.lru_cache(maxsize=16)
-def helmert(n: int) -> Tensor:
-    """(n − 1, n) float64, orthonormal rows that are orthogonal to 1 (Helmert 1876): row k takes the mean of the first k
-    from point k + 1."""
-    k = torch.arange(1, n, dtype=torch.float64, device="cpu")[:, None]
-    column = torch.arange(n, device="cpu")
-    return torch.where(column < k, 1.0, torch.where(column == k, -k, 0.0)) / (k * (k + 1)).sqrt()
+_basis = functools.lru_cache(maxsize=16)(centred_basis)
 
 
 @dataclass(frozen=True)
 class Centred(Codec):
     r"""N points (N, d) with their centre at 0 become N − 1 (N − 1, d), without loss: x = H raw/scale.
 
-    H (`helmert`) is an orthonormal basis of the N-tuples of sum 0, so distances and angles in all d·N dimensions are
+    H (`centred_basis`) is an orthonormal basis of the N-tuples of sum 0, so distances and angles in d·N dimensions are
     kept, and a rotation of the points is the same rotation of x: encode(raw Rᵀ) = encode(raw) Rᵀ. Centred points fill a
     subspace of dimension d(N − 1); the density of raw data is the one on that subspace, in its own Euclidean measure:
     log p(raw) = log p(x) − d(N − 1) log scale. (In all d·N dimensions there is none.) Masses count for nothing.
@@ -51,7 +45,7 @@ class Centred(Codec):
         positive(self.slack, "slack", "a share of the largest coordinate")
 
     @classmethod
-    def of(cls, raw: Tensor, *, slack: float = 1e-3, move: bool = False) -> Centred:
+    def of(cls, raw: Stored, *, slack: float = 1e-3, move: bool = False) -> Centred:
         """The codec whose model data have variance 1 on average over all entries, for points (M, N, d)."""
         unit, squares = cls(1.0, slack, move), 0.0
         for part in torch.arange(len(raw)).split(4096):
@@ -89,7 +83,7 @@ class Centred(Codec):
 
     def transform(self, raw: Tensor, *, rng: Rng | None = None) -> Tensor:
         """H raw/scale, (B, N − 1, d)."""
-        return helmert(raw.shape[1]).to(raw) @ raw / self.scale
+        return _basis(raw.shape[1]).to(raw) @ raw / self.scale
 
     def decode(self, x: Tensor) -> Tensor:
         """Points (B, N, d) with their centre at 0."""
@@ -98,7 +92,7 @@ class Centred(Codec):
 
     def layout(self, x: Tensor) -> Tensor:
         """N points, in units of x."""
-        return helmert(x.shape[1] + 1).to(x).T @ x
+        return _basis(x.shape[1] + 1).to(x).T @ x
 
     def log_volume(self, raw: Tensor, x: Tensor) -> Tensor:
         """−d(N − 1) log scale of each sample."""

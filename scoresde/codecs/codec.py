@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -12,6 +13,17 @@ from ..noise.rng import Rng
 
 Edges = tuple[Tensor, Tensor]
 """The least and the greatest model values of a bin, (B, *event) float64 each; of a continuous value both are itself."""
+
+
+class Stored(Protocol):
+    """Samples (N, *raw shape), in memory or in a file, from which some are taken by their numbers."""
+
+    shape: Any
+    dtype: torch.dtype
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: Any) -> Tensor: ...
 
 
 class Codec(abc.ABC):

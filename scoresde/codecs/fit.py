@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..checks import whole
-from .codec import Codec, refuse
+from .codec import Codec, Stored, refuse
 
 Columns = Sequence[int | str]
 _VALUES, _SORTED = 1 << 22, 200_000  # values at a time, and values of a column whose quantiles are taken
@@ -19,7 +20,7 @@ _GAP = 1e-6  # least distance of two quantiles, as a share of the range
 
 
 def maps_of(
-    raw: Tensor,
+    raw: Stored,
     columns: tuple[str, ...],
     integers: Columns | None,
     log: Columns,
@@ -29,7 +30,7 @@ def maps_of(
 ) -> dict[str, Any]:
     """All arguments of `Standardise` but mean and deviation; see `Standardise.of`."""
     whole(knots, "knots", 3)
-    d = raw.shape[1] if raw.ndim > 1 else 0
+    d = raw.shape[1] if len(raw.shape) > 1 else 0
     if not d or not len(raw) or len(columns) not in (0, d):
         raise ValueError(f"Expected samples (N, D), (N, D, *sizes), and D names or none; got {tuple(raw.shape)}.")
     least, most, fractions = _extent(raw, columns)
@@ -64,11 +65,11 @@ def maps_of(
         "low": tuple(low.get(k) for k in range(d)) if low else (),
         "high": tuple(high.get(k) for k in range(d)) if high else (),
         "columns": columns,
-        "dtype": "float32" if raw.is_floating_point() else str(raw.dtype).removeprefix("torch."),
+        "dtype": "float32" if raw.dtype.is_floating_point else str(raw.dtype).removeprefix("torch."),
     }
 
 
-def moments_of(raw: Tensor, maps: Codec) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def moments_of(raw: Stored, maps: Codec) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and deviation of each column of what `maps` make of raw; integers are uniform in their bins."""
     count, total, squares, centre = 0, torch.zeros(()), torch.zeros(()), None
     for part in _parts(raw):
@@ -83,7 +84,7 @@ def moments_of(raw: Tensor, maps: Codec) -> tuple[tuple[float, ...], tuple[float
     return tuple((centre + shift).tolist()), tuple((squares / count - shift.square()).sqrt().tolist())
 
 
-def _extent(raw: Tensor, columns: tuple[str, ...]) -> tuple[Tensor, Tensor, Tensor]:
+def _extent(raw: Stored, columns: tuple[str, ...]) -> tuple[Tensor, Tensor, Tensor]:
     """Of each column: the least and the greatest value, and whether some value has a fraction."""
     first, found = 0, list[tuple[Tensor, Tensor, Tensor]]()
     for part in _parts(raw):
@@ -95,7 +96,7 @@ def _extent(raw: Tensor, columns: tuple[str, ...]) -> tuple[Tensor, Tensor, Tens
     return least.amin(0), most.amax(0), fractions.any(0)
 
 
-def _table(raw: Tensor, column: int, knots: int) -> tuple[float, ...]:
+def _table(raw: Stored, column: int, knots: int) -> tuple[float, ...]:
     """Quantiles of one column at equal steps of the normal distribution, each above the one before."""
     rows = torch.arange(min(len(raw), _SORTED)) * len(raw) // min(len(raw), _SORTED)
     values = torch.cat([raw[part][:, column].double().flatten() for part in rows.split(1 << 16)])
@@ -110,8 +111,8 @@ def _table(raw: Tensor, column: int, knots: int) -> tuple[float, ...]:
     return tuple(found)
 
 
-def _parts(raw: Tensor) -> Iterator[Tensor]:
-    for rows in torch.arange(len(raw)).split(max(1, _VALUES // max(1, raw[:1].numel()))):
+def _parts(raw: Stored) -> Iterator[Tensor]:
+    for rows in torch.arange(len(raw)).split(max(1, _VALUES // math.prod(raw.shape[1:]))):
         yield raw[rows]
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..noise.rng import Rng
-from .codec import Codec, Edges, decodable, range_of, refuse
+from .codec import Codec, Edges, Stored, decodable, range_of, refuse
 from .fit import REACH, Columns, maps_of, moments_of
 from .spline import Spline
 
@@ -79,7 +79,7 @@ class Standardise(Codec):
     @classmethod
     def of(
         cls,
-        raw: Tensor,
+        raw: Stored,
         *,
         columns: Sequence[str] = (),
         integers: Columns | None = None,
