@@ -70,5 +70,5 @@ def _member(file: BinaryIO, name: str) -> tuple[int, int, str]:
 
 
 def _unfit(path: Path, found: str) -> ValueError:
-    advice = "scoresde-pack makes such a file of it; or leave out data.lazy."
+    advice = "np.save and np.savez store one, of np.ascontiguousarray(x); or leave out data.lazy."
     return misfit(path, "an uncompressed array in C order to be read from where it is", f"one that is {found}", advice)

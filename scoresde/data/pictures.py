@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -88,14 +88,19 @@ def _resized(image: Any, size: int) -> Any:
     return image.resize((size, size), Resampling.LANCZOS, box=(left, top, left + side, top + side))
 
 
-def opened(file: Path) -> Any:
-    """The image, decoded and turned as its orientation tag says; one that is not read whole is refused."""
+def opened(file: Path, content: BinaryIO | None = None) -> Any:
+    """The image, decoded and turned as its orientation tag says; one that is not read whole is refused.
+
+    Args:
+        file: where it is, for messages.
+        content: what is read in its place.
+    """
     try:
         from PIL import Image, ImageOps
     except ImportError as error:
         raise ImportError("Images are read with pillow: pip install 'scoresde[data]'.") from error
     try:
-        with Image.open(file) as image:
+        with Image.open(content or file) as image:
             lost = _lost(image)
             whole = None if lost else ImageOps.exif_transpose(image)
     except Exception as error:  # a damaged file may raise anything

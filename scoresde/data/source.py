@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -75,15 +76,15 @@ def explained(path: Path, expected: str) -> Iterator[None]:
         raise misfit(path, expected, f"a damaged or other one ({said:.300})") from error
 
 
-def read_array(file: Path) -> np.ndarray:
-    """The numbers of a .npy file; nothing is unpickled.
+def read_array(file: Path, content: BinaryIO | None = None) -> np.ndarray:
+    """The numbers of a .npy file, or of `content` in its place; nothing is unpickled.
 
     Raises:
         TypeError: it holds Python objects.
         ValueError: a damaged or other file, or an array of anything else than numbers.
     """
     with explained(file, "an array of numbers"):
-        values = np.load(file, allow_pickle=False)
+        values = np.load(content or file, allow_pickle=False)
     if not isinstance(values, np.ndarray) or values.dtype.kind not in "biuf":
         found = f"dtype {values.dtype}" if isinstance(values, np.ndarray) else "several arrays (.npz)"
         raise misfit(file, "an array of numbers", found)
