@@ -51,7 +51,7 @@ DOORS = {
     "tqdm": ("runs.progress", "train.progress"),
     "safetensors": ("runs.bundle", "runs.checkpoint", "runs.posthoc", "evaluate.shards", "evaluate.features"),
     "sklearn": ("data.digits", "metrics.c2st"),
-    "PIL": ("data.pictures", "data.video", "evaluate.figures"),
+    "PIL": ("data.pictures", "data.video", "evaluate.strips"),
     "torchdiffeq": ("ode",),
     "torchsde": ("sampling.torch_sde",),
     "scipy": ("ode", "metrics", "losses.coupling", "sampling.fit", "data.hdf5"),

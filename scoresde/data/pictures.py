@@ -71,14 +71,14 @@ def pixels(file: Path, image: Any, size: int | None, grey: bool | None) -> np.nd
         raise misfit(file, expected, found, f"Convert it first.{advice}")
     image = image if own == "I;16" else image.convert("L" if grey else own)
     if size is not None:
-        image = _resized(image, size)
+        image = squared(image, size)
     values = np.array(image)
     if own == "I;16":
         return np.rint(values).clip(0, 65535).astype(np.uint16)[None]
     return values[None] if values.ndim == 2 else values.transpose(2, 0, 1)
 
 
-def _resized(image: Any, size: int) -> Any:
+def squared(image: Any, size: int) -> Any:
     """The largest central square, resized to size × size."""
     from PIL.Image import Resampling
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..runs.listing import number
 from ..runs.publish import replacing
+from .strips import strips
 
 _PICTURES, _SHOWN, _ACROSS = 128, 16, 4  # pictures and signals of a block, and signals in a row of it
 
@@ -35,8 +36,8 @@ def require() -> None:
 def sample_grid(
     made: Tensor, real: Tensor, path: Path, *, columns: int = 8, sampler: str = "", beside: str = "real"
 ) -> Path:
-    """Generated samples beside real ones: images as two blocks, signals as lines, points as a scatter plot. Of many the
-    first are drawn: 128 images, 16 signals.
+    """Generated samples beside real ones: images as two blocks, videos as strips of their frames, signals as lines,
+    points as a scatter plot. Of many the first are drawn: 128 images, 16 videos and signals.
 
     Args:
         made, real: (n, *event), in data coordinates.
@@ -55,8 +56,11 @@ def sample_grid(
         rows = [[*a, *b] for a, b in zip_longest(left, right, fillvalue=empty)]
         heads = [titles[0], *[""] * (_ACROSS - 1), titles[1], *[""] * (_ACROSS - 1)]
         return _lines(rows, heads, path, limits=[_limits(real)] * len(heads))
-    made, real = made[:_PICTURES], real[:_PICTURES]
-    figure = _figure(2 * columns * 0.5 + 0.6, -(-len(made) // columns) * 0.5 + 0.4)
+    made, real, wide = made[:_PICTURES], real[:_PICTURES], 1
+    if made.ndim == 5:
+        columns, wide = 1, made.shape[2]
+        made, real = strips(made[:_SHOWN]), strips(real[:_SHOWN])
+    figure = _figure(2 * columns * wide * 0.5 + 0.6, -(-len(made) // columns) * 0.5 + 0.4)
     for axes, title, images in zip(figure.subplots(1, 2), titles, (made, real), strict=True):
         _show(axes, _mosaic(images, columns, _limits(real)))
         axes.set_title(title)
@@ -94,7 +98,8 @@ def restored(
     seen: Tensor | None = None,
     limits: tuple[float, float] = (-1.0, 1.0),
 ) -> Path:
-    """An inverse problem, a row per input: given, truth, mean, standard deviation, samples. At most 8 inputs of 16.
+    """An inverse problem, a row per input: given, truth, mean, standard deviation, samples. At most 8 inputs of 16, of
+    videos, in strips, 4.
 
     Args:
         given: (k, *y), what was measured.
@@ -110,12 +115,17 @@ def restored(
         return _restored_signals(given, made, truth, path)
     if made.ndim < 4:
         return _scatter([("restored", made.flatten(0, 1)), *known], path, shared=True)
-    given, made = given[:8], made[:8, :16]
-    columns = -(-made.shape[1] // 2)
+    given, made, wide = given[:8], made[:8, :16], 1
+    if made.ndim == 6:
+        wide, made = made.shape[3], strips(made[:, :4])
+        known = [(title, strips(x)) for title, x in known]
+        seen = None if seen is None else strips(seen.float()) > 0
+        given = strips(given) if given.ndim == 5 else given
+    columns = -(-made.shape[1] // 2) if wide == 1 else 1
     means = [*known, ("mean", made.mean(1))]
     titles = ["given", *(title for title, _ in means), "standard deviation", "samples"]
     widths = [1.0] * (len(titles) - 1) + [max(columns / 2, 1.0)]
-    figure = _figure(1.6 * sum(widths), 1.8 * len(given) + 0.3)
+    figure = _figure(1.6 * sum(widths) * max(wide / 3, 1), 1.8 * len(given) + 0.3)
     for k, row in enumerate(figure.subplots(len(given), len(titles), squeeze=False, width_ratios=widths)):
         std = made[k].std(0, correction=0).mean(0, keepdim=True) / (limits[1] - limits[0])
         pictures = [_given(given[k], seen, limits), *(_tile(x[k], limits) for _, x in means)]

@@ -24,6 +24,7 @@ from ..runs.publish import replacing
 from . import figures
 from .conditions import condition_arrays
 from .evaluation import Samples, by_suffix
+from .strips import animation
 
 _NOISE = 2**62  # seeds of the noise in measurements are above those of samples
 
@@ -228,6 +229,8 @@ def write_restored(
         if pictures:
             figures.restored(problem.y, x, truth, folder / f"restored{suffix}.png", seen=seen, limits=limits)
             figures.trajectory(samples.frames, samples.times, folder / f"trajectory{suffix}.png")
+            if x.ndim == 6:
+                animation(x.flatten(0, 1), folder / f"restored{suffix}.gif", limits, columns=x.shape[1])
     with replacing(folder / "samples.npz") as file:
         np.savez_compressed(file, **arrays)
 

@@ -34,6 +34,7 @@ from .evaluation import Drawing, Samples, by_suffix, evenly_spaced
 from .likelihood import BitsPerDim, Likelihood
 from .scoring import TRAINING, Scoring, ranked
 from .shards import Job, Shards
+from .strips import animation
 from .table import columns_of, markdown, printed, record_of, shown, verdict
 
 _LOGGED = {"sliced-W2": "w2"}  # under which name a number has always been logged
@@ -105,6 +106,9 @@ def write_samples(
             figures.sample_grid(made_raw, real_raw, folder / f"samples{suffix}.png", sampler=name)
             frames = torch.stack([dataset.codec.layout(x) for x in samples.frames])
             figures.trajectory(frames, samples.times, folder / f"trajectory{suffix}.png")
+            if made_raw.ndim == 5:
+                limits = float(real_raw.min()), float(real_raw.max())
+                animation(made_raw, folder / f"samples{suffix}.gif", limits)
     arrays: dict[str, Any] = {"seeds": seeds, **condition_arrays(cond)}
     arrays |= {name: dataset.decode(samples.x) for name, samples in made.items()}
     with replacing(folder / "samples.npz") as file:

@@ -18,7 +18,8 @@ from .redact import redacted, redacted_text
 # What a run writes.
 _FILES = (
     "config.yaml", "metrics.jsonl", "loss.png", "samples.png", "samples.npz", "trajectory.png", "summary.json",
-    "summary.md", "failed.json", "samplers.json", "samples-*.png", "trajectory-*.png", "progress/step-*.png",
+    "summary.md", "failed.json", "samplers.json", "samples-*.png", "samples.gif",
+    "samples-*.gif", "trajectory-*.png", "progress/step-*.png",
     "excerpt.safetensors", "checkpoints/step-*", "checkpoints/.step-*", "averages/images-*", "batches/step-*",
 )  # fmt: skip
 # Keys that define a run: a checkpoint made with another value belongs to another run.

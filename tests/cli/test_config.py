@@ -153,7 +153,11 @@ def files(folder: Path) -> dict[str, list[str]]:
         shape = b"".join(size.to_bytes(4, "big") for size in pixels.shape)
         (folder / f"{part}-images-idx3-ubyte").write_bytes(bytes([0, 0, 8, 3]) + shape + pixels.tobytes())
         (folder / f"{part}-labels-idx1-ubyte").write_bytes(bytes([0, 0, 8, 1]) + shape[:4] + bytes(range(10)) * 100)
-    paths = {"arrays": folder / "x.npy", "image_folder": folder / "images", "mnist": folder}
+    (folder / "videos").mkdir()
+    frames = [Image.fromarray(np.full((4, 4), 9 * i, np.uint8)) for i in range(8)]
+    for i in range(10):
+        frames[0].save(folder / "videos" / f"{i}.gif", save_all=True, append_images=frames[1:])
+    paths = {"video": folder / "videos", "arrays": folder / "x.npy", "image_folder": folder / "images", "mnist": folder}
     given = {option: [f"data.path={path}"] for option, path in paths.items()}
     np.savez(folder / "images.npz", x=pixels.flatten()[: 400 * 768].reshape(400, 16, 16, 3))
     given["cifar_vp"] = [f"data.path={folder / 'images.npz'}"]

@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from scoresde.evaluate import figures
+from scoresde.evaluate.strips import animation
 
 
 class Drawn:
@@ -73,20 +74,46 @@ def test_samples_are_drawn_beside_real_ones(tmp_path: Path, monkeypatch: pytest.
 
 @pytest.mark.parametrize(
     ("event", "shape"),
-    [((3, 4, 5), (5, 12, 3)), ((2, 4, 5), (5, 12)), ((1, 3, 4, 5), (5, 12))],
-    ids=["colour", "two channels", "volume"],
+    [((3, 4, 5), (5, 12, 3)), ((2, 4, 5), (5, 12))],
+    ids=["colour", "two channels"],
 )
 def test_every_kind_of_event_becomes_a_picture(tmp_path: Path, monkeypatch, event, shape) -> None:
-    """Two samples side by side: colour as colour, a volume by its middle slice."""
+    """Two samples side by side: colour as colour, of two channels the first."""
     drawn = Drawn(monkeypatch)
     x = torch.rand(2, *event, generator=torch.Generator().manual_seed(0))
     path = figures.sample_grid(x, x, tmp_path / "s.png", columns=2)
     picture = drawn.images()[0]
     assert picture.shape == shape
-    middle = {3: lambda v: v.permute(1, 2, 0) if event[0] == 3 else v[0], 4: lambda v: v[0, 1]}
-    tile = middle[len(event)](((x - x.min()) / (x.max() - x.min()))[1])
+    scaled = ((x - x.min()) / (x.max() - x.min()))[1]
+    tile = scaled.permute(1, 2, 0) if event[0] == 3 else scaled[0]
     np.testing.assert_allclose(picture[: tile.shape[0], shape[1] // 2 : -1], tile, atol=1e-6)
     png(path, drawn.figure)
+
+
+def test_videos_are_strips_and_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Frame beside frame with a light line behind each, in every picture of samples; and a GIF of all."""
+    drawn, x = Drawn(monkeypatch), torch.rand(3, 1, 4, 5, 6, generator=torch.Generator().manual_seed(0))
+    x[0, 0, 0, 0, 0], x[0, 0, 0, 0, 1] = 0, 1
+    png(figures.sample_grid(x, x, tmp_path / "s.png"), drawn.figure)
+    picture = drawn.images()[0]
+    assert picture.shape == (3 * 6, 4 * 7 + 1)
+    for k, t in ((0, 0), (1, 2), (2, 3)):
+        np.testing.assert_allclose(picture[6 * k : 6 * k + 5, 7 * t : 7 * t + 6], x[k, 0, t], atol=1e-6)
+        assert (picture[6 * k : 6 * k + 5, 7 * t + 6] == 1).all()
+    seen = torch.zeros(1, 4, 5, 6, dtype=torch.bool)
+    seen[:, :2] = True
+    made = x[:, None].expand(-1, 2, -1, -1, -1, -1)
+    png(figures.restored(x * seen, made, x, tmp_path / "r.png", seen=seen, limits=(0.0, 1.0)), drawn.figure)
+    given, truth, mean, *_ = drawn.images()
+    assert truth.shape == mean.shape == (5, 4 * 7)
+    np.testing.assert_allclose(given[:, :6], truth[:, :6], atol=1e-6)
+    assert set(np.unique(given[:, 14:20]).tolist()) <= {0.55, 0.75}  # what is not seen
+    with Image.open(animation(x, tmp_path / "s.gif", (0.0, 1.0), columns=2)) as moving:
+        assert moving.n_frames == 4 and moving.size == (2 * 7 * 10, 2 * 6 * 10)
+        for t in range(4):
+            moving.seek(t)
+            grey = np.asarray(moving.convert("L"))[5:50:10, 5:60:10]
+            np.testing.assert_allclose(grey, 255 * x[0, 0, t], atol=1)
 
 
 def drawn_lines(axes: Any) -> list[list[float]]:
