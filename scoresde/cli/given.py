@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,9 +29,11 @@ def with_given(command: Command, run: Run) -> Run:
     if node is None:
         return run
     trained = f"{run.folder} was trained on samples of shape {own.raw_shape}, {own.codec.expects}."
-    codec = {"codec": own.codec} if leaves_open(node, "codec", command.allow, key="data") else {}
+    how: dict[str, Any] = {"codec": own.codec} if leaves_open(node, "codec", command.allow, key="data") else {}
+    if own.columns and "columns" in node and node["columns"] is None:
+        how["columns"] = list(own.columns)  # those of the run, in its order, whatever else the file has
     try:
-        found: Dataset = command.build("data", **codec)
+        found: Dataset = command.build("data", **how)
     except (TypeError, ValueError, OSError) as error:
         raise ConfigError(f"{error} {trained}") from error
     if found.raw_shape != own.raw_shape:

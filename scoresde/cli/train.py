@@ -22,7 +22,7 @@ from ..diffusion.conditions import named
 from ..evaluate import figures
 from ..evaluate.evaluation import Drawing, evenly_spaced, held_out
 from ..evaluate.likelihood import Likelihood
-from ..evaluate.report import Evaluation, Report, check_samplers, list_files, real_beside
+from ..evaluate.report import Evaluation, Report, check_samplers, draw_samples, list_files, real_beside
 from ..evaluate.shards import Shards
 from ..noise.rng import Rng
 from ..ode import SolverError
@@ -76,6 +76,7 @@ class Plan:
         budgets: of network calls, for which samplers are fitted at the end.
         allow: further names that a configuration may build from.
         words: the command.
+        start: what the reader decided, and what the model took from the data before its first step: a line each.
     """
 
     folder: Path
@@ -89,6 +90,7 @@ class Plan:
     budgets: list[int]
     allow: list[str]
     words: list[str]
+    start: str
 
     def say(self, text: str) -> None:
         """Prints, on rank 0."""
@@ -179,6 +181,7 @@ def assemble(command: Command, world: World) -> Plan:
         dataset = command.build("data")
         dataset.statistics  # noqa: B018  # looks at all samples, once; here a signal may break it off
     denoiser = loading.build_denoiser(config, dataset, command.allow).to(device)
+    start = loading.prepare(denoiser, dataset, seed)
     loss: Any = loading.build_loss(config, denoiser, command.allow).to(device)
     loading.check_fit(denoiser, dataset, conditional=conditional)
     check_samplers(samplers, denoiser)
@@ -196,7 +199,7 @@ def assemble(command: Command, world: World) -> Plan:
     optimizer = command.build("optim", params=list(loss.parameters()))
     if world.rank:
         torch.manual_seed(seed + world.rank)  # other dropout on each
-    order = EpochOrder(len(dataset.train), trainer.batch_size, seed)
+    order = EpochOrder(len(dataset.train), trainer.batch_size, seed, repeat=bool(dataset.columns))
     augment = command.build("augment") if config["augment"] else None
     how: dict[str, Any] = {"conditional": conditional, "world": world, "parallel": parallel, "augment": augment}
     how["workers"] = trainer.workers
@@ -205,7 +208,7 @@ def assemble(command: Command, world: World) -> Plan:
     if denoiser.draws:
         denoiser.sde.cut_off(likelihood.t_min, "likelihood")
     # what is kept of it, in whatever file, holds no secret
-    how = {"budgets": choose_budgets(config["fit"]), "allow": command.allow, "words": command.words}
+    how = {"budgets": choose_budgets(config["fit"]), "allow": command.allow, "words": command.words, "start": start}
     return Plan(command.folder, redacted(config), trainer, training, samplers, likelihood, evaluation, view, **how)
 
 
@@ -244,7 +247,7 @@ def start_logger(plan: Plan, checkpoint: Checkpoint | None) -> Logger:
 def measure(plan: Plan, run: TrainingState) -> Mapping[str, float]:
     """Held-out numbers of the average, during training; of a classifier there are no bits/dim."""
     average, dataset, conditional = run.average, run.dataset, plan.config["conditional"]
-    losses = held_out(average, dataset, conditional=conditional)
+    losses = held_out(average, dataset, conditional=conditional, choosing=True)
     found = {f"eval/{name}": value for name, value in losses.items()}
     if average.denoiser.draws:
         points, seed = min(plan.evaluation.points_during, len(dataset.test)), plan.config["seed"]
@@ -262,19 +265,19 @@ def picture(plan: Plan, run: TrainingState) -> Mapping[str, Path]:
     job = Drawing(dataset.event_shape, range(n), cond, plan.evaluation.batch_size).job(run.average.denoiser, sampler)
     path = plan.folder / "progress" / f"step-{run.step:08d}.png"
     made, real = (dataset.decode(x) for x in (job.run().x, real_beside(cond, dataset, n)))
-    return {"eval/samples": figures.sample_grid(made, real, path, sampler=name)}
+    return {"eval/samples": draw_samples(made, real, dataset, path, sampler=name)}
 
 
 def fit_and_report(plan: Plan, logger: Logger, signals: Signals) -> dict[str, float]:
     """Training, then the pictures, the numbers and the table."""
     training, trainer, start = plan.training, plan.trainer, time.monotonic()
     size = sum(p.numel() for p in training.loss.parameters())
-    others = "" if training.world.size == 1 else f" by {training.world.size} processes"
+    others, dataset = "" if training.world.size == 1 else f" by {training.world.size} processes", training.dataset
     if training.augment:
         plan.say(str(training.augment))
     plan.say(
-        f"Training {size:,} parameters on {len(training.dataset.train):,} samples of {training.dataset.name}, shape "
-        f"{training.dataset.raw_shape}, until {trainer.images:,} have been seen{others}. Run in {plan.folder}"
+        f"Training {size:,} parameters on {len(dataset.train):,} samples of {dataset.name}, shape {dataset.raw_shape}, "
+        f"until {trainer.images:,} have been seen{others}. Run in {plan.folder}{plan.start}"
     )
     trainer.fit(
         training,

@@ -9,10 +9,12 @@ from .idx import Idx
 from .loader import Loader
 from .order import EpochOrder
 from .sigma_max import suggest_sigma_max
+from .table import Table
 from .toys import Checkerboard, EightGaussians, Moons, Pinwheel, SwissRoll, Toy, toy_dataset
 from .video import VideoFolder
 
 __all__ = [
     "Arrays", "Augmentation", "Checkerboard", "Dataset", "Digits", "EightGaussians", "EpochOrder", "Idx", "ImageFolder",
-    "Loader", "Moons", "Pinwheel", "Split", "SwissRoll", "Toy", "VideoFolder", "suggest_sigma_max", "toy_dataset",
+    "Loader", "Moons", "Pinwheel", "Split", "SwissRoll", "Table", "Toy", "VideoFolder",
+    "suggest_sigma_max", "toy_dataset",
 ]  # fmt: skip

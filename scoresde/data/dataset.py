@@ -104,6 +104,9 @@ class Dataset:
         files: those that training and held-out samples were read from, for messages; empty where no file was read.
         columns: names of the features of a table; empty for other data.
         checksums: of the files of a folder, by their names in it, where each is of few samples.
+        validation: a part of the training samples that is kept from training, to choose by what the test split must not
+            choose; None for none.
+        notes: what the reader decided, in words that a run begins with.
 
     Raises:
         TypeError: a dtype that the codec cannot read, or labels that are not int64.
@@ -121,6 +124,8 @@ class Dataset:
     files: tuple[str, ...] = ()
     columns: tuple[str, ...] = ()
     checksums: Mapping[str, str] = field(default_factory=dict)
+    validation: Split | None = None
+    notes: str = ""
 
     def __post_init__(self) -> None:
         if self.class_names and len(self.class_names) != self.classes:

@@ -27,6 +27,7 @@ def excerpt(dataset: Dataset) -> Dataset:
         train=train.take(torch.arange(min(_FEWEST, len(train)), device="cpu")),
         test=test.take(torch.arange(kept, device="cpu") * len(test) // kept),
         log_prob=None,
+        validation=None,
         known=dataset.statistics,
     )
 

@@ -1,5 +1,6 @@
 """The theory: a forward SDE, what a network's output means, and the estimate (x̂_0, ε̂) of where a path began."""
 
+from .corrected import Corrected
 from .denoiser import Cond, Denoiser, DenoiserFunction, Preconditioned, ScoreFunction
 from .grids import (
     CosineGrid,
@@ -28,6 +29,7 @@ __all__ = [
     "VPSDE",
     "X0",
     "Cond",
+    "Corrected",
     "CosineGrid",
     "CosineSDE",
     "Denoiser",

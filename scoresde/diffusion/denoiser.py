@@ -18,7 +18,7 @@ from .conditions import Cond as Cond
 from .network import Call, WeightType, module_of, read, unwrapped
 from .parameterization import Parameterization
 from .prediction import Prediction
-from .sde import EDMSDE, SDE
+from .sde import EDMSDE, SDE, Scales
 from .undisturbed import undisturbed
 
 
@@ -29,6 +29,7 @@ class Denoiser(nn.Module, abc.ABC):
         sde: the forward process the estimate is for.
 
     Attributes:
+        fits: how many samples `prepare` wants; 0 where it does nothing.
         draws: whether samples can be drawn from it, as from every denoiser; a classifier has no noise to start from.
         data_mean, data_var: moments of the data (numbers, or tensors of the event shape) that the prior at t_max
             takes into account: p_T ≈ N(α_T mean, (α_T² var + σ_T²) I). 0 gives the usual N(0, σ_T² I).
@@ -41,6 +42,7 @@ class Denoiser(nn.Module, abc.ABC):
     """
 
     draws = True
+    fits = 0
 
     def __init__(self, sde: SDE, data_std: float = 1.0):
         super().__init__()
@@ -79,6 +81,15 @@ class Denoiser(nn.Module, abc.ABC):
             raise ValueError(f"x0 predicted from the prior's noise is not finite (t = {self.sde.t_max}).")
         self.roughness = strayed / self.data_std
         return self
+
+    def prepare(self, x0: Tensor, held_out: Tensor) -> str:
+        """Takes from training data what the model starts from, and says in words what that is; as a rule, nothing.
+
+        Args:
+            x0: training data as the network sees them, up to `fits` of them (n, *event).
+            held_out: others to choose by.
+        """
+        return ""
 
     def null(self, cond: Cond) -> Cond:
         """The null condition: one entry like those of `cond` that says nothing. None of None, or if there is none."""
@@ -159,6 +170,10 @@ class Preconditioned(Denoiser):
     def forward(self, x: Tensor, t: Tensor, cond: Cond = None) -> Prediction:
         x = samples(x, "x_t")
         scales = self.sde.at(t, x)
+        return self.parameterization.prediction(self.output(x, scales, cond), x, scales)
+
+    def output(self, x: Tensor, scales: Scales, cond: Cond) -> Tensor:
+        """F (B, *event) of the network at x_t."""
         c_noise = per_sample(self.noise_input(self.sde, scales.t), x)
         c_in = (scales.alpha**2 * self.sigma_data**2 + scales.sigma**2).rsqrt() if self.scale_input else None
         scaled = x if c_in is None else c_in * x
@@ -170,7 +185,7 @@ class Preconditioned(Denoiser):
                 f"The network returned shape {tuple(output.shape)} for an input of shape {tuple(x.shape)}; "
                 "they must be equal (a learned-variance head has to be split off)."
             )
-        return self.parameterization.prediction(output.to(scaled.dtype), x, scales)
+        return output.to(scaled.dtype)
 
     def _say(self, x: Tensor, c_noise: Tensor, cond: Cond) -> Any:
         """What the network returns, called in the dtype of its weights."""

@@ -20,6 +20,8 @@ from ..runs.progress import track
 from ..sampling import Sampler
 from .shards import Job, Tensors, ranks
 
+_DRAWS = 4096  # of noise in a loss that something is chosen by
+
 
 def held_out_loss(loss: Loss, dataset: Dataset, *, conditional: bool = False, batch_size: int = 256) -> float:
     """Mean of the training loss over the test split, with noise and times that are the same at every call."""
@@ -27,16 +29,28 @@ def held_out_loss(loss: Loss, dataset: Dataset, *, conditional: bool = False, ba
 
 
 @torch.no_grad()
-def held_out(loss: Loss, dataset: Dataset, *, conditional: bool = False, batch_size: int = 256) -> dict[str, float]:
-    """Mean held-out metrics by name, see `Loss.measured`, with noise and times that are the same at every call."""
+def held_out(
+    loss: Loss, dataset: Dataset, *, conditional: bool = False, batch_size: int = 256, choosing: bool = False
+) -> dict[str, float]:
+    """Mean held-out metrics by name, see `Loss.measured`, with noise and times that are the same at every call.
+
+    Args:
+        loss, dataset, conditional, batch_size: what is measured, and how many samples at a time.
+        choosing: what is found decides something (which checkpoint is kept). Then the validation split is measured, if
+            there is one, and each of few samples with several draws of noise.
+    """
     rng, split, device = Rng(0), dataset.test, model_device(loss.denoiser)
     totals: dict[str, float] = {}
-    parts = torch.arange(len(split)).split(batch_size)
+    every = torch.arange(len(split))
+    if choosing and dataset.validation is not None:
+        split = dataset.validation
+        every = torch.arange(len(split)).repeat(-(-_DRAWS // len(split)))
+    parts = every.split(batch_size)
     for index in track(parts, "held-out loss, batches", len(parts), show=ranks()[0] == 0):
         x0 = dataset.encode(split.raw[index], rng).to(device)
         for name, values in loss.measured(x0, split.cond(index, conditional, device), rng=rng).items():
             totals[name] = totals.get(name, 0.0) + float(values.sum())
-    return {name: total / len(split) for name, total in totals.items()}
+    return {name: total / len(every) for name, total in totals.items()}
 
 
 def joined(batches: list[Tensors], name: str) -> Tensor:

@@ -29,6 +29,7 @@ from ..runs.run import Run
 from ..sampling import Sampler
 from . import figures
 from .calibration import Level, by_split, noise_levels
+from .columns import moments, pairs, write_csv
 from .conditions import alike, condition_arrays
 from .evaluation import Drawing, Samples, by_suffix, evenly_spaced
 from .likelihood import BitsPerDim, Likelihood
@@ -96,15 +97,17 @@ def write_samples(
 
     `samples.npz` holds `<sampler>` (n, *event) in the coordinates of the raw data, and the conditions of the samples as
     `labels`, `cond_vector`, `cond_image`, `cond_tokens`. The pictures of the first sampler are `samples.png` and
-    `trajectory.png`; those of the others have its name besides.
+    `trajectory.png`; those of the others have its name besides. Of a table there is also `samples.csv`, with the names
+    of its columns.
     """
     cond = next(iter(made.values())).cond
     if pictures:
         real = real_beside(cond, dataset, len(seeds))
         for (suffix, samples), name in zip(by_suffix(made), made, strict=True):
             made_raw, real_raw = dataset.decode(samples.x), dataset.decode(real)
-            figures.sample_grid(made_raw, real_raw, folder / f"samples{suffix}.png", sampler=name)
+            draw_samples(made_raw, real_raw, dataset, folder / f"samples{suffix}.png", sampler=name)
             frames = torch.stack([dataset.codec.layout(x) for x in samples.frames])
+            frames = frames[..., :2] if dataset.columns else frames
             figures.trajectory(frames, samples.times, folder / f"trajectory{suffix}.png")
             if made_raw.ndim == 5:
                 limits = float(real_raw.min()), float(real_raw.max())
@@ -113,6 +116,15 @@ def write_samples(
     arrays |= {name: dataset.decode(samples.x) for name, samples in made.items()}
     with replacing(folder / "samples.npz") as file:
         np.savez_compressed(file, **arrays)
+    for (suffix, _), name in zip(by_suffix(made), made, strict=True) if dataset.columns else ():
+        write_csv(arrays[name], dataset, folder / f"samples{suffix}.csv", labels=arrays.get("labels"))
+
+
+def draw_samples(made: Tensor, real: Tensor, dataset: Dataset, path: Path, *, sampler: str) -> Path:
+    """Raw samples beside real ones: columns of a table by their names, anything else by `figures.sample_grid`."""
+    if dataset.columns:
+        return pairs(made, real, dataset.columns, path, sampler=sampler)
+    return figures.sample_grid(made, real, path, sampler=sampler)
 
 
 def real_beside(cond: Cond, dataset: Dataset, n: int) -> Tensor:
@@ -227,8 +239,9 @@ class Report:
         noise = {"noise σ/α": [f"{level.noise:.3g}" for level in levels]}
         noise |= {what: [shown(score) for score in found] for what, found in by_split(levels).items()}
         notes = [verdict(made, scores, by), *self.notes(), self.bits_note(bits)]
-        text = [printed(columns), *notes, layout(noise, None)[0] if levels else ""]
-        lines = [markdown(columns), *notes, markdown(noise) if levels else ""]
+        table = self.moments(made)
+        text = [printed(columns), printed(table), *notes, layout(noise, None)[0] if levels else ""]
+        lines = [markdown(columns), markdown(table) if table else "", *notes, markdown(noise) if levels else ""]
         publish(folder / "summary.md", "\n\n".join(filter(None, lines)) + "\n")
         if evaluation.pictures:
             for path in self.draw(made, scores, levels, folder):
@@ -263,6 +276,13 @@ class Report:
             drawn[TRAINING] = self.dataset.encode(raw[evenly_spaced(len(raw), min(len(raw), len(self.seeds)))])
         return {row: of_row | found[row] for row, of_row in distances_of(drawn, self.dataset).items()}
 
+    def moments(self, made: Mapping[str, Samples]) -> dict[str, list[str]]:
+        """Means and deviations of the columns of a table, held-out rows beside samples; empty for other data."""
+        if not self.dataset.columns:
+            return {}
+        raw = {name: self.dataset.decode(samples.x) for name, samples in made.items()}
+        return moments(raw, self.dataset.test.raw[:], self.dataset.columns)
+
     def levels(self) -> list[Level]:
         """The loss at each noise level, where it is asked for."""
         if not self.evaluation.levels:
@@ -286,6 +306,8 @@ class Report:
     def bits_note(self, bits: BitsPerDim) -> str:
         """Bits/dim, which no sampler changes."""
         exact, accuracy = exact_bits(self.dataset, self.evaluation.points), self.likelihood.accuracy
+        nats = math.prod(self.dataset.event_shape) * math.log(2)
+        rows = f" log p of a row: {-nats * bits.mean:.4f} ± {nats * bits.stderr:.4f} nats."
         return (
             f"bits/dim of the model: {bits.mean:.4f} ± {bits.stderr:.4f} on {bits.points} held-out points: "
             f"{bits.meaning}, {self.likelihood.how}, "
@@ -293,6 +315,7 @@ class Report:
             f"{', '.join(f'{name}={value:g}' for name, value in accuracy.items())}, {bits.evaluations:.0f} "
             f"evaluations, {bits.seconds:.1f} s."
             f"{'' if exact is None else f' The true density has {exact:.4f} on the same points.'}"
+            f"{rows if self.dataset.columns else ''}"
         )
 
     def draw(

@@ -52,12 +52,14 @@ class Checkpoint:
         step: its step number.
         tensors: group name -> tensor name -> tensor, on the CPU.
         records: record name -> JSON value.
+        score: what it was saved with.
     """
 
     path: Path
     step: int
     tensors: dict[str, dict[str, Tensor]] = field(repr=False)
     records: dict[str, Any] = field(repr=False)
+    score: float | None = None
 
 
 def save(
@@ -204,7 +206,7 @@ def load(path: Path | str) -> Checkpoint:
                 tensors[stem] = {key: value.clone() for key, value in mapped.items()}
         except (OSError, ValueError, SafetensorError) as error:
             raise CheckpointError(f"{path}{os.sep}{name:.80} cannot be used: {error!s:.500}") from error
-    return Checkpoint(path, step, tensors, records)
+    return Checkpoint(path, step, tensors, records, manifest.get("score"))
 
 
 def latest(folder: Path | str) -> Checkpoint | None:

@@ -15,13 +15,16 @@ from torch import Tensor
 from ..checks import whole
 from ..config import ConfigError, build, build_network, leaves_open
 from ..data import Dataset
+from ..data.dataset import hold_out
 from ..diffusion.denoiser import Denoiser, model_device
 from ..losses.denoising import DenoisingLoss
 from ..noise import switch
+from ..noise.rng import Rng
 from . import bundle
 from .checkpoint import CheckpointError, best, latest
 from .kept import read_data, recall, unpack
 from .posthoc import reconstruct
+from .progress import doing
 from .run import Run
 
 _NEEDED = {"data", "network", "denoiser", "sde", "parameterization", "conditional"}  # what a model is rebuilt from
@@ -73,11 +76,36 @@ def build_denoiser(config: Mapping[str, Any], dataset: Dataset, allow: Sequence[
     facts = {"network": network, "sde": build(config["sde"], allow, key="sde")}
     if leaves_open(node, "parameterization", allow, key="denoiser"):
         facts["parameterization"] = build(config["parameterization"], allow, key="parameterization")
+    if leaves_open(node, "event_shape", allow, key="denoiser"):
+        facts["event_shape"] = dataset.event_shape
     denoiser = build(node, allow, key="denoiser", **facts)
     if denoiser.draws:
         # data that do not vary have no scale
         denoiser.data_std = dataset.statistics.data_std or denoiser.data_std
     return denoiser
+
+
+def prepare(denoiser: Denoiser, dataset: Dataset, seed: int) -> str:
+    """Lets the denoiser take what it wants from the training data, chosen by validation data or a part of them. Returns
+    the notes on the data, and what it took, each behind a new line.
+    """
+    said = [dataset.notes]
+    if denoiser.draws and denoiser.fits:
+        with doing("fitting what the network starts from"):
+            said.append(denoiser.prepare(*_some(dataset, denoiser.fits, seed)))
+    return "".join(f"\n{each}" for each in said if each)
+
+
+def _some(dataset: Dataset, count: int, seed: int) -> list[Tensor]:
+    """Up to `count` samples of model data to learn from, and others to choose by."""
+    train, chosen_by = dataset.train, dataset.validation
+    if chosen_by is None:
+        train, chosen_by = hold_out(train, 0.1, seed)
+    rng, parts = Rng(seed), []
+    for split in (train, chosen_by):
+        n = min(count, len(split))  # evenly spaced, for files are often sorted
+        parts.append(dataset.encode(split.raw[torch.arange(n) * len(split) // n], rng))
+    return parts
 
 
 def check_classifier(config: Mapping[str, Any]) -> None:

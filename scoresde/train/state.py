@@ -16,7 +16,7 @@ from ..data.rows import Rows
 from ..diffusion.conditions import Cond, named, unnamed
 from ..losses.loss import Loss, Terms
 from ..noise.rng import Rng
-from ..runs.checkpoint import Checkpoint, CheckpointError
+from ..runs.checkpoint import Checkpoint, CheckpointError, best
 from ..runs.posthoc import write_snapshot
 from .buffers import Buffers
 from .ema import Average
@@ -201,6 +201,19 @@ class TrainingState:
             self._restore_generators(random)
         except (RuntimeError, KeyError, ValueError, TypeError, AttributeError, IndexError, OverflowError) as error:
             raise CheckpointError(f"{checkpoint.path} does not fit this run: {error}") from error
+
+    def take_best(self, folder: Path, score: float | None) -> float | None:
+        """Takes the averages of the checkpoint in `folder` whose score is the lowest, if it is lower than the present
+        one. Every process calls it. Returns the score of what is there then.
+        """
+        found = best(folder)
+        if found is None or found.score is None or (score is not None and score <= found.score):
+            return score
+        if self.world.rank == 0:
+            _log.info("The average is that of step %d, which was the best on held-out data.", found.step)
+        for name, module in self.ema.shadows.items():
+            load(module, _joined(name, found.tensors))
+        return found.score
 
     def _modules(self) -> dict[str, nn.Module]:
         return {"weights": self.loss, **self.ema.shadows}

@@ -51,6 +51,7 @@ class Trainer:
         keep_best: number of checkpoints kept besides for the lowest `best`, ≥ 0. A checkpoint has a score if it is
             written when `evaluate` was called.
         best: which of the numbers of `evaluate` is the score.
+        final: "best" ends with the averages of the checkpoint with the lowest score, "last" with those of the last.
         background: copy checkpoints first and write them while training goes on; a kill meanwhile costs up to two
             intervals instead of one.
         on_save_error: "stop", or "warn" to go on without that checkpoint and try again at the next.
@@ -76,6 +77,7 @@ class Trainer:
     keep_last: int = 2
     keep_best: int = 0
     best: str = "eval/loss"
+    final: Literal["last", "best"] = "last"
     background: bool = True
     on_save_error: Literal["stop", "warn"] = "stop"
     max_bad_steps: int = 10
@@ -90,6 +92,8 @@ class Trainer:
             positive(self.clip, "clip", "null or a number")
         if self.keep_best and not self.evaluate_every:
             raise ValueError("keep_best compares measurements, and evaluate_every=0 makes none.")
+        if self.final not in ("last", "best") or (self.final == "best" and not self.keep_best):
+            raise ValueError(f"final is last, or best with keep_best=1 or more; got {self.final!r}.")
 
     def lr_scale(self, images: int) -> float:
         """Factor on the learning rate for a step that starts at `images`: above 0 at the first step and the last."""
@@ -310,6 +314,9 @@ class _FitLoop:
         if self.folder is None:
             return
         trainer, state = self.trainer, self.state
+        if trainer.final == "best" and state.images >= trainer.images:
+            self.saver.wait()
+            self.score = state.take_best(self.folder, self.score)
         state.marks["checkpoint"] = state.images
         with self.progress.paused():
             tensors, records = state.tensors(), {**state.records(), "config": self.config}

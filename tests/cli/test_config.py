@@ -101,7 +101,7 @@ GROUPS: dict[str, tuple[Any, Callable[[], dict[str, Any]]]] = {
     "network": (nn.Module, lambda: {"event_shape": (1, 8, 8), "classes": 3}),
     "denoiser": (
         (Denoiser, NoisyClassifier),
-        lambda: {"network": tiny_denoiser().network, "sde": VPSDE(), "parameterization": Eps()},
+        lambda: {"network": tiny_denoiser().network, "sde": VPSDE(), "parameterization": Eps()} | {"event_shape": (2,)},
     ),
     "loss": (
         (DenoisingLoss, ClassifierLoss),
@@ -159,10 +159,12 @@ def files(folder: Path) -> dict[str, list[str]]:
         frames[0].save(folder / "videos" / f"{i}.gif", save_all=True, append_images=frames[1:])
     paths = {"video": folder / "videos", "arrays": folder / "x.npy", "image_folder": folder / "images", "mnist": folder}
     given = {option: [f"data.path={path}"] for option, path in paths.items()}
+    (folder / "t.csv").write_text("a,b\n" + "".join(f"{i / 7},{i * i}\n" for i in range(60)))
+    given["table"] = [f"data.path={folder / 't.csv'}"]
     np.savez(folder / "images.npz", x=pixels.flatten()[: 400 * 768].reshape(400, 16, 16, 3))
     given["cifar_vp"] = [f"data.path={folder / 'images.npz'}"]
     given["fitted"] = [f"grid.path={folder / 'grid.json'}"]
-    given["table"] = ["sde.alpha_bar=[0.9,0.5,0.1]"]
+    given["sde/table"] = ["sde.alpha_bar=[0.9,0.5,0.1]"]
     given["energy"] = ["guidance.energy={_target_: scoresde.UniformGrid}"]  # something that can be called
     given |= {option: ["edit.input=test:0-1"] for option in ("sdedit", "interpolation", "attribute")}
     given["attribute"] += ["edit.having=test:0", "edit.lacking=[test:1]"]
@@ -172,7 +174,12 @@ def files(folder: Path) -> dict[str, list[str]]:
 @pytest.mark.parametrize(("group", "option"), OPTIONS, ids=str)
 def test_every_option_builds(group: str, option: str, tmp_path: Path) -> None:
     kind, runtime = GROUPS[group]
-    more = files(tmp_path).get(option, []) if group in ("data", "grid", "guidance", "edit", "sde") else []
+    given = files(tmp_path)
+    more = (
+        given.get(f"{group}/{option}", given.get(option, []))
+        if group in ("data", "grid", "guidance", "edit", "sde")
+        else []
+    )
     if group in OF_SAMPLES:
         cfg = composed(f"{group}={option}", "run=somewhere", *more, name="sample")
     else:
@@ -234,7 +241,11 @@ def test_the_other_mains_build_every_option_of_their_groups(name: str, tmp_path:
     for group, option in OPTIONS:
         if group in groups:
             kind, runtime = GROUPS[group]
-            more = given.get(option, []) if group in ("data", "grid", "guidance", "edit", "sde") else []
+            more = (
+                given.get(f"{group}/{option}", given.get(option, []))
+                if group in ("data", "grid", "guidance", "edit", "sde")
+                else []
+            )
             node = composed(f"{group}={option}", "run=somewhere", *more, name=name)[group]
             assert isinstance(build(node, **wanted(node, runtime())), kind)
 

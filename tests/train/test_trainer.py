@@ -398,3 +398,35 @@ def test_it_learns_the_optimal_denoiser(name: str) -> None:
     assert best == pytest.approx(optimum, abs=0.04)
     assert untrained == pytest.approx(1, abs=0.05)
     assert -1.5e-3 < trained - best < 5e-3, (trained, best)
+
+
+@pytest.mark.parametrize(("scores", "chosen"), [((3.0, 1.0, 2.0, 4.0), 1), ((4.0, 3.0, 2.0, 1.0), 3)])
+def test_a_run_may_end_with_its_best_average(scores: tuple[float, ...], chosen: int, tmp_path: Path) -> None:
+    """And with the weights of the last step; whoever loads the newest checkpoint gets that average."""
+    run, averages = training(), list[dict[str, Tensor]]()
+
+    def evaluate(state: TrainingState) -> dict[str, float]:
+        averages.append({name: value.clone() for name, value in state.average.state_dict().items()})
+        return {"eval/loss": scores[len(averages) - 1]}
+
+    every = {"evaluate_every": 16, "checkpoint_every": 16, "keep_last": 1, "keep_best": 1}
+    Trainer(images=64, batch_size=8, final="best", **every).fit(run, folder=tmp_path, evaluate=evaluate)
+    found = latest(tmp_path)
+    assert found is not None and found.step == 8 and found.score == 1.0 and len(averages) == 4
+    for name, value in averages[chosen].items():
+        assert torch.equal(run.average.state_dict()[name], value)
+        assert torch.equal(found.tensors["ema"][name.removeprefix("denoiser.")], value)
+    assert any(not torch.equal(averages[1][name], averages[3][name]) for name in averages[1])
+    with pytest.raises(ValueError, match="final is last, or best with keep_best=1 or more; got 'best'"):
+        Trainer(images=64, final="best")
+
+
+def test_few_samples_fill_a_batch_as_often_as_it_takes() -> None:
+    """5 of them in batches of 12: an epoch goes three times over all, so 12 of its 15 places are in a batch."""
+    order = EpochOrder(5, 12, 0, repeat=True)
+    counts = torch.stack([order.next().bincount(minlength=5) for _ in range(50)])
+    assert (counts.sum(1) == 12).all() and counts.min() >= 2 and counts.max() == 3
+    again = EpochOrder(5, 12, 0, repeat=True)
+    again.load_state_dict(order.state_dict())
+    assert torch.equal(again.next(), order.next())
+    assert torch.equal(EpochOrder(20, 4, 0, repeat=True).next(), EpochOrder(20, 4, 0).next())
