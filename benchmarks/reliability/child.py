@@ -26,12 +26,14 @@ from typing import Any, NamedTuple
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [path for path in (str(HERE), str(HERE.parents[1])) if path not in sys.path]
 
+import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from faults import Faults  # noqa: E402
 
 from scoresde import VESDE, VPSDE, DenoisingLoss, Eps, Preconditioned, Rng  # noqa: E402
 from scoresde.codecs import Scaling  # noqa: E402
 from scoresde.data import Dataset, EpochOrder, Split  # noqa: E402
+from scoresde.data.npy import stored  # noqa: E402
 from scoresde.nn import MLP, UNet  # noqa: E402
 from scoresde.runs import lock  # noqa: E402
 from scoresde.runs.checkpoint import CheckpointError, latest, load  # noqa: E402
@@ -40,6 +42,7 @@ from scoresde.runs.logger import (  # noqa: E402
     RunFacts,
     read_rows,
 )
+from scoresde.runs.publish import replacing  # noqa: E402
 from scoresde.train.ema import EMA, PowerEMA  # noqa: E402
 from scoresde.train.signals import Signals  # noqa: E402
 from scoresde.train.state import TrainingState  # noqa: E402
@@ -62,6 +65,7 @@ class Job:
         faults, trace: see `Faults`; files count below folder/checkpoints.
         command: arguments of scoresde-train, which is run instead.
         threads: of torch.
+        workers: None for samples in memory; else they lie in a file beside the folder, read by so many processes.
     """
 
     folder: str
@@ -80,6 +84,7 @@ class Job:
     trace: str = ""
     command: tuple[str, ...] = ()
     threads: int = 1
+    workers: int | None = None
 
     @property
     def checkpoints(self) -> Path:
@@ -99,6 +104,9 @@ def build(job: Job) -> tuple[Trainer, TrainingState]:
     else:
         network = UNet((1, 8, 8), width=8, multipliers=(1, 2), blocks=1, dropout=job.dropout)
         raw, scaling = torch.randint(256, (SAMPLES, 1, 8, 8), generator=g, dtype=torch.uint8), Scaling(levels=256)
+    held = Split(raw[:32])
+    if job.workers is not None:
+        raw = in_file(Path(f"{job.folder}.npy"), raw)
     sde = VPSDE() if job.sde == "vp" else VESDE()
     loss = DenoisingLoss(Preconditioned(network, sde, Eps(), autocast=job.autocast))
     ema = EMA(loss, half_life=500) if job.ema == "default" else PowerEMA(loss)
@@ -110,9 +118,18 @@ def build(job: Job) -> tuple[Trainer, TrainingState]:
     })  # fmt: skip
     training = TrainingState(
         loss, torch.optim.AdamW(loss.parameters(), 2e-3, fused=True), ema,
-        Dataset("random", Split(raw), Split(raw[:32]), scaling), EpochOrder(SAMPLES, BATCH, 0), Rng(job.seed),
+        Dataset("random", Split(raw), held, scaling), EpochOrder(SAMPLES, BATCH, 0), Rng(job.seed),
+        workers=job.workers or 0,
     )  # fmt: skip
     return trainer, training
+
+
+def in_file(path: Path, raw: torch.Tensor) -> Any:
+    """The same samples, which stay in a file."""
+    if not path.exists():
+        with replacing(path) as file:
+            np.save(file, raw.numpy())
+    return stored(path, None, torch.from_numpy, True)
 
 
 def score(run: TrainingState) -> float:

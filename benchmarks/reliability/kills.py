@@ -111,14 +111,19 @@ def enumerated(policy: dict[str, Any], full: bool, scratch: Path) -> tuple[Kille
     return killed, len(specs)
 
 
-def at_random(count: int, scratch: Path) -> Killed:
-    """Kills at times drawn evenly from the whole run."""
-    reference = Job(str(scratch / "reference"), STEPS, EVERY)
+def at_random(count: int, scratch: Path, workers: int | None = None) -> Killed:
+    """Kills at times drawn evenly from the whole run; with workers the samples lie in a file."""
+    # with workers longer, or most kills would come while they start
+    reference = Job(str(scratch / "reference"), STEPS if workers is None else 40 * STEPS, EVERY, workers=workers)
     seconds = nursery().run(reference).seconds
+    if workers is not None:  # of all runs the bits are those from memory
+        reference = reference.but(folder=str(scratch / "memory"), workers=None)
+        assert nursery().run(reference).code == 0
+        assert final(reference) == final(reference.but(folder=str(scratch / "reference")))
     observer = Observer(Path())
     killed, draw = Killed(reference, observer), random.Random(1)
     for k in range(count):
-        job = reference.but(folder=str(scratch / f"kill-{k}"), trainer={"keep_last": 1 + k % 3})
+        job = reference.but(folder=str(scratch / f"kill-{k}"), trainer={"keep_last": 1 + k % 3}, workers=workers)
         observer.folder, observer.begun = job.checkpoints, False
         after = draw.uniform(0, seconds)
         killed.restart(job, f"after {after:.3f} s", nursery().run(job, watch=observer, kill_after=after))
@@ -175,5 +180,8 @@ def campaign(full: bool, scratch: Path) -> list[Result]:
     return [
         line("R2 SIGKILL at each call of a save", by_point, f"{count} points: {policies}"),
         line("R2 SIGKILL at random times", [at_random(200 if full else 4, scratch / "random")], "keep_last 1, 2, 3"),
+        line(
+            "R2 SIGKILL at random times, four workers", [at_random(24 if full else 1, scratch / "workers", 4)], "a file"
+        ),
         undeletable(full, scratch / "refused"),
     ]

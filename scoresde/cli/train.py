@@ -127,7 +127,9 @@ def assembled(command: Command, world: World, signals: Signals) -> Plan:
             return assemble(command, world)
     except Interrupted:
         OutputFolder.remove_created()
-        raise Stopped(signals.code, "Stopped before training began; nothing was written.") from None
+        stopped = Stopped(signals.code, "Stopped before training began; nothing was written.")
+        print(stopped.message, flush=True)
+        raise stopped from None
 
 
 def find(plan: Plan, resume: str | bool, overwrite: bool) -> Checkpoint | None:

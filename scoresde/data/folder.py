@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import zlib
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ..checks import whole
 from ..codecs import Codec, Scaling
 from .dataset import Dataset, Split, count_classes, given
 from .pictures import in_pixels, in_words, opened, pixels
+from .rows import KEPT, Each
 from .source import existing, misfit
 from .tree import listed
 
@@ -31,8 +34,9 @@ def ImageFolder(
     test_fraction: float = 0.1,
     seed: int = 0,
     codec: Codec | None = None,
+    lazy: bool | None = None,
 ) -> Dataset:
-    """Images of a folder, decoded once and kept in memory: of 8 bits, or grey ones of 16.
+    """Images of a folder, decoded once and kept in memory, or whenever they are seen: of 8 bits, or grey ones of 16.
 
     Images lie in the folder itself (no labels), or all in its sub-folders: one class each, in the order of their
     names. Or so in two sub-folders train and test (validation, valid, val), of which the second is held out. Hidden
@@ -47,6 +51,7 @@ def ImageFolder(
             say it.
         codec: of a model that is measured on these images, of as many levels; all are held out, or those of a folder
             for that.
+        lazy: they stay in their files, of which at the start only the heads are read; None: above 1 GiB of pixels.
 
     Returns:
         raw (N, 1 or 3, H, W): uint8 in 256 levels, or int32 in 65,536.
@@ -60,15 +65,19 @@ def ImageFolder(
     if size is not None:
         size = whole(size, "size in pixels", otherwise="None to keep images as they are")
     folder = existing(path, folder=True)
-    tree, images, checksums = listed(folder, _SUFFIXES, "images", _OTHERS), list[np.ndarray](), dict[str, str]()
-    for file in tree.files:
-        image = pixels(file, opened(existing(file)), size, grey)
-        _check(image, images[0] if images else image, file, tree.files[0].name)
-        images.append(image)
+    tree, checksums = listed(folder, _SUFFIXES, "images", _OTHERS), dict[str, str]()
+    read = partial(_image, size=size, grey=grey, first=None)
+    first = read(tree.files[0])
+    read, deep = partial(read, first=(first, tree.files[0].name)), first.dtype != torch.uint8
+    if lazy or (lazy is None and len(tree.files) * first.numel() > KEPT):
+        for file in tree.files:
+            opened(existing(file), decode=False)
+        shape = (len(tree.files), *first.shape)
+        samples = Split(Each([str(file) for file in tree.files], read, shape, first.dtype), tree.labels)
+    else:
+        samples = Split(torch.stack([read(file) for file in tree.files]), tree.labels)
         if len(tree.files) <= _MANY:
-            checksums[str(file.relative_to(folder))] = f"{zlib.crc32(file.read_bytes()):08x}"
-    deep = images[0].dtype != np.uint8
-    samples = Split(torch.from_numpy(np.stack(images).astype(np.int32 if deep else np.uint8, copy=False)), tree.labels)
+            checksums = {str(file.relative_to(folder)): f"{zlib.crc32(file.read_bytes()):08x}" for file in tree.files}
     levels, own = 65_536 if deep else 256, folder.resolve().name
     if codec is not None:
         if codec.levels != levels:
@@ -78,6 +87,16 @@ def ImageFolder(
     splits, scaling = tree.split(samples, test_fraction, seed), Scaling(levels=levels)
     classes, both = count_classes(samples), (str(path), str(path))
     return Dataset(own, *splits, scaling, classes, class_names=tree.names, files=both, checksums=checksums)
+
+
+def _image(file: Path | str, size: int | None, grey: bool | None, first: tuple[Tensor, str] | None) -> Tensor:
+    """(C, H, W) uint8 or int32 of the same size and kind as `first`."""
+    file = existing(file)
+    image = pixels(file, opened(file), size, grey)
+    if first is not None:
+        like = first[0].numpy()
+        _check(image, like if like.dtype == np.uint8 else like.astype(np.uint16), file, first[1])
+    return torch.from_numpy(image if image.dtype == np.uint8 else image.astype(np.int32))
 
 
 def _check(image: np.ndarray, first: np.ndarray, file: Path, name: str) -> None:

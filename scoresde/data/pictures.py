@@ -88,12 +88,13 @@ def squared(image: Any, size: int) -> Any:
     return image.resize((size, size), Resampling.LANCZOS, box=(left, top, left + side, top + side))
 
 
-def opened(file: Path, content: BinaryIO | None = None) -> Any:
+def opened(file: Path, content: BinaryIO | None = None, *, decode: bool = True) -> Any:
     """The image, decoded and turned as its orientation tag says; one that is not read whole is refused.
 
     Args:
         file: where it is, for messages.
         content: what is read in its place.
+        decode: False to look at the head alone, and return None.
     """
     try:
         from PIL import Image, ImageOps
@@ -102,7 +103,7 @@ def opened(file: Path, content: BinaryIO | None = None) -> Any:
     try:
         with Image.open(content or file) as image:
             lost = _lost(image)
-            whole = None if lost else ImageOps.exif_transpose(image)
+            whole = ImageOps.exif_transpose(image) if decode and not lost else None
     except Exception as error:  # a damaged file may raise anything
         raise misfit(file, "an image", f"a damaged or other file ({error})") from error
     if lost:

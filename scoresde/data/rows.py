@@ -235,7 +235,11 @@ def chunks(raw: Tensor | Rows) -> Iterator[Tensor]:
 
 
 def checked(check: Callable[[Tensor, str], None], raw: Tensor | Rows, name: str) -> None:
-    """`check(part, name)` of all samples; where they are looked at in parts, the name says from which sample on."""
+    """`check(part, name)` of all samples; where they are looked at in parts, the name says from which sample on. Of
+    costly ones it is of the first: each has its shape and type checked whenever it is read.
+    """
+    if not isinstance(raw, Tensor) and raw.costly:
+        return check(raw[:1], name)
     start = 0
     for part in chunks(raw):
         check(part, f"{name}[{start}:]" if start else name)

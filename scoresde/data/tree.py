@@ -37,11 +37,11 @@ class Tree(NamedTuple):
         """(train, test) of the samples of these files: by their folders, or else held out by chance."""
         if self.test is None:
             return hold_out(samples, fraction, seed)
-        return samples.take((~self.test).nonzero()[:, 0]), samples.take(self.test.nonzero()[:, 0])
+        return samples.select((~self.test).nonzero()[:, 0]), samples.select(self.test.nonzero()[:, 0])
 
     def held_out(self, samples: Split) -> Split:
         """Those that a model is measured on: of a folder for them, or all."""
-        return samples if self.test is None else samples.take(self.test.nonzero()[:, 0])
+        return samples if self.test is None else samples.select(self.test.nonzero()[:, 0])
 
 
 def listed(folder: Path, suffixes: Collection[str], what: str, alike: Collection[str] = ()) -> Tree:

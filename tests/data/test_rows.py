@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from scoresde.data import Arrays, Loader, rows
+from scoresde.data import Arrays, ImageFolder, Loader, rows
 from scoresde.data.dataset import Split, hold_out
 from scoresde.data.order import EpochOrder
 from scoresde.data.rows import DataLost, Rows, chunks, extent
@@ -172,3 +173,25 @@ def test_what_a_worker_cannot_read_is_said_as_it_was(tmp_path: Path) -> None:
     with pytest.raises(DataLost, match=r"^\S+x\.npy: expected the file that was opened, found \w+ one"):
         for _ in range(5):
             loader.next()
+
+
+def test_pictures_that_stay_in_their_files_are_those_in_memory(tmp_path: Path) -> None:
+    for k in range(20):
+        (tmp_path / "in" / "ab"[k % 2]).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(VALUES[k]).save(tmp_path / "in" / "ab"[k % 2] / f"{k}.png")
+    folder = str(tmp_path / "in")
+    lazy, here = (ImageFolder(folder, size=4, lazy=lazy) for lazy in (True, False))
+    for one, other in ((lazy.train, here.train), (lazy.test, here.test)):
+        assert isinstance(one.raw, Rows) and torch.equal(one.raw[:], other.raw[:])
+        assert one.labels is not None and other.labels is not None and torch.equal(one.labels, other.labels)
+    assert lazy.class_names == here.class_names and lazy.train.digest().startswith("some:")
+    again = pickle.loads(pickle.dumps(lazy.train.raw))
+    (tmp_path / "in" / "a" / "0.png").write_bytes(b"text")
+    with pytest.raises(DataLost, match=r"0\.png: expected an image"):
+        again[:]
+    with pytest.raises(ValueError, match=r"0\.png: expected an image"):
+        ImageFolder(folder, lazy=True)
+    Image.fromarray(VALUES[0]).save(tmp_path / "in" / "a" / "0.png")
+    Image.fromarray(VALUES[0, 1:]).save(tmp_path / "in" / "b" / "19.png")
+    with pytest.raises(DataLost, match=r"19\.png: expected 4 × 5 pixels"):
+        ImageFolder(folder, lazy=True).train.raw[:]
