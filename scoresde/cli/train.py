@@ -127,9 +127,7 @@ def assembled(command: Command, world: World, signals: Signals) -> Plan:
             return assemble(command, world)
     except Interrupted:
         OutputFolder.remove_created()
-        stopped = Stopped(signals.code, "Stopped before training began; nothing was written.")
-        print(stopped.message, flush=True)
-        raise stopped from None
+        raise Stopped(signals.code, "Stopped before training began; nothing was written.") from None
 
 
 def find(plan: Plan, resume: str | bool, overwrite: bool) -> Checkpoint | None:
