@@ -240,7 +240,7 @@ class Report:
         noise |= {what: [shown(score) for score in found] for what, found in by_split(levels).items()}
         notes = [verdict(made, scores, by), *self.notes(), self.bits_note(bits)]
         table = self.moments(made)
-        text = [printed(columns), printed(table), *notes, layout(noise, None)[0] if levels else ""]
+        text = [printed(columns), printed(table) if table else "", *notes, layout(noise, None)[0] if levels else ""]
         lines = [markdown(columns), markdown(table) if table else "", *notes, markdown(noise) if levels else ""]
         publish(folder / "summary.md", "\n\n".join(filter(None, lines)) + "\n")
         if evaluation.pictures:
