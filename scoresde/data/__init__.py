@@ -7,6 +7,7 @@ from .files import Arrays
 from .folder import ImageFolder
 from .idx import Idx
 from .loader import Loader
+from .molecules import Molecules
 from .order import EpochOrder
 from .sigma_max import suggest_sigma_max
 from .table import Table
@@ -15,6 +16,6 @@ from .video import VideoFolder
 
 __all__ = [
     "Arrays", "Augmentation", "Checkerboard", "Dataset", "Digits", "EightGaussians", "EpochOrder", "Idx", "ImageFolder",
-    "Loader", "Moons", "Pinwheel", "Split", "SwissRoll", "Table", "Toy", "VideoFolder",
+    "Loader", "Molecules", "Moons", "Pinwheel", "Split", "SwissRoll", "Table", "Toy", "VideoFolder",
     "suggest_sigma_max", "toy_dataset",
 ]  # fmt: skip

@@ -107,6 +107,7 @@ class Dataset:
         validation: a part of the training samples that is kept from training, to choose by what the test split must not
             choose; None for none.
         notes: what the reader decided, in words that a run begins with.
+        numbers: of the points of a raw sample, as the atomic numbers of a molecule; empty for other data.
 
     Raises:
         TypeError: a dtype that the codec cannot read, or labels that are not int64.
@@ -126,6 +127,7 @@ class Dataset:
     checksums: Mapping[str, str] = field(default_factory=dict)
     validation: Split | None = None
     notes: str = ""
+    numbers: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.class_names and len(self.class_names) != self.classes:
@@ -266,13 +268,15 @@ def hold_out(samples: Split, fraction: float, seed: int) -> tuple[Split, Split]:
     return samples.select(train.sort().values), samples.select(test.sort().values)
 
 
-def given(name: str, samples: Split, codec: Codec, class_names: tuple[str, ...] = ()) -> Dataset:
+def given(
+    name: str, samples: Split, codec: Codec, class_names: tuple[str, ...] = (), numbers: tuple[int, ...] = ()
+) -> Dataset:
     """Samples that a trained model is measured on, under its codec: all of them are held out."""
     try:
         checked(codec.check, samples.raw, f"{name}: raw")
     except (TypeError, ValueError) as error:  # without its advice, which is on how to make a codec
         raise type(error)(f"{str(error).partition('. ')[0].rstrip('.')}.") from error
-    return Dataset(name, samples, samples, codec, count_classes(samples), class_names=class_names)
+    return Dataset(name, samples, samples, codec, count_classes(samples), class_names=class_names, numbers=numbers)
 
 
 def count_classes(*splits: Split) -> int:

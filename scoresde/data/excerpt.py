@@ -44,6 +44,7 @@ def packed(dataset: Dataset) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "classes": dataset.classes,
         "class_names": list(dataset.class_names),
         "columns": list(dataset.columns),
+        "numbers": list(dataset.numbers),
         "statistics": dataclasses.asdict(dataset.statistics),
     }
     splits = {"train": dataset.train, "test": dataset.test}
@@ -76,6 +77,7 @@ def unpacked(tensors: Mapping[str, Tensor], record: Mapping[str, Any], codec: Co
         class_names=tuple(map(str, record["class_names"])),
         known=Statistics(**known),
         columns=tuple(map(str, record.get("columns", ()))),
+        numbers=tuple(map(int, record.get("numbers", ()))),
     )
 
 

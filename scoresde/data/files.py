@@ -65,13 +65,13 @@ def Arrays(
         key: array of the file to read, in HDF5 its path inside; None if it holds a single one, or for .npy.
         label_key: array of the file with class indices (N,), integers ≥ 0; None for none.
         cond_keys: arrays of the file with other conditions, by their names: {"vector": key, "image": key, "tokens":
-            key}, floats as in `Split.conditions`.
+            key}, floats as in `Split.conditions`, or bools, which become 0 and 1.
         test_path: file of the test split, read with the same keys; None holds out `test_fraction` instead.
         levels: number of integer values; None means 256 for uint8, and is refused for other integers.
         raw_low, raw_high: range of floats.
         channels_last: samples are stored (…, C) and become (C, …).
-        add_channel: samples are stored without a channel axis and get one of size 1.
         signals: samples (A, B), which may be pictures without a channel axis, are signals of A channels.
+        add_channel: samples are stored without a channel axis and get one of size 1, and an image beside them, too.
         test_fraction, seed: of the split, in (0, 1), and ≥ 0; by class where there are labels.
         codec: of a model that is measured on these samples, in place of levels and range; all are held out.
         lazy: samples stay in the file, .npy or uncompressed .npz, and are read batch by batch; None: above 1 GiB.
@@ -127,12 +127,15 @@ def _read_split(
     names = tuple(map(str, others.pop("class_names", ())))
     labels = others.pop("label", None)
     for name, values in others.items():
-        if values.dtype.kind != "f" or np.isinf(values).any():
+        if values.dtype.kind not in "fb" or np.isinf(values).any():
             found = f"{values.dtype}{' with infinite ones' if values.dtype.kind == 'f' else ''}"
             raise ValueError(
-                f"{path}[{keys[name]}]: the condition {name!r} is floats, NaN where there is none; found {found}."
+                f"{path}[{keys[name]}]: the condition {name!r} is floats, NaN where there is none, or a mask of bools; "
+                f"found {found}."
             )
     conditions = {name: torch.from_numpy(values.astype(np.float32)) for name, values in others.items()}
+    if axes.add_channel and "image" in conditions and conditions["image"].ndim < raw.ndim:
+        conditions["image"] = conditions["image"][:, None]
     if labels is None:
         return Split(raw, conditions=conditions), names
     return Split(raw, _labels(labels, len(raw), f"{path}[{keys['label']}]"), conditions), names
@@ -182,11 +185,11 @@ def _load(
         if absent := [at for at in (first, *keys.values()) if at not in names]:
             raise ValueError(f"{path} has no array {absent[0]!r}; found {', '.join(names)}.")
         raw = stored(path, first, arrange, lazy)
-        others = {name: _member(content, at, path) for name, at in keys.items()}
-        return arrange(_member(content, first, path)) if raw is None else raw, others
+        others = {name: member(content, at, path) for name, at in keys.items()}
+        return arrange(member(content, first, path)) if raw is None else raw, others
 
 
-def _member(content: Any, name: str, path: Path) -> np.ndarray:
+def member(content: Any, name: str, path: Path) -> np.ndarray:
     """One array of an .npz file."""
     (entry,) = (info for info in content.zip.infolist() if info.filename in (name, f"{name}.npy"))
     if entry.file_size > unpacked_bytes(entry.compress_size):

@@ -71,7 +71,9 @@ def build_denoiser(config: Mapping[str, Any], dataset: Dataset, allow: Sequence[
     """The denoiser of a resolved configuration, or the classifier, freshly initialised."""
     classes, node = dataset.classes if config["conditional"] else 0, config["denoiser"]
     augment = build(config["augment"], allow, key="augment") if config.get("augment") else None
-    told = {"classes": classes, "cond_augment": augment.told if augment else 0}
+    told: dict[str, Any] = {"classes": classes, "cond_augment": augment.told if augment else 0}
+    if dataset.numbers and not config["network"].get("numbers"):
+        told["numbers"] = dataset.numbers
     network = build_network(config["network"], allow, key="network", event_shape=dataset.event_shape, **told)
     facts = {"network": network, "sde": build(config["sde"], allow, key="sde")}
     if leaves_open(node, "parameterization", allow, key="denoiser"):

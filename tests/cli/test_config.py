@@ -158,6 +158,8 @@ def files(folder: Path) -> dict[str, list[str]]:
     for i in range(10):
         frames[0].save(folder / "videos" / f"{i}.gif", save_all=True, append_images=frames[1:])
     paths = {"video": folder / "videos", "arrays": folder / "x.npy", "image_folder": folder / "images", "mnist": folder}
+    np.savez(folder / "water.npz", positions=np.random.default_rng(0).normal(size=(640, 3, 3)), numbers=[8, 1, 1])
+    paths |= {"molecules": folder / "water.npz", "ethanol": folder / "water.npz"}
     given = {option: [f"data.path={path}"] for option, path in paths.items()}
     (folder / "t.csv").write_text("a,b\n" + "".join(f"{i / 7},{i * i}\n" for i in range(60)))
     given["table"] = [f"data.path={folder / 't.csv'}"]
