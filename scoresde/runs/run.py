@@ -203,13 +203,16 @@ class Run(LoadedModel):
         """The raw samples of a data set under the codec of this run, which a model is to be measured on.
 
         Raises:
-            TypeError, ValueError: values or a shape that the model was not trained on.
+            TypeError, ValueError: values, a shape or atoms that the model was not trained on.
         """
         if dataset.raw_shape != self.raw_shape:
             raise ValueError(
                 f"{dataset.name} holds samples of shape {dataset.raw_shape}, and {self.folder} was trained on "
                 f"{self.raw_shape}."
             )
+        theirs, ours = dataset.numbers, self.dataset.numbers
+        if theirs and ours and theirs != ours:
+            raise ValueError(f"{dataset.name} holds the atoms {theirs}, and {self.folder} was trained on {ours}.")
         return dataclasses.replace(dataset, codec=self.codec)
 
     def _checked(self, raw: Tensor) -> Tensor:

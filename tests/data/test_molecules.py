@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from scoresde.codecs import Centred
 from scoresde.data import Arrays, Molecules
 from scoresde.data.excerpt import packed, unpacked
 from scoresde.runs.load import build_denoiser
+from scoresde.runs.run import Run
 
 WATER = (8, 1, 1)
 PLACES = np.random.default_rng(0).normal(size=(20, 3, 3))
@@ -78,6 +80,11 @@ def test_the_atoms_are_kept_with_a_run_and_told_to_its_network(tmp_path: Path) -
 def test_other_frames_are_measured_under_the_codec_of_a_model(tmp_path: Path) -> None:
     data = Molecules(written(tmp_path, PLAIN), codec=Centred(2.0))
     assert len(data.test) == 20 and data.codec == Centred(2.0) and data.numbers == WATER
+    ours: Any = SimpleNamespace(dataset=data, raw_shape=data.raw_shape, codec=data.codec, folder="runs/water")
+    assert Run.adopt(ours, data).numbers == WATER
+    other = Molecules(written(tmp_path, PLAIN.replace("O ", "S "), "other.xyz"))
+    with pytest.raises(ValueError, match=r"holds the atoms \(16, 1, 1\), and runs/water was trained on \(8, 1, 1\)"):
+        Run.adopt(ours, other)
 
 
 FRAME = "3\nwater\nO 0 0 0\nH 1 0 0\nH 0 1 0\n"
