@@ -125,7 +125,7 @@ def restored(
     means = [*known, ("mean", made.mean(1))]
     titles = ["given", *(title for title, _ in means), "standard deviation", "samples"]
     widths = [1.0] * (len(titles) - 1) + [max(columns / 2, 1.0)]
-    figure = _figure(1.6 * sum(widths) * max(wide / 3, 1), 1.8 * len(given) + 0.3)
+    figure = _figure(1.6 * sum(widths) * max(wide / 3, 1), (1.8 if wide == 1 else 1.0) * len(given) + 0.3)
     for k, row in enumerate(figure.subplots(len(given), len(titles), squeeze=False, width_ratios=widths)):
         std = made[k].std(0, correction=0).mean(0, keepdim=True) / (limits[1] - limits[0])
         pictures = [_given(given[k], seen, limits), *(_tile(x[k], limits) for _, x in means)]

@@ -165,6 +165,8 @@ def files(folder: Path) -> dict[str, list[str]]:
     given["table"] = [f"data.path={folder / 't.csv'}"]
     np.savez(folder / "images.npz", x=pixels.flatten()[: 400 * 768].reshape(400, 16, 16, 3))
     given["cifar_vp"] = [f"data.path={folder / 'images.npz'}"]
+    np.save(folder / "clips.npy", pixels.flatten()[: 200 * 2048].reshape(200, 1, 8, 16, 16))
+    given["moving_digits"] = [f"data.path={folder / 'clips.npy'}"]
     given["fitted"] = [f"grid.path={folder / 'grid.json'}"]
     given["sde/table"] = ["sde.alpha_bar=[0.9,0.5,0.1]"]
     given["energy"] = ["guidance.energy={_target_: scoresde.UniformGrid}"]  # something that can be called
