@@ -40,6 +40,9 @@ def with_given(command: Command, run: Run) -> Run:
         cures = " and ".join(f"data.{key}" for key in _AXES if key in node)
         cure = f" How a file becomes samples is said by {cures}." if cures else ""
         raise ConfigError(f"{found.name} holds samples of shape {found.raw_shape}, and {trained}{cure}")
+    if found.rate and own.rate and found.rate != own.rate:
+        said = f"{found.name} is sound at {found.rate} Hz, {run.folder} was trained at {own.rate} Hz"
+        raise ConfigError(f"{said}: data.rate={own.rate} resamples it.")
     return measured_on(run, found)
 
 

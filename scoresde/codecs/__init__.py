@@ -5,6 +5,7 @@ from .chain import Chain
 from .codec import Codec
 from .patches import Patches
 from .scaling import Scaling
+from .spectrum import Spectrum
 from .standardise import Standardise
 
-__all__ = ["Centred", "Chain", "Codec", "Patches", "Scaling", "Standardise"]
+__all__ = ["Centred", "Chain", "Codec", "Patches", "Scaling", "Spectrum", "Standardise"]

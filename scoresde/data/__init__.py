@@ -10,12 +10,13 @@ from .loader import Loader
 from .molecules import Molecules
 from .order import EpochOrder
 from .sigma_max import suggest_sigma_max
+from .sound import SoundFolder
 from .table import Table
 from .toys import Checkerboard, EightGaussians, Moons, Pinwheel, SwissRoll, Toy, toy_dataset
 from .video import VideoFolder
 
 __all__ = [
     "Arrays", "Augmentation", "Checkerboard", "Dataset", "Digits", "EightGaussians", "EpochOrder", "Idx", "ImageFolder",
-    "Loader", "Molecules", "Moons", "Pinwheel", "Split", "SwissRoll", "Table", "Toy", "VideoFolder",
+    "Loader", "Molecules", "Moons", "Pinwheel", "SoundFolder", "Split", "SwissRoll", "Table", "Toy", "VideoFolder",
     "suggest_sigma_max", "toy_dataset",
 ]  # fmt: skip

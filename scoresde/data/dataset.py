@@ -108,6 +108,7 @@ class Dataset:
             choose; None for none.
         notes: what the reader decided, in words that a run begins with.
         numbers: of the points of a raw sample, as the atomic numbers of a molecule; empty for other data.
+        rate: of sound, raw samples (C, L) at so many frames a second; 0 for other data.
 
     Raises:
         TypeError: a dtype that the codec cannot read, or labels that are not int64.
@@ -128,6 +129,7 @@ class Dataset:
     validation: Split | None = None
     notes: str = ""
     numbers: tuple[int, ...] = ()
+    rate: int = 0
 
     def __post_init__(self) -> None:
         if self.class_names and len(self.class_names) != self.classes:

@@ -45,6 +45,7 @@ def packed(dataset: Dataset) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "class_names": list(dataset.class_names),
         "columns": list(dataset.columns),
         "numbers": list(dataset.numbers),
+        "rate": dataset.rate,
         "statistics": dataclasses.asdict(dataset.statistics),
     }
     splits = {"train": dataset.train, "test": dataset.test}
@@ -78,6 +79,7 @@ def unpacked(tensors: Mapping[str, Tensor], record: Mapping[str, Any], codec: Co
         known=Statistics(**known),
         columns=tuple(map(str, record.get("columns", ()))),
         numbers=tuple(map(int, record.get("numbers", ()))),
+        rate=int(record.get("rate", 0)),
     )
 
 

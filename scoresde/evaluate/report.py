@@ -35,6 +35,7 @@ from .evaluation import Drawing, Samples, by_suffix, evenly_spaced
 from .likelihood import BitsPerDim, Likelihood
 from .scoring import TRAINING, Scoring, ranked
 from .shards import Job, Shards
+from .sound import write_sounds
 from .strips import animation
 from .table import columns_of, markdown, printed, record_of, shown, verdict
 
@@ -98,7 +99,7 @@ def write_samples(
     `samples.npz` holds `<sampler>` (n, *event) in the coordinates of the raw data, and the conditions of the samples as
     `labels`, `cond_vector`, `cond_image`, `cond_tokens`. The pictures of the first sampler are `samples.png` and
     `trajectory.png`; those of the others have its name besides. Of a table there is also `samples.csv`, with the names
-    of its columns.
+    of its columns; of sound there is what `write_sounds` writes.
     """
     cond = next(iter(made.values())).cond
     if pictures:
@@ -112,6 +113,8 @@ def write_samples(
             if made_raw.ndim == 5:
                 limits = float(real_raw.min()), float(real_raw.max())
                 animation(made_raw, folder / f"samples{suffix}.gif", limits)
+    if dataset.rate:
+        write_sounds(made, dataset, folder, pictures=pictures)
     arrays: dict[str, Any] = {"seeds": seeds, **condition_arrays(cond)}
     arrays |= {name: dataset.decode(samples.x) for name, samples in made.items()}
     with replacing(folder / "samples.npz") as file:

@@ -21,6 +21,7 @@ _FILES = (
     "summary.md", "failed.json", "samplers.json", "samples-*.png", "samples.gif",
     "samples-*.gif", "trajectory-*.png", "progress/step-*.png",
     "excerpt.safetensors", "checkpoints/step-*", "checkpoints/.step-*", "averages/images-*", "batches/step-*",
+    "samples/[0-9]*.wav", "samples-*/[0-9]*.wav", "spectrograms.png", "spectrograms-*.png",
 )  # fmt: skip
 # Keys that define a run: a checkpoint made with another value belongs to another run.
 _IDENTITY = (
