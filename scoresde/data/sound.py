@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import struct
 import zlib
@@ -26,7 +25,6 @@ from .rows import Rows
 from .source import existing, misfit
 from .tree import listed
 
-_log = logging.getLogger(__name__)
 _SUFFIXES = (".wav", ".wave")
 _OTHERS = (".mp3", ".flac", ".ogg", ".opus", ".m4a", ".aac", ".wma", ".aif", ".aiff", ".au", ".amr", ".caf")  # not read
 _MANY = 10_000  # files up to which each has a checksum in a run folder
@@ -146,7 +144,7 @@ def SoundFolder(
         for file, values in zip(tree.files if len(read) <= _MANY else (), read, strict=False)
     }
     found = Dataset(name, train, test, proposed, len(tree.names), class_names=tree.names, files=both, checksums=crc)
-    return replace(found, rate=how.rate)
+    return replace(found, rate=how.rate, notes=how.notes(wavs))
 
 
 def _proposed(raw: Tensor | Rows, bands: int) -> Codec:
@@ -183,7 +181,7 @@ class _Reading:
 
     @classmethod
     def of(cls, wavs: Sequence[Wav], length: int, rate: int | None, channels: int | None, pad: bool) -> _Reading:
-        """The one that suits all files; says what it does to them.
+        """The one that suits all files.
 
         Raises:
             ValueError: a file that it does not suit.
@@ -197,7 +195,6 @@ class _Reading:
         found = cls(wavs[0], length, goal, channels, pad, changed or not wavs[0].integers)
         for wav in wavs:
             found.check(wav, resample=rate is not None)
-        found.say(wavs)
         return found
 
     def check(self, wav: Wav, *, resample: bool) -> None:
@@ -216,16 +213,16 @@ class _Reading:
             advice = "Give a smaller length, or pad=true to add silence."
             raise misfit(wav.file, f"{self.length} frames at {self.rate} Hz", self.frames(wav), advice)
 
-    def say(self, wavs: Sequence[Wav]) -> None:
-        """To how many recordings something is done."""
+    def notes(self, wavs: Sequence[Wav]) -> str:
+        """To how many recordings something is done, a sentence; empty if nothing is."""
         done = {
             f"are resampled from {other} to {self.rate} Hz": sum(wav.rate == other for wav in wavs)
             for other in sorted({wav.rate for wav in wavs} - {self.rate})
         }
         done[f"are cut at {self.length} frames"] = sum(self.frames(wav) > self.length for wav in wavs)
         done[f"get silence up to {self.length} frames"] = sum(self.frames(wav) < self.length for wav in wavs)
-        if said := ", ".join(f"{count:,} {what}" for what, count in done.items() if count):
-            _log.warning("Of %s recordings %s.", f"{len(wavs):,}", said)
+        said = ", ".join(f"{count:,} {what}" for what, count in done.items() if count)
+        return f"Of {len(wavs):,} recordings {said}." if said else ""
 
     def frames(self, wav: Wav) -> int:
         """Of the recording at the rate of samples."""

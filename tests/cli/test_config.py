@@ -16,6 +16,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
+from scipy.io import wavfile
 from torch import nn
 
 from scoresde import (
@@ -163,6 +164,10 @@ def files(folder: Path) -> dict[str, list[str]]:
     given = {option: [f"data.path={path}"] for option, path in paths.items()}
     (folder / "t.csv").write_text("a,b\n" + "".join(f"{i / 7},{i * i}\n" for i in range(60)))
     given["table"] = [f"data.path={folder / 't.csv'}"]
+    for i in range(20):
+        (folder / "sounds" / f"{i % 2}").mkdir(parents=True, exist_ok=True)
+        wavfile.write(folder / "sounds" / f"{i % 2}" / f"{i}.wav", 8000, np.arange(4096, dtype=np.int16) * i)
+    given["sound"] = [f"data.path={folder / 'sounds'}", "data.length=4096"]
     np.savez(folder / "images.npz", x=pixels.flatten()[: 400 * 768].reshape(400, 16, 16, 3))
     given["cifar_vp"] = [f"data.path={folder / 'images.npz'}"]
     np.save(folder / "clips.npy", pixels.flatten()[: 200 * 2048].reshape(200, 1, 8, 16, 16))
