@@ -168,6 +168,7 @@ def files(folder: Path) -> dict[str, list[str]]:
         (folder / "sounds" / f"{i % 2}").mkdir(parents=True, exist_ok=True)
         wavfile.write(folder / "sounds" / f"{i % 2}" / f"{i}.wav", 8000, np.arange(4096, dtype=np.int16) * i)
     given["sound"] = [f"data.path={folder / 'sounds'}", "data.length=4096"]
+    given["spoken_digits"] = [*given["sound"], "evaluation.points=2"]
     np.savez(folder / "images.npz", x=pixels.flatten()[: 400 * 768].reshape(400, 16, 16, 3))
     given["cifar_vp"] = [f"data.path={folder / 'images.npz'}"]
     np.save(folder / "clips.npy", pixels.flatten()[: 200 * 2048].reshape(200, 1, 8, 16, 16))
