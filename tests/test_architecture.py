@@ -56,7 +56,7 @@ DOORS = {
     "pyarrow": ("data.columns",),
     "torchdiffeq": ("ode",),
     "torchsde": ("sampling.torch_sde",),
-    "scipy": ("ode", "metrics", "losses.coupling", "sampling.fit", "data.hdf5"),
+    "scipy": ("ode", "metrics", "losses.coupling", "sampling.fit", "data.hdf5", "data.sound", "evaluate.sound"),
     "h5py": ("data.hdf5",),
 }
 

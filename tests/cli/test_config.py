@@ -164,7 +164,7 @@ def files(folder: Path) -> dict[str, list[str]]:
     given = {option: [f"data.path={path}"] for option, path in paths.items()}
     (folder / "t.csv").write_text("a,b\n" + "".join(f"{i / 7},{i * i}\n" for i in range(60)))
     given["table"] = [f"data.path={folder / 't.csv'}"]
-    for i in range(20):
+    for i in range(40):
         (folder / "sounds" / f"{i % 2}").mkdir(parents=True, exist_ok=True)
         wavfile.write(folder / "sounds" / f"{i % 2}" / f"{i}.wav", 8000, np.arange(4096, dtype=np.int16) * i)
     given["sound"] = [f"data.path={folder / 'sounds'}", "data.length=4096"]
