@@ -46,7 +46,7 @@ DOORS = {
     "omegaconf": ("config", "cli", "runs.folder", "sweep"),
     "yaml": ("runs.files", "cli.own_options"),
     "wandb": ("runs.wandb_view",),
-    "matplotlib": ("evaluate.figures", "evaluate.columns", "sweep.curves"),
+    "matplotlib": ("evaluate.figures", "evaluate.columns", "evaluate.sound", "sweep.curves"),
     "rich": ("runs.listing",),
     "tqdm": ("runs.progress", "train.progress"),
     "safetensors": ("runs.bundle", "runs.checkpoint", "runs.posthoc", "evaluate.shards", "evaluate.features"),
