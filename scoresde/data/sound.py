@@ -12,7 +12,6 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import torch
-from scipy.signal import resample_poly
 from torch import Tensor
 
 from ..checks import whole
@@ -240,6 +239,8 @@ class _Reading:
         if self.channels:
             values = values.mean(0, keepdims=True)
         if up != down:
+            from scipy.signal import resample_poly
+
             values = resample_poly(values, up, down, axis=1).astype(np.float32)
         values = values[:, : self.length]
         return np.pad(values, ((0, 0), (0, self.length - values.shape[1])), constant_values=silence)
