@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from ..runs.load import chosen_run
 from ..runs.progress import CallsShown
 from ..runs.samplers import Model, keep
 from ..sampling.fit_sampler import fit_sampler, samples_for
+from ..sampling.pilot import pilot
 from ._hydra import launch, read, refusing
 from .conditions import choose_cond
 from .guided import build_guidance
@@ -78,13 +80,26 @@ def fit_all(
     """
     cond = move(cond, model_device(denoiser))
     for budget in budgets:
-        cost = calls + 2 * max(160, 8 * budget)
+        cost = calls + 4 * max(160, 8 * budget)
         print(f"Fitting a sampler of {budget} calls, by about {cost:,} calls on batches of {samples} …", flush=True)
         how: dict[str, Any] = {"rng": Rng(seed), "cond": cond, "samples": samples, "calls": calls}
         with CallsShown(denoiser, f"fitting {budget} calls, network calls", cost) as shown:
             fitted = fit_sampler(shown, budget=budget, shape=shape, **how)
         keep(folder, model, fitted)
         print(f"  {fitted}", flush=True)
+
+
+def try_all(
+    folder: Path, model: Model, denoiser: Denoiser, shape: tuple[int, ...], budgets: Sequence[int], *, cond: Cond
+) -> None:
+    """Chooses and keeps a sampler for each budget by a short trial (`scoresde.pilot`), and prints how good it is.
+
+    Raises:
+        SolverError: the model returns values that are not finite.
+    """
+    for found in pilot(denoiser, shape, budgets=budgets, cond=move(cond, model_device(denoiser))).values():
+        keep(folder, model, found)
+        print(f"Sampler of {found}", flush=True)
 
 
 if __name__ == "__main__":

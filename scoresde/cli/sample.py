@@ -9,8 +9,8 @@ from omegaconf import DictConfig
 
 from ..checks import whole
 from ..config import ConfigError
-from ..diffusion.conditions import Cond
-from ..diffusion.denoiser import Denoiser
+from ..diffusion.conditions import Cond, move
+from ..diffusion.denoiser import Denoiser, model_device
 from ..evaluate import figures
 from ..evaluate.conditions import condition_arrays
 from ..evaluate.edits import Edited, write_edited
@@ -74,7 +74,7 @@ def sample(cfg: DictConfig) -> None:
         if cond is not None:
             digests["told"] = digest_of(cond)
         if options["budget"] is not None:
-            sampler, how = of_budget(command, run, denoiser, Model.of(run.digest, options, guide, cond))
+            sampler, how = of_budget(command, run, denoiser, Model.of(run.digest, options, guide, cond), cond)
             _, *others = samplers.items()
             method = Method(denoiser, {f"budget-{options['budget']}": sampler, **dict(others)}, options["batch_size"])
             said, digests["sampler"] = f"{said}\n{how}".strip(), how
@@ -103,7 +103,7 @@ def sample(cfg: DictConfig) -> None:
     print(list_files(command.folder))
 
 
-def of_budget(command: Command, run: Run, denoiser: Denoiser, model: Model) -> tuple[Sampler, str]:
+def of_budget(command: Command, run: Run, denoiser: Denoiser, model: Model, cond: Cond) -> tuple[Sampler, str]:
     """The sampler for the key `budget`, and a sentence that says which it is.
 
     Raises:
@@ -115,7 +115,7 @@ def of_budget(command: Command, run: Run, denoiser: Denoiser, model: Model) -> t
         raise ConfigError("budget= is of samples alone; a problem takes a sampler: sampler=ddim sampler.steps=….")
     if named := [word for word in command.typed if word.startswith(("sampler=", "sampler.", "grid=", "grid."))]:
         raise ConfigError(f"budget={budget} chooses sampler and grid; leave {named[0]} or budget= away.")
-    return recall(run.folder, model, budget, denoiser)
+    return recall(run.folder, model, budget, denoiser, run.event_shape, move(cond, model_device(denoiser)))
 
 
 def write(

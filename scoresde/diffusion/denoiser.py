@@ -39,6 +39,8 @@ class Denoiser(nn.Module, abc.ABC):
         roughness: how far x̂_0 strays at t_max, where it can know no more than the data's mean: its standard deviation
             over draws from the prior, in units of data_std. 0 for exact scores; 0.03 to 1.1 was seen on networks
             that predict x_0, v or EDM's F, 2 to 12 on ones that predict noise; inf until `measure` knows.
+        trials: the samplers that `pilot` chose for it; None where `sample` is to try none, as of all that nobody has
+            measured, and of what may know one batch only: energies and posteriors.
     """
 
     draws = True
@@ -49,6 +51,7 @@ class Denoiser(nn.Module, abc.ABC):
         self.sde = sde
         self.data_std = positive(data_std, "data_std", "the standard deviation of the data")
         self.roughness = math.inf
+        self.trials: dict[Any, Any] | None = None
         self.data_mean: Tensor | float = 0.0
         self.data_var: Tensor | float = 0.0
         self.prior_evaluations = 0
@@ -61,6 +64,8 @@ class Denoiser(nn.Module, abc.ABC):
     @torch.no_grad()
     def measure(self, x0: Tensor, cond: Cond = None, *, data_std: float | None = None) -> Self:
         """Sets `data_std` and `roughness`, which `sample` goes by, and returns the denoiser itself. One network call.
+
+        From then on `sample` chooses a sampler by trial, once for each budget (see `pilot`).
 
         Args:
             x0: data as the network sees them, (n, *event) with n ≥ 2, on its device.
@@ -79,7 +84,7 @@ class Denoiser(nn.Module, abc.ABC):
         strayed = sample_std(self(noise, host(self.sde.t_max), cond).x0)
         if not strayed < math.inf:
             raise ValueError(f"x0 predicted from the prior's noise is not finite (t = {self.sde.t_max}).")
-        self.roughness = strayed / self.data_std
+        self.roughness, self.trials = strayed / self.data_std, {}
         return self
 
     def prepare(self, x0: Tensor, held_out: Tensor) -> str:
@@ -268,6 +273,7 @@ class DenoiserWrapper(Denoiser):
     def __init__(self, denoiser: Denoiser):
         super().__init__(denoiser.sde, denoiser.data_std)
         self.denoiser, self.roughness = denoiser, denoiser.roughness
+        self.trials = None if denoiser.trials is None else {}
         self.data_mean, self.data_var = denoiser.data_mean, denoiser.data_var
         self.prior_evaluations = denoiser.prior_evaluations
 

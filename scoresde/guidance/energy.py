@@ -47,6 +47,7 @@ class Energy(DenoiserWrapper):
         conditional: bool = True,
     ):
         super().__init__(denoiser)
+        self.trials = None
         if of not in ("xt", "x0"):
             raise ValueError(f"An energy is of 'xt' or of 'x0'; got {of!r}.")
         self.energy, self.scale, self.of, self.conditional = energy, checked(scale), of, bool(conditional)
@@ -108,6 +109,7 @@ class Classifier(DenoiserWrapper):
         conditional: bool = False,
     ):
         super().__init__(denoiser)
+        self.trials = None
         check_same(denoiser.sde, getattr(log_prob, "sde", denoiser.sde))  # a plain function has none
         self.log_prob, self.scale, self.conditional = log_prob, checked(scale), bool(conditional)
 

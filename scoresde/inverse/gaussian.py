@@ -53,7 +53,7 @@ class Posterior(DenoiserWrapper, abc.ABC):
 
     def __init__(self, denoiser: Denoiser, observation: Observation):
         super().__init__(denoiser)
-        self.observation = observation
+        self.observation, self.trials = observation, None
         self.prior_evaluations += 2
 
     def null(self, cond: Cond) -> Cond:

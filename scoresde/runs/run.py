@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -32,6 +33,10 @@ from .progress import track
 @dataclass(frozen=True, eq=False)
 class Run(LoadedModel):
     """A trained model with all that it needs to make and to score raw data; `scoresde.load` makes it."""
+
+    @functools.cached_property
+    def _guided_trials(self) -> dict[str, dict[Any, Any]]:
+        return {}
 
     def __repr__(self) -> str:
         kind = "samples" if self.draws else "a classifier"
@@ -78,8 +83,8 @@ class Run(LoadedModel):
         Args:
             n: how many, ≥ 1.
             cond: see `Run.cond`; None goes through the classes, or the conditions of held-out samples, in turn.
-            budget: network calls of a sample, by the sampler that was fitted to this run for so many, else by a generic
-                one; default 20. Exclusive with `sampler`.
+            budget: network calls of a sample, by the sampler that was fitted to this run for so many, else by one that
+                a trial of some hundred calls chooses the first time; default 20. Exclusive with `sampler`.
             sampler: any `Sampler`, without a budget.
             guidance: the scale of classifier-free guidance, 1 for none; or what the files of conf/guidance hold, a
                 mapping with `_target_`. None is the model itself.
@@ -115,7 +120,8 @@ class Run(LoadedModel):
         return torch.cat(made)
 
     def sampler(self, budget: int, cond: Cond = None, guidance: Guidance = None) -> Sampler:
-        """The sampler for a budget of network calls: the fitted one of the folder, or else a generic one.
+        """The sampler for a budget of network calls: the fitted one of the folder, or else one that is chosen by trial
+        when it is first asked for (`scoresde.pilot`).
 
         Args:
             budget: network calls of a sample, ≥ 1.
@@ -126,7 +132,10 @@ class Run(LoadedModel):
         """
         budget = whole(budget, "budget, the number of network calls,")
         model = samplers.Model(self.digest, self.weights, self.guidance_node(guidance), None, sorted(named(cond)))
-        return samplers.recall(self.folder, model, budget, self.denoiser)[0]
+        denoiser, own = self.guided(guidance), move(cond, model_device(self.denoiser))
+        if guidance is not None and denoiser.trials is not None:  # a wrapper is made each time; what was tried is kept
+            denoiser.trials = self._guided_trials.setdefault(repr(self.guidance_node(guidance)), {})
+        return samplers.recall(self.folder, model, budget, denoiser, self.event_shape, own)[0]
 
     def log_likelihood(
         self,

@@ -12,8 +12,8 @@ from typing import Any
 from ..config import essential
 from ..diffusion.conditions import Cond, named
 from ..diffusion.denoiser import Denoiser
-from ..sampling.default import default_sampler
 from ..sampling.fitted import FittedSampler, build_sampler
+from ..sampling.pilot import chosen_sampler
 from ..sampling.sampler import Sampler
 from . import bundle
 from .publish import content_of, publish
@@ -60,8 +60,18 @@ def keep(folder: Path, model: Model, fitted: FittedSampler) -> None:
     publish(folder / _FILE, json.dumps(kept, indent=2) + "\n")
 
 
-def recall(folder: Path, model: Model, budget: int, denoiser: Denoiser) -> tuple[Sampler, str]:
-    """The sampler of a budget: that of the file of a run, or else `default_sampler`; and a sentence that says which.
+def recall(
+    folder: Path, model: Model, budget: int, denoiser: Denoiser, shape: Sequence[int], cond: Cond = None
+) -> tuple[Sampler, str]:
+    """The sampler of a budget: that of the file of a run, or else that of `sample`; and a sentence that says which.
+
+    Args:
+        folder: of the run.
+        model: what the sampler is for.
+        budget: network calls of a sample.
+        denoiser: the model under its guidance.
+        shape: of one sample.
+        cond: conditions, on the device of the model.
 
     Raises:
         ValueError: the file cannot be read, or its sampler for this use was fitted to other weights.
@@ -70,8 +80,11 @@ def recall(folder: Path, model: Model, budget: int, denoiser: Denoiser) -> tuple
     found = next((record for record in read(folder) if _use(record) == _use(wanted)), None)
     again = f"scoresde-fit run={folder} budgets=[{budget}]"
     if found is None:
-        said = f"{budget} calls by the generic sampler: none is fitted for this budget and guidance ({again} does)."
-        return default_sampler(denoiser, budget), said
+        said = (
+            f"{budget} calls by the sampler that was nearest to the exact end in a short trial on this model: none is "
+            f"fitted for this budget and guidance ({again} does)."
+        )
+        return chosen_sampler(denoiser, shape, budget, cond), said
     if found["checkpoint"] != model.checkpoint:
         raise ValueError(
             f"The sampler for {budget} calls in {folder / _FILE} was fitted to other weights, of the checkpoint "

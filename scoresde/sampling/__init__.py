@@ -3,12 +3,13 @@
 from .adaptive import AdaptiveODE
 from .adaptive_sde import AdaptiveSDE
 from .churn import Churn
-from .default import default_sampler, sample
+from .default import default_sampler
 from .edit import attribute, interpolate, sdedit
 from .fit import fit_grid
 from .fit_sampler import fit_sampler
 from .fitted import FittedSampler
 from .multistep import DEIS, IPNDM, Adams, DPMSolverPP, Multistep, SASolver, UniPC
+from .pilot import pilot, sample
 from .restart import Restart
 from .runge_kutta import RK4, DPMSolver, Midpoint
 from .sampler import Sampler, Step, Trace
@@ -57,6 +58,7 @@ __all__ = [
     "fit_grid",
     "fit_sampler",
     "interpolate",
+    "pilot",
     "sample",
     "sdedit",
 ]

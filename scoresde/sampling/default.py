@@ -1,16 +1,12 @@
-"""The sampler for a budget of network calls, when nothing else is asked for."""
+"""The sampler for a budget of network calls by rule, of models that no sampler was tried on."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-
-from torch import Tensor
 
 from ..checks import whole
-from ..diffusion.denoiser import Cond, Denoiser
+from ..diffusion.denoiser import Denoiser
 from ..diffusion.grids import Grid, LogisticGrid, SoftplusGrid
-from ..noise.rng import Rng
 from .multistep import Adams, Multistep
 from .sampler import Sampler, Step
 
@@ -56,24 +52,3 @@ def default_sampler(denoiser: Denoiser, budget: int) -> Sampler:
         grid = SoftplusGrid(c, 3.0, 2.0) if budget < 16 else SoftplusGrid(c, 4.0, 1.0)
         step = Multistep(3, sigma_data=None, corrector=3, bound=2.5)
     return Sampler(step, grid, steps=budget, denoise=False)
-
-
-def sample(
-    denoiser: Denoiser, shape_or_x: Sequence[int] | Tensor, *, budget: int, cond: Cond = None, rng: Rng | None = None
-) -> Tensor:
-    """Samples (B, *event) by exactly `budget` network calls: `default_sampler`, run.
-
-    They end at t_min, with what noise is left there.
-
-    Args:
-        denoiser: the model; `denoiser.measure(x0)` on some data first makes the samples better.
-        shape_or_x: (B, *event), or x_T to start from.
-        budget: network calls, ≥ 1.
-        cond: condition of each sample.
-        rng: source of the noise, default `Rng(0)`.
-
-    Raises:
-        ValueError: a budget below 1, or a shape that is not (B, *event).
-        SolverError: a sample that is not finite.
-    """
-    return default_sampler(denoiser, budget)(denoiser, shape_or_x, cond=cond, rng=rng)

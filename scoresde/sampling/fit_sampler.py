@@ -1,19 +1,13 @@
 r"""A sampler fitted to a model: the times and the weights of a multistep method with which few calls come nearest.
 
-With w = x/M(t) the probability-flow ODE is dw/dℓ = κ(ℓ) V(ℓ) (`weights.py`), and every multistep method, corrected or
-not, is w_{i+1} = w_i + Σ_j b_ij V(t_{i−j}). The weights that polynomials give are right for short steps; the best for
-long ones depend on how the values of this model go on. So they are regressed: a fine solve from some noises is kept,
-the method is run beside it, and at each step b_i is the least-squares solution of w_i + Σ_j b_ij V_{i−j} ≈ w at the
-next time of the fine solve. That costs no calls beside those of the run, and takes back part of the error that has come
-before, as V is taken along the run and not along the fine solve. (Shaul et al. 2024, "Bespoke Non-Stationary Solvers",
-train all coefficients by gradients.) The times are fitted around that, as in `fit.py`.
+The weights are regressed on a fine solve (`fine.py`), which takes one run. So many grids can be tried, and the times of
+the best be fitted around that, as in `fit.py`.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -22,22 +16,19 @@ from torch import Tensor
 
 from ..checks import whole
 from ..diffusion.conditions import Cond
-from ..diffusion.denoiser import CountingDenoiser, Denoiser, sample_std
+from ..diffusion.denoiser import CountingDenoiser, Denoiser
+from ..diffusion.grids import Grid, KarrasGrid, LogisticGrid, QuadraticGrid, SoftplusGrid, UniformGrid
 from ..diffusion.undisturbed import undisturbed
 from ..noise.rng import Rng
-from ..ode import lagrange
 from .default import default_sampler
-from .fit import best, descend, generic_grids, reference, residuals, run
+from .fine import FineSolve, distances
+from .fit import descend, residuals, run
 from .fitted import FittedSampler, build_sampler
 from .sampler import Sampler
-from .weights import Knot, knots, weights
 
-_NODES = 4  # values that a step goes by
-_RIDGE = 1e-6  # of the mean square of V: what keeps weights that the data leave open near those of polynomials
+_FAR = 1e9  # a distance that stands for values that are not finite
 
 
-@undisturbed
-@torch.no_grad()
 def fit_sampler(
     denoiser: Denoiser,
     *,
@@ -50,13 +41,14 @@ def fit_sampler(
 ) -> FittedSampler:
     r"""The sampler of `budget` network calls that comes closest to the exact solution, for this model.
 
-    Candidates are a multistep method with weights regressed along a fine solve, from the two best of several grids, and
-    the step of `default_sampler`; the times of each are fitted. The best is compared with `default_sampler` on fresh
-    noise, and the default is returned where it is not better by two standard errors. No gradient of the network is
-    taken. The data's standard deviation is measured on the fine solve.
+    Candidates are multistep methods with weights regressed along a fine solve, on several grids, some that go by
+    polynomials, and the step of `default_sampler`; the times of the best are fitted. What comes nearest is compared
+    with `default_sampler` on fresh noise, and the default is returned where it is not farther by more than two standard
+    errors and what the fine solve may be wrong by. No gradient of the network is taken. The data's standard deviation
+    is measured on the fine solve.
 
-    It takes about `calls` + 2 max(160, 8 `budget`) evaluations of the denoiser on a batch of `samples`, and the memory
-    of half as many batches.
+    It takes about `calls` + 4 max(160, 8 `budget`) evaluations of the denoiser on a batch of `samples`, and the memory
+    of three solves of half as many steps.
 
     Args:
         denoiser: the model, with the guidance around it under which it will be sampled.
@@ -71,19 +63,29 @@ def fit_sampler(
         ValueError: a budget, number of samples or shape that cannot work.
         SolverError: the fine solve is not finite, as with a network that returns NaN.
     """
-    budget = whole(budget, "budget, the number of network calls,")
-    samples = samples_for(shape) if samples is None else samples
-    samples, calls, fine = whole(samples, "samples", 8), whole(calls, "calls"), max(160, 8 * budget)
-    counted, rng = CountingDenoiser(denoiser), Rng(0) if rng is None else rng
-    generic = default_sampler(denoiser, budget)
-    path = _Path(counted, Sampler.start(denoiser, (samples, *shape), rng), cond, fine)
-    found = _search(path, generic, budget, calls)
+    budget, calls = whole(budget, "budget, the number of network calls,"), whole(calls, "calls")
+    samples = whole(samples_for(shape) if samples is None else samples, "samples", 8)
+    rng = Rng(0) if rng is None else rng
+    return nearest(denoiser, budget, (samples, *shape), rng, cond, fine=max(160, 8 * budget), calls=calls)
+
+
+@undisturbed
+@torch.no_grad()
+def nearest(
+    denoiser: Denoiser, budget: int, shape: Sequence[int], rng: Rng, cond: Cond, *, fine: int, calls: int
+) -> FittedSampler:
+    """`fit_sampler` on noises of `shape` (samples, *event), by solves of `fine` steps; no times are fitted where the
+    calls do not suffice.
+    """
+    counted, generic = CountingDenoiser(denoiser), default_sampler(denoiser, budget)
+    solve = FineSolve(counted, Sampler.start(denoiser, shape, rng), cond, fine)
+    found = _search(solve, generic, budget, calls)
     fitted = build_sampler(denoiser, budget, *found)
-    x = Sampler.start(denoiser, (samples, *shape), rng)
-    *_, end = reference(counted, x, cond, fine)[1]
-    ours, usual = (_distance(_last(counted, sampler, x, cond), end) for sampler in (fitted, generic))
-    round_off = 4 * torch.finfo(x.dtype).eps * path.std
-    is_fitted = float((usual - ours).mean()) > 2 * _stderr(usual - ours) + round_off
+    x = Sampler.start(denoiser, shape, rng)
+    end = solve.ends(x, cond)
+    ours, usual = (_distance(counted, sampler, x, cond, end) for sampler in (fitted, generic))
+    round_off = 4 * torch.finfo(x.dtype).eps * solve.std
+    is_fitted = float((usual - ours).mean()) > 2 * _stderr(usual - ours) + round_off + solve.gap
     kept, error = (fitted, ours) if is_fitted else (generic, usual)
     numbers = float(error.mean()), _stderr(error), float(usual.mean()), _stderr(usual)
     return FittedSampler(kept, budget, *numbers, counted.evaluations, *(found if is_fitted else (None, None, None)))
@@ -99,97 +101,54 @@ _Found = tuple[list[float], list[list[float]] | None, float | None]
 
 
 class _Candidate(NamedTuple):
-    residuals: Callable[[Tensor], np.ndarray]
+    """A way to sample at given times: how far from the ends it comes, and what a `FittedSampler` keeps of it."""
+
     times: Tensor
+    residuals: Callable[[Tensor], np.ndarray]
     found: Callable[[Tensor], _Found]
 
+    @property
+    def loss(self) -> float:
+        return float(np.square(self.residuals(self.times)).sum())
 
-def _search(path: _Path, generic: Sampler, budget: int, calls: int) -> _Found:
-    """What comes nearest on the noises of `path`."""
-    sde = path.denoiser.sde
 
-    def plain(times: Tensor) -> np.ndarray:
-        *_, x = run(path.denoiser, generic.step, path.x, times, path.cond)
-        return residuals(x, path.end)
+def _search(solve: FineSolve, generic: Sampler, budget: int, calls: int) -> _Found:
+    """What comes nearest on the noises of `solve`."""
+    sde = solve.denoiser.sde
 
-    grids = [*generic_grids(path.denoiser), generic.grid_for(path.denoiser)]
-    starts = best(path.residuals, grids, sde, budget)[:2]
-    tried = [_Candidate(path.residuals, times, path.found) for times in starts]
-    tried.append(_Candidate(plain, generic.times(path.denoiser), lambda t: (sde.log_snr(t).tolist(), None, None)))
-    iterations = (calls // budget - len(grids)) // (len(tried) * min(budget, 8))
-    fitted = [one._replace(times=descend(one.residuals, one.times, sde, iterations)) for one in tried]
-    chosen = min(fitted, key=lambda one: float(np.square(one.residuals(one.times)).sum()))
+    def by_rule(times: Tensor) -> np.ndarray:
+        *_, x = run(solve.denoiser, generic.step, solve.x, times, solve.cond)
+        return residuals(x, solve.end)
+
+    def following(grid: Grid, c: float, regressed: bool) -> _Candidate:
+        return _Candidate(
+            grid(sde, budget),
+            lambda times: residuals(solve.follow(times, c, regressed=regressed)[0], solve.end),
+            lambda times: (sde.log_snr(times).tolist(), solve.follow(times, c, regressed=regressed)[1], c),
+        )
+
+    grids, by_noise = _grids(solve.denoiser.data_std), (UniformGrid(), KarrasGrid())
+    tried = [following(grid, solve.std, True) for grid in (*grids, generic.grid_for(solve.denoiser))]
+    tried += [following(grid, math.inf, regressed) for grid in by_noise for regressed in (True, False)]
+    usual = _Candidate(generic.times(solve.denoiser), by_rule, lambda t: (sde.log_snr(t).tolist(), None, None))
+    best = [*sorted(tried, key=lambda one: one.loss)[:2], usual]
+    iterations = (calls // budget - len(tried)) // (len(best) * min(budget, 8))
+    fitted = [one._replace(times=descend(one.residuals, one.times, sde, iterations)) for one in best]
+    chosen = min(fitted, key=lambda one: one.loss)
     return chosen.found(chosen.times)
 
 
-class _Path:
-    """A fine solve from the noises `x`, and methods that are regressed on it.
-
-    Attributes:
-        end: (B, *event), where it ends.
-        std: standard deviation of the data, as the model makes them.
-    """
-
-    def __init__(self, denoiser: Denoiser, x: Tensor, cond: Cond, steps: int):
-        self.denoiser, self.x, self.cond = denoiser, x, cond
-        times, solve = reference(denoiser, x, cond, steps)
-        states = [x, *solve]
-        self.end = states[-1]
-        self.std = sample_std(self.end) or 1.0  # one point has no scale
-        self.points = knots(denoiser.sde, times, self._q)
-        self.levels = torch.stack([point.level for point in self.points])
-        self.states = torch.stack([y / point.norm.to(y) for y, point in zip(states, self.points, strict=True)])
-
-    @property
-    def _q(self) -> float:
-        return self.std**2 / (1 + self.std**2)
-
-    def at(self, knot: Knot) -> Tensor:
-        """w there (B, *event), of the cubic through four states of the solve."""
-        first = int(torch.searchsorted(self.levels, knot.level).clamp(2, len(self.levels) - 2)) - 2
-        near = slice(first, first + 4)
-        shares = lagrange(self.levels[near], knot.level[None])[:, 0]
-        return torch.tensordot(shares.to(self.states), self.states[near], 1)
-
-    def fitted(self, times: Tensor) -> tuple[Tensor, list[list[float]]]:
-        """The end of a run at `times`, (B, *event), and the weights of its steps, which it finds on its way."""
-        points = knots(self.denoiser.sde, times, self._q)
-        values: list[Tensor] = []
-        w, rows = self.x / points[0].norm.to(self.x), []
-        for index, (here, there) in enumerate(pairwise(points)):
-            value = here.value(self.denoiser(w * here.norm.to(w), times[index], self.cond))
-            values = [value, *values[: _NODES - 1]]
-            levels = [point.level for point in points[index::-1][:_NODES]]
-            usual = torch.stack(weights(levels, here, there, 0.0)) / there.norm
-            rows.append(_regressed(values, self.at(there) - w, usual))
-            w = w + sum(b * v for b, v in zip(rows[-1], values, strict=True))
-        return w * points[-1].norm.to(w), rows
-
-    def residuals(self, times: Tensor) -> np.ndarray:
-        return residuals(self.fitted(times)[0], self.end)
-
-    def found(self, times: Tensor) -> _Found:
-        return self.denoiser.sde.log_snr(times).tolist(), self.fitted(times)[1], self.std
+def _grids(c: float) -> list[Grid]:
+    """Where the times begin: around the noise level of the data, at high noise, and the usual ones."""
+    logistic = [LogisticGrid(c, centre, width) for centre, width in ((0.5, 1.0), (0.25, 1.5), (-0.25, 1.5), (0.0, 2.0))]
+    softplus = [SoftplusGrid(c, centre, width) for centre, width in ((2.0, 1.0), (0.0, 2.0), (4.0, 1.0))]
+    return [*logistic, *softplus, KarrasGrid(), QuadraticGrid(), UniformGrid()]
 
 
-def _regressed(values: Sequence[Tensor], missing: Tensor, usual: Tensor) -> list[float]:
-    """The b (k,) with the least |Σ_j b_j V_j − missing|², near `usual` where that leaves them open."""
-    v = torch.stack([value.double().flatten() for value in values])
-    gram, usual = v @ v.T, usual.to(v)
-    ridge = _RIDGE * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    return (
-        usual + torch.linalg.pinv(gram + ridge, hermitian=True) @ (v @ (missing.double().flatten() - usual @ v))
-    ).tolist()
-
-
-def _last(denoiser: Denoiser, sampler: Sampler, x: Tensor, cond: Cond) -> Tensor:
-    *_, x = run(denoiser, sampler.step, x, sampler.times(denoiser), cond)
-    return x
-
-
-def _distance(x: Tensor, end: Tensor) -> Tensor:
-    """RMS over the dimensions, (B,)."""
-    return (x - end).double().square().flatten(1).mean(1).sqrt()
+def _distance(denoiser: Denoiser, sampler: Sampler, x: Tensor, cond: Cond, end: Tensor) -> Tensor:
+    """RMS over the dimensions of a run from x, (B,)."""
+    *_, y = run(denoiser, sampler.step, x, sampler.times(denoiser), cond)
+    return distances(y, end).nan_to_num(_FAR, _FAR).clamp(max=_FAR)
 
 
 def _stderr(values: Tensor) -> float:

@@ -27,7 +27,7 @@ class FittedStep(Multistep):
     Args:
         log_snr: rising λ of the times (n + 1,), n ≥ 1.
         weights: n rows of 1 to 4 numbers; row i has at most i + 1, the weight of the latest value first.
-        data_std: c > 0, the standard deviation of the data that V is made with.
+        data_std: c > 0, the standard deviation of the data that V is made with; inf for noise prediction.
 
     Raises:
         ValueError: rows that do not belong to such times.
@@ -44,7 +44,8 @@ class FittedStep(Multistep):
             )
         if not all(math.isfinite(b) for row in self.rows for b in row):
             raise ValueError(f"Fitted weights are finite numbers; got {self.rows}.")
-        super().__init__(max(sizes), sigma_data=positive(data_std, "data_std", "the standard deviation of the data"))
+        c = data_std if data_std == math.inf else positive(data_std, "data_std", "the standard deviation of the data")
+        super().__init__(max(sizes), sigma_data=c)
         self.order, self.default_steps = 0.0, len(sizes)
 
     def default_grid(self, denoiser: Denoiser) -> Grid:
