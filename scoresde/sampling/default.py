@@ -40,7 +40,7 @@ def default_sampler(denoiser: Denoiser, budget: int) -> Sampler:
     elif denoiser.roughness == 0:
         step = Adams(3, corrector=3)
         grid = LogisticGrid(c, 0.5, 1 + 0.5 * (12 / budget) ** 2)
-    elif denoiser.roughness < (_ROUGH_EARLY if budget < 8 else _ROUGH):
+    elif not is_rough(denoiser, budget):
         grid = LogisticGrid(c, 0.0, 2.0 if budget < 30 else 3.0)
         corrector, bound = 0 if budget < 10 else 3, 3.0 if budget < 16 else 4.0
         step = Multistep(3, sigma_data=None, corrector=corrector, bound=bound)
@@ -52,3 +52,8 @@ def default_sampler(denoiser: Denoiser, budget: int) -> Sampler:
         grid = SoftplusGrid(c, 3.0, 2.0) if budget < 16 else SoftplusGrid(c, 4.0, 1.0)
         step = Multistep(3, sigma_data=None, corrector=3, bound=2.5)
     return Sampler(step, grid, steps=budget, denoise=False)
+
+
+def is_rough(denoiser: Denoiser, budget: int) -> bool:
+    """Whether the first steps decide, so that most are to lie at high noise."""
+    return denoiser.roughness >= (_ROUGH_EARLY if budget < 8 else _ROUGH)

@@ -13,6 +13,7 @@ from together import together
 
 import scoresde.cli.train
 from scoresde import Rng, default_sampler, load
+from scoresde.diffusion.denoiser import CountingDenoiser
 from scoresde.runs.load import load_run
 from scoresde.runs.samplers import Model, recall
 
@@ -26,7 +27,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("fit")
     train = command("train", *TINY, *PLAIN, "evaluate_at_end=false", "fit=[3]", "out=run", cwd=folder)
     assert train.code == 0, train.err
-    assert "Fitting a sampler of 3 calls, by about 1,520 calls on batches of 512" in train.out
+    assert "Fitting a sampler of 3 calls, by about 1,840 calls on batches of 512" in train.out
     fit = command("fit", "run=run", "budgets=[4]", *QUICK, cwd=folder)
     assert fit.code == 0 and "4 calls, " in fit.out and "± " in fit.out, fit.err
     return folder
@@ -37,7 +38,7 @@ def test_what_was_fitted_is_what_samples(folder: Path) -> None:
     done = command("sample", "run=run", "budget=3", *DRAW, "out=three", cwd=folder)
     assert done.code == 0 and "3 calls by the fitted sampler" in done.out, done.err
     run = load_run(folder / "run")
-    sampler, _ = recall(folder / "run", Model(run.digest, "ema", None, None, []), 3, run.denoiser)
+    sampler, _ = recall(folder / "run", Model(run.digest, "ema", None, None, []), 3, run.denoiser, (2,))
     made = sampler(run.denoiser, (4, 2), rng=Rng(seeds=range(4)))
     expected = run.dataset.decode(made).numpy()
     np.testing.assert_allclose(np.load(folder / "three" / "samples.npz")["budget-3"], expected, rtol=1e-6)
@@ -66,12 +67,12 @@ def test_several_processes_fit_one_sampler_at_their_end(tmp_path: Path) -> None:
     run = load(tmp_path / "run")
     (record,) = json.loads((tmp_path / "run" / "samplers.json").read_text())["samplers"]
     assert (record["budget"], record["checkpoint"], record["cond"]) == (3, run.digest, [])
-    said = recall(run.folder, Model(run.digest, "ema", None, None, []), 3, run.denoiser)[1]
+    said = recall(run.folder, Model(run.digest, "ema", None, None, []), 3, run.denoiser, (2,))[1]
     assert "none is fitted" not in said
 
 
 def test_under_guidance_one_is_fitted_for_that_guidance_alone(tmp_path: Path) -> None:
-    """By the command, and used by the command and in Python; at another scale the generic one is taken."""
+    """By the command, and used by the command and in Python; at another scale one is chosen by trial."""
     data = torch.arange(300) % 3
     np.savez(tmp_path / "data.npz", x=(data[:, None] * torch.tensor([1.0, -1.0]) / 3).numpy(), y=data.numpy())
     done = command(
@@ -86,22 +87,47 @@ def test_under_guidance_one_is_fitted_for_that_guidance_alone(tmp_path: Path) ->
     (record,) = json.loads((tmp_path / "run" / "samplers.json").read_text())["samplers"]
     assert record["guidance"]["scale"] == 2 and record["cond"] == ["label"]
     done = command("sample", "run=run", "budget=3", *guided, *DRAW, "cond.label=1", "out=guided", cwd=tmp_path)
-    assert done.code == 0 and "by the generic sampler" not in done.out, done.err
+    assert done.code == 0 and "none is fitted" not in done.out, done.err
     run = load(tmp_path / "run")
     how = {"cond": 1, "budget": 3, "progress": False}
     mine = run.sample(4, **how, guidance=2.0, rng=Rng(seeds=range(4)))
     np.testing.assert_allclose(np.load(tmp_path / "guided" / "samples.npz")["budget-3"], mine, rtol=1e-5)
     model = Model(run.digest, "ema", run.guidance_node(2.0), None, ["label"])
     other = Model(run.digest, "ema", run.guidance_node(3.0), None, ["label"])
-    assert "by the generic sampler" not in recall(run.folder, model, 3, run.denoiser)[1]
-    assert "by the generic sampler: none is fitted" in recall(run.folder, other, 3, run.denoiser)[1]
+    labels = torch.tensor([0, 1])
+    guided = run.guided(3.0)
+    assert "none is fitted" not in recall(run.folder, model, 3, guided, (2,))[1] and not guided.trials
+    assert "short trial on this model: none is fitted" in recall(run.folder, other, 3, guided, (2,), labels)[1]
+    assert [use[2:] for use in guided.trials] == [("label",)]
+    # a wrapper is made for each call, and what was tried with it is kept
+    run.sample(2, cond=1, budget=4, guidance=3.0, progress=False)
+    trials = run._guided_trials[repr(run.guidance_node(3.0))]
+    before = dict(trials)
+    run.sample(2, cond=1, budget=4, guidance=3.0, progress=False)
+    assert list(trials.values()) == list(before.values()) and len(before) == 1
 
 
 @pytest.mark.parametrize("options", [("budget=7",), ("budget=3", "weights=weights")], ids=["budget", "weights"])
-def test_what_nothing_was_fitted_for_is_drawn_by_the_generic_sampler(folder: Path, options) -> None:
+def test_what_nothing_was_fitted_for_is_drawn_by_one_that_is_chosen_by_trial(folder: Path, options) -> None:
     done = command("sample", "run=run", *options, *DRAW, f"out=generic-{len(options)}", cwd=folder)
     assert done.code == 0, done.err
-    assert "by the generic sampler: none is fitted for this budget and guidance (scoresde-fit run=run" in done.out
+    assert (
+        "in a short trial on this model: none is fitted for this budget and guidance (scoresde-fit run=run" in done.out
+    )
+
+
+def test_a_run_that_is_evaluated_and_not_fitted_chooses_samplers_by_trial(tmp_path: Path) -> None:
+    """For 5, 10 and 20 calls, kept as fits are; drawing takes them, and no other calls."""
+    done = command("train", *TINY, *PLAIN, "trainer.images=64", "out=run", cwd=tmp_path)
+    assert done.code == 0 and "Sampler of 5 calls, " in done.out, done.err
+    records = json.loads((tmp_path / "run" / "samplers.json").read_text())["samplers"]
+    assert [record["budget"] for record in records] == [5, 10, 20]
+    run = load(tmp_path / "run")
+    assert all(record["checkpoint"] == run.digest and record["error"] <= record["generic"] for record in records)
+    model = CountingDenoiser(run.denoiser)
+    sampler, said = recall(run.folder, Model(run.digest, "ema", None, None, []), 5, model, (2,))
+    sampler(model, (4, 2))
+    assert model.evaluations == 5 and "none is fitted" not in said
 
 
 def test_a_sampler_of_other_weights_is_refused(folder: Path) -> None:
@@ -144,7 +170,7 @@ def test_a_file_that_was_changed_is_refused(folder: Path, change) -> None:
     run = load_run(folder / "run")
     try:
         with pytest.raises(ValueError, match=r"samplers\.json|SHA-256|Fitted weights|rising|data_std|network calls"):
-            recall(folder / "run", Model(run.digest, "ema", None, None, []), 3, run.denoiser)
+            recall(folder / "run", Model(run.digest, "ema", None, None, []), 3, run.denoiser, (2,))
     finally:
         path.write_text(before)
 
@@ -154,7 +180,7 @@ def test_a_file_of_something_else_is_refused(folder: Path, tmp_path: Path, text:
     (tmp_path / "samplers.json").write_text(text)
     run = load_run(folder / "run")
     with pytest.raises(ValueError, match="is not a file of scoresde-fit"):
-        recall(tmp_path, Model(run.digest, "ema", None, None, []), 3, run.denoiser)
+        recall(tmp_path, Model(run.digest, "ema", None, None, []), 3, run.denoiser, (2,))
 
 
 def test_where_no_fitted_one_was_better_the_generic_one_is_recalled(folder: Path, tmp_path: Path) -> None:
@@ -163,7 +189,7 @@ def test_where_no_fitted_one_was_better_the_generic_one_is_recalled(folder: Path
     del stored["sha256"]
     (tmp_path / "samplers.json").write_text(json.dumps(stored))
     run = load_run(folder / "run")
-    sampler, said = recall(tmp_path, Model(run.digest, "ema", None, None, []), 3, run.denoiser)
+    sampler, said = recall(tmp_path, Model(run.digest, "ema", None, None, []), 3, run.denoiser, (2,))
     generic = default_sampler(run.denoiser, 3)
     assert (
         torch.equal(sampler(run.denoiser, (4, 2)), generic(run.denoiser, (4, 2))) and "which no fitted one beat" in said
