@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -66,16 +66,17 @@ def fit_sampler(
     budget, calls = whole(budget, "budget, the number of network calls,"), whole(calls, "calls")
     samples = whole(samples_for(shape) if samples is None else samples, "samples", 8)
     rng = Rng(0) if rng is None else rng
-    return nearest(denoiser, budget, (samples, *shape), rng, cond, fine=max(160, 8 * budget), calls=calls)
+    how: dict[str, Any] = {"fine": max(160, 8 * budget), "calls": calls, "margin": 2}
+    return nearest(denoiser, budget, (samples, *shape), rng, cond, **how)
 
 
 @undisturbed
 @torch.no_grad()
 def nearest(
-    denoiser: Denoiser, budget: int, shape: Sequence[int], rng: Rng, cond: Cond, *, fine: int, calls: int
+    denoiser: Denoiser, budget: int, shape: Sequence[int], rng: Rng, cond: Cond, *, fine: int, calls: int, margin: float
 ) -> FittedSampler:
     """`fit_sampler` on noises of `shape` (samples, *event), by solves of `fine` steps; no times are fitted where the
-    calls do not suffice.
+    calls do not suffice. The default is left for what is better by `margin` standard errors.
     """
     counted, generic = CountingDenoiser(denoiser), default_sampler(denoiser, budget)
     solve = FineSolve(counted, Sampler.start(denoiser, shape, rng), cond, fine)
@@ -85,7 +86,7 @@ def nearest(
     end = solve.ends(x, cond)
     ours, usual = (_distance(counted, sampler, x, cond, end) for sampler in (fitted, generic))
     round_off = 4 * torch.finfo(x.dtype).eps * solve.std
-    is_fitted = float((usual - ours).mean()) > 2 * _stderr(usual - ours) + round_off + solve.gap
+    is_fitted = float((usual - ours).mean()) > margin * _stderr(usual - ours) + round_off + solve.gap
     kept, error = (fitted, ours) if is_fitted else (generic, usual)
     numbers = float(error.mean()), _stderr(error), float(usual.mean()), _stderr(usual)
     return FittedSampler(kept, budget, *numbers, counted.evaluations, *(found if is_fitted else (None, None, None)))

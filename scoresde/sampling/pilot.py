@@ -33,7 +33,7 @@ def pilot(
 
     No fixed rule knows which steps a network wants. So fifteen candidates, most of them multistep methods with weights
     regressed along a fine solve, and `default_sampler` are run from a few noises of their own and compared with that
-    solve; the nearest is kept if it beats `default_sampler` on fresh noises by two standard errors and by what the fine
+    solve; the nearest is kept if it beats `default_sampler` on fresh noises by a standard error and by what the fine
     solve may be wrong. It is `fit_sampler` with less effort: 4 max(64, 4 `budget`) + about 20 `budget` evaluations, 450
     for ten calls, on 8 to 64 samples (1024 numbers' worth).
 
@@ -110,7 +110,7 @@ def _tried(denoiser: Denoiser, shape: Sequence[int], budget: int, cond: Cond) ->
     if use not in trials:
         n = min(max(1024 // math.prod(shape), 8), 64)
         told = each(lambda v: v[torch.arange(n, device=v.device) % len(v)] if v.ndim else v, cond)
-        how: dict[str, Any] = {"fine": max(64, 4 * budget), "calls": 1}
+        how: dict[str, Any] = {"fine": max(64, 4 * budget), "calls": 1, "margin": 1}
         trials[use] = found = nearest(denoiser, budget, (n, *shape), Rng(1729), told, **how)
         _log.info("Tried samplers on the model, by %d network calls on %d samples: %s", found.calls, n, found)
     return trials[use]
