@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -89,15 +88,19 @@ def fit_all(
         print(f"  {fitted}", flush=True)
 
 
-def try_all(
-    folder: Path, model: Model, denoiser: Denoiser, shape: tuple[int, ...], budgets: Sequence[int], *, cond: Cond
+def fit_or_try(
+    folder: Path, model: Model, denoiser: Denoiser, shape: tuple[int, ...], budgets: list[int], *, cond: Cond
 ) -> None:
-    """Chooses and keeps a sampler for each budget by a short trial (`scoresde.pilot`), and prints how good it is.
+    """After training: fits a sampler for each budget, or, where none is asked for, chooses those of 5, 10 and 20 calls
+    by a short trial (`scoresde.pilot`).
 
     Raises:
         SolverError: the model returns values that are not finite.
     """
-    for found in pilot(denoiser, shape, budgets=budgets, cond=move(cond, model_device(denoiser))).values():
+    if budgets:
+        fit_all(folder, model, denoiser, shape, budgets, cond=cond, samples=samples_for(shape), seed=0, calls=1200)
+        return
+    for found in pilot(denoiser, shape, budgets=(5, 10, 20), cond=move(cond, model_device(denoiser))).values():
         keep(folder, model, found)
         print(f"Sampler of {found}", flush=True)
 

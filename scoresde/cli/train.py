@@ -45,7 +45,7 @@ from ..train.state import TrainingState
 from ..train.trainer import Trainer
 from ..train.world import World, join
 from ._hydra import Command, OutputFolder, in_sweep, launch, read, refusing
-from .fit import choose_budgets, fit_all, try_all
+from .fit import choose_budgets, fit_or_try
 from .typed import in_shell
 
 _UNSAVED = ("out", "resume", "overwrite", "allow_targets")
@@ -301,20 +301,15 @@ def fit_and_report(plan: Plan, logger: Logger, signals: Signals) -> dict[str, fl
 
 
 def fit_samplers(plan: Plan) -> None:
-    """Fits a sampler for each budget to the average, on rank 0, or, where none is asked for but the run is evaluated,
-    chooses some by trial; a model that cannot be sampled is left without.
-    """
-    tried = () if plan.budgets or not plan.config["evaluate_at_end"] else (5, 10, 20)
-    if plan.training.world.rank or not (plan.budgets or tried) or not plan.training.average.denoiser.draws:
+    """Samplers of the average for few calls, on rank 0; a model that cannot be sampled is left without."""
+    wanted = plan.budgets or plan.config["evaluate_at_end"]
+    if plan.training.world.rank or not wanted or not plan.training.average.denoiser.draws:
         return
     run = loading.load_run(plan.folder, allow=plan.allow, device=plan.config["device"])
-    shape = run.dataset.event_shape
-    samples = samples_for(shape)
-    cond = in_turn(run.dataset, samples, run.conditional)
+    cond = in_turn(run.dataset, samples_for(run.event_shape), run.conditional)
     model = Model(run.digest, "ema", None, None, sorted(named(cond)))
     try:
-        try_all(plan.folder, model, run.denoiser, shape, tried, cond=cond)
-        fit_all(plan.folder, model, run.denoiser, shape, plan.budgets, cond=cond, samples=samples, seed=0, calls=1200)
+        fit_or_try(plan.folder, model, run.denoiser, run.event_shape, plan.budgets, cond=cond)
     except SolverError as error:
         plan.say(f"No sampler was fitted: {error}")
 

@@ -11,6 +11,7 @@ import torch
 from commands import PLAIN, TINY, Done, command
 from together import together
 
+import scoresde.cli.fit
 import scoresde.cli.train
 from scoresde import Rng, default_sampler, load
 from scoresde.diffusion.denoiser import CountingDenoiser
@@ -55,7 +56,8 @@ def test_a_fit_stands_beside_the_others_and_in_place_of_itself(folder: Path) -> 
 def trained(folder: Path) -> Done:
     """One of several processes; the fit is quick because samples and calls of the recipe are cut."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(scoresde.cli.train, "samples_for", lambda shape: 16)
+        for module in (scoresde.cli.train, scoresde.cli.fit):
+            patch.setattr(module, "samples_for", lambda shape: 16)
         options = (*TINY, *PLAIN, "evaluate_at_end=false", "trainer.images=128", "fit=[3]", "out=run")
         return command("train", *options, cwd=folder)
 
