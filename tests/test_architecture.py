@@ -57,6 +57,7 @@ DOORS = {
     "torchdiffeq": ("ode",),
     "torchsde": ("sampling.torch_sde",),
     "scipy": ("ode", "metrics", "losses.coupling", "sampling.fit", "data.hdf5", "data.sound", "evaluate.sound"),
+    "datasets": ("data.arrow",),
     "h5py": ("data.hdf5",),
 }
 

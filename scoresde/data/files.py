@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..codecs import Codec, Scaling
-from . import hdf5
+from . import arrow, hdf5
 from .dataset import Dataset, Split, check_samples, count_classes, given, hold_out
 from .npy import stored
 from .rows import Rows, checked, extent
@@ -61,7 +61,7 @@ def Arrays(
     is checked. Values that use less than half of the declared range, all at one end, are refused.
 
     Args:
-        path: .npy, .npz, .h5, .hdf5 or .nc file.
+        path: .npy, .npz, .h5, .hdf5, .nc or .arrow file, or a folder of save_to_disk of the package datasets.
         key: array of the file to read, in HDF5 its path inside; None if it holds a single one, or for .npy.
         label_key: array of the file with class indices (N,), integers ≥ 0; None for none.
         cond_keys: arrays of the file with other conditions, by their names: {"vector": key, "image": key, "tokens":
@@ -81,7 +81,7 @@ def Arrays(
         TypeError: values that are neither integers nor real floats.
         ValueError: a damaged file, an unknown key, or anything that `Dataset` refuses.
     """
-    file = existing(path)
+    file = existing(path, folder=arrow.is_arrow(Path(path)) and Path(path).is_dir())
     keys = dict(cond_keys or {}) | ({} if label_key is None else {"label": label_key})
     axes = Axes(channels_last, add_channel, signals or codec is not None)
     read = partial(_read_split, key=key, keys=keys, axes=axes, lazy=lazy)
@@ -92,7 +92,7 @@ def Arrays(
     if test_path is None:
         train, test = hold_out(train, test_fraction, seed)
     else:
-        other = existing(test_path)
+        other = existing(test_path, folder=file.is_dir())
         test, found = read(other)
         checked(scaling.check, test.raw, f"{other}: raw")
         _check_names(names, found, other)
@@ -159,6 +159,8 @@ def _load(
     path: Path, key: str | None, keys: dict[str, str], arrange: Callable[[np.ndarray], Tensor], lazy: bool | None
 ) -> tuple[Tensor | Rows, dict[str, np.ndarray]]:
     """The samples, and by name what has a key beside them; of a file of `scoresde-pack` all without a key."""
+    if arrow.is_arrow(path):
+        return arrow.read_arrow(path, key, keys, arrange)
     if path.suffix in hdf5.SUFFIXES:
         values, others = hdf5.read_hdf5(path, key, keys)
         return arrange(values), others

@@ -129,7 +129,7 @@ class Stored(Rows):
         arrange: Callable[[np.ndarray], Tensor] = torch.from_numpy,
     ):
         self.path, self.offset, self.stored, self.kind, self.arrange = path, offset, shape, dtype, arrange
-        self._file, self._stamp = _Open(), _stamp(os.stat(path))
+        self._file, self._stamp = _Open(), stamp(os.stat(path))
         first = arrange(self._values(np.zeros(1, np.int64)))
         super().__init__((shape[0], *first.shape[1:]), first.dtype)
 
@@ -153,7 +153,7 @@ class Stored(Rows):
                 if not got:
                     raise self._changed("shorter")
                 done += got
-        if _stamp(os.fstat(number)) != self._stamp:  # after reading, so that nothing else was read
+        if stamp(os.fstat(number)) != self._stamp:  # after reading, so that nothing else was read
             raise self._changed("another")
         return values
 
@@ -186,7 +186,8 @@ class _Open:
             os.close(self._number)
 
 
-def _stamp(status: os.stat_result) -> tuple[int, int, int, int]:
+def stamp(status: os.stat_result) -> tuple[int, int, int, int]:
+    """What a file has that is another once it changed: device, inode, bytes, time."""
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 

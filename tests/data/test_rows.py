@@ -195,3 +195,27 @@ def test_pictures_that_stay_in_their_files_are_those_in_memory(tmp_path: Path) -
     Image.fromarray(VALUES[0, 1:]).save(tmp_path / "in" / "b" / "19.png")
     with pytest.raises(DataLost, match=r"19\.png: expected 4 × 5 pixels"):
         ImageFolder(folder, lazy=True).train.raw[:]
+
+
+def test_a_data_set_of_arrow_files_is_that_in_memory(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    features = datasets.Features(
+        image=datasets.Array3D((5, 4, 3), "uint8"), kind=datasets.ClassLabel(names=["a", "b", "c", "d"])
+    )
+    content = datasets.Dataset.from_dict({"image": VALUES, "kind": LABELS}, features=features)
+    content.save_to_disk(tmp_path / "folder")
+    (file,) = (tmp_path / "folder").glob("*.arrow")
+    keys = {"label_key": "kind", "channels_last": True}
+    here = Arrays(save(tmp_path / "x.npz", VALUES, y=LABELS), "x", "y", channels_last=True)
+    for path in (tmp_path / "folder", file):
+        data = Arrays(str(path), **keys)
+        assert data.class_names == ("a", "b", "c", "d")
+        for one, other in ((data.train, here.train), (data.test, here.test)):
+            assert isinstance(one.raw, Rows) and torch.equal(one.raw[:], other.raw[:])
+            assert one.labels is not None and other.labels is not None and torch.equal(one.labels, other.labels)
+    again = pickle.loads(pickle.dumps(data.train.raw))
+    os.truncate(file, 1000)
+    with pytest.raises(DataLost, match="it has changed since"):
+        again[:]
+    with pytest.raises(ValueError, match=r"\.arrow: expected a data set of the package datasets, found a damaged"):
+        Arrays(str(file), **keys)
