@@ -132,8 +132,8 @@ def draw_samples(made: Tensor, real: Tensor, dataset: Dataset, path: Path, *, sa
 
 def real_beside(cond: Cond, dataset: Dataset, n: int) -> Tensor:
     """At most n held-out samples, as model data: those with a condition of `cond` if there are any."""
-    real = dataset.test.raw[alike(cond, dataset)]
-    return dataset.encode(real[evenly_spaced(len(real), min(n, len(real)))])
+    real = alike(cond, dataset).nonzero()[:, 0]
+    return dataset.encode(dataset.test.raw[real[evenly_spaced(len(real), min(n, len(real)))]])
 
 
 def distances_of(made: Mapping[str, Tensor], dataset: Dataset) -> dict[str, dict[str, Score]]:
@@ -141,8 +141,10 @@ def distances_of(made: Mapping[str, Tensor], dataset: Dataset) -> dict[str, dict
     enough; of other events there is none.
     """
     found: dict[str, dict[str, Score]] = {name: {} for name in made}
+    if len(dataset.raw_shape) > 1:
+        return found
     real = few(dataset.test.raw).float()
-    for name, x in made.items() if len(dataset.raw_shape) == 1 else ():
+    for name, x in made.items():
         raw = dataset.decode(x).float()
         if min(len(raw), len(real)) >= 2 * GROUPS:
             found[name] = score(sliced_score, "sliced-W2", raw, real, real)
