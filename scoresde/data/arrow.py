@@ -55,16 +55,16 @@ class ArrowRows(Rows):
     before each batch and after it.
     """
 
-    costly = True
-
     def __init__(self, path: Path, content: Any, column: str, arrange: Callable[[np.ndarray], Tensor]):
         self.path, self.content, self.column = path, content.with_format("numpy", columns=[column]), column
         self.arrange, self.files = arrange, [entry["filename"] for entry in content.cache_files]
+        self.kind = _kind(content.features[column])
         self._stamps = [stamp(os.stat(file)) for file in self.files]
         if not len(content):
             raise misfit(path, "at least one sample", "none")
         first = self._values([0])
         super().__init__((len(content), *first.shape[1:]), first.dtype)
+        self.costly = self.kind is None  # pictures
 
     def read(self, index: Tensor) -> Tensor:
         self._check()
@@ -84,9 +84,21 @@ class ArrowRows(Rows):
         return (str(number) for _, _, number, _ in self._stamps)
 
     def _values(self, index: list[int]) -> Tensor:
-        return self.arrange(np.asarray(self.content[index][self.column]))
+        values = np.asarray(self.content[index][self.column])
+        # the package makes integers int64
+        return self.arrange(values if self.kind is None or values.dtype.kind == "O" else values.astype(self.kind))
 
     def _check(self) -> None:
         for file, before in zip(self.files, self._stamps, strict=True):
             if not os.path.exists(file) or stamp(os.stat(file)) != before:
                 raise DataLost(f"{file}: expected the file that was opened, found another one: it has changed since.")
+
+
+def _kind(feature: Any) -> np.dtype | None:
+    """The type of the numbers of a column; None for pictures, and for what is no number."""
+    while (inner := getattr(feature, "feature", None)) is not None:
+        feature = inner
+    try:
+        return np.dtype(getattr(feature, "dtype", "object"))
+    except TypeError:
+        return None

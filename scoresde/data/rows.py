@@ -248,8 +248,8 @@ def checked(check: Callable[[Tensor, str], None], raw: Tensor | Rows, name: str)
 
 
 def extent(raw: Tensor | Rows) -> tuple[float | int, float | int]:
-    """The least and the greatest value; NaN if there is one."""
-    ends = torch.stack([torch.stack(tuple(part.aminmax())) for part in chunks(raw)])
+    """The least and the greatest value, NaN if there is one; of the samples of a digest where it is of some."""
+    ends = torch.stack([torch.stack(tuple(part.aminmax())) for part in spots(raw) or chunks(raw)])
     return ends[:, 0].min().item(), ends[:, 1].max().item()
 
 
