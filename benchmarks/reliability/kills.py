@@ -114,7 +114,7 @@ def enumerated(policy: dict[str, Any], full: bool, scratch: Path) -> tuple[Kille
 def at_random(count: int, scratch: Path, workers: int | None = None) -> Killed:
     """Kills at times drawn evenly from the whole run; with workers the samples lie in a file."""
     # with workers longer, or most kills would come while they start
-    reference = Job(str(scratch / "reference"), STEPS if workers is None else 40 * STEPS, EVERY, workers=workers)
+    reference = Job(str(scratch / "reference"), STEPS if workers is None else 8 * STEPS, EVERY, workers=workers)
     seconds = nursery().run(reference).seconds
     if workers is not None:  # of all runs the bits are those from memory
         reference = reference.but(folder=str(scratch / "memory"), workers=None)
