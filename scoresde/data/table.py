@@ -66,10 +66,10 @@ def Table(
         train, test = hold_out(train, test_fraction, seed)
     else:
         _, test, values = _read(existing(test_path), chosen._replace(columns=names), delimiter, values)
+    whole = _integers(torch.cat([train.raw[:], test.raw[:]]), names, integers, file)
     train, validation = _kept(train, validation_fraction, seed)
     raw = train.raw[:]
     _check_varying(raw, names, file)
-    whole = _integers(raw, names, integers, file)
     facts: dict[str, Any] = {"class_names": values, "files": (str(path), str(test_path or path)), "columns": names}
     facts |= {"validation": validation, "notes": _notes(names, whole)}
     own = Standardise.of(raw, columns=names, integers=whole)

@@ -70,6 +70,14 @@ def test_columns_are_standardised_and_few_integers_dequantised(tmp_path: Path) -
     assert both.codec.integers == (3,)  # type: ignore[attr-defined]
 
 
+def test_a_fraction_in_any_row_makes_a_column_continuous(tmp_path: Path) -> None:
+    """Also where chance, or the order of the file, puts it among the rows that are held out."""
+    half = FRAME.assign(rooms=FRAME["rooms"] + 0.5)
+    half.iloc[:3].to_csv(tmp_path / "test.csv", index=False)
+    train, other = stored(tmp_path / "t.csv"), str(tmp_path / "test.csv")
+    assert Table(train, columns=["mass", "rooms"], test_path=other).codec.integers == ()  # type: ignore[attr-defined]
+
+
 def test_labels_keep_their_names_numbers_by_size(tmp_path: Path) -> None:
     for name in ("t.csv", "t.parquet"):
         path = stored(tmp_path / name)
