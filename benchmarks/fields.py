@@ -2,7 +2,7 @@
 
     python benchmarks/fields.py runs/burgers runs/darcy
 
-The runs are those of `scoresde-train data=arrays` in results/fields/fields.md.
+The runs are those of `scoresde-train data=arrays` in results/fields/README.md.
 """
 
 from __future__ import annotations
