@@ -40,8 +40,6 @@ def main(folders: list[str]) -> None:
         guesses = [train.raw.mean(0).expand_as(test.raw), train.raw[nearest], drawn[:, 0], drawn.mean(1)]
         deviation = float(train.raw.std())
         rows.append([f"{run.dataset.name}, deviation {deviation:.3f}", *(error(guess, test.raw) for guess in guesses)])
-        print(rows[-1], flush=True)
-
     print(report.table(rows))
 
 

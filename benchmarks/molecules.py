@@ -169,8 +169,8 @@ def measure(folder: Path, source: Path, count: int) -> None:
     # the same split of the frames' numbers
     numbered = hold_out(Split(torch.arange(len(recorded))[:, None]), 0.1, 0)[1].raw[:, 0]
     HERE.mkdir(parents=True, exist_ok=True)
-    parts = [f"`python benchmarks/molecules.py measure runs/ethanol ethanol.npz --samples {count}`, step {run.step}, of "
-             f"{sum(p.numel() for p in run.denoiser.parameters()):,} parameters; 200 held-out frames."]  # fmt: skip
+    parts = [f"`python benchmarks/molecules.py measure runs/ethanol ethanol.npz --samples {count}`, step {run.step}, "
+             f"of {sum(p.numel() for p in run.denoiser.parameters()):,} parameters; 200 held-out frames."]  # fmt: skip
     parts += ["## Score against forces, held-out frames", forces(run, data.test.raw, recorded[numbered].float())]
     parts += [
         "The same on 200 training frames:",
