@@ -30,7 +30,7 @@ from ..runs import folder as folders
 from ..runs import load as loading
 from ..runs import lock
 from ..runs.checkpoint import Checkpoint, load
-from ..runs.kept import keep
+from ..runs.kept import coded, keep, under_kept_codec
 from ..runs.logger import JsonlLogger, Logger, NullLogger, RunFacts, identity, read_rows
 from ..runs.progress import doing
 from ..runs.redact import redacted
@@ -114,6 +114,7 @@ def run(cfg: DictConfig) -> dict[str, float]:
             world.leader(lambda: stack.enter_context(lock.hold(plan.folder)))
             checkpoint = find(plan, command.options["resume"], command.options["overwrite"])
             if checkpoint is not None:
+                plan.training.dataset = under_kept_codec(plan.training.dataset, plan.folder, plan.allow)
                 plan.training.restore(checkpoint)
                 plan.say(f"Resuming {plan.folder} at step {checkpoint.step}.")
         with folders.blamed(plan.folder, lambda: plan.training.step) if world.rank == 0 else contextlib.nullcontext():
@@ -178,7 +179,7 @@ def assemble(command: Command, world: World) -> Plan:
     trainer, samplers = command.build("trainer"), command.samplers()
     torch.manual_seed(seed)  # initial weights and dropout; everything else takes an Rng
     with doing("reading the data"):
-        dataset = command.build("data")
+        dataset = coded(command.build("data"), config, command.allow)
         dataset.statistics  # noqa: B018  # looks at all samples, once; here a signal may break it off
     denoiser = loading.build_denoiser(config, dataset, command.allow).to(device)
     start = loading.prepare(denoiser, dataset, seed)

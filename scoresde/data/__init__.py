@@ -9,6 +9,7 @@ from .idx import Idx
 from .loader import Loader
 from .molecules import Molecules
 from .order import EpochOrder
+from .recode import centred, patched, standardised
 from .sigma_max import suggest_sigma_max
 from .sound import SoundFolder
 from .table import Table
@@ -18,5 +19,5 @@ from .video import VideoFolder
 __all__ = [
     "Arrays", "Augmentation", "Checkerboard", "Dataset", "Digits", "EightGaussians", "EpochOrder", "Idx", "ImageFolder",
     "Loader", "Molecules", "Moons", "Pinwheel", "SoundFolder", "Split", "SwissRoll", "Table", "Toy", "VideoFolder",
-    "suggest_sigma_max", "toy_dataset",
+    "centred", "patched", "standardised", "suggest_sigma_max", "toy_dataset",
 ]  # fmt: skip

@@ -229,7 +229,8 @@ def _scatter(sets: Sequence[tuple[str, Tensor]], path: Path, *, shared: bool = F
         flat = points.flatten(1).cpu().float().numpy()
         if flat.shape[1] > 1:
             axes.scatter(flat[:, 0], flat[:, 1], s=2)
-            axes.set_aspect("equal")
+            spans = np.ptp(flat[:, :2], axis=0)
+            axes.set_aspect("equal" if spans.max() < 20 * spans.min() else "auto")  # columns may have other units
             axes.set(xlabel="x₁", ylabel="x₂")
         else:
             axes.hist(flat[:, 0], bins=50)

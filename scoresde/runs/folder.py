@@ -26,7 +26,7 @@ _FILES = (
 # Keys that define a run: a checkpoint made with another value belongs to another run.
 _IDENTITY = (
     "seed", "conditional", "sigma_data", "sde", "network", "parameterization", "denoiser", "loss", "data", "optim",
-    "ema", "augment",
+    "ema", "augment", "codec",
     "trainer.batch_size", "trainer.accumulate", "trainer.warmup", "trainer.clip", "trainer.loss_scale",
 )  # fmt: skip
 _ANSWERS = ("data.signals", "data.grey")  # to questions about the data, which change none that an older version read

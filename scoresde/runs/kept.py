@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,26 @@ def keep(folder: Path, dataset: Dataset, *, resumed: bool = False) -> None:
     """
     if not (resumed and (folder / FILE).exists()):
         bundle.write(folder / FILE, *packed(excerpt(dataset)))
+
+
+def coded(dataset: Dataset, config: Mapping[str, Any], allow: Sequence[str]) -> Dataset:
+    """The data set under the codec that a configuration asks for, fitted to its training samples; or under its own.
+
+    Raises:
+        ConfigError: it cannot be built, or does not suit the data.
+    """
+    node = config.get("codec")
+    return build({**node, "_convert_": "all"}, allow, dataset, key="codec") if node else dataset
+
+
+def under_kept_codec(dataset: Dataset, folder: Path, allow: Sequence[str]) -> Dataset:
+    """The data set under the codec that a run folder keeps, whatever another version would fit.
+
+    Raises:
+        CheckpointError: the file is damaged.
+    """
+    kept = recall(folder, allow)
+    return dataset if kept is None or kept.codec == dataset.codec else replace(dataset, codec=kept.codec)
 
 
 def recall(folder: Path, allow: Sequence[str] = ()) -> Dataset | None:
@@ -61,6 +82,8 @@ def read_data(
         CheckpointError: they cannot be read, or are not those that it was trained on.
     """
     node = config["data"]
+    if known is None and config.get("codec"):
+        raise CheckpointError(f"{folder / FILE} is gone, which kept the codec that was fitted to the data of this run.")
     try:
         # of an older version, which did not ask what samples (A, B) are
         unsaid = leaves_open(node, "signals", allow, key="data") and not node.get("add_channel")

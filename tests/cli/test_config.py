@@ -39,8 +39,9 @@ from scoresde import (
 )
 from scoresde.cli._hydra import read
 from scoresde.cli.train import assemble
+from scoresde.codecs import Scaling
 from scoresde.config import ConfigError, build, build_network, config_dir, parameters, targets
-from scoresde.data import Augmentation, Dataset
+from scoresde.data import Augmentation, Dataset, Split
 from scoresde.diffusion.parameterization import Parameterization
 from scoresde.evaluate import Features
 from scoresde.evaluate.edits import Edit
@@ -54,12 +55,18 @@ from scoresde.train.trainer import Trainer
 from scoresde.train.world import Alone
 
 CONF = Path(config_dir())
+EMPTY = (
+    "problem/none.yaml",
+    "edit/none.yaml",
+    "augment/none.yaml",
+    "codec/own.yaml",
+    "grid/own.yaml",
+)  # nothing in them
 OPTIONS = sorted(
     (path.parent.name, path.stem)
     for path in CONF.glob("*/*.yaml")
     if path.parent.name not in ("experiment", "metrics", "features")  # the last two are built in a test of their own
-    and str(path.relative_to(CONF))
-    not in ("problem/none.yaml", "edit/none.yaml", "augment/none.yaml", "grid/own.yaml")  # nothing in them
+    and str(path.relative_to(CONF)) not in EMPTY
 )
 EXPERIMENTS = sorted(path.stem for path in CONF.glob("experiment/*.yaml"))
 
@@ -111,6 +118,7 @@ GROUPS: dict[str, tuple[Any, Callable[[], dict[str, Any]]]] = {
     "sampler": (Sampler, dict),
     "data": (Dataset, dict),
     "augment": (Augmentation, dict),
+    "codec": (Dataset, dict),
     "optim": (torch.optim.Optimizer, lambda: {"params": [nn.Parameter(torch.zeros(2))]}),
     "ema": (Average, lambda: {"module": nn.Linear(2, 2)}),
     "logger": (Logger, dict),
@@ -126,6 +134,13 @@ GROUPS: dict[str, tuple[Any, Callable[[], dict[str, Any]]]] = {
     "edit": (Edit, dict),
 }
 OF_SAMPLES = ("guidance", "posterior", "problem", "edit")  # groups that scoresde-train has not
+
+
+def points_of(n: int) -> Dataset:
+    """Samples that any codec takes: signals of channels, and points with their centre at 0."""
+    raw = torch.randn(40, n, 8, generator=torch.Generator().manual_seed(0))
+    split = Split(raw - raw.mean(1, keepdim=True))
+    return Dataset("points", split, split, Scaling.identity())
 
 
 def wanted(node: Any, facts: dict[str, Any]) -> dict[str, Any]:
@@ -197,7 +212,8 @@ def test_every_option_builds(group: str, option: str, tmp_path: Path) -> None:
     facts = wanted(cfg[group], runtime())
     if option == "egnn":
         facts["event_shape"] = (8, 3)
-    built = build(cfg[group], **facts)
+    data = [points_of(3)] if group == "codec" else []
+    built = build(cfg[group], (), *data, **facts)
     assert isinstance(built, kind)
     if group == "grid":
         times = built(VPSDE(), 5)
