@@ -54,11 +54,12 @@ def Arrays(
     seed: int = 0,
     codec: Codec | None = None,
     lazy: bool | None = None,
+    offset: int | None = None,
 ) -> Dataset:
     """Samples (N, *event) of a file of NumPy, HDF5 or NetCDF. Nothing is unpickled.
 
-    Integers are read as levels 0 … levels − 1 and dequantised; floats are kept as float32 and need their range, which
-    is checked. Values that use less than half of the declared range, all at one end, are refused.
+    Integers are read as offset … offset + levels − 1 and dequantised; floats are kept as float32 and need their range,
+    which is checked. Values that use less than half of the declared range, all at one end, are refused.
 
     Args:
         path: .npy, .npz, .h5, .hdf5, .nc or .arrow file, or a folder of save_to_disk of the package datasets.
@@ -67,7 +68,7 @@ def Arrays(
         cond_keys: arrays of the file with other conditions, by their names: {"vector": key, "image": key, "tokens":
             key}, floats as in `Split.conditions`, or bools, which become 0 and 1.
         test_path: file of the test split, read with the same keys; None holds out `test_fraction` instead.
-        levels: number of integer values; None means 256 for uint8, and is refused for other integers.
+        levels, offset: number of integer values (None means 256 for uint8 alone), and the least of them (None is 0).
         raw_low, raw_high: range of floats.
         channels_last: samples are stored (…, C) and become (C, …).
         signals: samples (A, B), which may be pictures without a channel axis, are signals of A channels.
@@ -77,9 +78,8 @@ def Arrays(
         lazy: samples stay in the file, .npy or uncompressed .npz, and are read batch by batch; None: above 1 GiB.
 
     Raises:
-        FileNotFoundError: a file is missing.
-        TypeError: values that are neither integers nor real floats.
-        ValueError: a damaged file, an unknown key, or anything that `Dataset` refuses.
+        FileNotFoundError, TypeError, ValueError: a file is missing or damaged, values are neither integers nor real
+            floats, a key is unknown, or `Dataset` refuses it.
     """
     file = existing(path, folder=arrow.is_arrow(Path(path)) and Path(path).is_dir())
     keys = dict(cond_keys or {}) | ({} if label_key is None else {"label": label_key})
@@ -88,7 +88,7 @@ def Arrays(
     train, names = read(file)
     if codec is not None:
         return given(file.name, train, codec, names)
-    scaling = _scaling(train.raw, levels, raw_low, raw_high, file)
+    scaling = _scaling(train.raw, levels, offset, raw_low, raw_high, file)
     if test_path is None:
         train, test = hold_out(train, test_fraction, seed)
     else:
@@ -254,16 +254,21 @@ def _ask(event: tuple[int, ...], path: Path) -> None:
 
 
 def _scaling(
-    raw: Tensor | Rows, levels: int | None, raw_low: float | None, raw_high: float | None, path: Path
+    raw: Tensor | Rows,
+    levels: int | None,
+    offset: int | None,
+    raw_low: float | None,
+    raw_high: float | None,
+    path: Path,
 ) -> Scaling:
     low, high = extent(raw)
     found = f"{low:.7g} … {high:.7g}"
     if raw.dtype.is_floating_point:
         checked(Scaling.identity().check, raw, f"{path}: raw")  # NaN has no range
-        if levels is not None:
+        if levels is not None or offset is not None:
             raise TypeError(
-                f"{path}: levels={levels} is for integers, found {raw.dtype} in {found}. Store the integers "
-                "themselves, or give raw_low and raw_high."
+                f"{path}: levels={levels}, offset={offset} are for integers, found {raw.dtype} in {found}. Store the "
+                "integers themselves, or give raw_low and raw_high."
             )
         if raw_low is None or raw_high is None:
             raise ValueError(f"{path}: floats need their range: give raw_low and raw_high. Found {found}.")
@@ -272,15 +277,14 @@ def _scaling(
         if raw_low is not None or raw_high is not None:
             raise ValueError(f"{path}: raw_low and raw_high are for floats; integers take levels=…. Found {raw.dtype}.")
         if levels is None and raw.dtype != torch.uint8:
-            advice = (
-                "" if low >= 0 else f" They count from 0: store raw - ({low:g}) and set levels={high - low + 1:.0f}."
-            )
+            advice = f" Set offset={low} and levels={high - low + 1}." if low < 0 else ""
             raise ValueError(f"{path}: integers other than uint8 need levels=…. Found {found}.{advice}")
         levels = 256 if levels is None else levels
-        scaling, raw_low, raw_high = Scaling(levels=levels), 0, levels - 1
+        scaling = Scaling(levels=levels, offset=offset or 0)
+        raw_low, raw_high = scaling.offset, scaling.offset + levels - 1
     checked(scaling.check, raw, f"{path}: raw")
     if not low < (raw_low + raw_high) / 2 < high:
-        option = "raw_low, raw_high" if raw.dtype.is_floating_point else "levels"
+        option = "raw_low, raw_high" if raw.dtype.is_floating_point else "offset, levels"
         raise ValueError(
             f"{path}: values span {found}, one half of the declared {raw_low:g} … {raw_high:g}. Declare the range that "
             f"the data use ({option})."

@@ -29,7 +29,8 @@ _IDENTITY = (
     "ema", "augment", "codec",
     "trainer.batch_size", "trainer.accumulate", "trainer.warmup", "trainer.clip", "trainer.loss_scale",
 )  # fmt: skip
-_ANSWERS = ("data.signals", "data.grey")  # to questions about the data, which change none that an older version read
+# What changes no sample that was read before: answers to questions about the data, and where they are kept.
+_ANSWERS = ("data.signals", "data.grey", "data.lazy")
 
 
 def prepare(folder: Path, config: Mapping[str, Any], *, resume: str | bool, overwrite: bool) -> Checkpoint | None:

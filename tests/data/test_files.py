@@ -6,6 +6,7 @@ import gzip
 import io
 import logging
 import os
+import re
 import shutil
 import struct
 import zipfile
@@ -47,13 +48,13 @@ def test_signed_integers_are_told_how_to_be_read_and_that_works(tmp_path: Path) 
     for dtype in (np.int16, np.int32, ">i2"):
         path = save(tmp_path / "ct.npz", x=CT.astype(dtype))
         for keywords in ({}, {"levels": 4024}):
-            with pytest.raises(ValueError, match=r"raw - \(-10\d\d\).* set levels=(\d+)") as caught:
+            with pytest.raises(ValueError, match=r"[Ss]et offset=-10\d\d.* levels=\d+") as caught:
                 Arrays(path, **keywords)
-        levels = int(str(caught.value).split("levels=")[-1].split()[0])
-        assert levels == CT.max() - CT.min() + 1
-        data = Arrays(save(tmp_path / "shifted.npz", x=(CT - CT.min()).astype(dtype)), levels=levels)
-        assert int(data.train.raw.min()) >= 0 and torch.equal(
-            data.decode(data.encode(data.test.raw)), data.test.raw.int()
+        offset, levels = map(int, re.findall(r"offset=(-\d+).* levels=(\d+)", str(caught.value))[0])
+        assert (offset, levels) == (CT.min(), CT.max() - CT.min() + 1)
+        data = Arrays(path, levels=levels, offset=offset)
+        assert int(data.train.raw.min()) < 0 and torch.equal(
+            data.decode(data.encode(data.test.raw)).long(), data.test.raw.long()
         )
 
 
