@@ -43,7 +43,7 @@ def visit(case: Case, world: World, part: int, folder: Path) -> list[tuple[int, 
     """(epoch, this process's own indices) of the passes before the interruption (part 0) or after it (1)."""
     run = training(world, samples=SAMPLES, batch=BATCH, drop_last=case.drop_last)
     # of another seed, so that only what is restored can be right
-    run.order = Watched(SAMPLES, BATCH, 0, case.drop_last)
+    run.order = run.loader.order = Watched(SAMPLES, BATCH, 0, case.drop_last)
     run.order.seen = []
     images, steps = BATCH * case.accumulate, EPOCHS * (SAMPLES // BATCH + (not case.drop_last)) // case.accumulate
     if part and (checkpoint := latest(folder)) is not None:

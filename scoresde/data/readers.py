@@ -37,13 +37,14 @@ def is_picture(path: str | Path) -> bool:
     return Path(path).suffix != ".npy"
 
 
-def read_sample(path: str, shape: Sequence[int], what: str) -> Tensor:
+def read_sample(path: str, shape: Sequence[int], what: str, *, deep: bool = False) -> Tensor:
     """The values of one array of numbers or of one picture, float32 of `shape`.
 
     Args:
         path: the file, see `is_picture`.
         shape: expected; axes of size 1 in front may be left out or added.
         what: name of what is expected, for the messages.
+        deep: values of a picture are of 16 bits, and one of 8 bits is brought there; else it has to have 8 bits.
 
     Raises:
         FileNotFoundError: no such file.
@@ -51,13 +52,14 @@ def read_sample(path: str, shape: Sequence[int], what: str) -> Tensor:
     """
     file, shape = existing(path), tuple(shape)
     if is_picture(file):
-        return _pixels(file, shape, what).float()
-    values = read_array(file)
-    if values.shape == (1, *shape) or (shape[0] == 1 and values.shape == shape[1:]):
-        values = values.reshape(shape)
-    if values.shape != shape:
-        raise misfit(file, f"{what} of shape {shape}", values.shape)
-    return torch.from_numpy(values.astype(np.float32))
+        values = _pixels(file, shape, what, deep=deep)
+        return 256 * values.float() + 127.5 if deep and values.dtype == torch.uint8 else values.float()
+    array = read_array(file)
+    if array.shape == (1, *shape) or (shape[0] == 1 and array.shape == shape[1:]):
+        array = array.reshape(shape)
+    if array.shape != shape:
+        raise misfit(file, f"{what} of shape {shape}", array.shape)
+    return torch.from_numpy(array.astype(np.float32))
 
 
 def mask_in_file(path: str, event: Sequence[int]) -> Tensor:
@@ -73,7 +75,7 @@ def mask_in_file(path: str, event: Sequence[int]) -> Tensor:
     """
     file, event, channel = existing(path), tuple(event), (1, *event[1:])
     if is_picture(file):
-        values = _pixels(file, channel if len(event) == 3 else event, "a mask", " as the samples have")
+        values = _pixels(file, channel if len(event) == 3 else event, "a mask", " as the samples have", deep=True)
     else:
         values = torch.from_numpy(read_array(file).astype(np.float32))
         if not values.ndim or tuple(values.shape) not in {event, channel[1:], channel}:
@@ -107,11 +109,11 @@ def hole(words: str, event: Sequence[int]) -> Tensor:
     return seen
 
 
-def _pixels(file: Path, shape: tuple[int, ...], what: str, why: str = "") -> Tensor:
-    """uint8 values of a picture of `shape`."""
+def _pixels(file: Path, shape: tuple[int, ...], what: str, why: str = "", *, deep: bool = False) -> Tensor:
+    """Values of a picture of `shape`: uint8, or int32 if it has 16 bits, which only `deep` allows."""
     if len(shape) != 3 or shape[0] not in (1, 3):
         raise ValueError(f"{file}: expected {what} of shape {shape}, as .npy; no picture holds it.")
-    pixels = read_image(file, shape[0], deep=True)
+    pixels = read_image(file, shape[0], deep=deep)
     if tuple(pixels.shape) != shape:
         raise misfit(file, f"{what} of {shape[2]} × {shape[1]} pixels{why}", in_pixels(pixels))
     return pixels

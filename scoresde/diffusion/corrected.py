@@ -60,10 +60,13 @@ class Corrected(Preconditioned):
         if len(event_shape) != 1:
             raise ValueError(f"A mixture is of vectors, samples (D,); these have the shape {tuple(event_shape)}.")
         self.components, dims = whole(components, "components"), event_shape[0]
-        self.register_buffer("means", torch.zeros(self.components, dims))
-        self.register_buffer("variances", torch.ones(self.components, dims))
-        self.register_buffer("basis", torch.eye(dims).repeat(self.components, 1, 1))
-        self.register_buffer("log_weights", torch.full((self.components,), -math.log(self.components)))
+        # device=None: where the caller makes modules
+        means = torch.zeros((self.components, dims), dtype=torch.float32, device=None)
+        axes = torch.eye(dims, dtype=torch.float32, device=None)
+        self.register_buffer("means", means)
+        self.register_buffer("variances", torch.ones_like(means))
+        self.register_buffer("basis", axes.repeat(self.components, 1, 1))
+        self.register_buffer("log_weights", torch.full_like(means[:, 0], -math.log(self.components)))
 
     fits = 20_000
     means: Tensor

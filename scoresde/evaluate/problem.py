@@ -78,6 +78,7 @@ class Measurement:
 
     def __init__(self, dataset: Dataset, observation: Observation):
         self.dataset, self.observation = dataset, observation
+        self._deep = dataset.codec.levels == 1 << 16  # a picture of 16 bits holds their levels
         event = dataset.event_shape
         noise = Rng(0).normal((1, *event))
         observation.near(noise, observation.split({"y": observation(noise)})[0])  # refuses what is not linear
@@ -106,11 +107,11 @@ class Measurement:
         dataset = self.dataset
         if names_held_out(name):
             return dataset.encode(dataset.test.raw[held_out(name, len(dataset.test), "input")])[0]
-        values = read_sample(name, dataset.raw_shape, "a clean sample")
+        values = read_sample(name, dataset.raw_shape, "a clean sample", deep=self._deep)
         if dataset.codec.affine is None:
             return dataset.encode(values[None].to(dataset.codec.raw_dtype))[0]
         self._check_range(name, values)
-        slope, offset = affine(dataset.codec, is_picture(name))
+        slope, offset = affine(dataset.codec, is_picture(name) and not self._deep)
         return slope * values + offset
 
     def _simulated(self, x: Tensor, seed: int) -> Tensor:
@@ -124,7 +125,7 @@ class Measurement:
         """y from a file, in model coordinates: A of raw values v becomes A of slope · v + offset."""
         shape = tuple(self._unit.shape)
         try:
-            values = read_sample(name, shape, "what was measured")
+            values = read_sample(name, shape, "what was measured", deep=self._deep)
         except ValueError as error:
             if shape == self.dataset.event_shape:
                 raise
@@ -134,7 +135,7 @@ class Measurement:
         self._check_range(name, values[self.seen])
         if not self.observation.linear:
             return values  # there is no rule: taken to be of model data
-        slope, offset = affine(self.dataset.codec, is_picture(name))
+        slope, offset = affine(self.dataset.codec, is_picture(name) and not self._deep)
         return torch.where(self.seen, slope * values + offset * self._unit, 0)
 
     def _check_range(self, file: str, values: Tensor) -> None:

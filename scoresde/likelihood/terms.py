@@ -196,7 +196,9 @@ def hidden_bits(sde: SDE, bins: tuple[Tensor, Tensor] | None, t_min: float | Non
     """What the noise at t_min costs a density of dequantised integers, in bits/dim, at most: that of a value which is
     always the same, in the narrowest of the bins. Its density at t_min is uniform on a bin and smoothed by ς = σ/α.
     0 without bins."""
-    widths = torch.zeros(()) if bins is None else bins[1] - bins[0]
+    if bins is None:
+        return 0.0
+    widths = bins[1] - bins[0]
     if not bool((widths > 0).any()):
         return 0.0
     ratio = float((-0.5 * sde.log_snr(host(sde.cut_off(t_min, "likelihood")))).exp())

@@ -128,7 +128,7 @@ def test_a_run_ends_with_its_results_listed(finished: tuple[Path, tuple[str, ...
     assert files == {
         "config.yaml", "metrics.jsonl", "checkpoints", "wandb", "progress", "samples.png", "samples-heun.png",
         "trajectory.png", "trajectory-heun.png", "loss.png", "samples.npz", "summary.json", "summary.md",
-        "excerpt.safetensors",
+        "excerpt.safetensors", "samplers.json",
     }  # fmt: skip
     assert [p.name for p in sorted((folder / "progress").iterdir())] == ["step-00000005.png", "step-00000010.png"]
     assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["step-00000009", "step-00000010"]
@@ -329,7 +329,10 @@ def test_help_and_configuration_are_printed_and_nothing_is_written(tmp_path: Pat
     run = process("train", "--help", cwd=tmp_path)
     out, err = run.communicate()
     assert run.returncode == 0 and err == ""
-    assert "scoresde-train -m sde=vp,subvp,ve seed=0,1" in out and "sde: cosine, edm, flow, subvp, ve, vp" in out
+    assert (
+        "scoresde-train -m sde=vp,subvp,ve seed=0,1" in out
+        and "sde: cosine, ddpm, ddpm_cosine, edm, flow, subvp, table, ve, vp" in out
+    )
     wrong = process("train", "trainer.imges=5", cwd=tmp_path)
     out, err = wrong.communicate()
     assert (wrong.returncode, out) == (1, "")

@@ -41,7 +41,8 @@ def test_nothing_in_the_package_is_written_in_place() -> None:
     )
     root = Path(scoresde.__file__).parent
     found = {str(path.relative_to(root)) for path in root.rglob("*.py") if writes.search(path.read_text("utf-8"))}
-    assert found - ALLOWED - {"runs/logger.py", "sweep/curves.py"} == set()  # appends rows; draws into memory
+    assert found - ALLOWED - {"runs/logger.py", "sweep/curves.py", "data/pack.py"} == set()
+    # the last three append rows, draw into memory, and write the members of an archive that `replacing` holds
 
 
 def test_what_is_no_file_is_not_waited_for(tmp_path: Path) -> None:

@@ -198,7 +198,7 @@ def changing(folder: Path) -> tuple[list[float], list[float], list[list[int]], d
     expected = [loss for loss, _ in steps(plain, 150)]
     for part, kind in enumerate((Alone(), world, Alone())):
         run = training(kind, "ddp", small=True, batch=batch, seed=part)
-        run.order = Watched(SAMPLES, batch, 0)
+        run.order = run.loader.order = Watched(SAMPLES, batch, 0)
         if part and (checkpoint := latest(folder)) is not None:
             run.restore(checkpoint)
         assert run.step == 50 * part
