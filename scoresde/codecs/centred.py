@@ -48,7 +48,7 @@ class Centred(Codec):
     def of(cls, raw: Stored, *, slack: float = 1e-3, move: bool = False) -> Centred:
         """The codec whose model data have variance 1 on average over all entries, for points (M, N, d)."""
         unit, squares = cls(1.0, slack, move), 0.0
-        for part in torch.arange(len(raw)).split(4096):
+        for part in torch.arange(len(raw), device="cpu").split(4096):
             rows = raw[part]
             unit.check(rows)
             squares += float(unit.transform(rows.double()).square().mean((1, 2)).sum())

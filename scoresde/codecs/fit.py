@@ -71,11 +71,12 @@ def maps_of(
 
 def moments_of(raw: Stored, maps: Codec) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and deviation of each column of what `maps` make of raw; integers are uniform in their bins."""
-    count, total, squares, centre = 0, torch.zeros(()), torch.zeros(()), None
+    count, centre = 0, None
+    total = squares = none = torch.zeros((), dtype=torch.float64, device="cpu")
     for part in _parts(raw):
         x = _flat(maps.transform(part.double()))
         edges = maps.bins(part)
-        within = torch.zeros(()) if edges is None else _flat(edges[1] - edges[0]).square().sum(0) / 12
+        within = none if edges is None else _flat(edges[1] - edges[0]).square().sum(0) / 12
         centre = x.mean(0) if centre is None else centre
         count, total = count + len(x), total + (x - centre).sum(0)
         squares = squares + (x - centre).square().sum(0) + within
@@ -98,9 +99,9 @@ def _extent(raw: Stored, columns: tuple[str, ...]) -> tuple[Tensor, Tensor, Tens
 
 def _table(raw: Stored, column: int, knots: int) -> tuple[float, ...]:
     """Quantiles of one column at equal steps of the normal distribution, each above the one before."""
-    rows = torch.arange(min(len(raw), _SORTED)) * len(raw) // min(len(raw), _SORTED)
+    rows = torch.arange(min(len(raw), _SORTED), device="cpu") * len(raw) // min(len(raw), _SORTED)
     values = torch.cat([raw[part][:, column].double().flatten() for part in rows.split(1 << 16)])
-    scores = torch.linspace(-REACH, REACH, knots, dtype=torch.float64)
+    scores = torch.linspace(-REACH, REACH, knots, dtype=torch.float64, device="cpu")
     order = values[: 1 << 23].sort().values  # linear between order statistics, as torch.quantile, which has a limit
     at = torch.special.ndtr(scores) * (len(order) - 1)
     table = torch.lerp(order[at.long()], order[(at.long() + 1).clamp(max=len(order) - 1)], at.frac())
@@ -112,7 +113,7 @@ def _table(raw: Stored, column: int, knots: int) -> tuple[float, ...]:
 
 
 def _parts(raw: Stored) -> Iterator[Tensor]:
-    for rows in torch.arange(len(raw)).split(max(1, _VALUES // math.prod(raw.shape[1:]))):
+    for rows in torch.arange(len(raw), device="cpu").split(max(1, _VALUES // math.prod(raw.shape[1:]))):
         yield raw[rows]
 
 

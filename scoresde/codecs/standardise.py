@@ -239,11 +239,12 @@ class Standardise(Codec):
 
     def _spline(self, like: Tensor) -> Spline:
         tables = like.new_tensor([table for table in self.quantiles if table])
-        return Spline(tables, torch.linspace(-self.reach, self.reach, tables.shape[1]).to(tables))
+        ends = torch.linspace(-self.reach, self.reach, tables.shape[1], dtype=tables.dtype, device=tables.device)
+        return Spline(tables, ends)
 
     def _mask(self, like: Tensor) -> Tensor:
         """(D,) bool: the columns of integers."""
-        return torch.tensor([k in self.integers for k in range(len(self.mean))], device=like.device)
+        return torch.tensor([k in self.integers for k in range(len(self.mean))], dtype=torch.bool, device=like.device)
 
     @staticmethod
     def _row(numbers: Sequence[float | None], otherwise: float, like: Tensor) -> Tensor:

@@ -176,7 +176,7 @@ def _classes(file: Path, column: Column, known: tuple[str, ...] | None) -> tuple
         cure = "A label is a column of few values; choose another, or none."
         raise misfit(where, "classes with several rows each", f"{len(names):,} values in {n:,} rows", cure)
     number = {name: k for k, name in enumerate(names)}
-    return torch.tensor([number[text] for text in texts], dtype=torch.int64), names
+    return torch.tensor([number[text] for text in texts], dtype=torch.int64, device="cpu"), names
 
 
 def _is_integer(text: str) -> bool:

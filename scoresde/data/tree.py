@@ -87,7 +87,11 @@ def listed(folder: Path, suffixes: Collection[str], what: str, alike: Collection
         some = f"{', '.join(path.name for path in passed[:5])}{', …' if len(passed) > 5 else ''}"
         _log.warning("%s: %d files are passed over that are not read: %s. Convert them.", folder, len(passed), some)
     names = sorted(set(filter(None, classes)))
-    labels = torch.tensor([names.index(name) for name in classes if name], device="cpu") if names else None
+    labels = (
+        torch.tensor([names.index(name) for name in classes if name], dtype=torch.int64, device="cpu")
+        if names
+        else None
+    )
     return Tree(files, labels, tuple(names), held)
 
 

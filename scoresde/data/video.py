@@ -144,5 +144,5 @@ def _bounded(file: Path, width: int, height: int, count: int) -> None:
 
 def _luma(raw: Tensor) -> Tensor:
     """(N, 1, …) uint8 of colours (N, 3, …), as pillow computes it: exact where the three are equal."""
-    weights = torch.tensor([19595, 38470, 7471], device="cpu").reshape(3, *[1] * (raw.ndim - 2))
+    weights = torch.tensor([19595, 38470, 7471], dtype=torch.int64, device="cpu").reshape(3, *[1] * (raw.ndim - 2))
     return torch.stack([((one * weights).sum(0, keepdim=True) + 32768 >> 16).to(torch.uint8) for one in raw])

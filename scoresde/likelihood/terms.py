@@ -87,7 +87,10 @@ class Setting:
         self.rng = Rng(0) if rng is None else rng
         self.x = samples(x0 if scaling is None else scaling.encode(x0), "x0")  # integers at the centres of their bins
         self.edges: tuple[Tensor, Tensor] | None = None
-        self.open_edges, self.owned = self.edges, torch.tensor(True, device=self.x.device)  # owned by a bin
+        self.open_edges, self.owned = (
+            self.edges,
+            torch.tensor(True, dtype=torch.bool, device=self.x.device),
+        )  # owned by a bin
         self.half_bins, self.log_volume = self.x.new_zeros((), dtype=torch.float64), self.x.new_zeros(())
         if scaling is not None:
             self.log_volume = scaling.log_volume(x0, self.x)
