@@ -101,8 +101,7 @@ def fit_or_try(
         fit_all(folder, model, denoiser, shape, budgets, cond=cond, samples=samples_for(shape), seed=0, calls=1200)
         return
     for found in pilot(denoiser, shape, budgets=(5, 10, 20), cond=move(cond, model_device(denoiser))).values():
-        keep(folder, model, found)
-        print(f"Sampler of {found}", flush=True)
+        keep(folder, model, found)  # what was found is logged
 
 
 if __name__ == "__main__":

@@ -65,6 +65,7 @@ def maps_of(
         "low": tuple(low.get(k) for k in range(d)) if low else (),
         "high": tuple(high.get(k) for k in range(d)) if high else (),
         "columns": columns,
+        "seen": tuple((float(least[k]), float(most[k])) if k in kinds else None for k in range(d)) if kinds else (),
         "dtype": "float32" if raw.dtype.is_floating_point else str(raw.dtype).removeprefix("torch."),
     }
 

@@ -42,6 +42,8 @@ class Standardise(Codec):
             columns without. () for none.
         columns: D names, for messages; () for their numbers.
         dtype: of raw values, as "float32".
+        seen: D pairs, the least and the greatest training value of a column of integers, to which decoded ones are
+            clamped; others are not refused. None for columns without. () for none.
 
     Raises:
         ValueError: numbers that do not fit, a deviation that is not positive, or quantiles that do not increase.
@@ -57,13 +59,15 @@ class Standardise(Codec):
     high: tuple[float | None, ...] = ()
     columns: tuple[str, ...] = ()
     dtype: str = "float32"
+    seen: tuple[tuple[float, float] | None, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("mean", "std", "integers", "log", "low", "high", "columns"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         object.__setattr__(self, "quantiles", tuple(map(tuple, self.quantiles)))
+        object.__setattr__(self, "seen", tuple(pair and (pair[0], pair[1]) for pair in self.seen))
         d = len(self.mean)
-        for name in ("std", "log", "quantiles", "low", "high", "columns"):
+        for name in ("std", "log", "quantiles", "low", "high", "columns", "seen"):
             values = getattr(self, name)
             if len(values) != d and (values or name == "std"):
                 raise ValueError(f"Standardise: {name} is of {len(values)} columns, and mean of {d}.")
@@ -188,6 +192,9 @@ class Standardise(Codec):
             over, under = self._standard(near + 1)[0] <= given, self._standard(near)[0] > given
             raw = torch.where(self._mask(raw), near + over.double() - under.double(), raw)
         limits = (self._row(self.low, -_MOST, raw), self._row(self.high, _MOST, raw))
+        if self.seen:
+            least, most = (tuple(pair and pair[side] for pair in self.seen) for side in (0, 1))
+            raw = raw.clamp(self._row(least, -_MOST, raw), self._row(most, _MOST, raw))
         kind = torch.promote_types(x.dtype, torch.float32) if self.raw_dtype.is_floating_point else self.raw_dtype
         return raw.clamp(*limits).movedim(-1, 1).to(kind)
 

@@ -161,6 +161,8 @@ def _load(
     """The samples, and by name what has a key beside them; of a file of `scoresde-pack` all without a key."""
     if arrow.is_arrow(path):
         return arrow.read_arrow(path, key, keys, arrange)
+    if path.suffix.lower() in (".csv", ".parquet"):
+        raise misfit(path, "a .npy or .npz file", "a table", "data=table reads it, as experiment=table does.")
     if path.suffix in hdf5.SUFFIXES:
         values, others = hdf5.read_hdf5(path, key, keys)
         return arrange(values), others

@@ -221,7 +221,9 @@ def _joint(event_shape: tuple[int, ...], image: tuple[int, ...], width: int) -> 
 def _sides(event_shape: tuple[int, ...], levels: int) -> list[int]:
     """The longest side at every level; refuses shapes that cannot be halved levels − 1 times."""
     if not 2 <= len(event_shape) <= 4:
-        raise ValueError(f"event_shape is (C, L), (C, H, W) or (C, D, H, W); got {event_shape}.")
+        raise ValueError(
+            f"event_shape is (C, L), (C, H, W) or (C, D, H, W); got {event_shape}. Vectors take network=mlp."
+        )
     step = 2 ** (levels - 1)
     wrong = sorted({size for size in event_shape[1:] if size % step})
     if wrong:
