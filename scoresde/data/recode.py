@@ -31,17 +31,15 @@ def standardised(
         ValueError: as `Standardise.of`.
     """
     bounds = dict.fromkeys(range(dataset.raw_shape[0]), dataset.codec.raw_range) if dataset.codec.discrete else {}
-    sides = [
-        {k: ends[side] for k, ends in bounds.items() if ends} | dict(own or {}) for side, own in ((0, low), (1, high))
-    ]
+    lows, highs = ({k: ends[side] for k, ends in bounds.items() if ends} for side in (0, 1))
     codec = Standardise.of(
         dataset.train.raw,
         columns=dataset.columns,
         integers=integers,
         log=log,
         quantile=quantile,
-        low=sides[0] | dict(low or {}),
-        high=sides[1] | dict(high or {}),
+        low=lows | dict(low or {}),
+        high=highs | dict(high or {}),
         knots=knots,
     )
     return replace(dataset, codec=codec)
