@@ -33,7 +33,7 @@ from faults import Faults  # noqa: E402
 from scoresde import VESDE, VPSDE, DenoisingLoss, Eps, Preconditioned, Rng  # noqa: E402
 from scoresde.codecs import Scaling  # noqa: E402
 from scoresde.data import Dataset, EpochOrder, Split  # noqa: E402
-from scoresde.data.npy import stored  # noqa: E402
+from scoresde.data.readers.npy import stored  # noqa: E402
 from scoresde.nn import MLP, UNet  # noqa: E402
 from scoresde.runs import lock  # noqa: E402
 from scoresde.runs.checkpoint import CheckpointError, latest, load  # noqa: E402

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from ..config import ConfigError
+from ..data.by_name import names_held_out
 from ..data.kinds import NAMES, Kind, in_turn, turns_in_words
-from ..data.readers import names_held_out
 from ..diffusion.conditions import Cond, unnamed
 from ..evaluate.edits import Edited
 from ..evaluate.problem import Problem

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from .. import __version__
 from ..checks import whole
-from ..data.pack import pack
-from ..data.source import existing
+from ..data.readers.pack import pack
+from ..data.readers.source import existing
 from ..runs.progress import track
 from ..runs.publish import replacing
 from ..train.signals import Interrupted, Signals

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..config import ConfigError, build, leaves_open
 from ..data import Dataset
-from ..data.readers import held_out, hole, mask_in_file, names_held_out
+from ..data.by_name import held_out, hole, mask_in_file, names_held_out
 from ..diffusion.conditions import Cond, named
 from ..diffusion.denoiser import Denoiser, model_device
 from ..evaluate.problem import Measurement, Problem

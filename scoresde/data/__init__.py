@@ -3,18 +3,18 @@
 from .augment import Augmentation
 from .dataset import Dataset, Split
 from .digits import Digits
-from .files import Arrays
-from .folder import ImageFolder
-from .idx import Idx
 from .loader import Loader
-from .molecules import Molecules
 from .order import EpochOrder
+from .readers.arrays import Arrays
+from .readers.idx import Idx
+from .readers.images import ImageFolder
+from .readers.molecules import Molecules
+from .readers.sound import SoundFolder
+from .readers.table import Table
+from .readers.video import VideoFolder
 from .recode import centred, patched, standardised
 from .sigma_max import suggest_sigma_max
-from .sound import SoundFolder
-from .table import Table
 from .toys import Checkerboard, EightGaussians, Moons, Pinwheel, SwissRoll, Toy, toy_dataset
-from .video import VideoFolder
 
 __all__ = [
     "Arrays", "Augmentation", "Checkerboard", "Dataset", "Digits", "EightGaussians", "EpochOrder", "Idx", "ImageFolder",

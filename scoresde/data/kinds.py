@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from ..diffusion.conditions import Cond, filled
+from .by_name import held_out, is_picture, names_held_out
 from .dataset import Dataset
-from .pictures import read_image
-from .readers import held_out, is_picture, names_held_out
-from .source import existing, read_array
+from .readers.pictures import read_image
+from .readers.source import existing, read_array
 from .statistics import extremes
 
 NAMES = ("label", "vector", "image", "tokens")

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from ..codecs import Codec
 from ..data import Dataset
-from ..data.readers import held_out, is_picture, names_held_out, read_sample
-from ..data.source import misfit
+from ..data.by_name import held_out, is_picture, names_held_out, read_sample
+from ..data.readers.source import misfit
 from ..diffusion.conditions import Cond, named
 from ..inverse import Observation
 from ..noise.rng import Rng

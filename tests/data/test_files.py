@@ -26,8 +26,8 @@ from scoresde.codecs import Scaling
 from scoresde.data import Arrays, Dataset, Idx, ImageFolder, Split
 from scoresde.data.excerpt import excerpt, packed, unpacked
 from scoresde.data.kinds import in_turn, kinds_of
-from scoresde.data.pictures import read_image
-from scoresde.data.source import existing, read_array
+from scoresde.data.readers.pictures import read_image
+from scoresde.data.readers.source import existing, read_array
 
 rng = np.random.default_rng(0)
 PIXELS = rng.integers(0, 256, (4, 6, 3), dtype=np.uint8)

@@ -14,7 +14,7 @@ import torch
 from scipy.io import netcdf_file
 
 from scoresde.data import Arrays
-from scoresde.data.hdf5 import read_hdf5
+from scoresde.data.readers.hdf5 import read_hdf5
 
 FIELDS = np.random.default_rng(0).uniform(-1, 1, (20, 1, 4, 4))
 LABELS = np.arange(20) % 2

@@ -16,7 +16,7 @@ from scipy.signal import resample_poly
 
 from scoresde.codecs import Scaling
 from scoresde.data import SoundFolder
-from scoresde.data.sound import read_header
+from scoresde.data.readers.sound import read_header
 
 RATE = 8000
 

@@ -13,7 +13,7 @@ from PIL import Image
 
 from scoresde.codecs import Scaling
 from scoresde.data import VideoFolder
-from scoresde.data.video import read_video
+from scoresde.data.readers.video import read_video
 
 rng = np.random.default_rng(0)
 

@@ -10,6 +10,9 @@ from typing import BinaryIO
 
 import numpy as np
 
+MOST_NAMES = 50
+"""How many arrays of a file a message names."""
+
 _LFS = b"version https://git-lfs"
 
 
@@ -54,6 +57,26 @@ def unpacked_bytes(packed: int) -> int:
     Zeros pack a thousandfold, and a small file of them would fill the memory; no data that are worth a model do.
     """
     return max(1 << 28, 200 * packed)
+
+
+def only(path: Path, names: list[str]) -> str:
+    """The name of the one array that a file holds beside those that have a key.
+
+    Raises:
+        ValueError: it holds none, or several.
+    """
+    if len(names) != 1:
+        raise ValueError(f"{path} holds {_listed(names)}; choose one: data.key={next(iter(names), '…')}.")
+    return names[0]
+
+
+def absent(path: Path, key: str, names: list[str]) -> ValueError:
+    """The error of a key that no array of a file has."""
+    return ValueError(f"{path} has no array {key!r}; found {_listed(names)}.")
+
+
+def _listed(names: list[str]) -> str:
+    return f"{', '.join(names[:MOST_NAMES])}{', …' if len(names) > MOST_NAMES else ''}" or "no array"
 
 
 @contextmanager

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..codecs.scaling import Scaling
-from .dataset import Dataset, Split, count_classes
+from ...codecs.scaling import Scaling
+from ..dataset import Dataset, Split, count_classes
 from .source import existing, misfit, unpacked_bytes
 
 _KINDS = {0x08: "uint8", 0x09: "int8", 0x0B: "int16", 0x0C: "int32", 0x0D: "float32", 0x0E: "float64"}

@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..checks import whole
-from ..codecs import Codec, Scaling
-from .dataset import Dataset, Split, count_classes, given
+from ...checks import whole
+from ...codecs import Codec, Scaling
+from ..dataset import Dataset, Split, count_classes, given
+from ..rows import KEPT, Each
 from .pictures import in_pixels, in_words, opened, pixels
-from .rows import KEPT, Each
 from .source import existing, misfit
 from .tree import listed
 

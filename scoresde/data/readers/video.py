@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..checks import whole
-from ..codecs import Codec, Scaling
-from .dataset import Dataset, Split, count_classes, given
+from ...checks import whole
+from ...codecs import Codec, Scaling
+from ..dataset import Dataset, Split, count_classes, given
 from .pictures import in_pixels, squared
 from .source import existing, misfit, unpacked_bytes
 from .tree import listed

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from .rows import DataLost, Rows, stamp
-from .source import explained, misfit
+from ..rows import DataLost, Rows, stamp
+from .source import absent, explained, misfit, only
 
 
 def is_arrow(path: Path) -> bool:
@@ -37,11 +37,9 @@ def read_arrow(
         content = load_from_disk(str(path)) if path.is_dir() else Dataset.from_file(str(path))
     names = list(content.column_names)
     left = [name for name in names if name not in keys.values()]
-    if key is None and len(left) != 1:
-        raise ValueError(f"{path} has the columns {', '.join(names) or '(none)'}; choose one: data.key=….")
-    first = left[0] if key is None else key
-    if absent := [name for name in (first, *keys.values()) if name not in names]:
-        raise ValueError(f"{path} has no column {absent[0]!r}; found {', '.join(names)}.")
+    first = only(path, left) if key is None else key
+    if unknown := [name for name in (first, *keys.values()) if name not in names]:
+        raise absent(path, unknown[0], names)
     others = {name: np.asarray(content.with_format("numpy")[column][:]) for name, column in keys.items()}
     if "label" in keys and (classes := getattr(content.features[keys["label"]], "names", None)):
         others["class_names"] = np.array(classes)

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .pictures import in_pixels, read_image
-from .source import existing, misfit, read_array
+from .readers.pictures import in_pixels, read_image
+from .readers.source import existing, misfit, read_array
 
 
 def names_held_out(word: object) -> bool:

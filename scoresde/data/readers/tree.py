@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .dataset import Split, hold_out
+from ..dataset import Split, hold_out
 from .source import existing, misfit
 
 _log = logging.getLogger(__name__)

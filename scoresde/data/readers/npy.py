@@ -12,7 +12,7 @@ from typing import BinaryIO
 import numpy as np
 from torch import Tensor
 
-from .rows import KEPT, Stored
+from ..rows import KEPT, Stored
 from .source import explained, misfit
 
 _MAGIC = b"\x93NUMPY"

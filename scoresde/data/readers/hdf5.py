@@ -9,13 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from .source import explained, misfit, unpacked_bytes
+from .source import MOST_NAMES, absent, explained, misfit, only, unpacked_bytes
 
 SUFFIXES = (".h5", ".hdf5", ".nc")
 _KIND = "a whole HDF5 or NetCDF file"
 _COMPRESSION = {1: "gzip", 4: "szip", 32000: "lzf"}
 _FILTERS = {2: "shuffle", 3: "fletcher32", 5: "nbit", 6: "scaleoffset", **_COMPRESSION}  # that HDF5 brings along
-_MOST = 50  # names that are listed
 
 
 def read_hdf5(path: Path, key: str | None, keys: Mapping[str, str]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
@@ -53,7 +52,7 @@ def _hdf5(path: Path, key: str | None, keys: Mapping[str, str]) -> tuple[np.ndar
         def visit(name: str, node: Any) -> bool | None:
             if isinstance(node, h5py.Dataset) and node.attrs.get("CLASS") != b"DIMENSION_SCALE":
                 found.append(name)
-            return True if len(found) > _MOST else None  # which ends it
+            return True if len(found) > MOST_NAMES else None  # which ends it
 
         content.visititems(visit)  # follows no links
         return found
@@ -65,13 +64,13 @@ def _hdf5(path: Path, key: str | None, keys: Mapping[str, str]) -> tuple[np.ndar
                 listed = list(node) if isinstance(node, h5py.Group) else []
                 link = node.get(part, getlink=True) if part in listed else None
             if link is None:
-                raise _absent(path, at, names())
+                raise absent(path, at, names())
             if not isinstance(link, h5py.HardLink):
                 raise misfit(where, "an array in this file", "a link", "Copy what it leads to into the file.")
             with explained(path, _KIND):
                 node = node[part]
         if not isinstance(node, h5py.Dataset):
-            raise _absent(path, at, names())
+            raise absent(path, at, names())
         _check(node, where, path.stat().st_size)
         with explained(path, _KIND):
             values, attributes = node[()], dict(node.attrs) if path.suffix == ".nc" else {}
@@ -80,7 +79,7 @@ def _hdf5(path: Path, key: str | None, keys: Mapping[str, str]) -> tuple[np.ndar
     with explained(path, _KIND):
         content = h5py.File(path, "r")
     with content:
-        first = _only(path, names()) if key is None else key
+        first = only(path, names()) if key is None else key
         return array(first), {name: array(at) for name, at in keys.items()}
 
 
@@ -113,7 +112,7 @@ def _netcdf3(path: Path, key: str | None, keys: Mapping[str, str]) -> tuple[np.n
 
     def array(at: str) -> np.ndarray:
         if at not in content.variables:
-            raise _absent(path, at, list(content.variables))
+            raise absent(path, at, list(content.variables))
         variable = content.variables[at]
         return _unpacked(np.array(variable.data), variable._attributes, f"{path}[{at}]")
 
@@ -121,22 +120,8 @@ def _netcdf3(path: Path, key: str | None, keys: Mapping[str, str]) -> tuple[np.n
         content = netcdf_file(path, "r", mmap=False)
     with content:
         own = [name for name, found in content.variables.items() if found.dimensions != (name,)]
-        first = _only(path, own) if key is None else key
+        first = only(path, own) if key is None else key
         return array(first), {name: array(at) for name, at in keys.items()}
-
-
-def _only(path: Path, names: list[str]) -> str:
-    if len(names) != 1:
-        raise ValueError(f"{path} holds {_listed(names)}; choose one: data.key={next(iter(names), '…')}.")
-    return names[0]
-
-
-def _absent(path: Path, key: str, names: list[str]) -> ValueError:
-    return ValueError(f"{path} has no array {key!r}; found {_listed(names)}.")
-
-
-def _listed(names: list[str]) -> str:
-    return f"{', '.join(names[:_MOST])}{', …' if len(names) > _MOST else ''}" or "no array"
 
 
 def _unpacked(values: np.ndarray, attributes: Mapping[str, Any], where: str) -> np.ndarray:

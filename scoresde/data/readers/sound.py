@@ -14,13 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..checks import whole
-from ..codecs.chain import Chain
-from ..codecs.codec import Codec
-from ..codecs.scaling import Scaling
-from ..codecs.spectrum import Spectrum
-from .dataset import Dataset, Split, given
-from .rows import Rows
+from ...checks import whole
+from ...codecs.chain import Chain
+from ...codecs.codec import Codec
+from ...codecs.scaling import Scaling
+from ...codecs.spectrum import Spectrum
+from ..dataset import Dataset, Split, given
+from ..rows import Rows
 from .source import existing, misfit
 from .tree import listed
 

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..codecs import Centred, Codec
-from .dataset import Dataset, Split, given, hold_out
-from .files import member
+from ...codecs import Centred, Codec
+from ..dataset import Dataset, Split, given, hold_out
+from .arrays import member
 from .source import existing, explained, misfit
 
 _ELEMENTS = (

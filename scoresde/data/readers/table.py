@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..codecs import Codec, Standardise
+from ...codecs import Codec, Standardise
+from ..dataset import Dataset, Split, count_classes, given, hold_out
 from .columns import Column, read_table
-from .dataset import Dataset, Split, count_classes, given, hold_out
 from .source import existing, misfit
 
 _CHOOSING = 200  # rows that choose, at least

@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..codecs import Codec, Scaling
+from ...codecs import Codec, Scaling
+from ..dataset import Dataset, Split, check_samples, count_classes, given, hold_out
+from ..rows import Rows, checked, extent
 from . import arrow, hdf5
-from .dataset import Dataset, Split, check_samples, count_classes, given, hold_out
 from .npy import stored
-from .rows import Rows, checked, extent
-from .source import existing, explained, misfit, unpacked_bytes
+from .source import absent, existing, explained, misfit, only, unpacked_bytes
 
 # What a packed file may have beside its samples.
 _PACKED = {"label": "labels", "class_names": "class_names"}
@@ -181,13 +181,9 @@ def _load(
         if key is None and not keys and "raw" in names and set(names) <= {"raw", *_PACKED.values()}:
             key = "raw"
             keys |= {name: at for name, at in _PACKED.items() if at in names}
-        if key is None and len(names) != 1:
-            raise ValueError(
-                f"{path} holds {', '.join(names) or 'no array'}; choose one: data.key={next(iter(names), '…')}."
-            )
-        first = key or names[0]
-        if absent := [at for at in (first, *keys.values()) if at not in names]:
-            raise ValueError(f"{path} has no array {absent[0]!r}; found {', '.join(names)}.")
+        first = key or only(path, names)
+        if unknown := [at for at in (first, *keys.values()) if at not in names]:
+            raise absent(path, unknown[0], names)
         raw = stored(path, first, arrange, lazy)
         others = {name: member(content, at, path) for name, at in keys.items()}
         return arrange(member(content, first, path)) if raw is None else raw, others
