@@ -38,7 +38,7 @@ from scoresde import (
     Step,
 )
 from scoresde.cli._hydra import read
-from scoresde.cli.train import assemble
+from scoresde.cli.plan import assemble
 from scoresde.codecs import Scaling
 from scoresde.config import ConfigError, build, build_network, config_dir, parameters, targets
 from scoresde.data import Augmentation, Dataset, Split

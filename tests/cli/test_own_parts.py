@@ -15,7 +15,7 @@ from hydra.core.hydra_config import HydraConfig
 
 from scoresde import Rng
 from scoresde.cli._hydra import read
-from scoresde.cli.train import Plan, assemble
+from scoresde.cli.plan import Plan, assemble
 from scoresde.config import ConfigError, build_network, config_dir
 from scoresde.train.world import Alone
 
