@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 LOCKED := $(PIP) --require-hashes --no-deps --no-build-isolation --requirement requirements
 
-.PHONY: demo check test lint lock reliability clean
+.PHONY: demo check test lint docs lock reliability clean
 
 # Train, sample and evaluate on scikit-learn's digits; ends by printing where the results are.
 demo: $(VENV)/.installed
@@ -36,6 +36,11 @@ lint: $(VENV)/.linters
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The site: pages, and a reference made of the docstrings. A broken link is an error. Opens at build/site/docs/index.html.
+docs: $(VENV)/.linters
+	$(BIN)/python -m sphinx -q -W --keep-going -b html -d build/doctrees -c docs . build/site
+	@echo "The site is build/site/docs/index.html"
 
 # Faults injected into training, at full counts: 40 minutes on two cores. Writes benchmarks/RELIABILITY.md.
 reliability: $(VENV)/.installed

@@ -23,6 +23,7 @@ from .readable import Readable
 from .sde import SDE
 
 Grid = Callable[[SDE, int], Tensor]
+"""(sde, n) -> n + 1 times, float64, decreasing from t_max to t_min."""
 
 
 def check_grid(times: Tensor, sde: SDE) -> Tensor:
