@@ -7,14 +7,35 @@ from .diffusion import *  # noqa: F403
 from .guidance import *  # noqa: F403
 from .inverse import *  # noqa: F403
 from .likelihood import *  # noqa: F403
-from .losses import ClassifierLoss, DenoisingLoss, NoisyClassifier
+from .losses import (
+    ClassifierLoss,
+    ConsistencyLoss,
+    DenoisingLoss,
+    MeanFlowLoss,
+    NoisyClassifier,
+    SemigroupLoss,
+    TrajectoryLoss,
+)
 from .noise.rng import Rng
 from .ode import SolverError
 from .runs.load import load
 from .runs.run import Run
 from .sampling import *  # noqa: F403
 
-__all__ = ["ClassifierLoss", "DenoisingLoss", "NoisyClassifier", "Rng", "Run", "SolverError", "load", "nn"]
+__all__ = [
+    "ClassifierLoss",
+    "ConsistencyLoss",
+    "DenoisingLoss",
+    "MeanFlowLoss",
+    "NoisyClassifier",
+    "Rng",
+    "Run",
+    "SemigroupLoss",
+    "SolverError",
+    "TrajectoryLoss",
+    "load",
+    "nn",
+]
 __all__ += ["suggest_sigma_max"]
 __all__ += codecs.__all__ + diffusion.__all__ + guidance.__all__ + inverse.__all__ + likelihood.__all__
 __all__ += sampling.__all__

@@ -25,8 +25,8 @@ FLOORS = (
     ("kernels",),  # those ops in CUDA: nothing imports it, `noise.switch` loads it by name at the first tensor on a GPU
     ("diffusion",),
     ("ode", "nn", "guidance"),
-    ("losses", "likelihood", "sampling"),
-    ("inverse",),
+    ("likelihood", "sampling"),
+    ("inverse", "losses"),
     ("codecs",),
     ("metrics",),
     ("data",),

@@ -9,7 +9,7 @@ A sample may be without a condition in the midst of others: its floats are all N
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -104,6 +104,25 @@ def filled(value: Tensor, start: int = 1) -> tuple[Tensor, Tensor]:
     """(`value` with 0 in place of NaN entries, which entries are there); an entry is all behind dimension `start`."""
     there = ~value.isnan().flatten(start).all(start)
     return value.masked_fill(~there.reshape(*there.shape, *[1] * (value.ndim - start)), 0), there
+
+
+_TOLD = ("end", "scale")
+
+
+def checked_told(told: Sequence[str]) -> tuple[str, ...]:
+    """What a flow map is told beside its conditions: "end", the time it goes to, and "scale", that of its guidance.
+
+    Raises:
+        ValueError: another name, or one of them twice.
+    """
+    if not set(told) <= set(_TOLD) or len(set(told)) < len(told) or isinstance(told, str):
+        raise ValueError(f"told is a list of {' and '.join(map(repr, _TOLD))}, each at most once; got {told!r}.")
+    return tuple(told)
+
+
+def tell(cond: Cond, **told: Tensor) -> Cond:
+    """The condition with what a flow map is told besides; a tensor by itself goes under the name ""."""
+    return {**named(cond, ""), **told}
 
 
 def _described(cond: Cond) -> str:

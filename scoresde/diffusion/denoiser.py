@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Self
 
 import torch
@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from ..checks import positive
 from ..noise.rng import Rng
-from ..ops.broadcast import host, per_sample, samples
+from ..ops.broadcast import as_time, host, per_sample, samples
 from .conditions import Cond as Cond
+from .conditions import checked_told, named, tell
 from .network import Call, WeightType, module_of, read, unwrapped
 from .parameterization import Parameterization
 from .prediction import Prediction
@@ -41,10 +42,14 @@ class Denoiser(nn.Module, abc.ABC):
             that predict x_0, v or EDM's F, 2 to 12 on ones that predict noise; inf until `measure` knows.
         trials: the samplers that `pilot` chose for it; None where `sample` is to try none, as of all that nobody has
             measured, and of what may know one batch only: energies and posteriors.
+        told: what it is told beside its conditions. With "end" it is a flow map: cond["end"], a time s ≤ t (B,), makes
+            its x̂_0 that g(x_t, t, s) with which a DDIM step from t to s ends where the ODE does. Without that entry s
+            is t, where g is the usual E[x_0 | x_t]. With "scale", cond["scale"] (B,) is a guidance scale.
     """
 
     draws = True
     fits = 0
+    told: tuple[str, ...] = ()
 
     def __init__(self, sde: SDE, data_std: float = 1.0):
         super().__init__()
@@ -146,6 +151,8 @@ class Preconditioned(Denoiser):
         scale_input: False feeds x_t itself.
         autocast: dtype of the network's autocast region ("bfloat16" or "float16"); None for whatever the caller's is.
         data_std: see `Denoiser`; None takes σ_d, until `measure` knows better.
+        told: ("end",) makes a flow map of it, see `Denoiser`: the network gets cond["end"] in the units of c_noise, and
+            ¼ log of cond["scale"], (B,) each.
     """
 
     def __init__(
@@ -159,6 +166,7 @@ class Preconditioned(Denoiser):
         scale_input: bool = True,
         autocast: str | None = None,
         data_std: float | None = None,
+        told: Sequence[str] = (),
     ):
         sigma_data = positive(sigma_data, "sigma_data", "the standard deviation of the data that c_in divides by")
         super().__init__(sde, sigma_data if data_std is None else data_std)
@@ -169,7 +177,7 @@ class Preconditioned(Denoiser):
         self._call, self._weight_type = Call(network), WeightType(self)
         self.parameterization = parameterization
         self.noise_input = default_noise_input if noise_input is None else noise_input
-        self.scale_input = scale_input
+        self.scale_input, self.told = scale_input, checked_told(told)
         self.autocast = None if autocast is None else getattr(torch, autocast)
 
     def forward(self, x: Tensor, t: Tensor, cond: Cond = None) -> Prediction:
@@ -184,13 +192,25 @@ class Preconditioned(Denoiser):
         scaled = x if c_in is None else c_in * x
         own = contextlib.nullcontext() if self.autocast is None else torch.autocast(x.device.type, dtype=self.autocast)
         with own:
-            output = read(self._say(scaled, c_noise, cond), "The network")
+            output = read(self._say(scaled, c_noise, self._in_its_units(cond, x)), "The network")
         if output.shape != x.shape:
             raise ValueError(
                 f"The network returned shape {tuple(output.shape)} for an input of shape {tuple(x.shape)}; "
                 "they must be equal (a learned-variance head has to be split off)."
             )
         return output.to(scaled.dtype)
+
+    def _in_its_units(self, cond: Cond, x: Tensor) -> Cond:
+        """The condition with what the network is told besides as it takes it."""
+        given = {name: value for name, value in named(cond, "").items() if name in ("end", "scale")}
+        if not given.keys() <= set(self.told):
+            raise ValueError(
+                f"This model is told {' and '.join(map(repr, self.told)) or 'one noise level only'}; got also "
+                f"{sorted(given.keys() - set(self.told))}. A flow map is Preconditioned(network, …, told=['end']) of a "
+                "network with told=['end'], and scoresde-distil makes one of a trained model."
+            )
+        units = {"end": lambda s: self.noise_input(self.sde, as_time(s, x)), "scale": lambda w: w.log() / 4}
+        return tell(cond, **{n: per_sample(units[n](v), x) for n, v in given.items()}) if given else cond
 
     def _say(self, x: Tensor, c_noise: Tensor, cond: Cond) -> Any:
         """What the network returns, called in the dtype of its weights."""
@@ -275,7 +295,7 @@ class DenoiserWrapper(Denoiser):
         self.denoiser, self.roughness = denoiser, denoiser.roughness
         self.trials = None if denoiser.trials is None else {}
         self.data_mean, self.data_var = denoiser.data_mean, denoiser.data_var
-        self.prior_evaluations = denoiser.prior_evaluations
+        self.prior_evaluations, self.told = denoiser.prior_evaluations, denoiser.told
 
     def null(self, cond: Cond) -> Cond:
         return self.denoiser.null(cond)

@@ -1,4 +1,4 @@
-"""Training objectives: denoising score matching, the coupling of noise and data, and noise-conditional classifiers."""
+"""Training objectives: denoising score matching, the coupling of noise and data, classifiers of noise, flow maps."""
 
 from .classifier import ClassifierLoss, NoisyClassifier
 from .coupling import Independent, OptimalTransport
@@ -14,23 +14,31 @@ from .denoising import (
     StratifiedTimes,
     UniformTimes,
 )
+from .flow_map import ConsistencyLoss, FlowMapLoss, MeanFlowLoss, Pairs, SemigroupLoss
 from .loss import Loss, Terms
+from .trajectory import TrajectoryLoss
 
 __all__ = [
     "ClassifierLoss",
+    "ConsistencyLoss",
     "DenoisingLoss",
     "DiscreteTimes",
     "EDMWeighting",
+    "FlowMapLoss",
     "Independent",
     "Likelihood",
     "LogNormalTimes",
     "LogSNRTimes",
     "Loss",
+    "MeanFlowLoss",
     "MinSNR",
     "NoisyClassifier",
     "OptimalTransport",
+    "Pairs",
+    "SemigroupLoss",
     "Simple",
     "StratifiedTimes",
     "Terms",
+    "TrajectoryLoss",
     "UniformTimes",
 ]

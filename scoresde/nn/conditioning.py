@@ -29,8 +29,9 @@ class Conditioning(nn.Module):
     r"""SiLU(W₂ SiLU(W₁ waves(c_noise) + cond)), the vector that modulates every block of a network.
 
     cond is the sum of what is known: a row of a table for the label, linear maps of the vector, of the augmentation and
-    of what a small convolutional encoder, which keeps a coarse map of what is where, finds in the image. With `late` it
-    is SiLU(W₂ SiLU(W₁ waves(c_noise)) + cond), as in ADM and DiT.
+    of what a small convolutional encoder, which keeps a coarse map of what is where, finds in the image; and of
+    the waves of what a flow map is told, zero at the start. With `late` it is SiLU(W₂ SiLU(W₁ waves(c_noise)) + cond),
+    as in ADM and DiT.
 
     What is absent is replaced by a learned null: the label `classes`, or a vector in place of the embedded one. Tokens
     are checked and dropped with the rest; to attend to them is left to the network.
@@ -42,8 +43,8 @@ class Conditioning(nn.Module):
         encode_image: False leaves the image to the network, too.
         waves: number of waves, even; None for `width`.
         late: add the conditions after the second layer.
-        kinds: classes, cond_dim, cond_image, cond_tokens, cond_dropout and cond_augment, the conditions there are: see
-            `Conditions`.
+        kinds: classes, cond_dim, cond_image, cond_tokens, cond_dropout, cond_augment and told, the conditions there
+            are: see `Conditions`.
 
     Raises:
         ValueError: at construction for arguments out of range; in forward for conditions that do not fit.
@@ -81,6 +82,9 @@ class Conditioning(nn.Module):
             self.null_image = nn.Parameter(torch.randn(width))
         if "augment" in shapes:
             self.augment = nn.Linear(shapes["augment"][0], width, bias=False)  # 0 says nothing, so it adds nothing
+        self.told = nn.ModuleDict({name: nn.Linear(waves, width, bias=False) for name in self.conditions.told})
+        for weight in self.told.parameters():
+            nn.init.zeros_(weight)  # a trained network goes on as what it was
 
     def forward(self, c_noise: Tensor, cond: Cond, like: Tensor) -> Tensor:
         """The embedding (B, width) in the dtype of `like` (B, *)."""
@@ -106,6 +110,9 @@ class Conditioning(nn.Module):
             h = h + _read(given.get("image"), encode, self.null_image, batch)
         if "augment" in given:
             h = h + self.augment(filled(given["augment"])[0])
+        for name, layer in self.told.items():
+            value = given.get(name, c_noise if name == "end" else torch.zeros_like(c_noise))
+            h = h + layer(self.waves(value).to(like.dtype))
         return F.silu(h if self.late else self.outer(F.silu(h)))
 
 

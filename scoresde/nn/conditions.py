@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TypedDict
 
 import torch
 from torch import Tensor, nn
 
 from ..checks import sizes, whole
-from ..diffusion.conditions import Cond, each, named, nothing
+from ..diffusion.conditions import Cond, checked_told, each, named, nothing, override
 
 
 class Kinds(TypedDict, total=False):
@@ -21,6 +21,7 @@ class Kinds(TypedDict, total=False):
     cond_tokens: int
     cond_dropout: float
     cond_augment: int
+    told: Sequence[str]
 
 
 class Conditions(nn.Module):
@@ -31,6 +32,8 @@ class Conditions(nn.Module):
         "image"    (B, *cond_image) floats
         "tokens"   (B, L, cond_tokens) floats, any L; rows of NaN are padding
         "augment"  (B, cond_augment) floats, what was done to the sample; it says no more than 0 where it is left out
+        "end"      (B,) c_noise of where a flow map goes; it stays where it is where it is left out
+        "scale"    (B,) ¼ log of the guidance scale that a flow map was distilled at; 0 where it is left out
 
     A sample is without a condition where its floats are all NaN, where its label is `classes`, and where the kind is
     left out: the network has learned a null for each kind. With `cond_dropout` p, a forward in training mode makes
@@ -44,6 +47,7 @@ class Conditions(nn.Module):
         cond_tokens: size of one token ≥ 0; 0 for none.
         cond_dropout: p in [0, 1).
         cond_augment: size of what tells of augmentation ≥ 0, which is never dropped; 0 for none.
+        told: which of "end" and "scale" there are, numbers that are never dropped.
 
     Raises:
         ValueError: at construction for arguments out of range; in forward for a condition that the network was not
@@ -59,6 +63,7 @@ class Conditions(nn.Module):
         cond_tokens: int = 0,
         cond_dropout: float = 0.0,
         cond_augment: int = 0,
+        told: Sequence[str] = (),
     ):
         super().__init__()
         counts = {"classes": classes, "cond_dim": cond_dim, "cond_tokens": cond_tokens, "cond_augment": cond_augment}
@@ -87,37 +92,50 @@ class Conditions(nn.Module):
             )
         if cond_augment:
             self.shapes["augment"] = (cond_augment,)
+        self.told = checked_told(told)
+        self.shapes |= dict.fromkeys(self.told, ())
+        self.besides = {"augment", *self.told}  # what is no condition of the caller's, and never dropped
 
     def forward(self, cond: Cond, like: Tensor) -> dict[str, Tensor]:
         """The kinds given, by name, for a batch `like` (B, *): labels int64, floats in its dtype."""
         given = {name: self._checked(name, value, like.shape[0]) for name, value in self._parts(cond).items()}
-        given = {name: value.long() if name == "label" else value.to(like.dtype) for name, value in given.items()}
+        given = {
+            name: value.long() if name == "label" else value if name in self.told else value.to(like.dtype)
+            for name, value in given.items()
+        }
         if given and self.training and self.dropout:
             keep = torch.rand(like.shape[0], device=like.device) >= self.dropout
             given |= {
                 name: torch.where(keep.reshape(-1, *[1] * (value.ndim - 1)), value, nothing(value, self.classes))
                 for name, value in given.items()
-                if name != "augment"
+                if name not in self.besides
             }
         return given
 
     def null(self, cond: Cond) -> Cond:
-        """The null condition: one entry like those of `cond` that says nothing. None of None."""
-        for name, value in self._parts(cond).items():
+        """The null condition: one entry like those of `cond` that says nothing. None of None. What is told stays."""
+        parts = self._parts(cond)
+        for name, value in parts.items():
             if name != "label" and not value.is_floating_point():
                 raise ValueError(f"The condition {name!r} is floating-point; got {value.dtype}.")
-        return each(lambda value: nothing(value, self.classes), cond)
+        return override(
+            each(lambda value: nothing(value, self.classes), cond),
+            {n: parts[n] for n in self.told if n in parts} or None,
+        )
 
     def _parts(self, cond: Cond) -> dict[str, Tensor]:
         if cond is None:
             return {}
-        names = [name for name in self.shapes if name != "augment"]
-        if not names and not (isinstance(cond, Mapping) and self.shapes):
+        names, parts = [name for name in self.shapes if name not in self.besides], named(cond, "")
+        if "end" in parts and "end" not in self.told:
+            raise ValueError("This network is told one noise level only; build it with told=['end'] for a flow map.")
+        if not names and ("" in parts or not self.shapes):
             raise ValueError(
                 "This network is unconditional: leave cond out, or build it with classes, cond_dim, cond_image or "
                 "cond_tokens."
             )
-        parts = named(cond, names[0] if len(names) == 1 else "")
+        if len(names) == 1 and "" in parts:
+            parts[names[0]] = parts.pop("")
         if "" in parts:
             many, shown = ("two", "three", "four")[len(names) - 2], ", ".join(f'"{name}": …' for name in names)
             raise ValueError(f"This network has {many} conditions: pass cond={{{shown}}}.")
@@ -136,7 +154,7 @@ class Conditions(nn.Module):
                 f"The condition {name!r} is floating-point of shape {shown}; "
                 f"got {value.dtype} of shape {tuple(value.shape)}."
             )
-        if _readable(value):
+        if _readable(value) and name not in self.told:
             # an entry, or of a sequence a token, is NaN as a whole or not at all
             gaps = value.isnan().flatten(2 if name == "tokens" else 1)
             if bool((gaps.any(-1) & ~gaps.all(-1)).any()):

@@ -8,6 +8,7 @@ from .edit import attribute, interpolate, sdedit
 from .fit import fit_grid
 from .fit_sampler import fit_sampler
 from .fitted import FittedSampler
+from .flow_map import FlowMap
 from .multistep import DEIS, IPNDM, Adams, DPMSolverPP, Multistep, SASolver, UniPC
 from .pilot import pilot, sample
 from .restart import Restart
@@ -40,6 +41,7 @@ __all__ = [
     "DPMSolverPP",
     "EulerMaruyama",
     "FittedSampler",
+    "FlowMap",
     "Heun",
     "Langevin",
     "Midpoint",

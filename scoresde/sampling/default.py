@@ -7,6 +7,7 @@ import math
 from ..checks import whole
 from ..diffusion.denoiser import Denoiser
 from ..diffusion.grids import Grid, LogisticGrid, SoftplusGrid
+from .flow_map import FlowMap
 from .multistep import Adams, Multistep
 from .sampler import Sampler, Step
 
@@ -20,6 +21,7 @@ def default_sampler(denoiser: Denoiser, budget: int) -> Sampler:
     Chosen on trained networks by `benchmarks/networks.py` and on mixtures by `benchmarks/quality.py`, by what
     `Denoiser.measure` knows:
 
+    - Flow maps: so many steps of it.
     - Exact scores (roughness 0): Adams of order 3 in the angle, with its corrector from 12 evaluations on.
     - Networks: order 3 in log-SNR, with its corrector from 10 evaluations on, around the noise level of the data. No
       step counts the largest value more than 2.5 to 4 times, so that no error of a network is blown up.
@@ -32,6 +34,8 @@ def default_sampler(denoiser: Denoiser, budget: int) -> Sampler:
     """
     budget = whole(budget, "budget, the number of network calls,")
     c = denoiser.data_std
+    if "end" in denoiser.told:
+        return Sampler(FlowMap(), steps=budget, denoise=False)
     step: Step
     grid: Grid
     if denoiser.roughness == 0 and budget < 12:

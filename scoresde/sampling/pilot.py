@@ -89,7 +89,7 @@ def sample(
 def chosen_sampler(denoiser: Denoiser, shape: Sequence[int], budget: int, cond: Cond = None) -> Sampler:
     """The sampler by which `sample` draws events of this shape."""
     trials = denoiser.trials
-    if trials is None or (budget > _MOST and _use(shape, budget, cond) not in trials):
+    if trials is None or "end" in denoiser.told or (budget > _MOST and _use(shape, budget, cond) not in trials):
         return default_sampler(denoiser, budget)
     try:
         return _tried(denoiser, shape, budget, cond).sampler

@@ -1,0 +1,83 @@
+"""Flow maps along trajectories of a teacher."""
+
+from __future__ import annotations
+
+import math
+from typing import Unpack
+
+import torch
+from torch import Tensor
+
+from ..checks import whole
+from ..diffusion.conditions import Cond, take
+from ..diffusion.denoiser import Denoiser
+from ..diffusion.sde import SDE
+from ..noise.rng import Rng
+from ..ops.broadcast import coefficient
+from ..sampling.multistep import Multistep
+from ..sampling.sampler import Sampler
+from .flow_map import FlowMapLoss, Options, Pairs, Target, shares_of, without_scale
+
+
+class TrajectoryLoss(FlowMapLoss):
+    r"""Distillation along trajectories of the teacher's, drawn as it goes: g* = (y_s − r y_t)/(1 − r).
+
+    A batch of B comes from B/reuse noises, whose trajectories of `steps` network calls are run from t_max to t_min;
+    each gives `reuse` pairs (t, s) of its times, which are moved by a random share of a step in every batch, so that
+    all times are met. Costs `steps`/`reuse` calls of the teacher's for a sample. (Luhman & Luhman 2021 for one pair;
+    Boffi et al. 2025, *Flow map matching*, Lagrangian form integrated.)
+
+    Args:
+        steps: of a trajectory, by `solver`, ≥ 2.
+        reuse: pairs of each, ≥ 1.
+        first: share of t = t_max, where every sample starts.
+        last: share of s = t_min, where every sample ends.
+        solver: whose step and grid make trajectories; default order 3 in log-SNR with its corrector.
+        options: those of `FlowMapLoss`.
+    """
+
+    needs_teacher = True
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        teacher: Denoiser | None = None,
+        *,
+        steps: int = 32,
+        reuse: int = 8,
+        first: float = 0.5,
+        last: float = 0.5,
+        solver: Sampler | None = None,
+        **options: Unpack[Options],
+    ):
+        super().__init__(denoiser, teacher, **options)
+        self.steps, self.reuse = whole(steps, "steps", 2), whole(reuse, "reuse")
+        self.shares = Pairs(first=first, last=last, still=0.0)
+        self.solver = Sampler(Multistep(3, sigma_data=None, corrector=3, bound=2.5)) if solver is None else solver
+
+    def target(self, x0: Tensor, cond: Cond, teacher: Denoiser | None, rng: Rng) -> Target:
+        assert teacher is not None
+        n, sde, shares = len(x0), teacher.sde, self.shares
+        m = math.ceil(n / self.reuse)
+        own = torch.arange(n, device=x0.device) % m
+        grid = _moved(sde, self.solver.grid_for(teacher)(sde, self.steps), float(rng.uniform((1,))))
+        sampler = Sampler(self.solver.step, lambda sde, n: grid, self.steps, denoise=False)
+        z = teacher.prior_sample((m, *x0.shape[1:]), rng=rng, dtype=x0.dtype, device=x0.device)
+        run = sampler.iterate(teacher, z, cond=take(without_scale(cond), slice(m)), rng=rng)
+        path = torch.stack([trace.x for trace in run])
+        kinds, ends, where, to = rng.uniform((n, 4), dtype=torch.float64, device=x0.device).unbind(1)
+        i = torch.where(kinds < shares.first, 0, (where * self.steps).long())
+        j = torch.where(ends < shares.last, self.steps, i + 1 + (to * (self.steps - i)).long())
+        times = grid.to(x0.device)
+        (kept, gain), x, there = shares_of(sde, times[i], times[j]), path[i, own], path[j, own]
+        g = (there - coefficient(kept, x) * x) / coefficient(gain, x)
+        return Target(g, x, times[i], times[j], take(cond, own))
+
+
+def _moved(sde: SDE, grid: Tensor, share: float) -> Tensor:
+    """Times whose inner ones are moved in λ by up to half a step, all by the same share."""
+    grid = grid.double().cpu()
+    level = sde.log_snr(grid)
+    at = torch.arange(1, len(grid) - 1, dtype=torch.float64, device="cpu") + share - 0.5
+    below = at.floor().long()
+    return torch.cat([grid[:1], sde.time(torch.lerp(level[below], level[below + 1], at - below)), grid[-1:]])
