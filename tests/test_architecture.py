@@ -34,6 +34,7 @@ FLOORS = (
     ("runs",),
     ("train",),
     ("evaluate",),
+    ("interop",),
     ("sweep",),
     ("cli",),
     ("public", "__main__"),
@@ -67,6 +68,7 @@ DOORS = {
     ),
     "datasets": ("data.readers.arrow",),
     "h5py": ("data.readers.hdf5",),
+    "diffusers": ("interop.diffusers",),
 }
 
 FILES = sorted(PACKAGE.rglob("*.py"))

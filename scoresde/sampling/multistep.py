@@ -127,6 +127,14 @@ class Multistep(LongStep):
         starting = self.eta == 0 and len(values) < self.order - 1
         return x, History(base, past[:keep], values[:keep], origin if starting else None)
 
+    def moved(self, denoiser: Denoiser, state: State, t: Tensor, by: Tensor) -> State:
+        # what a repeated step starts from is moved by as much as makes its end move by `by`
+        base, origin = state.base, state.origin
+        if origin is not None:
+            here, first = knots(denoiser.sde, t[None], self.q(denoiser))[0], state.knots[-1]
+            origin = lincomb(((1.0, origin), (first.norm / here.norm, by)))
+        return state._replace(base=None if base is None else base + by, origin=origin)
+
     def q(self, denoiser: Denoiser) -> float:
         """q = c²/(1 + c²), 0 for data and 1 for noise prediction."""
         c = denoiser.data_std if self.sigma_data is None else self.sigma_data

@@ -51,6 +51,10 @@ class Step(Readable, abc.ABC):
         """The grid of a `Sampler` that is given none: equal steps in t, where a step knows nothing better."""
         return UniformGrid()
 
+    def moved(self, denoiser: Denoiser, state: State, t: Tensor, by: Tensor) -> State:
+        """The state after somebody added `by` (B, *event) to x_t between two steps, as an inpainting loop does."""
+        return state
+
     @abc.abstractmethod
     def __call__(
         self, denoiser: Denoiser, x: Tensor, t: Tensor, s: Tensor, state: State, *, cond: Cond, rng: Rng
@@ -82,6 +86,9 @@ class StepWrapper(Step):
 
     def count(self, steps: int) -> int | None:
         return self.step.count(steps)
+
+    def moved(self, denoiser: Denoiser, state: State, t: Tensor, by: Tensor) -> State:
+        return self.step.moved(denoiser, state, t, by)
 
     def default_grid(self, denoiser: Denoiser) -> Grid:
         return self.step.default_grid(denoiser)
