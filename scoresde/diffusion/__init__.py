@@ -15,6 +15,7 @@ from .grids import (
     UniformGrid,
 )
 from .mixture import GaussianMixtureDenoiser
+from .noise_input import LogNoiseInput, NearestStepInput, TimeInput
 from .parameterization import EDM, X0, Eps, Parameterization, Score, V, Velocity
 from .prediction import Prediction
 from .sde import EDMSDE, SDE, VESDE, VPSDE, CosineSDE, RectifiedFlow, Scales, SubVPSDE
@@ -39,8 +40,10 @@ __all__ = [
     "GaussianMixtureDenoiser",
     "Grid",
     "KarrasGrid",
+    "LogNoiseInput",
     "LogSNRGrid",
     "LogisticGrid",
+    "NearestStepInput",
     "Parameterization",
     "Preconditioned",
     "Prediction",
@@ -53,6 +56,7 @@ __all__ = [
     "SoftplusGrid",
     "SubVPSDE",
     "TableSDE",
+    "TimeInput",
     "UniformGrid",
     "V",
     "Velocity",

@@ -31,23 +31,53 @@ class Stack(nn.ModuleList):
         return h
 
 
-class ResampleConv(nn.Module):
-    """Resampling followed by a convolution, as in DDPM."""
+class Style(NamedTuple):
+    """Choices by which published U-Nets differ; the defaults are ours, and `UNet` says who made the others."""
 
-    def __init__(self, dims: int, inputs: int, outputs: int, resample: nn.Module):
+    scale_shift: bool = True
+    resample_skip: bool = False
+    fir_zeros: bool = False
+    pyramid_conv_first: bool = False
+    strided: bool = False
+    attend_all: bool = False
+    middle_attention: bool | None = None
+    eps: float = 1e-6
+    group_channels: int = 4
+
+    def norm(self, channels: int) -> nn.GroupNorm:
+        return group_norm(channels, self.group_channels, self.eps)
+
+
+_OURS = Style()
+
+
+class ResampleConv(nn.Module):
+    """Resampling followed by a convolution, as in DDPM; with `conv_first` a convolution, then halving, then the bias.
+
+    What the convolution makes beyond the edge of h, which goes on with zeros, is then filtered with the rest.
+    """
+
+    def __init__(self, dims: int, inputs: int, outputs: int, resample: nn.Module, conv_first: bool = False):
         super().__init__()
-        self.resample = resample
+        self.resample, self.conv_first = resample, conv_first
         self.conv = conv(dims, inputs, outputs, 3)
 
     def forward(self, h: Tensor, emb: Tensor, tokens: Tokens | None = None) -> Tensor:
-        return self.conv(self.resample(h))
+        if not self.conv_first:
+            return self.conv(self.resample(h))
+        weight, bias = self.conv.parameters()
+        halved = self.resample((F.conv1d, F.conv2d, F.conv3d)[h.ndim - 3](h, weight, padding=3))
+        for dim in range(2, h.ndim):
+            halved = halved.narrow(dim, 1, h.shape[dim] // 2)
+        return halved + bias.reshape(-1, *[1] * (h.ndim - 2))
 
 
 class ResidualBlock(nn.Module):
     r"""skip(h) + conv(dropout(SiLU(FiLM(norm(conv(SiLU(norm(h)))), emb)))), all times `scaling`.
 
     FiLM is (1 + a) h + b with (a, b) linear in emb (Perez et al. 2018). With `resample`, both branches are
-    resampled, the inner one after its first activation (BigGAN; Brock et al. 2019).
+    resampled, the inner one after its first activation (BigGAN; Brock et al. 2019). A style without `scale_shift` has
+    norm(conv(…) + b) in place of FiLM; one with `resample_skip` has a 1×1 convolution on every resampled skip.
 
     Args:
         dims: spatial dimensions, 1 to 3.
@@ -56,6 +86,7 @@ class ResidualBlock(nn.Module):
         dropout: probability, before the last convolution.
         scaling: factor on the sum: 1/√2 keeps the variance.
         resample: `Downsample`, `Upsample` or None.
+        style: see `Style`.
     """
 
     def __init__(
@@ -68,21 +99,26 @@ class ResidualBlock(nn.Module):
         dropout: float = 0.0,
         scaling: float = 1.0,
         resample: nn.Module | None = None,
+        style: Style = _OURS,
     ):
         super().__init__()
-        self.scaling = scaling
+        self.scaling, self.scale_shift = scaling, style.scale_shift
+        convolved = inputs != outputs or (style.resample_skip and resample is not None)
         self.resample = nn.Identity() if resample is None else resample
-        self.norm1, self.conv1 = group_norm(inputs), conv(dims, inputs, outputs, 3)
-        self.film = linear(emb, 2 * outputs)
-        self.norm2, self.conv2 = group_norm(outputs), conv(dims, outputs, outputs, 3, zero=True)
+        self.norm1, self.conv1 = style.norm(inputs), conv(dims, inputs, outputs, 3)
+        self.film = linear(emb, 2 * outputs if style.scale_shift else outputs)
+        self.norm2, self.conv2 = style.norm(outputs), conv(dims, outputs, outputs, 3, zero=True)
         self.dropout = nn.Dropout(dropout)
-        self.skip = nn.Identity() if inputs == outputs else conv(dims, inputs, outputs, 1)
+        self.skip = conv(dims, inputs, outputs, 1) if convolved else nn.Identity()
 
     def forward(self, h: Tensor, emb: Tensor, tokens: Tokens | None = None) -> Tensor:
         inner = self.conv1(self.resample(F.silu(self.norm1(h))))
-        film = self.film(emb)
-        scale, shift = film.reshape(*film.shape, *[1] * (h.ndim - 2)).chunk(2, 1)
-        inner = self.norm2(inner) * (1 + scale) + shift
+        film = self.film(emb).reshape(len(h), -1, *[1] * (h.ndim - 2))
+        if self.scale_shift:
+            scale, shift = film.chunk(2, 1)
+            inner = self.norm2(inner) * (1 + scale) + shift
+        else:
+            inner = self.norm2(inner + film)
         inner = self.conv2(self.dropout(F.silu(inner)))
         return (self.skip(self.resample(h)) + inner) * self.scaling
 
@@ -104,10 +140,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, there: Tensor | None = None) -> Tens
 class Attention(nn.Module):
     """(h + proj(attention(norm(h)))) · scaling over all positions; `heads` divides `channels`; emb is unused."""
 
-    def __init__(self, dims: int, channels: int, *, heads: int = 1, scaling: float = 1.0):
+    def __init__(self, dims: int, channels: int, *, heads: int = 1, scaling: float = 1.0, style: Style = _OURS):
         super().__init__()
         self.heads, self.scaling = heads, scaling
-        self.norm = group_norm(channels)
+        self.norm = style.norm(channels)
         self.qkv = conv(dims, channels, 3 * channels, 1)
         self.proj = conv(dims, channels, channels, 1, zero=True)
 

@@ -23,9 +23,9 @@ def conv(dims: int, inputs: int, outputs: int, kernel: int, *, zero: bool = Fals
     return layer
 
 
-def group_norm(channels: int) -> nn.GroupNorm:
-    """GroupNorm with min(32, channels/4) groups, or the next smaller number that divides the channels."""
-    groups = max(1, min(32, channels // 4))
+def group_norm(channels: int, least: int = 4, eps: float = 1e-6) -> nn.GroupNorm:
+    """GroupNorm with min(32, channels / `least`) groups, or the next smaller number that divides the channels."""
+    groups = max(1, min(32, channels // least))
     while channels % groups:
         groups -= 1
-    return nn.GroupNorm(groups, channels, eps=1e-6)
+    return nn.GroupNorm(groups, channels, eps=eps)

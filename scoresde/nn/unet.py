@@ -4,26 +4,44 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple, Unpack
+from typing import Any, NamedTuple, Unpack
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..checks import sizes, whole
+from ..checks import positive, sizes, whole
 from ..diffusion.conditions import Cond
-from .blocks import Attention, CrossAttention, ResampleConv, ResidualBlock, Stack, TokenEmbedding
+from .blocks import Attention, CrossAttention, ResampleConv, ResidualBlock, Stack, Style, TokenEmbedding
 from .conditioning import Conditioning, Options, check_joined, joined
-from .layers import conv, group_norm
-from .resample import Downsample, Upsample
+from .layers import conv
+from .resample import Decimate, Downsample, Upsample
+
+
+class Switches(Options, total=False):
+    """The arguments of `UNet` that published networks need; see there."""
+
+    scale_shift: bool
+    resample_skip: bool
+    fir_zeros: bool
+    pyramid_conv_first: bool
+    strided: bool
+    attend_all: bool
+    middle_attention: bool | None
+    eps: float
+    group_channels: int
+    embedding_width: int | None
+    waves: int | None
+    late: bool
 
 
 class UNet(nn.Module):
     r"""A U-Net F(x, c_noise, cond) after Ho et al. (2020) and Song et al. (2021, app. H); zero at the start.
 
     DDPM++ is `embedding="sinusoidal"` and the other defaults; NCSN++ is `fir=True,
-    progressive_input="residual", embedding_scale=16`. Level i works at 1/2^i of the size with
-    `multipliers[i] * width` channels: `blocks` residual blocks on the way down and `blocks + 1` on the way up.
+    progressive_input="residual", embedding_scale=16`, both but for the details that `switches` change. Level i works
+    at 1/2^i of the size with `multipliers[i] * width` channels: `blocks` residual blocks on the way down and
+    `blocks + 1` on the way up.
 
     Args:
         event_shape: (C, L), (C, H, W) or (C, D, H, W); spatial sizes divisible by 2^(len(multipliers) − 1).
@@ -44,6 +62,19 @@ class UNet(nn.Module):
         conditioning: embedding and embedding_scale, the waves that carry c_noise, see `Conditioning`; classes,
             cond_dim, cond_image, cond_tokens and cond_dropout, the conditions there are, see `Conditions`. Tokens are
             attended to where there is self-attention, after it, and always in the middle.
+        switches: what makes it one of the published networks, weight by weight; by default none is on:
+            scale_shift=False, the embedding is added before the second norm of a block, as in EDM's SongUNet, score_sde
+                and guided-diffusion's use_scale_shift_norm=False; True scales and shifts after it;
+            resample_skip, a 1×1 convolution on every skip that is resampled (SongUNet, score_sde);
+            fir_zeros, the filter goes on with zeros beyond the edge, and does not repeat it, and
+            pyramid_conv_first, x is convolved before it is halved (both NCSN++ of SongUNet and score_sde);
+            strided, with resnet_resample=False, halving by a convolution of stride 2 (resblock_updown=False of
+                guided-diffusion);
+            attend_all, attention after every residual block on the way up (ADM: DhariwalUNet, guided-diffusion);
+            middle_attention, whatever `attention` says (SongUNet, score_sde, guided-diffusion); None is as above;
+            eps=1e-5, of every norm, and group_channels=1, the fewest in a group of a norm (4): guided-diffusion has 32
+                groups always, DhariwalUNet eps alone;
+            embedding_width (4 width), waves (as wide), and late, conditions added after the second layer (ADM).
 
     Raises:
         ValueError: arguments out of range, sizes that cannot be halved, attention at a resolution that never
@@ -66,9 +97,10 @@ class UNet(nn.Module):
         progressive_input: str = "none",
         dropout: float = 0.0,
         encode_image: bool = False,
-        **conditioning: Unpack[Options],
+        **switches: Unpack[Switches],
     ):
         super().__init__()
+        style, emb, conditioning = _read(switches, 4 * width)
         self.event_shape = sizes(event_shape, "event_shape")
         _check(width, multipliers, blocks, progressive_input, dropout)
         sides = _sides(self.event_shape, len(multipliers))
@@ -78,10 +110,10 @@ class UNet(nn.Module):
         widths = [width * multiplier for multiplier in multipliers]
         attends = [side in attention for side in sides]
         self.scaling = math.sqrt(0.5) if residual_scaling else 1.0
-        self.conditioning = Conditioning(4 * width, encode_image=encode_image, **conditioning)
+        self.conditioning = Conditioning(emb, encode_image=encode_image, **conditioning)
         shapes = self.conditioning.conditions.shapes
         tokens = "tokens" in shapes
-        make = _Layers(dims, 4 * width, heads, head_width, tokens, fir, resnet_resample, dropout, self.scaling)
+        make = _Layers(dims, emb, heads, head_width, tokens, fir, resnet_resample, dropout, self.scaling, style)
 
         # the order of these lines is that of the parameters, and of the random numbers they start from
         self.inlet = conv(dims, channels, width, 3)
@@ -89,11 +121,11 @@ class UNet(nn.Module):
         self.decoder, self.ups = nn.ModuleList(), nn.ModuleList()
         self.pyramid = nn.ModuleList()
         skips = self._build_encoder(make, width, widths, attends, blocks, progressive_input == "residual")
-        c = widths[-1]
-        self.middle = Stack([make.block(c, c), *make.attention(c, itself=bool(attention)), make.block(c, c)])
+        c, central = widths[-1], bool(attention) if style.middle_attention is None else style.middle_attention
+        self.middle = Stack([make.block(c, c), *make.attention(c, itself=central), make.block(c, c)])
         self._build_decoder(make, widths, attends, blocks, skips)
-        self.norm, self.outlet = group_norm(widths[0]), conv(dims, widths[0], channels, 3, zero=True)
-        self.tokens = TokenEmbedding(shapes["tokens"][1], 4 * width) if tokens else None
+        self.norm, self.outlet = style.norm(widths[0]), conv(dims, widths[0], channels, 3, zero=True)
+        self.tokens = TokenEmbedding(shapes["tokens"][1], emb) if tokens else None
         self.joint = None if encode_image else _joint(self.event_shape, shapes.get("image", ()), width)
 
     def _build_encoder(
@@ -103,11 +135,12 @@ class UNet(nn.Module):
         skips, c = [inputs], inputs
         for level, outputs in enumerate(widths):
             if level:
-                self.downs.append(make.resample(c, Downsample(make.fir)))
+                self.downs.append(make.down(c))
                 skips.append(c)
                 if residual:
                     above = self.event_shape[0] if level == 1 else widths[level - 2]
-                    self.pyramid.append(ResampleConv(make.dims, above, c, Downsample(make.fir)))
+                    halve, first = Downsample(make.fir, make.style.fir_zeros), make.style.pyramid_conv_first
+                    self.pyramid.append(ResampleConv(make.dims, above, c, halve, first))
             stages = nn.ModuleList()
             for _ in range(blocks):
                 stages.append(make.stage(c, outputs, attends[level]))
@@ -120,13 +153,14 @@ class UNet(nn.Module):
         self, make: _Layers, widths: list[int], attends: list[bool], blocks: int, skips: list[int]
     ) -> None:
         """The way up, each stage taking the last of `skips`; attention comes after the last stage of a level."""
-        c = widths[-1]
+        c, last = widths[-1], blocks
         for level in reversed(range(len(widths))):
             if level < len(widths) - 1:
-                self.ups.append(make.resample(c, Upsample(make.fir)))
+                self.ups.append(make.resample(c, Upsample(make.fir, make.style.fir_zeros)))
             stages = nn.ModuleList()
             for index in range(blocks + 1):
-                stages.append(make.stage(c + skips.pop(), widths[level], attends[level] and index == blocks))
+                attended = attends[level] and (make.style.attend_all or index == last)
+                stages.append(make.stage(c + skips.pop(), widths[level], attended))
                 c = widths[level]
             self.decoder.append(stages)
 
@@ -175,11 +209,11 @@ class _Layers(NamedTuple):
     resnet_resample: bool
     dropout: float
     scaling: float
+    style: Style
 
     def block(self, inputs: int, outputs: int, resample: nn.Module | None = None) -> ResidualBlock:
-        return ResidualBlock(
-            self.dims, inputs, outputs, self.emb, dropout=self.dropout, scaling=self.scaling, resample=resample
-        )
+        how = {"dropout": self.dropout, "scaling": self.scaling}
+        return ResidualBlock(self.dims, inputs, outputs, self.emb, **how, resample=resample, style=self.style)
 
     def attention(self, channels: int, itself: bool = True) -> list[nn.Module]:
         """To all positions, where `itself`, and then to the tokens, where there are any."""
@@ -187,7 +221,7 @@ class _Layers(NamedTuple):
             return []
         n, layers = _heads(channels, self.heads, self.head_width), nn.ModuleList()
         if itself:
-            layers.append(Attention(self.dims, channels, heads=n, scaling=self.scaling))
+            layers.append(Attention(self.dims, channels, heads=n, scaling=self.scaling, style=self.style))
         if self.tokens:
             layers.append(CrossAttention(self.dims, channels, self.emb, heads=n, scaling=self.scaling))
         return list(layers)
@@ -196,10 +230,24 @@ class _Layers(NamedTuple):
         attention = self.attention(outputs) if attends else []  # first: it has the first of the random numbers
         return Stack([self.block(inputs, outputs), *attention])
 
+    def down(self, channels: int) -> nn.Module:
+        if self.style.strided and not self.resnet_resample:
+            return ResampleConv(self.dims, channels, channels, Decimate(), conv_first=True)
+        return self.resample(channels, Downsample(self.fir, self.style.fir_zeros))
+
     def resample(self, channels: int, module: nn.Module) -> nn.Module:
         if self.resnet_resample:
             return self.block(channels, channels, module)
         return ResampleConv(self.dims, channels, channels, module)
+
+
+def _read(switches: Switches, usual: int) -> tuple[Style, int, dict[str, Any]]:
+    """(style, width of the embedding, arguments of `Conditioning`) of the arguments that are left to a U-Net."""
+    rest: dict[str, Any] = dict(switches)
+    style = Style(**{name: rest.pop(name) for name in Style._fields if name in rest})
+    positive(style.eps, "eps"), whole(style.group_channels, "group_channels")
+    emb = rest.pop("embedding_width", None)
+    return style, usual if emb is None else whole(emb, "embedding_width", 2), rest
 
 
 def _check(width: int, multipliers: Sequence[int], blocks: int, progressive_input: str, dropout: float) -> None:

@@ -185,9 +185,9 @@ def chosen_run(options: Mapping[str, Any], allow: Sequence[str], *, whole_data: 
     try:
         return run.whole_data()
     except CheckpointError as error:
-        if run.dataset.known is None or options.get("split") == "train":
-            raise
         kept, all_of_them = len(run.dataset.test), run.dataset.statistics.held_out
+        if run.dataset.known is None or options.get("split") == "train" or not all_of_them:
+            raise
         _log.warning("%s The folder keeps %d of the %d held-out samples, which are measured.", error, kept, all_of_them)
         return run
 

@@ -1,0 +1,160 @@
+"""A run folder of a network of another project, on which every command works that does not train it further."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..codecs import Codec, Scaling
+from ..data import Dataset, Split
+from ..data.statistics import Statistics
+from ..diffusion.denoiser import Denoiser
+from ..noise.rng import Rng
+from ..runs import checkpoint, kept, lock
+from ..runs.folder import prepare, write_config
+from .imported import Imported
+from .pickles import ForeignFileError
+
+_FEW = 16
+_LOSS = {  # of scoresde-evaluate
+    "_target_": "scoresde.DenoisingLoss",
+    "times": {"_target_": "scoresde.losses.StratifiedTimes", "t_min": None},
+    "weighting": {"_target_": "scoresde.losses.Simple"},
+    "coupling": {"_target_": "scoresde.losses.Independent"},
+    "uncertainty": None,
+}
+
+
+def codec_of(imported: Imported) -> Codec:
+    """8-bit pictures in the range that the network was trained with; of latents the numbers themselves."""
+    return Scaling.identity() if imported.span is None else Scaling(*imported.span, levels=256)
+
+
+def no_data() -> Dataset:
+    """Stands for the data of an imported network in its configuration.
+
+    Raises:
+        ValueError: always.
+    """
+    raise ValueError("a network of another project was imported without data.")
+
+
+def stand_in(imported: Imported) -> Dataset:
+    """What a run folder keeps where no data are given: the shape, the range and the classes, and samples of no meaning.
+
+    Its statistics say that it is of no samples; the standard deviation is that of `sigma_data`, or a usual one.
+    """
+    codec, n = codec_of(imported), _FEW
+    dtype = torch.float32 if imported.span is None else torch.uint8
+    raw = torch.full((n, *imported.event_shape), 0 if imported.span is None else 127, dtype=dtype, device="cpu")
+    labels = torch.arange(n, device="cpu") % imported.classes if imported.classes else None
+    low, high = imported.span or (-4.0, 4.0)
+    usual = 1.0 if imported.span is None else (high - low) / 4
+    known = Statistics(
+        data_std=imported.sigma_data if imported.scale_input else usual,
+        span=(low, high),
+        conditions={},
+        gaps=False,
+        training=0,
+        held_out=0,
+        labels=tuple(range(imported.classes)),
+    )
+    split = Split(raw, labels)
+    return Dataset(imported.path.name, split, split, codec, imported.classes, known=known)
+
+
+def fitting(dataset: Dataset, imported: Imported) -> Dataset:
+    """Data of the user's, for a network: with as many classes as it has.
+
+    Raises:
+        ForeignFileError: their shape or labels are not the network's.
+    """
+    if dataset.event_shape != imported.event_shape:
+        raise ForeignFileError(
+            f"{dataset.name}: samples {dataset.event_shape}; the network takes {imported.event_shape}."
+        )
+    if not imported.classes:
+        return dataset
+    if not 0 < dataset.classes <= imported.classes:
+        raise ForeignFileError(
+            f"{dataset.name} has {dataset.classes} classes, and the network {imported.classes}: labels are its own, "
+            "data.label_key=…."
+        )
+    names = dataset.class_names if dataset.classes == imported.classes else ()
+    return replace(dataset, classes=imported.classes, class_names=names)
+
+
+@torch.no_grad()
+def checked(denoiser: Denoiser, dataset: Dataset, conditional: bool) -> str:
+    """One forward pass on noise, in words.
+
+    Raises:
+        ForeignFileError: it fails, or is not finite.
+    """
+    sde = denoiser.sde
+    t = sde.time(torch.tensor(0.0, dtype=torch.float64, device="cpu")).clamp(
+        sde.t_min, sde.t_max
+    )  # as much noise as data
+    x = sde.perturb(torch.zeros(1, *dataset.event_shape, device="cpu"), t, Rng(0).normal((1, *dataset.event_shape)))
+    cond = dataset.train.cond(slice(1), conditional, torch.device("cpu"))
+    try:
+        found = denoiser(x, t, cond).x0
+    except (RuntimeError, ValueError, TypeError) as error:
+        raise ForeignFileError(f"The network does not run on {tuple(x.shape)}: {error!s:.300}") from error
+    if not bool(found.isfinite().all()):
+        raise ForeignFileError("What the network says of noise is not finite.")
+    return f"one call at t = {float(t):.4g}, where log(sigma/alpha) is 0: x0 of standard deviation {found.std():.3g}"
+
+
+def write(
+    imported: Imported,
+    folder: Path,
+    *,
+    dataset: Dataset | None = None,
+    data: Mapping[str, Any] | None = None,
+    command: str = "scoresde-import",
+    overwrite: bool = False,
+) -> str:
+    """Writes the run folder; returns what a forward pass gave, in words.
+
+    Args:
+        imported: the network.
+        folder: where to; it is made.
+        dataset: data of the user's to measure it on, coded by `codec_of`; None where there are none.
+        data: what the dataset was built from, a node with `_target_`.
+        command: what its config.yaml begins with.
+        overwrite: replace a run that is there.
+
+    Raises:
+        ForeignFileError: the network does not run, or the data do not fit it. Nothing is written then.
+        ValueError: the folder holds a run already.
+        OSError, CheckpointError: it cannot be written.
+    """
+    conditional = imported.classes > 0
+    found = stand_in(imported) if dataset is None else fitting(dataset, imported)
+    denoiser = imported.denoiser()
+    said = checked(denoiser, found, conditional)
+    groups = {"ema": denoiser.state_dict()}
+    groups["weights"] = imported.denoiser("weights").state_dict() if imported.raw_weights else groups["ema"]
+    config = {
+        "sde": imported.sde,
+        "network": imported.network,
+        "denoiser": imported.denoiser_node,
+        "parameterization": imported.parameterization,
+        "loss": _LOSS,
+        "data": dict(data) if data is not None else {"_target_": "scoresde.interop.no_data"},
+        "conditional": conditional,
+        "sigma_data": imported.sigma_data,
+        "seed": 0,
+        "imported": {"path": str(imported.path), "format": imported.format, "licence": imported.licence},
+    }
+    with lock.hold(folder):
+        prepare(folder, config, resume=False, overwrite=overwrite)
+        write_config(folder, config, command)
+        kept.keep(folder, found)
+        checkpoint.save(folder / "checkpoints", 0, groups, {"config": config})
+    return said
