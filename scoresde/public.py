@@ -8,6 +8,7 @@ from .guidance import *  # noqa: F403
 from .inverse import *  # noqa: F403
 from .likelihood import *  # noqa: F403
 from .losses import (
+    AutoencoderLoss,
     ClassifierLoss,
     ConsistencyLoss,
     DenoisingLoss,
@@ -15,6 +16,7 @@ from .losses import (
     NoisyClassifier,
     SemigroupLoss,
     TrajectoryLoss,
+    VariationalAutoencoder,
 )
 from .noise.rng import Rng
 from .ode import SolverError
@@ -23,6 +25,7 @@ from .runs.run import Run
 from .sampling import *  # noqa: F403
 
 __all__ = [
+    "AutoencoderLoss",
     "ClassifierLoss",
     "ConsistencyLoss",
     "DenoisingLoss",
@@ -33,6 +36,7 @@ __all__ = [
     "SemigroupLoss",
     "SolverError",
     "TrajectoryLoss",
+    "VariationalAutoencoder",
     "load",
     "nn",
 ]

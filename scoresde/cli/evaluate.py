@@ -13,7 +13,8 @@ from ..evaluate import figures
 from ..evaluate.evaluation import evenly_spaced, held_out_loss
 from ..evaluate.report import Evaluation, Report, check_samplers, list_files
 from ..evaluate.scoring import Scoring, check_rank
-from ..runs.load import build_loss, choose_device, chosen_run
+from ..runs.load import choose_device, chosen_run
+from ..runs.objective import build_loss
 from ..runs.run import Run
 from ._hydra import Command, launch, read, refusing
 from .given import with_given

@@ -18,6 +18,7 @@ from ..noise.rng import Rng
 from ..runs import load as loading
 from ..runs.kept import coded
 from ..runs.logger import Logger
+from ..runs.objective import build_loss, check_objective
 from ..runs.progress import doing
 from ..runs.redact import redacted
 from ..sampling import Sampler
@@ -82,11 +83,13 @@ def assemble(command: Command, world: World) -> Plan:
     trainer, samplers = command.build("trainer"), command.samplers()
     torch.manual_seed(seed)  # initial weights and dropout; everything else takes an Rng
     with doing("reading the data"):
-        dataset = coded(command.build("data"), config, command.allow)
+        dataset = coded(command.build("data"), config, command.allow, command.folder)
+        if dataset.codec.digest:
+            config["codec"] = {**config["codec"], "digest": dataset.codec.digest}
         dataset.statistics  # noqa: B018  # looks at all samples, once; here a signal may break it off
     denoiser = loading.build_denoiser(config, dataset, command.allow).to(device)
     start = loading.prepare(denoiser, dataset, seed)
-    loss: Any = loading.build_loss(config, denoiser, command.allow).to(device)
+    loss: Any = build_loss(config, denoiser, command.allow).to(device)
     loading.check_fit(denoiser, dataset, conditional=conditional)
     check_samplers(samplers, denoiser)
     evenly_spaced(len(dataset.test), evaluation.points, "evaluation.points")  # refused now rather than after training
@@ -110,7 +113,7 @@ def assemble(command: Command, world: World) -> Plan:
     training = TrainingState(loss, optimizer, ema, dataset, order, Rng(seed), loss_scale=trainer.loss_scale, **how)
     likelihood, view = command.build("likelihood"), command.build("logger")
     if denoiser.draws:
-        denoiser.sde.cut_off(likelihood.t_min, "likelihood")
+        likelihood.job(denoiser, dataset, seed=seed)  # refused now rather than after training
     # what is kept of it, in whatever file, holds no secret
     how = {"budgets": choose_budgets(config["fit"]), "allow": command.allow, "words": command.words, "start": start}
     return Plan(command.folder, redacted(config), trainer, training, samplers, likelihood, evaluation, view, **how)
@@ -120,7 +123,7 @@ def check_options(config: dict[str, Any]) -> None:
     """Refuses values that are no part of an object.
 
     Raises:
-        ConfigError: one of another type or outside its range, or a classifier that is to be sampled.
+        ConfigError: one of another type or outside its range, or a run that cannot be sampled and is to be.
     """
     seed, parallel = config["seed"], config["parallel"]
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**31:
@@ -130,4 +133,4 @@ def check_options(config: dict[str, Any]) -> None:
             raise ConfigError(f"{name} is true or false; got {config[name]!r}.")
     if parallel not in ("ddp", "fsdp"):
         raise ConfigError(f"parallel is ddp (a copy on each process) or fsdp (slices); got {parallel!r}.")
-    loading.check_classifier(config)
+    check_objective(config)

@@ -17,6 +17,7 @@ from ..data.kinds import in_turn
 from ..diffusion.conditions import named
 from ..evaluate import figures
 from ..evaluate.evaluation import Drawing, held_out
+from ..evaluate.reconstruction import logged, reconstructed
 from ..evaluate.report import Report, draw_samples, list_files, real_beside
 from ..evaluate.shards import Shards
 from ..ode import SolverError
@@ -213,12 +214,19 @@ def finish(plan: Plan, logger: Logger, seconds: float) -> dict[str, float]:
         said = ", ".join(f"{name} {value:.5g}" for name, value in found.items())
         plan.say(f"Held-out {said} after {training.images:,} images. Run in {folder}")
         return {"objective": loss, "loss": loss}
+    facts = {"folder": str(folder), **at, "train_seconds": seconds, "loss": loss}
+    if average.denoiser.encodes:
+        if world.rank:
+            return {"objective": loss, "loss": loss}
+        summary = reconstructed(average, dataset, plan.evaluation, config["seed"], folder, facts)
+        logged(logger, summary, folder, pictures=plan.evaluation.pictures)
+        bits = summary["bits_per_dim"]
+        return {"objective": bits["mean"], "bits_per_dim": bits["mean"], "stderr": bits["stderr"], "loss": loss}
     model = (average.denoiser, dataset, config["conditional"])
     report = Report(*model, plan.samplers, plan.likelihood, plan.evaluation, config["seed"])
     measured = report.measure(Shards(folder / "batches" / f"step-{training.step:08d}", at, world.rank, world.size))
     if measured is None:
         return {"objective": loss, "loss": loss}
-    facts = {"folder": str(folder), **at, "train_seconds": seconds, "loss": loss}
     bits = report.write(*measured, folder, facts, logger)["bits_per_dim"]
     name = f"eval/{bits['estimator']}"
     logger.log({"eval/loss": loss, name: bits["mean"], "eval/bpd_stderr": bits["stderr"], "final": 1}, **at)

@@ -13,6 +13,7 @@ from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
+from ..config import config_dir
 from ..runs.redact import redacted_text
 
 # Last parts of keys whose value is text, whatever it reads like; `null` is a name for the first two alone.
@@ -29,7 +30,21 @@ _CALLS = "likelihood.budget"
 def typed(words: Sequence[str]) -> list[str]:
     """The command line, without the command, as Hydra has to be given it for what is meant."""
     sweep = any(word in ("-m", "--multirun") for word in words)
-    return [_as_text(word, sweep) for word in _of_today(list(words))]
+    return [_as_text(word, sweep) for word in _of_today(_with_codec_of_run(words))]
+
+
+def _with_codec_of_run(words: Sequence[str]) -> list[str]:
+    """`codec=runs/autoencoder`, a folder, as `codec=autoencoder codec.run=runs/autoencoder`."""
+    found: list[str] = []
+    for word in words:
+        key, _, value = word.partition("=")
+        names_run = key == "codec" and ("/" in value or (Path(value).is_dir() and not _leaf("codec", value)))
+        found += ["codec=autoencoder", f"codec.run={value}"] if names_run else [word]
+    return found
+
+
+def _leaf(group: str, name: str) -> bool:
+    return Path(config_dir(), group, f"{name}.yaml").is_file()
 
 
 def problem_in_words(words: Sequence[str]) -> str:

@@ -1,5 +1,6 @@
 """Codecs between raw data and model data, with the log-volume that turns a density of one into that of the other."""
 
+from .autoencoder import Autoencoder
 from .centred import Centred
 from .chain import Chain
 from .codec import Codec
@@ -8,4 +9,4 @@ from .scaling import Scaling
 from .spectrum import Spectrum
 from .standardise import Standardise
 
-__all__ = ["Centred", "Chain", "Codec", "Patches", "Scaling", "Spectrum", "Standardise"]
+__all__ = ["Autoencoder", "Centred", "Chain", "Codec", "Patches", "Scaling", "Spectrum", "Standardise"]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Sequence
-from typing import Any, Protocol
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -30,7 +31,7 @@ class Codec(abc.ABC):
     """An invertible map from raw data to the values that a network sees, which knows its volume.
 
     A codec is a frozen dataclass of numbers, strings, tuples of these, and other codecs, so that a run folder can keep
-    it.
+    it; the one that has weights too says what they are (`recipe`, `tensors`, `restored`).
     """
 
     @abc.abstractmethod
@@ -48,7 +49,28 @@ class Codec(abc.ABC):
     @abc.abstractmethod
     def log_volume(self, raw: Tensor, x: Tensor) -> Tensor:
         """Σ log |dx/d raw| of each sample, (B,) float64 nats, where x is model data of `raw`:
-        log p(raw) = log p(x) + log_volume."""
+        log p(raw) = log p(x) + log_volume; or ≥ in the mean over `transform`, if it is a `bound`."""
+
+    def recipe(self) -> dict[str, Any]:
+        """Its fields by name, as a configuration has them: what is no tensor of what a run folder keeps."""
+        return {each.name: getattr(self, each.name) for each in dataclasses.fields(cast(Any, self))}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Its weights by name; none but for an autoencoder."""
+        return {}
+
+    def restored(self, tensors: Mapping[str, Tensor]) -> Codec:
+        """The codec of a `recipe` with its weights again."""
+        return self
+
+    def moments(self, raw: Tensor) -> Tensor | None:
+        """What can be stored of raw values, so that `redraw.transform` makes model data of it without them; None where
+        `transform` itself is as fast."""
+        return None
+
+    def unfold(self, x: Tensor) -> Tensor:
+        """Model data as model data of `pixels`, differentiable: what an operator on samples acts on."""
+        return x
 
     def encode(self, raw: Tensor, *, rng: Rng | None = None) -> Tensor:
         """Model data of raw values (B, *raw shape); `rng` dequantises integers, None takes the centres of their bins.
@@ -88,6 +110,26 @@ class Codec(abc.ABC):
     def discrete(self) -> bool:
         """Whether some raw values are integers, which are dequantised."""
         return self.levels is not None
+
+    @property
+    def bound(self) -> bool:
+        """Whether log p(x) + log_volume is, in the mean over x, a lower bound on log p(raw) and no equality."""
+        return False
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of its weights; empty where it has none."""
+        return ""
+
+    @property
+    def redraw(self) -> Any:
+        """What makes model data of `moments`: transform(moments, rng=) -> x."""
+        return None
+
+    @property
+    def pixels(self) -> Codec:
+        """The codec whose model data are places of raw data, below an autoencoder; itself elsewhere."""
+        return self
 
     @property
     def subspace(self) -> bool:

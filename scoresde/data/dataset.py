@@ -108,6 +108,7 @@ class Dataset:
             choose; None for none.
         notes: what the reader decided, in words that a run begins with.
         numbers: of the points of a raw sample, as the atomic numbers of a molecule; empty for other data.
+        moments: what the codec can store of the training samples (N, …), see `Codec.moments`; None for nothing.
         rate: of sound, raw samples (C, L) at so many frames a second; 0 for other data.
 
     Raises:
@@ -130,6 +131,7 @@ class Dataset:
     notes: str = ""
     numbers: tuple[int, ...] = ()
     rate: int = 0
+    moments: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.class_names and len(self.class_names) != self.classes:
@@ -181,7 +183,10 @@ class Dataset:
         if self.known is not None:
             return self.known
         train, test = self.train, self.test
-        found = measured(train.raw, train.labels, train.conditions, self.codec, len(test))
+        raw, encode = (
+            (train.raw, self.codec.encode) if self.moments is None else (self.moments, self.codec.redraw.transform)
+        )
+        found = measured(raw, encode, train.labels, train.conditions, self.codec.model_range, len(test))
         digests = {"train": train.digest(), "test": test.digest()}
         if self.checksums:
             digests["files"] = "\n".join(f"{checksum} {name}" for name, checksum in self.checksums.items())

@@ -28,6 +28,7 @@ def excerpt(dataset: Dataset) -> Dataset:
         test=test.take(torch.arange(kept, device="cpu") * len(test) // kept),
         log_prob=None,
         validation=None,
+        moments=None,
         known=dataset.statistics,
     )
 
@@ -41,6 +42,7 @@ def packed(dataset: Dataset) -> tuple[dict[str, Tensor], dict[str, Any]]:
     record = {
         "name": dataset.name,
         "codec": _recipe(dataset.codec),
+        "codec_digest": dataset.codec.digest,
         "classes": dataset.classes,
         "class_names": list(dataset.class_names),
         "columns": list(dataset.columns),
@@ -50,6 +52,7 @@ def packed(dataset: Dataset) -> tuple[dict[str, Tensor], dict[str, Any]]:
     }
     splits = {"train": dataset.train, "test": dataset.test}
     tensors = {f"{part}.raw": split.raw[:] for part, split in splits.items()}
+    tensors |= {f"codec.{name}": values for name, values in dataset.codec.tensors().items()}
     tensors |= {f"{part}.{name}": values for part, split in splits.items() for name, values in split.named.items()}
     return tensors, record
 
@@ -65,6 +68,9 @@ def unpacked(tensors: Mapping[str, Tensor], record: Mapping[str, Any], codec: Co
         named = {name.removeprefix(f"{part}."): v for name, v in tensors.items() if name.startswith(f"{part}.")}
         return Split(named.pop("raw"), named.pop("label", None), named)
 
+    codec = codec.restored({k.removeprefix("codec."): v for k, v in tensors.items() if k.startswith("codec.")})
+    if codec.digest != record.get("codec_digest", ""):
+        raise ValueError(f"its autoencoder is {codec.digest}, expected {record['codec_digest']}")
     known = dict(record["statistics"])
     known["span"] = _pair(known["span"])
     known["labels"] = None if known.get("labels") is None else tuple(map(int, known["labels"]))
@@ -87,12 +93,12 @@ def _recipe(value: Any) -> Any:
     """What `config.build` makes a codec of again, and the codecs in it: its target and its fields."""
     if isinstance(value, tuple):
         return [_recipe(each) for each in value]
-    if value is None or isinstance(value, (bool, int, float, str)):
+    if value is None or isinstance(value, (bool, int, float, str, dict)):
         return value
     module = type(value).__module__
     if module.startswith("scoresde."):
         module = module.rpartition(".")[0]  # our packages publish what is in their modules
-    fields = {each.name: _recipe(getattr(value, each.name)) for each in dataclasses.fields(value)}
+    fields = {name: _recipe(of) for name, of in value.recipe().items()}
     as_they_are = {"_convert_": "all"} if any(isinstance(field, list) for field in fields.values()) else {}
     return {"_target_": f"{module}.{type(value).__name__}", **as_they_are, **fields}
 

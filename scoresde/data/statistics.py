@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 from torch import Tensor
 
-from ..codecs.codec import Codec
 from ..diffusion.denoiser import sample_std
 from .rows import Rows, chunks
 
@@ -40,12 +39,17 @@ class Statistics:
 
 
 def measured(
-    raw: Tensor | Rows, labels: Tensor | None, conditions: Mapping[str, Tensor], codec: Codec, held_out: int
+    raw: Tensor | Rows,
+    encode: Callable[[Tensor], Tensor],
+    labels: Tensor | None,
+    conditions: Mapping[str, Tensor],
+    span: tuple[float, float] | None,
+    held_out: int,
 ) -> Statistics:
-    """Of training samples (N, *event), their labels and other conditions."""
+    """Of training samples (N, *event) and what makes model data of them, of the span of these, of labels and others."""
     return Statistics(
-        data_std=sample_std(codec.encode(raw[:_MEASURED])),
-        span=codec.model_range or _span(raw, codec),
+        data_std=sample_std(encode(raw[:_MEASURED])),
+        span=span or _span(raw, encode),
         conditions={name: extremes(values) for name, values in conditions.items()},
         gaps=any(bool(values.isnan().flatten(1).all(1).any()) for values in conditions.values()),
         training=len(raw),
@@ -54,8 +58,8 @@ def measured(
     )
 
 
-def _span(raw: Tensor | Rows, codec: Codec) -> tuple[float, float]:
-    lows, highs = zip(*(extremes(codec.encode(part)) for part in chunks(raw)), strict=True)
+def _span(raw: Tensor | Rows, encode: Callable[[Tensor], Tensor]) -> tuple[float, float]:
+    lows, highs = zip(*(extremes(encode(part)) for part in chunks(raw)), strict=True)
     return min(lows), max(highs)
 
 

@@ -32,6 +32,7 @@ class Denoiser(nn.Module, abc.ABC):
     Attributes:
         fits: how many samples `prepare` wants; 0 where it does nothing.
         draws: whether samples can be drawn from it, as from every denoiser; a classifier has no noise to start from.
+        encodes: whether it is an autoencoder, which no denoiser is.
         data_mean, data_var: moments of the data (numbers, or tensors of the event shape) that the prior at t_max
             takes into account: p_T ≈ N(α_T mean, (α_T² var + σ_T²) I). 0 gives the usual N(0, σ_T² I).
         prior_evaluations: network calls of `prior_log_prob_given`.
@@ -47,7 +48,7 @@ class Denoiser(nn.Module, abc.ABC):
             is t, where g is the usual E[x_0 | x_t]. With "scale", cond["scale"] (B,) is a guidance scale.
     """
 
-    draws = True
+    draws, encodes = True, False
     fits = 0
     told: tuple[str, ...] = ()
 

@@ -19,6 +19,7 @@ from ..diffusion.conditions import Cond
 from ..diffusion.denoiser import Denoiser, model_device
 from ..likelihood.bounds import elbo, ode_bound
 from ..likelihood.divergence import Divergence, Hutchinson
+from ..likelihood.latent import latent_bound
 from ..likelihood.ode import LogLikelihood, bits_per_dim, log_likelihood
 from ..likelihood.solver import Solver
 from ..likelihood.tolerance import Tolerance
@@ -32,6 +33,8 @@ _MEANINGS = {
     "bpd/ode": "the density at t_min",
     "bpd/ode-bound": "a bound for the data",
     "bpd/elbo": "a bound for the data by the reverse SDE",
+    "bpd/latent-bound": "a bound for the data, through their latents",
+    "bpd/latent-elbo": "a bound for the data by the reverse SDE, through their latents",
 }
 
 
@@ -117,6 +120,14 @@ class Likelihood(abc.ABC):
         """All settings that a value depends on, as JSON takes them."""
 
     @abc.abstractmethod
+    def named(self, codec: Codec) -> str:
+        """The estimator that data under this codec have.
+
+        Raises:
+            ValueError: there is none.
+        """
+
+    @abc.abstractmethod
     def cost(self, event_shape: Sequence[int]) -> str:
         """What a batch costs, in words."""
 
@@ -141,7 +152,7 @@ class Likelihood(abc.ABC):
         Raises:
             ValueError: an unknown split, more points than it has, a cut-off outside the SDE's times, a seed too large.
         """
-        data = choose_split(dataset, split)
+        data, estimator = choose_split(dataset, split), self.named(dataset.codec)
         denoiser.sde.cut_off(self.t_min, "likelihood")
         whole((whole(seed, "seed", 0) + 1) * len(data), f"seed + 1, times the {len(data)} points that draw from it,")
         parts = evenly_spaced(len(data), points).split(self.batch_size)
@@ -164,7 +175,7 @@ class Likelihood(abc.ABC):
             bits, errors, of_solver = (joined(batches, name) for name in ("bits", "errors", "of_solver"))
             mean = mean_score(bits)
             means = (mean.value, mean.stderr, float(of_solver.mean()))
-            return BitsPerDim(*means, bits, errors, len(bits), *costs(batches), self.estimator)
+            return BitsPerDim(*means, bits, errors, len(bits), *costs(batches), estimator)
 
         what = {"split": split, "points": points, "of": len(data), "seed": seed, "conditional": conditional}
         settings = {**what, "batch_size": self.batch_size, **self.settings, "t_min": self.t_min, "errors": True}
@@ -181,6 +192,7 @@ class OdeLikelihood(Likelihood):
         t_min: likelihood cut-off; None for the SDE's own.
         bound: "dequantised" or "centres" for a bound on the probability of integers (`ode_bound`) that the network was
             trained on with uniform noise or as centres of their bins; None for the density of the data at t_min.
+        draws: of latents, draws of z for each point (`latent_bound`), ≥ 1; None for one.
 
     Raises:
         ValueError: a batch size below 1, another bound.
@@ -194,6 +206,7 @@ class OdeLikelihood(Likelihood):
         batch_size: int = 64,
         t_min: float | None = None,
         bound: str | None = None,
+        draws: int | None = None,
     ):
         if bound not in (None, "dequantised", "centres"):
             raise ValueError(f"bound is 'dequantised', 'centres' or null; got {bound!r}.")
@@ -201,14 +214,25 @@ class OdeLikelihood(Likelihood):
         self.divergence, self.solver, self.bound = divergence or Hutchinson(), solver or Tolerance(1e-5, 1e-5), bound
         self.estimator, self.calls = "bpd/ode" if bound is None else "bpd/ode-bound", self.solver.settings.get("budget")
         self.how, self.dequantises = "by the probability-flow ODE", bound != "centres"
+        self.draws = None if draws is None else whole(draws, "draws", otherwise="null for one")
 
     @property
     def accuracy(self) -> Mapping[str, float]:
-        return self.solver.accuracy
+        return {**self.solver.accuracy, **({} if self.draws is None else {"draws": self.draws})}
 
     @property
     def settings(self) -> dict[str, Any]:
-        return {**self.solver.settings, "bound": self.bound}
+        return {**self.solver.settings, "bound": self.bound} | ({} if self.draws is None else {"draws": self.draws})
+
+    def named(self, codec: Codec) -> str:
+        if codec.bound and self.bound is not None:
+            raise ValueError(
+                f"likelihood.bound={self.bound} is of integers with uniform noise; latents are a bound by themselves, "
+                "which takes integers as they are: likelihood.bound=null."
+            )
+        if self.draws is not None and not codec.bound:
+            raise ValueError(f"likelihood.draws={self.draws} is of latents, and these data have none: null.")
+        return "bpd/latent-bound" if codec.bound else self.estimator
 
     def cost(self, event_shape: Sequence[int]) -> str:
         calls = self.solver.accuracy.get("budget", "as many as the tolerance takes")
@@ -219,6 +243,8 @@ class OdeLikelihood(Likelihood):
         solve: Callable[..., LogLikelihood] = log_likelihood
         if self.bound is not None:
             solve = partial(ode_bound, dequantised=self.bound == "dequantised")
+        elif codec.bound and self.draws is not None:
+            solve = partial(latent_bound, samples=self.draws)
         how: dict[str, Any] = {"divergence": self.divergence, "scaling": codec, "t_min": self.t_min}
         found = solve(denoiser, raw, self.solver, cond=cond, rng=rng, **how)
         return Measured(found.log_prob, found.stderr, found.solver_error, found.evaluations)
@@ -259,6 +285,13 @@ class Elbo(Likelihood):
     @property
     def settings(self) -> dict[str, Any]:
         return {"samples": self.samples, "bound": f"elbo, {self.bound}"}
+
+    def named(self, codec: Codec) -> str:
+        if codec.bound and not self.dequantises:
+            raise ValueError(
+                "likelihood.bound=centres is of integers; latents are drawn: likelihood.bound=dequantised."
+            )
+        return "bpd/latent-elbo" if codec.bound else self.estimator
 
     def cost(self, event_shape: Sequence[int]) -> str:
         return f"network calls for each {self.batch_size} points: {self.samples}"

@@ -4,6 +4,7 @@ from .bounds import ImportanceBound, elbo, importance_weighted, ode_bound, vlb
 from .budget import Budget, LikelihoodGrid
 from .classify import Classification, classify
 from .divergence import Exact, Hutchinson, HutchPlusPlus
+from .latent import latent_bound
 from .ode import LogLikelihood, bits_per_dim, log_likelihood, sample_with_log_prob
 from .terms import Bound
 from .tolerance import Tolerance
@@ -23,6 +24,7 @@ __all__ = [
     "classify",
     "elbo",
     "importance_weighted",
+    "latent_bound",
     "log_likelihood",
     "ode_bound",
     "sample_with_log_prob",

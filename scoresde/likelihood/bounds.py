@@ -29,7 +29,8 @@ from ..diffusion.undisturbed import undisturbed
 from ..noise.rng import Rng
 from ..ops.broadcast import host
 from .codec import RawCodec
-from .divergence import Divergence, spread
+from .divergence import Divergence
+from .latent import pooled
 from .ode import LogLikelihood, log_likelihood
 from .solver import Solver
 from .terms import Bound, Setting, Term, mean_and_error
@@ -154,12 +155,8 @@ def ode_bound(
         values.append(found.log_prob + setting.log_bins(z) - setting.log_noised(z, dequantised))
         errors.append(found.solver_error)
         evaluations += found.evaluations
-    draws, of_solver = torch.stack(values, 1), torch.stack(errors).mean(0)
-    log_prob, relative = draws.mean(1), draws
-    if not bool(found.divergence_error.any()):
-        log_prob = draws.logsumexp(1) - math.log(setting.samples)
-        relative = (draws - log_prob[:, None]).exp()
-    of_draws = spread(relative) if setting.samples > 1 else torch.full_like(log_prob, math.nan)
+    log_prob, of_draws = pooled(torch.stack(values, 1), exact=not bool(found.divergence_error.any()))
+    of_solver = torch.stack(errors).mean(0)
     stderr = torch.hypot(of_draws, of_solver)
     how, dims = "bpd/ode-bound", x0[0].numel()
     return LogLikelihood(log_prob, stderr, found.latent, evaluations, of_draws, of_solver, how, dims)

@@ -63,7 +63,8 @@ class LogLikelihood:
         for values, scale, unit in ((self.log_prob, 1.0, "nats"), (self.bits_per_dim, per_bit, "bits/dim")):
             error = float(values.detach().double().std()) / n**0.5 if n > 1 else float(self.stderr[0]) / scale
             shown.append(f"{float(values.detach().double().mean()):.5g} ± {error:.2g} {unit}")
-        return f"LogLikelihood({', '.join(shown)}; samples: {n:,}, evaluations: {self.evaluations:,})"
+        kind = ", a lower bound" if self.name.endswith("-bound") else ""
+        return f"LogLikelihood({', '.join(shown)}{kind}; samples: {n:,}, evaluations: {self.evaluations:,})"
 
     @property
     def bits_per_dim(self) -> Tensor:
@@ -98,7 +99,8 @@ def log_likelihood(
         cond: condition of each sample.
         rng: source of probes and dequantisation noise.
         scaling: codec of the data set; raw integers are dequantised with uniform noise (Theis et al. 2016) and the
-            log-volume of the codec is added, so the result is the density of raw data.
+            log-volume of the codec is added, so the result is the density of raw data; of latents, one draw of a
+            lower bound on it, which `latent_bound` takes the mean of.
         t_min: likelihood cut-off, None for the SDE's own.
         differentiable: let `log_prob` carry gradients to `x0` and the network's parameters by plain autograd; memory
             then grows with the evaluations. The steps of an adaptive solve are constants to it.
@@ -123,7 +125,8 @@ def log_likelihood(
         latent = latent.to(x.dtype)
         log_prob = flow.counted.prior_log_prob_given(latent, cond) + flow.log_scale + change + log_volume
     error, dims = torch.hypot(*errors), x0[0].numel()
-    return LogLikelihood(log_prob, error, latent, flow.counted.evaluations, *errors, dims=dims)
+    name = "bpd/latent-bound" if scaling is not None and scaling.bound else "bpd/ode"
+    return LogLikelihood(log_prob, error, latent, flow.counted.evaluations, *errors, name, dims)
 
 
 @undisturbed

@@ -1,5 +1,6 @@
-"""Training objectives: denoising score matching, the coupling of noise and data, classifiers of noise, flow maps."""
+"""Training objectives: denoising score matching, couplings of noise and data, classifiers, autoencoders, flow maps."""
 
+from .autoencoder import AutoencoderLoss, VariationalAutoencoder
 from .classifier import ClassifierLoss, NoisyClassifier
 from .coupling import Independent, OptimalTransport
 from .denoising import (
@@ -19,6 +20,7 @@ from .loss import Loss, Terms
 from .trajectory import TrajectoryLoss
 
 __all__ = [
+    "AutoencoderLoss",
     "ClassifierLoss",
     "ConsistencyLoss",
     "DenoisingLoss",
@@ -41,4 +43,5 @@ __all__ = [
     "Terms",
     "TrajectoryLoss",
     "UniformTimes",
+    "VariationalAutoencoder",
 ]

@@ -1,6 +1,7 @@
 """Networks F(x, c_noise, cond): they see a noise level as one number per sample, never an SDE."""
 
 from ..diffusion.conditions import Cond
+from .autoencoder import Autoencoder
 from .classifier import Classifier
 from .conditioning import Conditioning
 from .conditions import Conditions
@@ -15,6 +16,7 @@ from .unet import UNet
 __all__ = [
     "EGNN",
     "MLP",
+    "Autoencoder",
     "Classifier",
     "Cond",
     "Conditioning",

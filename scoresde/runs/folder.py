@@ -21,6 +21,7 @@ _FILES = (
     "summary.md", "failed.json", "samplers.json", "samples-*.png", "samples.gif",
     "samples-*.gif", "trajectory-*.png", "progress/step-*.png",
     "excerpt.safetensors", "checkpoints/step-*", "checkpoints/.step-*", "averages/images-*", "batches/step-*",
+    "reconstructions.png", "latents/*.safetensors",
     "samples/[0-9]*.wav", "samples-*/[0-9]*.wav", "spectrograms.png", "spectrograms-*.png",
 )  # fmt: skip
 # Keys that define a run: a checkpoint made with another value belongs to another run.
@@ -29,8 +30,9 @@ _IDENTITY = (
     "ema", "augment", "codec",
     "trainer.batch_size", "trainer.accumulate", "trainer.warmup", "trainer.clip", "trainer.loss_scale",
 )  # fmt: skip
-# What changes no sample that was read before: answers to questions about the data, and where they are kept.
-_ANSWERS = ("data.signals", "data.grey", "data.lazy")
+# What changes no sample that was read before: answers to questions about the data, and where they are kept; an
+# autoencoder is known by its digest, wherever it lies.
+_ANSWERS = ("data.signals", "data.grey", "data.lazy", "codec.run", "codec.cache")
 
 
 def prepare(folder: Path, config: Mapping[str, Any], *, resume: str | bool, overwrite: bool) -> Checkpoint | None:

@@ -29,14 +29,22 @@ def keep(folder: Path, dataset: Dataset, *, resumed: bool = False) -> None:
         bundle.write(folder / FILE, *packed(excerpt(dataset)))
 
 
-def coded(dataset: Dataset, config: Mapping[str, Any], allow: Sequence[str]) -> Dataset:
+def coded(dataset: Dataset, config: Mapping[str, Any], allow: Sequence[str], folder: Path | None = None) -> Dataset:
     """The data set under the codec that a configuration asks for, fitted to its training samples; or under its own.
+
+    An autoencoder whose own run is gone is the one that `folder`, where a run may be that is to be resumed, keeps.
 
     Raises:
         ConfigError: it cannot be built, or does not suit the data.
     """
     node = config.get("codec")
-    return build({**node, "_convert_": "all"}, allow, dataset, key="codec") if node else dataset
+    if not node:
+        return dataset
+    given = {"allow_targets": allow} if leaves_open(node, "allow_targets", allow, key="codec") else {}
+    if node.get("run") and folder is not None and not Path(node["run"]).exists() and (folder / FILE).exists():
+        node = {**node, "run": str(folder)}
+    found: Dataset = build({**node, "_convert_": "all"}, allow, dataset, key="codec", **given)
+    return found
 
 
 def under_kept_codec(dataset: Dataset, folder: Path, allow: Sequence[str]) -> Dataset:

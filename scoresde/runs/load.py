@@ -17,19 +17,18 @@ from ..config import ConfigError, build, build_network, leaves_open
 from ..data import Dataset
 from ..data.dataset import hold_out
 from ..diffusion.denoiser import Denoiser, model_device
-from ..losses.denoising import DenoisingLoss
 from ..noise import switch
 from ..noise.rng import Rng
 from . import bundle
 from .checkpoint import CheckpointError, best, latest
 from .kept import read_data, recall, unpack
+from .objective import bins_of
 from .posthoc import reconstruct
 from .progress import doing
 from .run import Run
 
 _NEEDED = {"data", "network", "denoiser", "sde", "parameterization", "conditional"}  # what a model is rebuilt from
 _log = logging.getLogger(__name__)
-_CLASSIFIER_LOSS = "scoresde.ClassifierLoss"
 
 
 def choose_device(name: str) -> torch.device:
@@ -68,12 +67,14 @@ def choose_kernels(kernels: str | bool | None, device: torch.device) -> None:
 
 
 def build_denoiser(config: Mapping[str, Any], dataset: Dataset, allow: Sequence[str]) -> Denoiser:
-    """The denoiser of a resolved configuration, or the classifier, freshly initialised."""
+    """The denoiser of a resolved configuration, the classifier or the autoencoder, freshly initialised."""
     classes, node = dataset.classes if config["conditional"] else 0, config["denoiser"]
     augment = build(config["augment"], allow, key="augment") if config.get("augment") else None
     told: dict[str, Any] = {"classes": classes, "cond_augment": augment.told if augment else 0}
     if dataset.numbers and not config["network"].get("numbers"):
         told["numbers"] = dataset.numbers
+    if leaves_open(config["network"], "levels", allow, key="network"):
+        told |= bins_of(dataset.codec)
     network = build_network(config["network"], allow, key="network", event_shape=dataset.event_shape, **told)
     facts = {"network": network, "sde": build(config["sde"], allow, key="sde")}
     if leaves_open(node, "parameterization", allow, key="denoiser"):
@@ -110,46 +111,6 @@ def _some(dataset: Dataset, count: int, seed: int) -> list[Tensor]:
     return parts
 
 
-def check_classifier(config: Mapping[str, Any]) -> None:
-    """Refuses a classifier that gets no labels, or of which samples or bits/dim are asked for.
-
-    Raises:
-        ConfigError: it is one of these.
-    """
-    if _target(config["loss"]) != _CLASSIFIER_LOSS:
-        return
-    if not config["conditional"]:
-        raise ConfigError("A classifier learns labels, which conditional=true tells it.")
-    if config["fit"]:
-        raise ConfigError("A classifier draws no samples, so no sampler is fitted to it: fit=[].")
-    if config["evaluate_at_end"] or config["trainer"].get("sample_every"):
-        raise ConfigError(
-            "A classifier has no samples and no bits/dim; it is measured by its held-out loss: evaluate_at_end=false "
-            "trainer.sample_every=0."
-        )
-
-
-def build_loss(config: Mapping[str, Any], denoiser: Denoiser, allow: Sequence[str]) -> DenoisingLoss:
-    """The loss of a resolved configuration, around the denoiser or the classifier that it trains.
-
-    Raises:
-        ConfigError: it cannot be built, or the loss and the denoiser do not match.
-    """
-    target = _target(config["loss"])
-    trains = {"scoresde.DenoisingLoss": True, _CLASSIFIER_LOSS: False}  # something to draw from
-    if denoiser.draws != trains.get(target, denoiser.draws):
-        raise ConfigError(
-            f"{target} does not train a {_target(config['denoiser'])}. A classifier takes network=classifier, "
-            "denoiser=classifier and loss=classifier together, as in experiment=digits_classifier."
-        )
-    return build(config["loss"], allow, denoiser, key="loss")
-
-
-def _target(node: Any) -> Any:
-    """The target of a part of a configuration; None where there is none."""
-    return node.get("_target_") if isinstance(node, Mapping) else None
-
-
 @torch.no_grad()
 def check_fit(denoiser: Denoiser, dataset: Dataset, *, conditional: bool) -> None:
     """One forward pass on two samples: a network that does not fit the data is refused before anything is written."""
@@ -170,11 +131,16 @@ def chosen_run(options: Mapping[str, Any], allow: Sequence[str], *, whole_data: 
             read, too, where the command names held-out samples (test:5) and the folder keeps a part of them only.
 
     Raises:
-        ConfigError: it is the run of a classifier.
+        ConfigError: it is a run that draws no samples.
     """
     choose_kernels(options["kernels"], choose_device(options["device"]))
     chosen = {name: options[name] for name in ("device", "weights", "checkpoint")}
     run = load_run(Path(options["run"]), allow=allow, **chosen)
+    if run.denoiser.encodes:
+        raise ConfigError(
+            f"run={run.folder} is an autoencoder, of which there are no samples and no likelihood but that of its own "
+            f"summary. A model of its latents has both: scoresde-train codec={run.folder}."
+        )
     if not run.draws:
         raise ConfigError(
             f"run={run.folder} is a classifier, of which there are no samples and no likelihood. It guides those of "
@@ -326,6 +292,12 @@ def _rebuilt(
     **facts: Any,
 ) -> Run:
     """The run in `path` with these weights, its model on the device and measured."""
+    digest = (config.get("codec") or {}).get("digest")
+    if digest and digest != dataset.codec.digest:
+        raise CheckpointError(
+            f"{path} keeps another autoencoder, {dataset.codec.digest[:16] or 'none'}, than that of its latents, "
+            f"{digest[:16]}. Put excerpt.safetensors back as it was."
+        )
     denoiser, conditional = build_denoiser(config, dataset, allow), bool(config["conditional"])
     try:
         denoiser.load_state_dict(tensors, assign=True)  # in the dtype that they have, whatever torch's default is

@@ -19,6 +19,7 @@ from ..data.excerpt import excerpt, packed
 from ..diffusion.conditions import Cond, move, named, take
 from ..diffusion.denoiser import model_device
 from ..likelihood.divergence import Divergence
+from ..likelihood.latent import latent_bound
 from ..likelihood.ode import LogLikelihood, log_likelihood
 from ..likelihood.solver import Solver
 from ..noise.rng import Rng
@@ -39,7 +40,7 @@ class Run(LoadedModel):
         return {}
 
     def __repr__(self) -> str:
-        kind = "samples" if self.draws else "a classifier"
+        kind = "samples" if self.draws else "an autoencoder" if self.denoiser.encodes else "a classifier"
         told = f" given {' and '.join(self.kinds)}" if self.kinds else ""
         return f"Run({str(self.folder)!r}: {kind} of {self.dataset.name} {self.raw_shape}{told}, step {self.step:,})"
 
@@ -146,16 +147,19 @@ class Run(LoadedModel):
         divergence: Divergence | None = None,
         rng: Rng | None = None,
         t_min: float | None = None,
+        draws: int = 1,
         batch_size: int = 64,
         progress: bool = True,
     ) -> LogLikelihood:
-        """log p(raw) of each sample in nats, with `.bits_per_dim`, and what it is off by; see `log_likelihood`.
+        """log p(raw) of each sample in nats, with `.bits_per_dim`, and what it is off by; see `log_likelihood`. Of a
+        model of latents it is a lower bound, `latent_bound`.
 
         Args:
             raw: raw values (B, *raw shape), integers or floats as the training data were.
             solver: `Budget(calls)` or `Tolerance(rtol, atol)`; there is no default, for it is part of the result.
             cond: see `Run.cond`; None is p(raw) without a condition.
             divergence, t_min: as in `log_likelihood`.
+            draws: of latents for each sample, ≥ 1, see `latent_bound`; 1 for a model without.
             rng: source of dequantisation noise and probes, as in `sample`.
             batch_size, progress: as in `sample`.
 
@@ -165,6 +169,8 @@ class Run(LoadedModel):
         """
         self._check_draws()
         raw = self._checked(raw)
+        if draws != 1 and not self.codec.bound:
+            raise ValueError(f"draws={draws} are of latents, and {self.folder} is no model of such.")
         for parameter in itertools.islice(self.denoiser.parameters(), 1):
             if parameter.dtype in (torch.bfloat16, torch.float16):
                 raise ValueError(
@@ -180,7 +186,9 @@ class Run(LoadedModel):
         for part in track(parts, "log-likelihood", len(parts), show=progress):
             x0, own = raw[part].to(device), move(take(told, part), device)
             how: dict[str, Any] = {"divergence": divergence, "scaling": self.codec, "t_min": t_min}
-            found.append(log_likelihood(self.denoiser, x0, solver, cond=own, rng=streams.rows(part), **how))
+            how |= {"samples": draws} if self.codec.bound else {}
+            of = latent_bound if self.codec.bound else log_likelihood
+            found.append(of(self.denoiser, x0, solver, cond=own, rng=streams.rows(part), **how))
         return joined(found)
 
     def export(self, path: Path | str) -> Path:
@@ -241,6 +249,11 @@ class Run(LoadedModel):
         return raw
 
     def _check_draws(self) -> None:
+        if self.denoiser.encodes:
+            raise ValueError(
+                f"{self.folder} is an autoencoder, of which there are no samples and no likelihood; a model of its "
+                f"latents has both: scoresde-train codec={self.folder}."
+            )
         if not self.draws:
             raise ValueError(
                 f"{self.folder} is a classifier, of which there are no samples and no likelihood; it guides those of "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -109,7 +110,11 @@ class TrainingState:
         named = dict(loss.named_parameters())
         self.names, self.parameters = list(named), list(named.values())
         self.device, self.buffers = self.parameters[0].device, Buffers(loss)
-        self.train = dataset.train.to(self.device) if _fits(dataset.train.raw, self.device) else dataset.train
+        # an augmentation is of samples, so what is stored of them is of no use then
+        moments = None if augment is not None else dataset.moments
+        self.stored = moments is not None
+        train = dataset.train if moments is None else replace(dataset.train, raw=moments)
+        self.train = train.to(self.device) if _fits(train.raw, self.device) else train
         self.loader = Loader(self.train.raw, order, rank=self.world.rank, size=self.world.size, workers=workers)
         self.scale = LossScale(loss_scale, self.device)
         self.tally = Tally(self.device, loss.denoiser.sde, self.names, self.world)
@@ -122,7 +127,8 @@ class TrainingState:
         told = dict[str, Tensor]()
         if self.augment is not None:
             raw, told = self.augment(raw, self.rng)
-        x0 = self.dataset.codec.transform(raw, rng=self.rng).to(self.device)
+        codec = self.dataset.codec.redraw if self.stored else self.dataset.codec
+        x0 = codec.transform(raw, rng=self.rng).to(self.device)
         cond = named(self.train.cond(index, self.conditional, self.device))
         return x0, unnamed(cond | {name: value.to(self.device) for name, value in told.items()})
 

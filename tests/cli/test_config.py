@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -34,6 +35,8 @@ from scoresde import (
     Preconditioned,
     Sampler,
     Step,
+    VariationalAutoencoder,
+    codecs,
 )
 from scoresde.cli._hydra import read
 from scoresde.cli.plan import assemble
@@ -46,7 +49,8 @@ from scoresde.evaluate.edits import Edit
 from scoresde.evaluate.likelihood import Likelihood
 from scoresde.evaluate.report import Evaluation
 from scoresde.losses import Loss
-from scoresde.nn import MLP, Classifier
+from scoresde.nn import MLP, Autoencoder, Classifier
+from scoresde.runs.kept import keep
 from scoresde.runs.load import build_denoiser
 from scoresde.runs.logger import Logger
 from scoresde.train.ema import Average
@@ -111,12 +115,16 @@ GROUPS: dict[str, tuple[Any, Callable[[], dict[str, Any]]]] = {
     "parameterization": (Parameterization, dict),
     "network": (nn.Module, lambda: {"event_shape": (1, 8, 8), "classes": 3}),
     "denoiser": (
-        (Denoiser, NoisyClassifier),
+        (Denoiser, NoisyClassifier, VariationalAutoencoder),
         lambda: {"network": tiny_denoiser().network, "sde": VPSDE(), "parameterization": Eps()} | {"event_shape": (2,)},
     ),
     "loss": (
         Loss,
-        lambda: {"denoiser": tiny_denoiser(), "classifier": tiny_classifier()},
+        lambda: {
+            "denoiser": tiny_denoiser(),
+            "classifier": tiny_classifier(),
+            "autoencoder": VariationalAutoencoder(Autoencoder((1, 8, 8), width=8), VPSDE()),
+        },
     ),
     "sampler": (Sampler, dict),
     "data": (Dataset, dict),
@@ -159,6 +167,16 @@ def test_every_group_is_known() -> None:
     assert {group for group, _ in OPTIONS} == set(GROUPS)
 
 
+def coder(folder: Path, base: Scaling, shape: tuple[int, ...], **bins: int) -> Path:
+    """A folder that keeps an autoencoder, as that of a model of its latents does."""
+    node = {"_target_": "scoresde.nn.Autoencoder", "event_shape": list(shape), "width": 8, "latent": 3, **bins}
+    codec = codecs.Autoencoder(base, build(node), node=json.dumps(node))
+    split = Split(torch.zeros(2, *shape, dtype=base.raw_dtype))
+    folder.mkdir()
+    keep(folder, Dataset("none", split, split, codec))
+    return folder
+
+
 def files(folder: Path) -> dict[str, list[str]]:
     """What the options that need a file are given."""
     from PIL import Image
@@ -197,6 +215,9 @@ def files(folder: Path) -> dict[str, list[str]]:
     given["energy"] = ["guidance.energy={_target_: scoresde.UniformGrid}"]  # something that can be called
     given |= {option: ["edit.input=test:0-1"] for option in ("sdedit", "interpolation", "attribute")}
     given["attribute"] += ["edit.having=test:0", "edit.lacking=[test:1]"]
+    given["codec/autoencoder"] = [f"codec.run={coder(folder / 'coder', Scaling.identity(), (3, 8))}"]
+    pictures = coder(folder / "pictures", Scaling(levels=256), (1, 28, 28), levels=256)
+    given |= {option: [*given["mnist"], f"codec.run={pictures}"] for option in ("mnist_latent", "mnist_latent_dit")}
     return given | {"arrays": [*given["arrays"], "data.raw_low=-1", "data.raw_high=1"]}
 
 
@@ -206,7 +227,7 @@ def test_every_option_builds(group: str, option: str, tmp_path: Path) -> None:
     given = files(tmp_path)
     more = (
         given.get(f"{group}/{option}", given.get(option, []))
-        if group in ("data", "grid", "guidance", "edit", "sde")
+        if group in ("data", "grid", "guidance", "edit", "sde", "codec")
         else []
     )
     if group in OF_SAMPLES:
@@ -218,6 +239,8 @@ def test_every_option_builds(group: str, option: str, tmp_path: Path) -> None:
         facts = {"denoiser": tiny_map(), "teacher": tiny_denoiser()}
     if option == "egnn":
         facts["event_shape"] = (8, 3)
+    if (group, option) == ("network", "autoencoder"):
+        del facts["classes"]
     data = [points_of(3)] if group == "codec" else []
     built = build(cfg[group], (), *data, **facts)
     assert isinstance(built, kind)
@@ -228,6 +251,8 @@ def test_every_option_builds(group: str, option: str, tmp_path: Path) -> None:
         x = torch.randn(2, *facts["event_shape"])
         if option == "classifier":  # of two samples, logits of three classes
             assert built(x, torch.zeros(2)).shape == (2, 3)
+        elif option == "autoencoder":
+            assert built.decode(built.encode(x)[0]).shape == x.shape
         else:
             assert built(x, torch.zeros(2), torch.tensor([0, 2])).shape == x.shape
 

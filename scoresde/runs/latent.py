@@ -1,0 +1,130 @@
+"""Data sets as latents of an autoencoder that a run of its own has trained: `codec=runs/autoencoder`."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..codecs import Autoencoder, Codec
+from ..config import parameters
+from ..data import Dataset
+from ..data.rows import chunks
+from . import bundle
+from .checkpoint import CheckpointError
+from .kept import recall
+from .load import load_run
+from .objective import bins_of
+from .progress import track
+
+__all__ = ["latents"]
+
+
+def latents(
+    dataset: Dataset,
+    *,
+    run: str,
+    digest: str | None = None,
+    weights: str | float = "ema",
+    cache: str | None = None,
+    allow_targets: Sequence[str] = (),
+) -> Dataset:
+    """A data set under the codec of an autoencoder, with the moments of q(z | x) of its training samples.
+
+    These are computed once, and kept in a file of `cache` that is called by the digests of the autoencoder and of the
+    samples; a file that is damaged is made anew.
+
+    Args:
+        dataset: of the kind that the autoencoder was trained on.
+        run: the output folder of scoresde-train with loss=autoencoder; or that of a model of its latents, which keeps
+            the autoencoder.
+        digest: SHA-256 that the autoencoder must have; None for any.
+        weights: which of its weights, see `load`.
+        cache: folder of the file; None for `latents` in the run's folder.
+        allow_targets: names of networks of the user's own.
+
+    Raises:
+        ValueError: a run that is no autoencoder, another autoencoder than `digest`, or samples that do not suit it.
+        CheckpointError: no run there.
+    """
+    codec = codec_of(Path(run).expanduser(), weights, allow_targets)
+    if digest is not None and codec.digest != digest:
+        raise ValueError(
+            f"The autoencoder in {run} is {codec.digest[:16]}…, and {digest[:16]}… is asked for, which the latents of "
+            "this model are of. Put the folder back as it was; or train another model in another folder, out=…."
+        )
+    found = replace(dataset, codec=codec)  # which refuses samples of another kind
+    shape = found.event_shape
+    path = Path(cache or Path(run, "latents")).expanduser() / f"{_key(codec, dataset)}.safetensors"
+    moments, note = _stored(path, codec, dataset)
+    if not codec.std:
+        codec = codec.scaled(chunks(moments))
+    spread = ", ".join(f"{value:.4g}" for value in codec.std[:8])
+    note = (
+        f"Latents {shape} of {dataset.raw_shape} by the autoencoder in {run}, {note}; deviations of their channels, "
+        f"which model data are divided by: {spread}{', …' if len(codec.std) > 8 else ''}."
+    )
+    notes = "\n".join(filter(None, (dataset.notes, note)))
+    return replace(found, codec=codec, moments=moments, notes=notes)
+
+
+def codec_of(folder: Path, weights: str | float = "ema", allow: Sequence[str] = ()) -> Autoencoder:
+    """The codec of the autoencoder in a folder, on the CPU.
+
+    Raises:
+        ValueError: a run that is no autoencoder, nor of latents of one.
+        CheckpointError: no run there.
+    """
+    if not folder.is_dir():
+        raise CheckpointError(
+            f"There is no folder {folder}; codec=… is the output folder of scoresde-train with loss=autoencoder, or "
+            "that of a model of its latents, which keeps the autoencoder."
+        )
+    kept: Any = recall(folder, allow)
+    if kept is not None and kept.codec.digest:
+        return kept.codec  # type: ignore[no-any-return]
+    found: Any = load_run(folder, allow=allow, device="cpu", weights=weights)
+    if not found.denoiser.encodes:
+        raise ValueError(
+            f"codec={folder} is a run that trained {found.config['denoiser'].get('_target_')}, no autoencoder. "
+            "experiment=mnist_autoencoder trains one."
+        )
+    network = found.denoiser.network
+    return Autoencoder(found.codec, network, node=json.dumps(_node(found.config["network"], found), sort_keys=True))
+
+
+def _node(node: Mapping[str, Any], run: Any) -> dict[str, Any]:
+    """The node that makes the network of a run, with what it was told of the data."""
+    facts = {"event_shape": list(run.event_shape), **bins_of(run.codec)} if node.get("_partial_") else {}
+    told = {name: value for name, value in facts.items() if name in parameters(node["_target_"])[0]}
+    return {"_convert_": "all", **told, **{name: value for name, value in node.items() if name != "_partial_"}}
+
+
+def _key(codec: Codec, dataset: Dataset) -> str:
+    return hashlib.sha256(f"{codec.digest} {dataset.train.digest()}".encode()).hexdigest()[:16]
+
+
+def _stored(path: Path, codec: Codec, dataset: Dataset) -> tuple[Tensor, str]:
+    """The moments of the training samples, and where they are, in words."""
+    facts = {"codec": codec.digest, "samples": len(dataset.train)}
+    try:
+        tensors, records = bundle.read(path)
+        if records == facts:
+            return tensors["moments"], f"read from {path}"
+    except (CheckpointError, KeyError):
+        pass
+    parts = list(chunks(dataset.train.raw))
+    made: list[Any] = [codec.moments(part) for part in track(parts, "encoding, parts", len(parts))]
+    moments = torch.cat(made)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        bundle.write(path, {"moments": moments}, facts)
+    except OSError as error:
+        return moments, f"which are kept in memory alone, as {path} cannot be written ({error.strerror})"
+    return moments, f"kept in {path}"

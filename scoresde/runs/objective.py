@@ -1,0 +1,78 @@
+"""What a run trains: a denoiser, or in its place a classifier or an autoencoder, with the loss that belongs to it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ..codecs import Codec
+from ..config import ConfigError, build
+from ..losses.loss import Loss
+
+_CLASSIFIER, _AUTOENCODER = "scoresde.ClassifierLoss", "scoresde.AutoencoderLoss"
+# What a loss trains, by what the attributes `draws` and `encodes` of that are.
+_TRAINS = {"scoresde.DenoisingLoss": (True, False), _CLASSIFIER: (False, False), _AUTOENCODER: (False, True)}
+
+
+def check_objective(config: Mapping[str, Any]) -> None:
+    """Refuses a classifier or an autoencoder that is told what it cannot take, or of which samples are asked for.
+
+    Raises:
+        ConfigError: it is one of these.
+    """
+    target = _target(config["loss"])
+    if target not in (_CLASSIFIER, _AUTOENCODER):
+        return
+    classifies = target == _CLASSIFIER
+    what = "A classifier" if classifies else "An autoencoder"
+    if classifies and not config["conditional"]:
+        raise ConfigError("A classifier learns labels, which conditional=true tells it.")
+    if not classifies and config["conditional"]:
+        raise ConfigError("An autoencoder takes no conditions, which the model of its latents does: conditional=false.")
+    if config["fit"]:
+        raise ConfigError(f"{what} draws no samples, so no sampler is fitted to it: fit=[].")
+    if (config["evaluate_at_end"] and classifies) or config["trainer"].get("sample_every"):
+        raise ConfigError(
+            f"{what} has no samples and no bits/dim; it is measured by its held-out loss: evaluate_at_end=false "
+            "trainer.sample_every=0."
+            if classifies
+            else f"{what} has no samples to draw on the way, only reconstructions at the end: trainer.sample_every=0."
+        )
+
+
+def build_loss(config: Mapping[str, Any], trained: Any, allow: Sequence[str]) -> Loss:
+    """The loss of a resolved configuration, around what it trains.
+
+    Raises:
+        ConfigError: it cannot be built, or the loss and what it trains do not match.
+    """
+    target, kind = _target(config["loss"]), (trained.draws, trained.encodes)
+    if kind != _TRAINS.get(target, kind):
+        raise ConfigError(
+            f"{target} does not train a {_target(config['denoiser'])}. A classifier takes network=classifier, "
+            "denoiser=classifier and loss=classifier together, as in experiment=digits_classifier; an autoencoder all "
+            "three of that name, as in experiment=mnist_autoencoder."
+        )
+    loss: Loss = build(config["loss"], allow, trained, key="loss")
+    return loss
+
+
+def bins_of(codec: Codec) -> dict[str, Any]:
+    """What the decoder of an autoencoder is told of integers; nothing of floats.
+
+    Raises:
+        ConfigError: integers that are not in bins of one width in every place, as columns of several kinds.
+    """
+    if not codec.discrete:
+        return {}
+    if codec.levels is None or codec.affine is None or codec.model_range is None:
+        raise ConfigError(
+            f"An autoencoder has a probability for integers that all have the same levels; these data are by {codec}."
+        )
+    low, high = codec.model_range
+    return {"levels": codec.levels, "low": low, "high": high}
+
+
+def _target(node: Any) -> Any:
+    """The target of a part of a configuration; None where there is none."""
+    return node.get("_target_") if isinstance(node, Mapping) else None
