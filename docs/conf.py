@@ -19,7 +19,7 @@ release = version = scoresde.__version__
 
 # Pages lie where GitHub shows them, so that a link between two of them is the same in both places.
 root_doc = "docs/index"
-include_patterns = ["docs/**", "benchmarks/**.md", "README.md", "CHANGELOG.md", "CONTRIBUTING.md"]
+include_patterns = ["docs/**", "benchmarks/**.md", "README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md"]
 exclude_patterns = ["benchmarks/reliability"]
 # Tables of results begin with a second-level heading, and are found through benchmarks/README.md.
 suppress_warnings = ["myst.header", "toc.not_included"]
