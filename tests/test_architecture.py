@@ -69,6 +69,9 @@ DOORS = {
     "datasets": ("data.readers.arrow",),
     "h5py": ("data.readers.hdf5",),
     "diffusers": ("interop.diffusers",),
+    "onnx": ("interop.program",),
+    "onnxscript": ("interop.program",),
+    "huggingface_hub": ("interop.export",),
 }
 
 FILES = sorted(PACKAGE.rglob("*.py"))

@@ -29,6 +29,8 @@ from .run import Run
 
 _NEEDED = {"data", "network", "denoiser", "sde", "parameterization", "conditional"}  # what a model is rebuilt from
 _log = logging.getLogger(__name__)
+MODEL_FILE = "model.safetensors"
+"""What a folder of scoresde-export format=safetensors holds the run in."""
 
 
 def choose_device(name: str) -> torch.device:
@@ -180,7 +182,7 @@ def load(
         run.log_likelihood(raw, solver=scoresde.Budget(20)).bits_per_dim
 
     Args:
-        path: the output folder of scoresde-train, or a file that `Run.export` wrote.
+        path: the output folder of scoresde-train, or what `Run.export` or scoresde-export wrote.
         device: "cpu", "cuda", "cuda:1", or "auto": CUDA where there is one.
         weights: "ema", "weights" (the last raw ones), or a number: the average of that length as a share of training
             (EDM2's σ_rel), made of the snapshots of ema=power.
@@ -197,6 +199,8 @@ def load(
         raise CheckpointError(
             f"There is no {path.absolute()}; give the output folder of scoresde-train, or a file of run.export."
         )
+    if (path / MODEL_FILE).is_file():
+        path = path / MODEL_FILE
     if path.is_dir():
         return load_run(path, allow=allow_targets, device=device, weights=weights, checkpoint=checkpoint)
     run = _load_exported(path, allow_targets, device)

@@ -56,7 +56,7 @@ def test_a_step_that_does_not_learn_is_broken(monkeypatch) -> None:
         doctor._LOOKS["one step"]()
 
 
-@pytest.mark.parametrize("name", ["train", "sample", "likelihood", "evaluate", "fit", "runs", "doctor"])
+@pytest.mark.parametrize("name", ["train", "sample", "likelihood", "evaluate", "fit", "export", "runs", "doctor"])
 def test_every_command_says_its_version(name, monkeypatch, capsys) -> None:
     monkeypatch.setattr(sys, "argv", [f"scoresde-{name}", "--version"])
     try:

@@ -289,3 +289,12 @@ def test_one_call_is_a_denoising(net) -> None:
         output = net(x, 999).sample
     found = scheduler.step(output, 999, x).prev_sample
     torch.testing.assert_close(found, ((x - sigma * output) / alpha).float(), rtol=1e-5, atol=1e-4)
+
+
+def test_the_page() -> None:
+    """The session of docs/interop.md."""
+    page = (Path(__file__).parents[2] / "docs" / "interop.md").read_text("utf-8")
+    names: dict = {}
+    exec(page.partition("## You come from diffusers")[2].partition("```python\n")[2].partition("```")[0], names)
+    assert names["images"].shape == (2, 8, 8, 3)
+    assert repr(names["pipe"].scheduler.config["step"]["_target_"]) == "'scoresde.UniPC'"
