@@ -12,6 +12,7 @@ import torch
 from hydra import compose, initialize_config_dir
 
 import scoresde as S
+from scoresde.cli.typed import typed
 from scoresde.config import config_dir
 
 ROOT = Path(__file__).parents[1]
@@ -65,7 +66,7 @@ def test_commands_compose(command: str) -> None:
     if "-m" in words:  # the first job of the sweep
         overrides = [re.sub(r"=([^,\[]*),.*", r"=\1", word) for word in overrides]
     with initialize_config_dir(config_dir(), version_base="1.3"):
-        compose(program.removeprefix("scoresde-"), overrides)
+        compose(program.removeprefix("scoresde-"), typed(overrides))
 
 
 def test_training_from_python(capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,12 +9,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..codecs import Codec
 from ..config import ConfigError, build, leaves_open
 from ..data import Dataset
 from ..data.by_name import held_out, hole, mask_in_file, names_held_out
 from ..diffusion.conditions import Cond, named
 from ..diffusion.denoiser import Denoiser, model_device
-from ..evaluate.problem import Measurement, Problem
+from ..evaluate.problem import Measurement, Problem, through
 from ..inverse.observation import WithoutMeasurement
 from ..sampling import Sampler
 
@@ -45,6 +46,7 @@ def read_problem(options: Mapping[str, Any], dataset: Dataset, allow: Sequence[s
         raise ConfigError("problem is a mapping with _target_: scoresde.Observation and an operator.")
     if options["input"] is None:
         raise ConfigError("A problem needs what was measured: input=photo.png, or input=test:0 for a held-out sample.")
+    dataset = dataset.pixels
     operator, mask = _operator(node["operator"], options["mask"], dataset.event_shape, allow)
     measurement = Measurement(dataset, build(node, allow, key="problem", y=None, operator=operator))
     inputs = names_of(options["input"], len(dataset.test), "input")
@@ -94,8 +96,11 @@ def names_of(given: Any, count: int, key: str) -> list[str]:
     return names
 
 
-def choose_method(problem: Problem, node: Any, plain: Method, allow: Sequence[str], *, cond: Cond, n: int) -> Method:
-    """The posterior method that `node` describes, around a method that knows nothing of the problem.
+def choose_method(
+    problem: Problem, node: Any, plain: Method, allow: Sequence[str], *, codec: Codec, cond: Cond, n: int
+) -> Method:
+    """The posterior method that `node` describes, around a method that knows nothing of the problem. Of a model of
+    latents the operator goes through the decoder of `codec`, so methods that want a linear one refuse it.
 
     It is a denoiser around the denoiser, or steps around or instead of those of the samplers. The n particles of an
     input move together, in a batch of their own.
@@ -105,7 +110,7 @@ def choose_method(problem: Problem, node: Any, plain: Method, allow: Sequence[st
             different conditions.
     """
     denoiser, samplers, batch_size = plain
-    observation = copy.deepcopy(problem.observation).to(model_device(denoiser))
+    observation = copy.deepcopy(through(codec, problem.observation)).to(model_device(denoiser))
     if leaves_open(node, "denoiser", allow, key="posterior"):
         posterior = build(node, allow, key="posterior", denoiser=denoiser, observation=observation)
         return plain._replace(denoiser=posterior)

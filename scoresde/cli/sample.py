@@ -15,7 +15,7 @@ from ..evaluate import figures
 from ..evaluate.conditions import condition_arrays
 from ..evaluate.edits import Edited, write_edited
 from ..evaluate.evaluation import Drawing, Samples, digest_of
-from ..evaluate.problem import Problem, measured, write_restored
+from ..evaluate.problem import Problem, decoded, measured, write_restored
 from ..evaluate.report import check_samplers, list_files, write_samples
 from ..runs import folder as folders
 from ..runs.listing import layout
@@ -79,7 +79,9 @@ def sample(cfg: DictConfig) -> None:
             method = Method(denoiser, {f"budget-{options['budget']}": sampler, **dict(others)}, options["batch_size"])
             said, digests["sampler"] = f"{said}\n{how}".strip(), how
         if problem is not None:
-            method = choose_method(problem, options["posterior"], method, allow, cond=cond, n=len(seeds))
+            method = choose_method(
+                problem, options["posterior"], method, allow, codec=run.codec, cond=cond, n=len(seeds)
+            )
             every, given = seeds * len(problem.inputs), problem.condition(len(seeds), cond)
             digests["given"] = problem.digest
         if edited is not None:
@@ -134,8 +136,9 @@ def write(
     elif problem is None:
         write_samples(made, run.dataset, folder, seeds=seeds, pictures=options["pictures"])
     else:
-        write_restored(problem, made, run.dataset, folder, cond=cond, seeds=seeds, pictures=options["pictures"])
-        restored = measured(problem, made, run.dataset)
+        shown, pixels = decoded(run.codec, made), run.dataset.pixels
+        write_restored(problem, shown, pixels, folder, cond=cond, seeds=seeds, pictures=options["pictures"])
+        restored = measured(problem, shown, pixels)
     given = problem or edited
     labels = condition_arrays(cond, None if given is None else len(given.inputs)).get("labels")
     chosen, *others = made

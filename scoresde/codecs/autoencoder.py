@@ -100,7 +100,9 @@ class Autoencoder(Codec):
 
     def scaled(self, moments: Iterator[Tensor]) -> Autoencoder:
         """The codec whose x has mean 0 and variance 1 in each channel, over all `moments` of training data."""
-        total, squares, count = torch.zeros(()), torch.zeros(()), 0
+        total: Any = 0.0
+        squares: Any = 0.0
+        count = 0
         for part in moments:
             mean, std = part.double().transpose(0, 2).flatten(2).unbind(1)
             total, squares = total + mean.sum(1), squares + (mean.square() + std.square()).sum(1)

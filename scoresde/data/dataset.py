@@ -16,7 +16,7 @@ from ..codecs.codec import Codec
 from ..diffusion.conditions import Cond, move, take, unnamed
 from ..noise.rng import Rng
 from .rows import Rows, checked, chunks, select, spots
-from .statistics import Statistics, measured
+from .statistics import Statistics, extremes, measured
 
 _log = logging.getLogger(__name__)
 
@@ -191,6 +191,16 @@ class Dataset:
         if self.checksums:
             digests["files"] = "\n".join(f"{checksum} {name}" for name, checksum in self.checksums.items())
         return replace(found, digests=digests)
+
+    @functools.cached_property
+    def pixels(self) -> Dataset:
+        """The same samples below an autoencoder, where model data have the places of raw data: what operators and
+        scores see. Itself elsewhere."""
+        codec = self.codec.pixels
+        if codec is self.codec:
+            return self
+        span = codec.model_range or extremes(codec.encode(self.train.raw[:1024]))
+        return replace(self, codec=codec, moments=None, known=replace(self.statistics, span=span))
 
     def check_unaltered(self, digests: Mapping[str, str], whose: str, cure: str) -> None:
         """Refuses files that hold other samples than those of these `Statistics.digests`.

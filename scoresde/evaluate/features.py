@@ -53,7 +53,11 @@ class Features:
         Raises:
             ValueError: the network does not take them, or does not return finite (n, F).
         """
-        x = dataset.encode(dataset.decode(x))
+        return self.of(dataset.decode(x), dataset)
+
+    def of(self, raw: Tensor, dataset: Dataset) -> Tensor:
+        """The features of raw samples, as `__call__` has them: of the pixels, where the model is of their latents."""
+        x = dataset.pixels.encode(raw)
         shown = partial(track, label="features", total=-(-len(x) // self.batch_size))
         if self.network is None:
             return x.float()

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..codecs import Codec
 from ..data import Dataset
@@ -64,6 +64,48 @@ class Problem:
     def by_input(self, samples: Samples) -> Tensor:
         """(k, n, *event), the samples of each input."""
         return samples.x.unflatten(0, (len(self.inputs), -1))
+
+
+class Decoded(nn.Module):
+    """An operator on samples as one on their latents, A(D(z)): not linear, but differentiable.
+
+    Args:
+        codec: with `unfold`, D.
+        operator: A.
+    """
+
+    linear = False
+
+    def __init__(self, codec: Codec, operator: Callable[[Tensor], Tensor]):
+        super().__init__()
+        self.codec, self.operator = codec, operator
+
+    def forward(self, x: Tensor) -> Tensor:
+        """A(D(x)), (B, *y)."""
+        return self.operator(self.codec.unfold(x))
+
+
+def through(codec: Codec, observation: Observation) -> Observation:
+    """The observation as the model sees it: through the decoder, where it is of latents."""
+    if codec.pixels is codec:
+        return observation
+    return Observation(observation.y, Decoded(codec, observation.operator), observation.std, linear=False)
+
+
+def decoded(codec: Codec, made: Mapping[str, Samples]) -> Mapping[str, Samples]:
+    """Samples of latents as those of what an operator acts on."""
+    if codec.pixels is codec:
+        return made
+    with torch.no_grad():
+        # noise is no latent: what is shown of it on the way lies within four deviations
+        return {
+            name: replace(
+                each,
+                x=codec.unfold(each.x),
+                frames=codec.unfold(each.frames.flatten(0, 1).clamp(-4, 4)).unflatten(0, each.frames.shape[:2]),
+            )
+            for name, each in made.items()
+        }
 
 
 class Measurement:

@@ -38,7 +38,8 @@ def reconstructed(
         loss.denoiser.network,
         model_device(loss.denoiser),
     )
-    bits, squares, count, parts = [], torch.zeros(()), 0, index.split(_AT_ONCE)
+    bits, count, parts = [], 0, index.split(_AT_ONCE)
+    squares: Any = 0.0
     for part in track(parts, "bits/dim, batches", len(parts)):
         raw = dataset.test.raw[part].to(device)
         x = dataset.encode(raw)

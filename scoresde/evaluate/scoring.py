@@ -54,7 +54,7 @@ class Scoring:
         if not self.metrics:
             return self
         train = few(dataset.train.raw if trained_on(dataset) else dataset.train.raw[:0])
-        held, train = (self.features(dataset.encode(raw), dataset) for raw in (few(dataset.test.raw), train))
+        held, train = (self.features.of(raw, dataset) for raw in (few(dataset.test.raw), train))
         made = held[torch.arange(samples) % len(held)]
         counted = f"evaluation.samples={samples} and {len(held)} held-out points, less a twentieth for the error"
         metrics, skipped, names = dict(self.metrics), [], list[str]()
@@ -92,7 +92,7 @@ class Scoring:
 
     def protocol(self, dataset: Dataset, samples: int) -> dict[str, Any]:
         """All that has to agree for two numbers to be compared."""
-        (low, high), codec = dataset.statistics.span, dataset.codec
+        (low, high), codec = dataset.pixels.statistics.span, dataset.pixels.codec
         rounding = f", rounded to {codec.rounding}" if codec.discrete else ""
         return {
             "features": self.features.name,

@@ -133,7 +133,12 @@ class Autoencoder(nn.Module):
         h = unpatched(h.flatten(2).transpose(1, 2), shape, self.patch).unflatten(1, (-1, self.event_shape[0]))
         if self.levels is None:
             return h
-        spaced = self.low + (self.high - self.low) * (torch.arange(self.mixtures).to(h) + 0.5) / self.mixtures
+        spaced = (
+            self.low
+            + (self.high - self.low)
+            * (torch.arange(self.mixtures, dtype=h.dtype, device=h.device) + 0.5)
+            / self.mixtures
+        )
         nothing = torch.zeros_like(spaced)
         start = torch.cat([nothing, spaced, nothing + math.log(0.25 * (self.high - self.low) / self.mixtures)])
         return h + start.reshape(-1, *[1] * len(self.event_shape))

@@ -157,3 +157,16 @@ def test_what_does_not_fit_is_told_before_a_folder_is_made(place: Path, case: st
     done = command("train", *SHORT, *words, "out=refused", cwd=place)
     assert done.code and reason in done.err, done.err
     assert not (place / "refused").exists()
+
+
+def test_problems_are_solved_through_the_decoder(place: Path, latent: Path) -> None:
+    """What was measured and what is restored are pixels; a method that wants a linear operator says so."""
+    words = ("run=model", "problem=superres", "input=test:0-1", "n=2", "sampler.steps=3", "pictures=false", "threads=1")
+    done = command("sample", *words, "posterior=dps", "out=restored", cwd=place)
+    assert done.code == 0, done.err
+    arrays = np.load(place / "restored" / "samples.npz")
+    assert arrays["given"].shape == (2, 1, 2, 2) and arrays["truth"].shape == (2, 1, 8, 8)
+    assert arrays["samples"].shape == (2, 2, 1, 8, 8) and arrays["samples"].dtype == np.uint8
+    assert np.allclose(arrays["truth"].reshape(2, 1, 2, 4, 2, 4).mean((3, 5)), arrays["given"], atol=4 * 0.02 * 8.5)
+    refused = command("sample", *words, "posterior=replacement", "out=refused", cwd=place)
+    assert refused.code and "needs a linear operator" in refused.err

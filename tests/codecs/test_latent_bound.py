@@ -9,8 +9,21 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from scoresde import EDMSDE, Budget, Exact, GaussianMixtureDenoiser, Rng, Tolerance, elbo, latent_bound, log_likelihood
+from scoresde import (
+    EDMSDE,
+    MMPS,
+    Budget,
+    Exact,
+    GaussianMixtureDenoiser,
+    Observation,
+    Rng,
+    Tolerance,
+    elbo,
+    latent_bound,
+    log_likelihood,
+)
 from scoresde.codecs import Autoencoder, Scaling
+from scoresde.evaluate.problem import through
 
 D, K = 6, 2
 NOISE = 0.3
@@ -135,3 +148,25 @@ def test_a_draw_has_no_error_and_several_have_that_of_their_mean() -> None:
     seen = torch.stack([run.log_prob for run in runs]).var(0).mean().sqrt()  # of 64 · 3 degrees of freedom: ± 5 %
     told = torch.stack([run.divergence_error for run in runs]).square().mean().sqrt()
     assert 0.7 < float(told / seen) < 1.4
+
+
+def test_an_observation_through_the_decoder_has_the_exact_posterior_of_a_linear_one() -> None:
+    """x ~ N(m, S) diagonal, x_t = α x + σ ε and y = A D(x) + s noise with an affine D are jointly Gaussian, where MMPS
+    is exact: E[x | x_t, y] by the normal equations, which its conjugate gradients solve to 1e-8."""
+    network = LinearGaussian()
+    codec, denoiser, _ = codec_and_prior(network, *ONE)
+    std, a, t = 0.2, Rng(8).normal((3, D), dtype=torch.float64), torch.tensor(0.9, dtype=torch.float64)
+    y = Rng(9).normal((4, 3), dtype=torch.float64)
+    observation = through(codec, Observation(None, lambda x: x @ a.T, std, linear=True))
+    x_t = Rng(10).normal((4, K), dtype=torch.float64)
+    found = MMPS(denoiser, observation, tolerance=1e-8)(x_t, t, {"y": y}).x0
+    alpha, sigma = (float(v) for v in denoiser.sde.marginal(t))
+    zero = torch.zeros(1, K, dtype=torch.float64)
+    offset = codec.unfold(zero) @ a.T
+    matrix = codec.unfold(torch.eye(K, dtype=torch.float64)) @ a.T - offset  # (K, 3)
+    prior = torch.tensor(codec.std, dtype=torch.float64) ** 2
+    mean = -torch.tensor(codec.mean, dtype=torch.float64) / prior.sqrt()
+    precision = torch.diag(prior) + alpha**2 / sigma**2 * torch.eye(K, dtype=torch.float64) + matrix @ matrix.T / std**2
+    right = prior * mean + alpha / sigma**2 * x_t + (y - offset) @ matrix.T / std**2
+    assert torch.allclose(found, torch.linalg.solve(precision, right.T).T, atol=1e-4)
+    assert not observation.linear and codec.pixels is codec.base
