@@ -47,7 +47,7 @@ def likelihood(cfg: DictConfig) -> float:
         jobs = [measure.job(run.denoiser, run.dataset, **what, conditional=run.conditional) for run in runs]
     jobs[1:] = [replace(job, name="versus") for job in jobs[1:]]
     if shards.rank == 0:
-        print(f"Batches: {jobs[0].count}; {measure.cost(runs[0].event_shape)} …", flush=True)
+        print(f"Batches: {jobs[0].count}; {measure.cost(runs[0].event_shape, runs[0].denoiser.sde)} …", flush=True)
     for job in jobs:
         shards.work(job)
     if shards.rank:

@@ -19,6 +19,7 @@ from .noise_input import LogNoiseInput, NearestStepInput, TimeInput
 from .parameterization import EDM, X0, Eps, Parameterization, Score, V, Velocity
 from .prediction import Prediction
 from .sde import EDMSDE, SDE, VESDE, VPSDE, CosineSDE, RectifiedFlow, Scales, SubVPSDE
+from .split import Split
 from .table import DDPM, TableSDE
 
 __all__ = [
@@ -54,6 +55,7 @@ __all__ = [
     "Score",
     "ScoreFunction",
     "SoftplusGrid",
+    "Split",
     "SubVPSDE",
     "TableSDE",
     "TimeInput",

@@ -46,9 +46,11 @@ class Denoiser(nn.Module, abc.ABC):
         told: what it is told beside its conditions. With "end" it is a flow map: cond["end"], a time s ≤ t (B,), makes
             its x̂_0 that g(x_t, t, s) with which a DDIM step from t to s ends where the ODE does. Without that entry s
             is t, where g is the usual E[x_0 | x_t]. With "scale", cond["scale"] (B,) is a guidance scale.
+        heads: how many outputs the network has for each dimension of x: 2 where it learns a variance (`Split`).
     """
 
     draws, encodes = True, False
+    heads = 1
     fits = 0
     told: tuple[str, ...] = ()
 
@@ -187,17 +189,18 @@ class Preconditioned(Denoiser):
         return self.parameterization.prediction(self.output(x, scales, cond), x, scales)
 
     def output(self, x: Tensor, scales: Scales, cond: Cond) -> Tensor:
-        """F (B, *event) of the network at x_t."""
+        """F (B, heads · C, *sizes) of the network at x_t (B, C, *sizes)."""
         c_noise = per_sample(self.noise_input(self.sde, scales.t), x)
         c_in = (scales.alpha**2 * self.sigma_data**2 + scales.sigma**2).rsqrt() if self.scale_input else None
         scaled = x if c_in is None else c_in * x
         own = contextlib.nullcontext() if self.autocast is None else torch.autocast(x.device.type, dtype=self.autocast)
         with own:
             output = read(self._say(scaled, c_noise, self._in_its_units(cond, x)), "The network")
-        if output.shape != x.shape:
+        if output.shape != (expected := (x.shape[0], self.heads * x.shape[1], *x.shape[2:])):
             raise ValueError(
-                f"The network returned shape {tuple(output.shape)} for an input of shape {tuple(x.shape)}; "
-                "they must be equal (a learned-variance head has to be split off)."
+                f"The network returned shape {tuple(output.shape)} for an input of shape {tuple(x.shape)}; expected "
+                f"{expected}. Of twice the channels the second half is a learned variance: denoiser=split with "
+                "network.outputs=2 has it, and denoiser=preconditioned has none."
             )
         return output.to(scaled.dtype)
 
@@ -293,7 +296,7 @@ class DenoiserWrapper(Denoiser):
 
     def __init__(self, denoiser: Denoiser):
         super().__init__(denoiser.sde, denoiser.data_std)
-        self.denoiser, self.roughness = denoiser, denoiser.roughness
+        self.denoiser, self.roughness, self.heads = denoiser, denoiser.roughness, denoiser.heads
         self.trials = None if denoiser.trials is None else {}
         self.data_mean, self.data_var = denoiser.data_mean, denoiser.data_var
         self.prior_evaluations, self.told = denoiser.prior_evaluations, denoiser.told

@@ -53,10 +53,12 @@ class SDE(Readable, abc.ABC):
     Attributes:
         t_min: smallest time, where the data are (a little above 0 where the score would diverge).
         t_max: largest time, where the prior is.
+        entries: of a discrete schedule, entry i at t = t_max i/entries; None in continuous time.
     """
 
     t_min: float
     t_max: float
+    entries: int | None = None
 
     @abc.abstractmethod
     def marginal(self, t: Tensor) -> tuple[Tensor, Tensor]:

@@ -43,7 +43,7 @@ class TableSDE(SDE):
         if not torch.isfinite(snr).all() or not (snr[1:] < snr[:-1]).all():
             rule = "alpha_bar must fall within (0, 1)" if self.preserving else "sigmas must rise, above 0"
             raise ValueError(f"{rule}, strictly, data end first; got {table[:3].tolist()} … {table[-3:].tolist()}.")
-        self._table = snr
+        self._table, self.entries = snr, len(table)
         self.t_min, self.t_max = 1 / len(table), 1.0
 
     def __len__(self) -> int:

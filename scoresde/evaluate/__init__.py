@@ -3,5 +3,6 @@
 from .edits import Attribute, Interpolation, SDEdit
 from .features import Features
 from .likelihood import Elbo, OdeLikelihood
+from .vlb import Vlb
 
-__all__ = ["Attribute", "Elbo", "Features", "Interpolation", "OdeLikelihood", "SDEdit"]
+__all__ = ["Attribute", "Elbo", "Features", "Interpolation", "OdeLikelihood", "SDEdit", "Vlb"]

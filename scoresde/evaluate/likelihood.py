@@ -17,11 +17,13 @@ from ..codecs import Codec
 from ..data import Dataset
 from ..diffusion.conditions import Cond
 from ..diffusion.denoiser import Denoiser, model_device
+from ..diffusion.sde import SDE
 from ..likelihood.bounds import elbo, ode_bound
 from ..likelihood.divergence import Divergence, Hutchinson
 from ..likelihood.latent import latent_bound
 from ..likelihood.ode import LogLikelihood, bits_per_dim, log_likelihood
 from ..likelihood.solver import Solver
+from ..likelihood.terms import Bound
 from ..likelihood.tolerance import Tolerance
 from ..metrics.jackknife import mean_score
 from ..noise.rng import Rng
@@ -35,6 +37,7 @@ _MEANINGS = {
     "bpd/elbo": "a bound for the data by the reverse SDE",
     "bpd/latent-bound": "a bound for the data, through their latents",
     "bpd/latent-elbo": "a bound for the data by the reverse SDE, through their latents",
+    "bpd/vlb": "a bound for the data by the steps of its table",
 }
 
 
@@ -128,8 +131,17 @@ class Likelihood(abc.ABC):
         """
 
     @abc.abstractmethod
-    def cost(self, event_shape: Sequence[int]) -> str:
+    def cost(self, event_shape: Sequence[int], sde: SDE) -> str:
         """What a batch costs, in words."""
+
+    def calls_on(self, sde: SDE) -> int | None:
+        """Network calls of a batch; None where the tolerance says.
+
+        Raises:
+            ValueError: a cut-off outside the times of the SDE, or a process that it is no likelihood of.
+        """
+        sde.cut_off(self.t_min, "likelihood")
+        return self.calls
 
     @abc.abstractmethod
     def measure(self, denoiser: Denoiser, raw: Tensor, codec: Codec, cond: Cond, rng: Rng) -> Measured:
@@ -153,7 +165,7 @@ class Likelihood(abc.ABC):
             ValueError: an unknown split, more points than it has, a cut-off outside the SDE's times, a seed too large.
         """
         data, estimator = choose_split(dataset, split), self.named(dataset.codec)
-        denoiser.sde.cut_off(self.t_min, "likelihood")
+        calls = self.calls_on(denoiser.sde)
         whole((whole(seed, "seed", 0) + 1) * len(data), f"seed + 1, times the {len(data)} points that draw from it,")
         parts = evenly_spaced(len(data), points).split(self.batch_size)
         device, event = model_device(denoiser), dataset.raw_shape
@@ -163,7 +175,7 @@ class Likelihood(abc.ABC):
             x, cond = data.raw[part].to(device), data.cond(part, conditional, device)
             rng = Rng(seeds=[seed * len(data) + i for i in part.tolist()])
             label, show = f"network calls, batch {index + 1}", ranks()[0] == 0
-            with CallsShown(denoiser, label, self.calls, show=show) as shown:
+            with CallsShown(denoiser, label, calls, show=show) as shown:
                 found = self.measure(shown, x, dataset.codec, cond, rng)
             bits = {
                 name: bits_per_dim(nats, event).double().cpu()
@@ -234,7 +246,7 @@ class OdeLikelihood(Likelihood):
             raise ValueError(f"likelihood.draws={self.draws} is of latents, and these data have none: null.")
         return "bpd/latent-bound" if codec.bound else self.estimator
 
-    def cost(self, event_shape: Sequence[int]) -> str:
+    def cost(self, event_shape: Sequence[int], sde: SDE) -> str:
         calls = self.solver.accuracy.get("budget", "as many as the tolerance takes")
         products = self.divergence.products(math.prod(event_shape))
         return f"network calls for each {self.batch_size} points: {calls}, each with {products:,} backward products"
@@ -293,16 +305,20 @@ class Elbo(Likelihood):
             )
         return "bpd/latent-elbo" if codec.bound else self.estimator
 
-    def cost(self, event_shape: Sequence[int]) -> str:
-        return f"network calls for each {self.batch_size} points: {self.samples}"
+    def cost(self, event_shape: Sequence[int], sde: SDE) -> str:
+        return f"network calls for each {self.batch_size} points: {self.calls_on(sde)}"
 
     def measure(self, denoiser: Denoiser, raw: Tensor, codec: Codec, cond: Cond, rng: Rng) -> Measured:
-        how: dict[str, Any] = {"samples": self.samples, "t_min": self.t_min, "cond": cond, "rng": rng}
+        how: dict[str, Any] = {"cond": cond, "rng": rng}
         if self.dequantises:  # log P(raw) is at least the mean of log p(raw + u), and that of its bound
             x = codec.encode(raw, rng=rng)
-            found = elbo(denoiser, x, **how)
+            found = self.bound_of(denoiser, x, **how)
             log_prob = found.log_prob + codec.log_volume(raw, x)
         else:
-            found = elbo(denoiser, raw, scaling=codec, **how)
+            found = self.bound_of(denoiser, raw, scaling=codec, **how)
             log_prob = found.log_prob
         return Measured(log_prob, found.stderr, torch.full_like(log_prob, math.nan), found.evaluations)
+
+    def bound_of(self, denoiser: Denoiser, x: Tensor, **how: Any) -> Bound:
+        """The bound of a batch."""
+        return elbo(denoiser, x, samples=self.samples, t_min=self.t_min, **how)

@@ -194,7 +194,7 @@ class Report:
             said = turns_in_words(self.dataset, conditional)
             print(
                 f"Measuring bits/dim on {points or len(self.dataset.test):,} held-out points "
-                f"({self.likelihood.cost(event)}), drawing "
+                f"({self.likelihood.cost(event, self.denoiser.sde)}), drawing "
                 f"{len(self.seeds):,} samples by each of {', '.join(draws)}{said and ','}{said} …",
                 flush=True,
             )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import cast
 
 import torch
@@ -98,10 +99,13 @@ class ClassifierFree(DenoiserWrapper):
         null = self.null(cond)
         if null is None:
             return self.denoiser(x, t, None), self.denoiser(x, t, cond)
-        n, times = len(x), t if t.ndim == 0 else torch.cat([t, t])
+        times = t if t.ndim == 0 else torch.cat([t, t])
         both = self.denoiser(torch.cat([x, x]), times, join(expand(null, x), cond))
         scales = self.sde.at(t, x)
-        return Prediction(both.x0[:n], both.eps[:n], scales), Prediction(both.x0[n:], both.eps[n:], scales)
+        share = (None, None) if both.share is None else both.share.tensor_split(2)
+        halves = zip(both.x0.tensor_split(2), both.eps.tensor_split(2), share, strict=True)
+        plain, conditional = (Prediction(x0, eps, scales, v) for x0, eps, v in halves)
+        return plain, conditional
 
     def _rescaled(self, guided: Prediction, conditional: Prediction) -> Prediction:
         if guided.x0[0].numel() < 2:
@@ -110,7 +114,7 @@ class ClassifierFree(DenoiserWrapper):
         factor = expand_as_batch(1 - self.rescale + self.rescale * narrow / wide.clamp(min=1e-12), guided.x0)
         # ε̂ from x_t = α x̂_0 + σ ε̂, as a change: nothing is lost where σ is small
         change = guided.scales.alpha / guided.scales.sigma * (1 - factor) * guided.x0
-        return Prediction(factor * guided.x0, guided.eps + change, guided.scales)
+        return replace(guided, x0=factor * guided.x0, eps=guided.eps + change)
 
 
 class Blend(DenoiserWrapper):
@@ -144,7 +148,7 @@ class Blend(DenoiserWrapper):
         for other, scale in zip(self.others, self.scales, strict=True):
             weight, q = expand_as_batch(strength(scale, snr), x).to(x0.dtype), other(x, t, cond)
             x0, eps = x0 + weight * (q.x0 - p.x0), eps + weight * (q.eps - p.eps)
-        return Prediction(x0, eps, p.scales)
+        return replace(p, x0=x0, eps=eps)
 
     def prior_log_prob_given(self, z: Tensor, cond: Cond) -> Tensor:
         log_prob = own = self.denoiser.prior_log_prob_given(z, cond)

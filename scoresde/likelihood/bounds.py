@@ -171,39 +171,60 @@ def vlb(
     steps: int,
     grid: Grid | None = None,
     samples: int = 1,
+    terms: int | None = None,
+    variance: float | None = None,
     cond: Cond = None,
     rng: Rng | None = None,
     scaling: RawCodec | None = None,
     t_min: float | None = None,
 ) -> Bound:
-    r"""L_0 + Σ L_{t−1} + L_T of the ancestral chain of T `steps` with the posterior variance (Ho et al. 2020, eq. 5).
+    r"""L_0 + Σ L_{t−1} + L_T of the ancestral chain of T `steps` (Ho et al. 2020, eq. 5).
 
-    Each KL between two Gaussians of equal variance, z_t → z_s, is ½ (SNR_s − SNR_t) E‖x − x̂_0(z_t)‖² (Kingma et al.
-    2021, eq. 13): the upper sum of `elbo`'s integral, to which it falls as 1/T.
+    With the posterior variance each KL, z_t → z_s, is ½ (SNR_s − SNR_t) E‖x − x̂_0(z_t)‖² (Kingma et al. 2021, eq. 13):
+    the upper sum of `elbo`'s integral, to which it falls as 1/T. With a learned one it may be less, but not less than
+    that integral where the denoiser is exact (see `step_divergence`).
 
     Args:
         steps: T ≥ 1.
         grid: (sde, T) -> falling times from t_max to `t_min`; default equal steps in log-SNR. Pass the grid samples are
             drawn on: another grid is another model.
         samples: draws of ε per step and sample, ≥ 1; T·samples network calls. One draw has no standard error.
+        terms: in place of all T steps, so many drawn for each sample, in proportion to the λ that they pass: that many
+            network calls, also for prior and decoder. T of them are each step once. Their standard error is read from
+            neighbours, and so is at most too large.
+        variance: of the chain, as in `Ancestral`.
         denoiser, x0, cond, rng, scaling, t_min: as in `elbo`.
 
     Raises:
-        ValueError: no steps or samples; a grid that does not run from t_max to `t_min`.
+        ValueError: no steps or samples, more terms than steps; a grid that does not run from t_max to `t_min`.
     """
-    setting = Setting(denoiser, x0, scaling, t_min, samples, rng, cond)
-    sde = setting.sde
+    setting = Setting(denoiser, x0, scaling, t_min, samples if terms is None else terms, rng, cond)
+    times = setting.times(steps, grid)
+    if terms is not None:
+        return setting.bound("bpd/vlb", _some(setting, times, terms, variance))
     values, errors = [], []
-    for t, s in pairwise(setting.times(steps, grid)):
-        snr_t, snr_s = sde.log_snr(torch.stack([t, s])).exp()
-        # x − x̂_0 = −ς (ε − ε̂)
-        draws = torch.stack([setting.squared_error(t) for _ in range(samples)])
-        term = mean_and_error(0.5 * (snr_s / snr_t - 1) * draws)
+    for t, s in pairwise(times):
+        term = mean_and_error(torch.stack([setting.divergence(t, s, variance) for _ in range(samples)]))
         values.append(term.value)
         errors.append(term.stderr)
     each = Term(torch.stack(values, 1), torch.stack(errors, 1))
     total = Term(each.value.sum(1), each.stderr.square().sum(1).sqrt())
     return setting.bound("bpd/vlb", total, each)
+
+
+def _some(setting: Setting, times: Tensor, terms: int, variance: float | None) -> Term:
+    """The sum over all steps of `times`, estimated by so many of them, one from each of as many strata."""
+    steps, device = len(times) - 1, setting.x.device
+    if terms > steps:
+        raise ValueError(f"A chain of {steps} steps has no {terms} terms to draw: take terms={steps}, all of them.")
+    passed = setting.sde.log_snr(times).diff()
+    chance = (torch.ones_like(passed) / steps if terms == steps else passed / passed.sum()).to(device)
+    shift = setting.rng.uniform((len(setting.x), terms), dtype=torch.float64, device=device)
+    u = (torch.arange(terms, device=device) + shift) / terms
+    k = torch.searchsorted(chance.cumsum(0), u, right=True).clamp(max=steps - 1).T
+    t, s = times.to(device)[k], times.to(device)[k + 1]
+    draws = [setting.divergence(t[i], s[i], variance) / chance[k[i]] for i in range(terms)]
+    return mean_and_error(torch.stack(draws), stratified=True)
 
 
 @undisturbed

@@ -12,7 +12,9 @@ from ..checks import whole
 from ..diffusion.conditions import each
 from ..diffusion.denoiser import Cond, CountingDenoiser, Denoiser
 from ..diffusion.grids import Grid, LogSNRGrid, spanning
+from ..diffusion.prediction import Prediction
 from ..diffusion.sde import SDE
+from ..diffusion.split import step_divergence
 from ..noise.rng import Rng
 from ..ops.broadcast import expand_as_batch, host, plain, samples
 from .codec import RawCodec
@@ -110,19 +112,36 @@ class Setting:
     def denoise(self, z: Tensor, t: Tensor):
         return self.counted(z, t, self.cond)
 
+    def divergence(self, t: Tensor, s: Tensor, variance: float | None) -> Tensor:
+        """An unbiased estimate (B,) of E KL(q(z_s|z_t, x) ‖ p(z_s|z_t)) in nats, from one call; t and s () or (B,).
+
+        Σ of p is the one that the model learnt, or has `variance` as its share: see `Ancestral`.
+        """
+        p, error, reduced = self._error(t)
+        share = p.share if variance is None else variance
+        if isinstance(share, Tensor):
+            return step_divergence(self.sde, t, s, error, share.double()).flatten(1).sum(1)
+        # linear in the squared error
+        return step_divergence(self.sde, t, s, reduced, share or 0.0).flatten(1).sum(1)
+
     def squared_error(self, t: Tensor) -> Tensor:
-        """An unbiased estimate (B,) of E_ε‖ε − ε̂(z_t)‖² at t (() or (B,)), from one call.
+        """An unbiased estimate (B,) of E_ε‖ε − ε̂(z_t)‖² at t (() or (B,)), from one call."""
+        return self._error(t)[2].flatten(1).sum(1)
+
+    def _error(self, t: Tensor) -> tuple[Prediction, Tensor, Tensor]:
+        """(the prediction at z_t, (ε − ε̂)², and what has the same mean over ε), float64, from one call at t.
 
         At high SNR the error is nearly ε itself, whose ‖ε‖² has the known mean D: (‖ε‖² − D)/(1 + 1/SNR)² is taken
         off, which leaves the mean and, for a standard normal, no spread but that of x. (Discrete data are known once
         the noise is well below half a bin, and ε with them: nothing is taken off there.)
         """
         eps = self.rng.normal_like(self.x)
-        error = self.denoise(self.sde.perturb(self.x, t, eps), t).eps - eps
+        p = self.denoise(self.sde.perturb(self.x, t, eps), t)
+        error = (p.eps - eps).double() ** 2
         log_snr = self.sde.log_snr(t)
         noise = expand_as_batch((-0.5 * log_snr).exp(), self.x)
-        known = ((eps.double() ** 2 - 1) * (noise > self.half_bins)).flatten(1).sum(1)
-        return (error.double() ** 2).flatten(1).sum(1) - torch.sigmoid(log_snr) ** 2 * known
+        known = (eps.double() ** 2 - 1) * (noise > self.half_bins)
+        return p, error, error - expand_as_batch(torch.sigmoid(log_snr) ** 2, known) * known
 
     def times(self, steps: int, grid: Grid | None) -> Tensor:
         """Falling times (steps + 1,), float64."""

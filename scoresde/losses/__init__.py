@@ -16,6 +16,7 @@ from .denoising import (
     UniformTimes,
 )
 from .flow_map import ConsistencyLoss, FlowMapLoss, MeanFlowLoss, Pairs, SemigroupLoss
+from .hybrid import HybridLoss
 from .loss import Loss, Terms
 from .trajectory import TrajectoryLoss
 
@@ -27,6 +28,7 @@ __all__ = [
     "DiscreteTimes",
     "EDMWeighting",
     "FlowMapLoss",
+    "HybridLoss",
     "Independent",
     "Likelihood",
     "LogNormalTimes",

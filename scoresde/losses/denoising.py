@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..checks import positive, whole
 from ..diffusion.conditions import Cond, each
 from ..diffusion.denoiser import Denoiser
+from ..diffusion.prediction import Prediction
 from ..diffusion.sde import SDE
 from ..noise.rng import Rng
 from ..ops import dsm_loss
@@ -72,7 +73,10 @@ class DiscreteTimes(Times):
     def start(self, sde: SDE) -> float:
         first = sde.t_max / self.steps
         if first < sde.t_min * (1 - 1e-9):  # round-off of a table's 1/N
-            raise ValueError(f"{self.steps} steps begin at t = {first:g}, before the SDE's t_min = {sde.t_min:g}.")
+            cure = f" Take steps={sde.entries}, the length of its table." if sde.entries else ""
+            raise ValueError(
+                f"{self.steps} steps begin at t = {first:g}, before the SDE's t_min = {sde.t_min:g}.{cure}"
+            )
         return super().start(sde)
 
     def sample(self, sde: SDE, n: int, rng: Rng, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -213,6 +217,14 @@ class DenoisingLoss(Loss):
         self.times.start(denoiser.sde)
 
     def terms(self, x0: Tensor, cond: Cond = None, *, rng: Rng | None = None) -> Terms:
+        loss, t, _, _ = self.errors(x0, cond, rng)
+        if self.uncertainty is None:
+            return Terms(loss, loss, t)
+        u = self.uncertainty(self.denoiser.sde.log_snr(t)).to(loss.dtype)
+        return Terms(loss * (-u).exp() + u, loss, t)
+
+    def errors(self, x0: Tensor, cond: Cond, rng: Rng | None) -> tuple[Tensor, Tensor, Tensor, Prediction]:
+        """(weighted errors (B,), drawn times (B,), the data as they were paired with noise, the prediction)."""
         rng, x0, cond = fresh() if rng is None else rng, samples(x0, "x0"), each(plain, cond)
         sde = self.denoiser.sde
         t, importance = self.times.sample(sde, x0.shape[0], rng, x0.device)
@@ -220,8 +232,4 @@ class DenoisingLoss(Loss):
         prediction = self.denoiser(sde.perturb(x0, t, eps), t, cond)
         dims, span = x0[0].numel(), sde.t_max - self.times.start(sde)
         weight = importance * self.weighting.weight(sde, t, dims, span)
-        loss = dsm_loss(prediction.eps, eps, weight)
-        if self.uncertainty is None:
-            return Terms(loss, loss, t)
-        u = self.uncertainty(sde.log_snr(t)).to(x0.dtype)
-        return Terms(loss * (-u).exp() + u, loss, t)
+        return dsm_loss(prediction.eps, eps, weight), t, x0, prediction

@@ -57,6 +57,7 @@ class UNet(nn.Module):
         resnet_resample: resample inside residual blocks (BigGAN); False by a convolution of its own.
         progressive_input: "residual" adds resampled, convolved x to each level (NCSN++); "none".
         dropout: probability in [0, 1), in every residual block, in training mode.
+        outputs: 2 returns two outputs, (B, 2C, *sizes): the second is for a learned variance. None is 1.
         encode_image: False joins the image to x as further channels, brought to its size by linear interpolation, and
             one that says whether there is an image; True reads it by an encoder, for images that do not align with x.
         conditioning: embedding and embedding_scale, the waves that carry c_noise, see `Conditioning`; classes,
@@ -96,6 +97,7 @@ class UNet(nn.Module):
         resnet_resample: bool = True,
         progressive_input: str = "none",
         dropout: float = 0.0,
+        outputs: int | None = None,
         encode_image: bool = False,
         **switches: Unpack[Switches],
     ):
@@ -107,6 +109,7 @@ class UNet(nn.Module):
         if unknown := sorted(set(attention) - set(sides)):
             raise ValueError(f"The resolutions are {sides}; attention at {unknown} would never happen.")
         dims, channels = len(self.event_shape) - 1, self.event_shape[0]
+        predictions = 1 if outputs is None else whole(outputs, "outputs")
         widths = [width * multiplier for multiplier in multipliers]
         attends = [side in attention for side in sides]
         self.scaling = math.sqrt(0.5) if residual_scaling else 1.0
@@ -124,7 +127,7 @@ class UNet(nn.Module):
         c, central = widths[-1], bool(attention) if style.middle_attention is None else style.middle_attention
         self.middle = Stack([make.block(c, c), *make.attention(c, itself=central), make.block(c, c)])
         self._build_decoder(make, widths, attends, blocks, skips)
-        self.norm, self.outlet = style.norm(widths[0]), conv(dims, widths[0], channels, 3, zero=True)
+        self.norm, self.outlet = style.norm(widths[0]), conv(dims, widths[0], predictions * channels, 3, zero=True)
         self.tokens = TokenEmbedding(shapes["tokens"][1], emb) if tokens else None
         self.joint = None if encode_image else _joint(self.event_shape, shapes.get("image", ()), width)
 
@@ -165,7 +168,7 @@ class UNet(nn.Module):
             self.decoder.append(stages)
 
     def forward(self, x: Tensor, c_noise: Tensor, cond: Cond = None) -> Tensor:
-        """F (B, *event_shape) at x (B, *event_shape) and c_noise (B,)."""
+        """F (B, outputs · C, *sizes) at x (B, *event_shape) and c_noise (B,)."""
         if tuple(x.shape[1:]) != self.event_shape:
             raise ValueError(f"This UNet is for samples {self.event_shape}; got {tuple(x.shape[1:])}.")
         given = self.conditioning.conditions(cond, x)

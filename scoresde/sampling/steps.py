@@ -14,8 +14,10 @@ from ..diffusion.denoiser import Cond, Denoiser
 from ..diffusion.grids import Grid
 from ..diffusion.prediction import Prediction
 from ..diffusion.sde import SDE
+from ..diffusion.split import step_variances
 from ..noise.rng import Rng
 from ..ops import langevin, lincomb
+from ..ops.broadcast import coefficient
 from .sampler import LongStep, State, Step
 
 
@@ -114,19 +116,37 @@ class DDIM(LongStep):
 
 
 class Ancestral(Step):
-    """Draws x_s from the Gaussian posterior q(x_s | x_t, x̂_0) of the forward process, for every SDE.
+    """Draws x_s from a Gaussian with the mean of the posterior q(x_s | x_t, x̂_0) of the forward process, for every SDE.
 
-    Under VP it is DDPM's sampler with the posterior variance (Ho et al. 2020, eq. 7 and alg. 2), under VE the
+    Under VP it is DDPM's sampler (Ho et al. 2020, eq. 7 and alg. 2), under VE with the posterior's variance the
     ancestral sampler of Song et al. 2021, App. F, eq. 47.
+
+    Args:
+        variance: where log Σ is between the variance of the posterior (0) and of the forward move (1), both of DDPM.
+            None goes by a model that learnt it (`Split`; Nichol & Dhariwal 2021, eq. 15), and else is 0.
     """
 
     order, evaluations = 1.0, 1
     default_steps = 1000
 
+    def __init__(self, variance: float | None = None):
+        if variance is not None and not 0 <= variance <= 1:
+            raise ValueError(f"variance is a share in [0, 1], or None for what the model learnt; got {variance}.")
+        self.variance = variance
+
     def __call__(
         self, denoiser: Denoiser, x: Tensor, t: Tensor, s: Tensor, state: State, *, cond: Cond, rng: Rng
     ) -> tuple[Tensor, State]:
-        return ddim_update(denoiser.sde, denoiser(x, t, cond), t, s, 1.0, rng), state
+        sde, p = denoiser.sde, denoiser(x, t, cond)
+        share = p.share if self.variance is None else self.variance
+        if share is None or self.variance == 0:
+            return ddim_update(sde, p, t, s, 1.0, rng), state
+        (alpha, sigma), scale, (least, wider) = sde.marginal(s), sde.transition(s, t)[0], step_variances(sde, t, s)
+        mean = ((alpha, p.x0), (scale * sigma**2 / sde.marginal(t)[1], p.eps))  # whatever the variance is
+        if self.variance is not None:
+            return lincomb(mean, ((0.5 * (least + self.variance * wider)).exp(), rng.noise(x))), state
+        std = (0.5 * (coefficient(least, x) + share * coefficient(wider, x))).exp()
+        return lincomb(mean) + std * rng.normal_like(x), state
 
 
 class Heun(LongStep):

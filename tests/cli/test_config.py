@@ -22,6 +22,7 @@ from torch import nn
 
 from scoresde import (
     DDIM,
+    DDPM,
     SDE,
     VPSDE,
     Denoiser,
@@ -44,6 +45,7 @@ from scoresde.codecs import Scaling
 from scoresde.config import ConfigError, build, build_network, config_dir, parameters, targets
 from scoresde.data import Augmentation, Dataset, Split
 from scoresde.diffusion.parameterization import Parameterization
+from scoresde.diffusion.split import Split as TwoHeads
 from scoresde.evaluate import Features
 from scoresde.evaluate.edits import Edit
 from scoresde.evaluate.likelihood import Likelihood
@@ -241,6 +243,8 @@ def test_every_option_builds(group: str, option: str, tmp_path: Path) -> None:
         facts["event_shape"] = (8, 3)
     if (group, option) == ("network", "autoencoder"):
         del facts["classes"]
+    if option == "hybrid":
+        facts["denoiser"] = TwoHeads(tiny_denoiser().network, DDPM(), Eps())
     data = [points_of(3)] if group == "codec" else []
     built = build(cfg[group], (), *data, **facts)
     assert isinstance(built, kind)

@@ -122,3 +122,40 @@ def test_compiled_training_is_the_same_training(tmp_path: Path) -> None:
     train(tmp_path, "evaluate_at_end=false", "out=compiled", "resume=auto", "trainer.images=1280")
     saved = latest(tmp_path / "compiled/checkpoints")
     assert saved is not None and saved.step == 20
+
+
+TABLE = (
+    "data=digits", "network=unet", "network.width=8", "network.multipliers=[1]",
+    "network.outputs=2", "denoiser=split", "loss=hybrid", "sde=table", "sde.alpha_bar=[0.999,0.98,0.9,0.7,0.4,0.1]",
+    "sampler=ancestral", "sampler.steps=5", "grid=uniform", "trainer.images=128", "trainer.batch_size=32",
+    "trainer.warmup=0", "trainer.evaluate_every=64", "evaluation.points=4", "evaluation.points_during=2",
+    "evaluation.samples=4", "evaluation.pictures=false", "threads=1", "logger=jsonl", "out=run",
+)  # fmt: skip
+
+
+def test_a_table_with_a_learned_variance_trains_samples_and_has_its_bound(tmp_path: Path) -> None:
+    """Five steps between six entries, all or three of them; the chain of all is above the limit of infinitely many."""
+    done = command("train", *TABLE, "likelihood=vlb", "likelihood.terms=null", cwd=tmp_path)
+    assert done.code == 0, done.err
+    assert "network calls for each 64 points: 5" in done.out
+    found = {"all": json.loads((tmp_path / "run/summary.json").read_text())["bits_per_dim"]}
+    assert any("eval/vlb" in row for row in rows(tmp_path / "run"))
+    assert (found["all"]["estimator"], found["all"]["evaluations"]) == ("bpd/vlb", 5)
+    for name, more in {"vlb": ["likelihood.terms=3"], "elbo": []}.items():
+        done = command("likelihood", "run=run", "n=8", f"likelihood={name}", *more, f"out={name}", cwd=tmp_path)
+        assert done.code == 0, done.err
+        found[name] = json.loads((tmp_path / name / "likelihood.json").read_text())
+    assert found["vlb"]["evaluations"] == 3
+    assert found["vlb"]["mean"] - found["elbo"]["mean"] > -4 * math.hypot(
+        found["vlb"]["stderr"], found["elbo"]["stderr"]
+    )
+
+
+def test_the_bound_of_steps_is_refused_in_continuous_time(tmp_path: Path) -> None:
+    for more, said in (
+        (["likelihood=vlb"], "has continuous time: take likelihood=elbo"),
+        (["loss=hybrid"], "denoiser=split with network.outputs=2"),
+        (["loss=hybrid", "denoiser=split"], "has continuous time: take sde=ddpm"),
+    ):
+        done = command("train", "out=run", *more, cwd=tmp_path)
+        assert done.code == 1 and said in done.err and not (tmp_path / "run").exists()

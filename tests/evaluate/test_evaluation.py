@@ -108,7 +108,7 @@ def test_the_variational_bound_of_a_known_density() -> None:
     assert bool((gap.abs() < 4.5 * result.errors + 2e-2).all())
     assert abs(float(gap.mean())) < 4 * float(result.errors.square().sum().sqrt()) / 64 + 2e-2
     assert result.estimator == "bpd/elbo" and "bound" in result.meaning and math.isnan(result.solver_error)
-    assert result.evaluations == measure.calls == 128 and "points: 128" in measure.cost((2,))
+    assert result.evaluations == measure.calls == 128 and "points: 128" in measure.cost((2,), VPSDE())
     alone = Elbo(samples=128, batch_size=1).job(toy_denoiser(VPSDE()), dataset, points=2).run()
     torch.testing.assert_close(alone.values, result.values[[0, 32]], rtol=1e-5, atol=1e-6)
 
@@ -125,12 +125,12 @@ def test_a_likelihood_says_its_cost_and_shows_its_calls(monkeypatch) -> None:
     monkeypatch.setattr("scoresde.runs.progress.track", track)
     dataset = TOY.dataset(train=10, test=10)
     measure = OdeLikelihood(Exact(), solver=Budget(30), batch_size=5)
-    assert measure.cost((1, 8, 8)) == "network calls for each 5 points: 30, each with 64 backward products"
+    assert measure.cost((1, 8, 8), VPSDE()) == "network calls for each 5 points: 30, each with 64 backward products"
     measure.job(toy_denoiser(VPSDE()), dataset).run()
     assert ticks == [("network calls, batch 1", 30)] * 30 + [("network calls, batch 2", 30)] * 30
     ticks.clear()
     measure = OdeLikelihood(Hutchinson(2), solver=Tolerance(1e-2, 1e-2))
-    assert "as many as the tolerance takes, each with 2 backward" in measure.cost((2,))
+    assert "as many as the tolerance takes, each with 2 backward" in measure.cost((2,), VPSDE())
     assert measure.job(toy_denoiser(VPSDE()), dataset).run().evaluations == len(ticks) > 0
     with pytest.raises(ValueError, match=r"'dequantised', 'centres' or null; got 'elbo'"):
         OdeLikelihood(bound="elbo")

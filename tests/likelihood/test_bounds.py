@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -11,6 +12,7 @@ from oracles import all_sdes, closed_form_sdes, mixture
 from torch import Tensor
 
 from scoresde import (
+    DDPM,
     SDE,
     VESDE,
     VPSDE,
@@ -24,6 +26,7 @@ from scoresde import (
     log_likelihood,
 )
 from scoresde.codecs import Scaling
+from scoresde.diffusion.denoiser import DenoiserWrapper
 from scoresde.likelihood.bounds import elbo, importance_weighted, vlb
 from scoresde.likelihood.budget import Budget
 from scoresde.likelihood.terms import Bound
@@ -98,6 +101,75 @@ def test_every_term_of_the_chain_is_its_closed_form(sde) -> None:
     torch.testing.assert_close(
         bound.reconstruction.value, (0.5 * DIMS * (2 * math.pi * math.e * last).log()).expand(len(x)), rtol=1e-6, atol=0
     )
+
+
+class Best(DenoiserWrapper):
+    """The Gaussian's own reverse variance for steps of 1/`steps`: Σ/β̃ = 1 + (SNR_s − SNR_t) Var(x_0|x_t) in each."""
+
+    def __init__(self, sde: SDE, steps: int):
+        super().__init__(gaussian(sde))
+        self.steps = steps
+
+    def forward(self, x: Tensor, t: Tensor, cond=None):
+        p, t = self.denoiser(x, t, cond), torch.as_tensor(t, dtype=torch.float64)
+        s = (t - (self.sde.t_max - self.sde.t_min) / self.steps).clamp(min=self.sde.t_min)
+        after, before = ratio(self.sde, t), ratio(self.sde, s)
+        widened = torch.log1p((1 / before - 1 / after) * VAR * after / (VAR + after))
+        most = 2 * (self.sde.marginal(t)[1] / self.sde.marginal(s)[1]).log()
+        share = (widened / most).reshape(-1, 1).expand(x.shape)
+        return replace(p, share=share)
+
+
+@pytest.mark.parametrize("sde", [DDPM(steps=12, beta_end=0.5), VPSDE(), VESDE(0.2, 20.0)], ids=["ddpm", "vp", "ve"])
+def test_the_best_variance_of_a_gaussian_loses_nothing_to_the_steps(sde) -> None:
+    """Reverse steps of a Gaussian are Gaussians: with their mean and variance a chain of 11 steps is the whole SDE, and
+    the bound is `elbo`'s closed form of the first test; with any fixed variance it is below that.
+    """
+    x, steps, how = points(2000), 11, {"grid": UniformGrid(), "samples": 6}
+    noise = ratio(sde, sde.t_min)
+    exact = normal(x, VAR + noise) - DIMS * noise / (2 * (VAR + noise))
+    bound = vlb(Best(sde, steps), x, steps=steps, rng=Rng(0), **how)
+    error = float(bound.stderr.square().sum().sqrt()) / len(x)
+    assert abs(float((bound.log_prob - exact).mean())) < 4 * error < 0.1
+    for variance in (0.0, 1.0):
+        fixed = vlb(Best(sde, steps), x, steps=steps, rng=Rng(0), variance=variance, **how)
+        assert float((exact - fixed.log_prob).mean()) > 4 * error
+        same = vlb(gaussian(sde), x, steps=steps, rng=Rng(0), variance=variance, **how)
+        assert torch.equal(same.log_prob, fixed.log_prob)  # whatever the model learnt
+
+
+def test_ddpms_wide_variance_is_the_best_for_unit_data() -> None:
+    """Var(x_s|x_t) = β for N(0, I) under VP (Ho et al. 2020, sec. 3.2): in closed form, term by term."""
+    sde = DDPM(steps=10, beta_end=0.4)
+    x = Rng(0).normal((2000, 2), dtype=torch.float64)
+    denoiser = GaussianMixtureDenoiser(torch.zeros(1, 2), 1.0, torch.ones(1), sde)
+    found = vlb(denoiser, x, steps=9, grid=UniformGrid(), variance=1.0, samples=6, rng=Rng(0))
+    noise = ratio(sde, sde.t_min)
+    wide = (1 + noise).double()
+    exact = (-0.5 * (x**2 / wide + math.log(2 * math.pi) + wide.log())).sum(1) - 2 * noise / (2 * wide)
+    error = float(found.stderr.square().sum().sqrt()) / len(x)
+    assert abs(float((found.log_prob - exact).mean())) < 4 * error < 0.05
+
+
+@pytest.mark.parametrize("learned", [False, True])
+def test_some_of_the_terms_estimate_the_sum(learned: bool) -> None:
+    """Of 40 steps, 8 or all: the same mean as many draws of every step, and an error that covers the difference."""
+    sde, steps, x = DDPM(steps=41, beta_end=0.3), 40, points(4).repeat(100, 1)
+    denoiser = Best(sde, steps) if learned else gaussian(sde)
+    whole = vlb(denoiser, x.repeat(20, 1), steps=steps, grid=UniformGrid(), rng=Rng(0)).diffusion.value
+    whole = whole.reshape(-1, 4).mean(0).repeat(100)  # of 2,000 draws
+    for terms in (8, 40):
+        found = vlb(denoiser, x, steps=steps, grid=UniformGrid(), terms=terms, rng=Rng(1))
+        apart = found.diffusion.value - whole
+        assert found.evaluations == terms and found.steps is None
+        spread, claimed = float(apart.std()), float(found.diffusion.stderr.square().mean().sqrt())
+        assert abs(float(apart.mean())) < 4 * spread / math.sqrt(len(x))
+        assert spread < 1.15 * claimed  # 400 values know their deviation to 4 %
+        alone = vlb(denoiser, x, steps=steps, grid=UniformGrid(), terms=terms, rng=Rng(seeds=list(range(400))))
+        one = vlb(denoiser, x[7:8], steps=steps, grid=UniformGrid(), terms=terms, rng=Rng(seeds=[7]))
+        torch.testing.assert_close(alone.log_prob[7:8], one.log_prob)  # whatever is beside it
+    with pytest.raises(ValueError, match="no 41 terms to draw: take terms=40"):
+        vlb(denoiser, x, steps=steps, grid=UniformGrid(), terms=41)
 
 
 @pytest.mark.parametrize("name", ["vp", "ve", "cosine"])

@@ -53,6 +53,7 @@ from scoresde import (
     Sampler,
     SASolver,
     Score,
+    Split,
     Step,
     TableSDE,
     UniPC,
@@ -280,6 +281,37 @@ def test_ddim_and_ddpm_in_every_parameterisation(step, make, eta, prediction) ->
     expected = theirs(scheduler, x, scheduler.timesteps, seeded=True)
     denoiser = preserving(table(scheduler), PREDICTIONS[prediction])
     assert_same(step, denoiser, index_times(scheduler.timesteps), x, expected)
+
+
+def two_heads(x: Tensor, c_noise: Tensor) -> Tensor:
+    return torch.cat([network(x, c_noise), torch.sin(2 * x.roll(2, -1))], 1)
+
+
+@pytest.mark.parametrize("steps", [STEPS, 1000], ids=["respaced", "whole"])
+@pytest.mark.parametrize(("kind", "variance"), [("learned_range", None), ("fixed_large", 1.0), ("fixed_small", 0.0)])
+def test_ddpm_with_every_variance(kind, variance, steps) -> None:
+    """The learned range of Nichol & Dhariwal and both of Ho et al., over all steps and respaced, in float64 to 1e-5.
+
+    Both tables are of the same numbers. The last step of theirs, to ᾱ = 1, is our denoising.
+    """
+    scheduler = DDPMScheduler(variance_type=kind, clip_sample=False)
+    scheduler.alphas_cumprod = scheduler.alphas_cumprod.double()
+    scheduler.one = scheduler.one.double()
+    scheduler.set_timesteps(steps)
+    heads = two_heads if kind == "learned_range" else network
+    x, generator = noise().double(), torch.Generator().manual_seed(SEED)
+    expected = []
+    for t in scheduler.timesteps:
+        sample = expected[-1] if expected else x
+        output = heads(sample, t.double().expand(len(x)))
+        expected.append(scheduler.step(output, t, sample, generator=generator).prev_sample)
+    kind_of = Split if kind == "learned_range" else Preconditioned
+    how = {"noise_input": lambda sde, t: t * 1000 - 1, "scale_input": False}
+    denoiser = kind_of(heads, table(scheduler), Eps(), **how)
+    sampler = Sampler(Ancestral(variance), lambda sde, n: index_times(scheduler.timesteps), steps - 1)
+    assert sampler.evaluations == steps
+    states = [trace.x for trace in sampler.iterate(denoiser, x, rng=TheirNoise(SEED))][1:]
+    torch.testing.assert_close(torch.stack(states), torch.stack(expected), rtol=1e-5, atol=1e-5)
 
 
 EXPLODING = {
