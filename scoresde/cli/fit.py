@@ -79,7 +79,7 @@ def fit_all(
     """
     cond = move(cond, model_device(denoiser))
     for budget in budgets:
-        cost = calls + 4 * max(160, 8 * budget)
+        cost = calls + 3 * max(128, 6 * budget)
         print(f"Fitting a sampler of {budget} calls, by about {cost:,} calls on batches of {samples} …", flush=True)
         how: dict[str, Any] = {"rng": Rng(seed), "cond": cond, "samples": samples, "calls": calls}
         with CallsShown(denoiser, f"fitting {budget} calls, network calls", cost) as shown:
@@ -98,7 +98,7 @@ def fit_or_try(
         SolverError: the model returns values that are not finite.
     """
     if budgets:
-        fit_all(folder, model, denoiser, shape, budgets, cond=cond, samples=samples_for(shape), seed=0, calls=1200)
+        fit_all(folder, model, denoiser, shape, budgets, cond=cond, samples=samples_for(shape), seed=0, calls=1100)
         return
     for found in pilot(denoiser, shape, budgets=(5, 10, 20), cond=move(cond, model_device(denoiser))).values():
         keep(folder, model, found)  # what was found is logged

@@ -22,13 +22,13 @@ from ..diffusion.conditions import Cond
 from ..diffusion.denoiser import Denoiser, sample_std
 from ..diffusion.grids import Grid, KarrasGrid, LogisticGrid, SoftplusGrid
 from ..ode import check_finite, lagrange
-from ..ops.broadcast import host
 from .fit import run
 from .multistep import Multistep
 from .sampler import Step
 from .weights import Knot, bounded, knots
 
 _NODES = 4  # values that a step goes by
+_CLOSE = 0.1  # of the distance that is to be shortened: so near are solves that are believed at once
 _RIDGE = 1e-6  # of the mean square of V: what keeps weights that the data leave open near those of polynomials
 
 
@@ -36,13 +36,15 @@ class FineSolve:
     """Where the ODE takes the noises `x`, on the way and at the end.
 
     No one solver is right for every network: where x̂_0 is wild at t_max, one whose steps go by the data is off by as
-    much as the samples are wide. So three are run, and the two that end nearest to each other are believed.
+    much as the samples are wide. So two are run, and a third if they end farther from each other than a tenth of the
+    way to the ends `usual`. The two that end nearest to each other are believed.
 
     Args:
         denoiser: the model.
         x: noises (n, *event).
         cond: conditions of them.
         steps: of each solve.
+        usual: (n, *event), where a sampler ends that is to be surpassed.
 
     Attributes:
         end: (n, *event), where it ends.
@@ -54,24 +56,26 @@ class FineSolve:
         SolverError: none of them is finite.
     """
 
-    def __init__(self, denoiser: Denoiser, x: Tensor, cond: Cond, steps: int):
-        self.denoiser, self.x, self.cond, self.steps = denoiser, x, cond, steps
-        tried = solvers(denoiser)
-        solves = [[x, *run(denoiser, step, x, grid(denoiser.sde, steps), cond)] for step, grid in tried]
-        apart = host([[_apart(one[-1], other[-1]) for other in solves] for one in solves]).nan_to_num(math.inf)
-        nearest = apart.fill_diagonal_(math.inf).amin(1)
-        best = int(nearest.argmin())
-        self.solver, self.gap = tried[best], float(nearest[best])
-        self.end = solves[best][-1]
+    def __init__(self, denoiser: Denoiser, x: Tensor, cond: Cond, steps: int, usual: Tensor):
+        self.denoiser, self.x, self.cond, self.gap = denoiser, x, cond, math.inf
+        ends: list[Tensor] = []
+        for step, grid in solvers(denoiser):
+            times = grid(denoiser.sde, steps)
+            states = [x, *run(denoiser, step, x, times, cond)]
+            gap = min((_apart(states[-1], end) for end in ends), default=math.inf)
+            if gap < self.gap or not ends:
+                self.solver, self.times, self.states, self.gap = step, times, states, gap
+            ends += [states[-1]] if bool(torch.isfinite(states[-1]).all()) else []
+            if self.gap < _CLOSE * _apart(self.states[-1], usual):
+                break
+        self.end = self.states[-1]
         _check(self.end)
         self.std = sample_std(self.end) or 1.0  # one point has no scale
-        self.times = self.solver[1](denoiser.sde, steps)
         self.levels = 0.5 * denoiser.sde.log_snr(self.times)
-        self.states = solves[best]
 
     def ends(self, x: Tensor, cond: Cond) -> Tensor:
         """Where the ODE takes other noises, by the solver that is believed."""
-        *_, end = run(self.denoiser, self.solver[0], x, self.times, cond)
+        *_, end = run(self.denoiser, self.solver, x, self.times, cond)
         _check(end)
         return end
 
@@ -113,7 +117,7 @@ def solvers(denoiser: Denoiser) -> list[tuple[Step, Grid]]:
     corrected = Multistep(3, sigma_data=None, corrector=3, bound=2.5)
     by_noise = Multistep(3, sigma_data=math.inf, bound=4.0)
     c = denoiser.data_std
-    return [(corrected, LogisticGrid(c, 0.0, 3.0)), (corrected, SoftplusGrid(c, 4.0, 1.0)), (by_noise, KarrasGrid())]
+    return [(corrected, SoftplusGrid(c, 4.0, 1.0)), (corrected, LogisticGrid(c, 0.0, 3.0)), (by_noise, KarrasGrid())]
 
 
 def _check(end: Tensor) -> None:

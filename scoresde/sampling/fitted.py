@@ -81,7 +81,8 @@ class FittedSampler:
         calls: network calls of the whole fit, on batches of its samples.
         log_snr: the fitted knots; None where the fitted sampler was not better by two standard errors of the paired
             difference, and `sampler` is the generic one.
-        rows, data_std: the arguments `weights` and `data_std` of the `FittedStep`; None of the generic step.
+        rows, data_std: the arguments `weights` and `data_std` of the `FittedStep`; rows are None of the generic step,
+            and data_std is None of noise prediction, too.
     """
 
     sampler: Sampler
@@ -112,7 +113,7 @@ def build_sampler(
     rows: list[list[float]] | None,
     data_std: float | None,
 ) -> Sampler:
-    """The sampler of such knots and weights; what is None is that of `default_sampler`.
+    """The sampler of such knots and weights; without these it is that of `default_sampler`.
 
     Raises:
         ValueError: a budget, knots or weights that do not belong together.
@@ -120,7 +121,7 @@ def build_sampler(
     generic = default_sampler(denoiser, budget)
     if log_snr is None:
         return generic
-    step = generic.step if rows is None or data_std is None else FittedStep(log_snr, rows, data_std)
+    step = generic.step if rows is None else FittedStep(log_snr, rows, math.inf if data_std is None else data_std)
     sampler = Sampler(step, FittedGrid(log_snr), len(log_snr) - 1, denoise=False)
     if sampler.evaluations != budget:
         raise ValueError(

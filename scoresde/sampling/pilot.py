@@ -34,8 +34,8 @@ def pilot(
     No fixed rule knows which steps a network wants. So fifteen candidates, most of them multistep methods with weights
     regressed along a fine solve, and `default_sampler` are run from a few noises of their own and compared with that
     solve; the nearest is kept if it beats `default_sampler` on fresh noises by a standard error and by what the fine
-    solve may be wrong. It is `fit_sampler` with less effort: 4 max(64, 4 `budget`) + about 20 `budget` evaluations, 450
-    for ten calls, on 8 to 64 samples (1024 numbers' worth).
+    solve may be wrong. It is `fit_sampler` with less effort: 3 max(64, 4 `budget`) + about 20 `budget` evaluations, 400
+    for ten calls, on 8 to 64 samples (1024 numbers' worth); 4 in place of 3 where fine solves disagree.
 
     The choice lies on the denoiser, for this shape and kind of conditions, and is copied and moved with it, but is no
     part of its state_dict. `measure` forgets it, as after more training.

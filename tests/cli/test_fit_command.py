@@ -28,7 +28,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("fit")
     train = command("train", *TINY, *PLAIN, "evaluate_at_end=false", "fit=[3]", "out=run", cwd=folder)
     assert train.code == 0, train.err
-    assert "Fitting a sampler of 3 calls, by about 1,840 calls on batches of 512" in train.out
+    assert "Fitting a sampler of 3 calls, by about 1,484 calls on batches of 512" in train.out
     fit = command("fit", "run=run", "budgets=[4]", *QUICK, cwd=folder)
     assert fit.code == 0 and "4 calls, " in fit.out and "± " in fit.out, fit.err
     return folder

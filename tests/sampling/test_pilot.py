@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import json
 import logging
 import math
 
@@ -20,6 +21,7 @@ from scoresde import (
     ClassifierFree,
     Denoiser,
     Energy,
+    FittedSampler,
     Preconditioned,
     Rng,
     Sampler,
@@ -31,6 +33,7 @@ from scoresde import (
 )
 from scoresde.diffusion.denoiser import CountingDenoiser, DenoiserWrapper
 from scoresde.diffusion.prediction import Prediction
+from scoresde.runs.samplers import Model, keep, recall
 from scoresde.sampling.fine import FineSolve, distances, solvers
 from scoresde.sampling.fitted import build_sampler
 
@@ -62,7 +65,7 @@ def test_a_measured_model_is_tried_once_for_each_budget(caplog) -> None:
     with caplog.at_level(logging.INFO):
         first = sample(counted, (4, 2), budget=5)
     (found,) = counted.trials.values()
-    # three fine solves and one from fresh noise, of 64 steps; sixteen candidates, some of them twice, and two to judge
+    # at most three fine solves and one from fresh noise, of 64 steps; candidates, some of them twice, and two to judge
     assert counted.evaluations == found.calls + 5 and found.calls <= 4 * 64 + 25 * 5
     assert f"by {found.calls} network calls on 64 samples: 5 calls, fitted" in caplog.text
     before = counted.evaluations
@@ -159,12 +162,15 @@ def test_what_blows_up_never_wins(size) -> None:
     assert distances(found.sampler(model, x), exact).mean() <= 1.01 * distances(rule(model, x), exact).mean()
 
 
-@pytest.mark.parametrize("budget", [5, 12])
-def test_on_a_network_that_a_fine_solve_says_nothing_about_the_rule_is_kept(budget) -> None:
-    """ε̂ is off by a number that differs from call to call, so no two solves end near each other."""
+@pytest.mark.parametrize(("budget", "start"), [(5, 0), (5, 2), (12, 0)])
+def test_where_every_call_is_off_by_another_number_the_choice_is_no_farther_than_the_rule(budget, start) -> None:
+    """Solves of such a network end apart. What is chosen in spite of that comes nearer to the end without the errors,
+    in the mean over as many runs: of 12 trials that began at other numbers five took another sampler than the rule,
+    with 0.34 to 0.87 of its distance.
+    """
 
     class Restless(DenoiserWrapper):
-        calls = 0
+        calls = start
 
         def forward(self, x: Tensor, t: Tensor, cond=None) -> Prediction:
             self.calls += 1
@@ -172,7 +178,16 @@ def test_on_a_network_that_a_fine_solve_says_nothing_about_the_rule_is_kept(budg
             eps = p.eps + 3 * math.sin(1e3 * self.calls)
             return Prediction((x - scales.sigma * eps) / scales.alpha, eps, scales)
 
-    assert not pilot(Restless(learned()), (2,), budgets=[budget])[budget].is_fitted
+    model = Restless(learned())
+    found = pilot(model, (2,), budgets=[budget])[budget]
+    x = model.prior_sample((50, 2), rng=Rng(9), dtype=torch.float64)
+    exact = ends(model.denoiser, x)
+
+    def far(sampler: Sampler) -> float:
+        model.calls = 0
+        return sum(float(distances(sampler(model, x), exact).mean()) for _ in range(20))
+
+    assert far(found.sampler) <= far(default_sampler(model, budget))
 
 
 def test_a_network_that_returns_nan_is_sampled_by_the_rule_to_say_so() -> None:
@@ -210,12 +225,19 @@ def test_what_may_know_one_batch_only_is_not_tried() -> None:
     assert pulled.trials is None and sample(pulled, (3, 2), budget=4).shape == (3, 2)
 
 
-def test_a_sampler_of_noise_prediction_is_kept_as_one() -> None:
-    """Weights made with c = ∞ give the same samples after a way through numbers."""
+def test_a_sampler_of_noise_prediction_is_kept_as_one(tmp_path) -> None:
+    """Weights made with c = ∞ give the same samples after a way through the file of a run, which is JSON as RFC 8259
+    has it, without infinities.
+    """
     model = learned()
-    solve = FineSolve(model, model.prior_sample((16, 2), rng=Rng(0), dtype=torch.float64), None, 64)
+    x = model.prior_sample((16, 2), rng=Rng(0), dtype=torch.float64)
+    solve = FineSolve(model, x, None, 64, x)
     times = Sampler(default_sampler(model, 5).step, steps=5).times(model)
     for regressed in (True, False):
         end, rows = solve.follow(times, math.inf, regressed=regressed)
-        sampler = build_sampler(model, 5, model.sde.log_snr(times).tolist(), rows, math.inf)
+        found = model.sde.log_snr(times).tolist(), rows, None
+        whose = Model("0" * 64, "ema", None, None, [])
+        keep(tmp_path, whose, FittedSampler(build_sampler(model, 5, *found), 5, 0.1, 0.01, 0.2, 0.01, 400, *found))
+        json.loads((tmp_path / "samplers.json").read_text(), parse_constant=pytest.fail)
+        sampler, _ = recall(tmp_path, whose, 5, model, (2,))
         torch.testing.assert_close(sampler(model, solve.x), end, rtol=1e-9, atol=1e-9)
