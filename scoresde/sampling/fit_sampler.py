@@ -27,6 +27,7 @@ from .fitted import FittedSampler, build_sampler
 from .sampler import Sampler
 
 _FAR = 1e9  # a distance that stands for values that are not finite
+_FEW = 20  # calls; with more, the rule's step on another grid is often nearest
 _MANY = 64  # samples among which rare ones that end far away are seen
 
 
@@ -136,6 +137,8 @@ def _search(solve: FineSolve, generic: Sampler, budget: int, calls: int) -> _Fou
     tried = [following(grid, solve.std, True) for grid in (*grids, generic.grid_for(solve.denoiser))]
     tried += [following(grid, math.inf, regressed) for grid in by_noise for regressed in (True, False)]
     usual = _Candidate(generic.times(solve.denoiser), by_rule, lambda t: (sde.log_snr(t).tolist(), None, None))
+    if budget > _FEW:
+        tried += [usual._replace(times=grid(sde, budget)) for grid in (grids[0], grids[2], KarrasGrid())]
     best = [*sorted(tried, key=lambda one: one.loss)[:2], usual]
     iterations = (calls // budget - len(tried)) // (len(best) * min(budget, 8))
     fitted = [one._replace(times=descend(one.residuals, one.times, sde, iterations)) for one in best]
