@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from . import edm
+from . import diffusers_folder, edm
 from .imported import Imported
 from .pickles import ForeignFileError
 from .torch_files import load, refusing
 
-FORMATS = ("edm",)
+FORMATS = ("edm", "diffusers")
 
 
 def read(path: Path | str, *, args: Mapping[str, Any] | None = None, format: str | None = None) -> Imported:
@@ -28,6 +28,9 @@ def read(path: Path | str, *, args: Mapping[str, Any] | None = None, format: str
     path = Path(path)
     if format is not None and format not in FORMATS:
         raise ForeignFileError(f"format is one of {', '.join(FORMATS)}; got {format!r}.")
+    if path.is_dir():
+        with refusing(path):
+            return diffusers_folder.read(path, args)
     content = load(path)
     if not isinstance(content, dict):
         raise ForeignFileError(f"{path} holds a {type(content).__name__}, and no network.")
