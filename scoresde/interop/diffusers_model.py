@@ -56,14 +56,14 @@ class DiffusersModel(nn.Module):
         if self.classes and label is None:
             if self.always:
                 raise ValueError("This network was never told nothing: it needs a label of each sample.")
-            label = torch.full((len(x),), self.classes, device=x.device)
+            label = torch.full((len(x),), self.classes, dtype=torch.int64, device=x.device)
         told = {"class_labels": label} if self.classes else {}
         found: Tensor = self.inner(x, timestep=c_noise.to(x.dtype), **told).sample
         return found[:, : self.event_shape[0]]
 
     def null(self, cond: Cond) -> Cond:
         """The label that says nothing; None where there is none."""
-        return None if self.always or cond is None else torch.tensor([self.classes], device="cpu")
+        return None if self.always or cond is None else torch.tensor([self.classes], dtype=torch.int64, device="cpu")
 
 
 def beta_table(
