@@ -21,12 +21,14 @@ from .losses import (
 )
 from .noise.rng import Rng
 from .ode import SolverError
-from .runs.load import load
+from .runs.cascade import Cascade
+from .runs.entry import load
 from .runs.run import Run
 from .sampling import *  # noqa: F403
 
 __all__ = [
     "AutoencoderLoss",
+    "Cascade",
     "ClassifierLoss",
     "ConsistencyLoss",
     "DenoisingLoss",

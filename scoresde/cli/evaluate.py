@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from ..config import ConfigError, build
+from ..data.kinds import in_turn
 from ..evaluate import figures
+from ..evaluate.cascade import CascadeReport, OfCascade
 from ..evaluate.evaluation import evenly_spaced, held_out_loss
 from ..evaluate.report import Evaluation, Report, check_samplers, list_files
 from ..evaluate.scoring import Scoring, check_rank
@@ -17,6 +20,7 @@ from ..runs.load import choose_device, chosen_run
 from ..runs.objective import build_loss
 from ..runs.run import Run
 from ._hydra import Command, launch, read, refusing
+from .cascade import chosen_cascade, stages_of
 from .given import with_given
 
 
@@ -35,6 +39,8 @@ def evaluate(cfg: DictConfig) -> float:
         evaluation = Evaluation(**options["evaluation"])
         if evaluation.pictures:
             figures.require()
+        if options["then"] is not None:
+            return evaluate_cascade(command, evaluation)
         samplers, likelihood, logger = command.samplers(), command.build("likelihood"), command.build("logger")
         run = with_given(command, chosen_run(options, allow, whole_data=options["data"] is None))
         evenly_spaced(len(run.dataset.test), evaluation.points, "evaluation.points")
@@ -61,6 +67,41 @@ def evaluate(cfg: DictConfig) -> float:
     shards.clear()
     print(list_files(folder))
     return summary["bits_per_dim"]["mean"] if evaluation.objective == "bits_per_dim" else value
+
+
+def evaluate_cascade(command: Command, evaluation: Evaluation) -> float:
+    """The same of a cascade, which has no loss."""
+    options = command.options
+    with refusing():
+        if evaluation.objective != "bits_per_dim":
+            raise ConfigError(
+                "A cascade has a loss for each stage and none of its own: evaluation.objective=bits_per_dim."
+            )
+        cascade = chosen_cascade(options, command.allow, whole_data=options["data"] is None)
+        likelihood, logger = OfCascade(command.build("likelihood"), cascade), command.build("logger")
+        run = with_given(command, cascade.whole)
+        evenly_spaced(len(run.dataset.test), evaluation.points, "evaluation.points")
+        seeds = [options["seed"] * evaluation.samples + k for k in range(evaluation.samples)]
+        cond, how = in_turn(run.dataset, len(seeds), run.conditional), {**options, "batch_size": evaluation.batch_size}
+        stages, digests = stages_of(replace(command, options=how), cascade, command.samplers(), seeds, cond)
+        scoring = scoring_of(command).tried(run.dataset, evaluation.samples)
+        check_rank(evaluation.rank_by, scoring.names)
+        shards = command.shards(run, points=run.dataset.test.digest(), **digests)
+    model = (run.denoiser, run.dataset, run.conditional)
+    samplers = stages.samplers[-1]
+    report = CascadeReport(
+        *model, samplers, likelihood, evaluation, seed=options["seed"], scoring=scoring, stages=stages
+    )
+    measured = report.measure(shards)
+    if measured is None:
+        return float("nan")
+    facts = {"folder": str(command.folder), "run": str(cascade.runs[0].folder), "then": options["then"]}
+    facts |= {"step": run.step, "weights": options["weights"]}
+    with command.logging(logger):
+        summary = report.write(*measured, command.folder, facts, logger)
+    shards.clear()
+    print(list_files(command.folder))
+    return summary["bits_per_dim"]["mean"]
 
 
 def compared(run: Run, options: Mapping[str, Any], allow: Sequence[str]) -> Run | None:

@@ -14,14 +14,16 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from ..config import ConfigError
+from ..evaluate.cascade import OfCascade
 from ..evaluate.evaluation import choose_split, evenly_spaced
-from ..evaluate.likelihood import BitsPerDim
+from ..evaluate.likelihood import BitsPerDim, Likelihood
 from ..metrics.jackknife import mean_score
 from ..runs import folder as folders
 from ..runs.load import chosen_run
 from ..runs.publish import publish, replacing
 from ..runs.run import Run
 from ._hydra import Command, launch, read, refusing
+from .cascade import chosen_cascade
 from .given import measured_on, with_given
 
 
@@ -38,7 +40,7 @@ def likelihood(cfg: DictConfig) -> float:
         if not command.is_due("likelihood.json"):
             return float("nan")
         measure, logger = command.build("likelihood"), command.build("logger")
-        runs = choose_runs(command)
+        runs, measure = choose_runs(command, measure)
         split = "test" if options["data"] is not None else options["split"]
         points = choose_split(runs[0].dataset, split)
         index = evenly_spaced(len(points), options["n"])
@@ -76,9 +78,13 @@ def likelihood(cfg: DictConfig) -> float:
     return found[0].mean
 
 
-def choose_runs(command: Command) -> list[Run]:
-    """The run with the points that it is measured on, and the one that it is compared with on the same, if any."""
+def choose_runs(command: Command, measure: Likelihood) -> tuple[list[Run], Likelihood]:
+    """The run with the points that it is measured on, and the one that it is compared with on the same, if any; and how
+    they are measured, which of a cascade is stage by stage."""
     options, other = command.options, command.options["versus"]
+    if options["then"] is not None:
+        cascade = chosen_cascade(options, command.allow, whole_data=options["data"] is None)
+        return [with_given(command, cascade.whole)], OfCascade(measure, cascade)
     run = with_given(command, chosen_run(options, command.allow, whole_data=options["data"] is None))
     runs = [run]
     if other is not None:
@@ -86,7 +92,7 @@ def choose_runs(command: Command) -> list[Run]:
         if (own := run.codec.rounding) != (its := second.codec.rounding):
             raise ConfigError(f"versus={other} counts {its} of the same values, and run={run.folder} {own}.")
         runs.append(second)
-    return runs
+    return runs, measure
 
 
 def difference(first: BitsPerDim, second: BitsPerDim) -> dict[str, float]:

@@ -9,8 +9,7 @@ from omegaconf import DictConfig
 
 from ..checks import whole
 from ..config import ConfigError
-from ..diffusion.conditions import Cond, move
-from ..diffusion.denoiser import Denoiser, model_device
+from ..diffusion.conditions import Cond
 from ..evaluate import figures
 from ..evaluate.conditions import condition_arrays
 from ..evaluate.edits import Edited, write_edited
@@ -21,9 +20,10 @@ from ..runs import folder as folders
 from ..runs.listing import layout
 from ..runs.load import chosen_run
 from ..runs.run import Run
-from ..runs.samplers import Model, recall
-from ..sampling.sampler import Sampler
+from ..runs.samplers import Model
 from ._hydra import Command, launch, read, refusing
+from .budget import of_budget
+from .cascade import chosen_cascade, stages_of
 from .conditions import choose_cond
 from .edit import read_edit
 from .guided import build_guidance
@@ -35,6 +35,44 @@ _TITLES = {"residual": "residual", "std": "of noise", "psnr_mean": "PSNR of mean
 def main() -> None:
     """Entry point of `scoresde-sample`."""
     launch(sample, "sample")
+
+
+def draw_cascade(command: Command) -> None:
+    """The same of a cascade."""
+    options = command.options
+    with refusing():
+        seeds = choose_seeds(options["seeds"], options["seed"], options["n"])
+        whole(options["batch_size"], "batch_size")
+        if options["pictures"]:
+            figures.require()
+        cascade, samplers = chosen_cascade(options, command.allow), command.samplers()
+        cond, said = choose_cond(options["cond"], len(seeds), cascade.told.plain)
+        drawing, digests = stages_of(command, cascade, samplers, seeds, cond)
+        shards = command.shards(cascade.whole, **digests)
+    if not shards.rank:
+        print("\n".join(filter(None, [str(cascade), said])), flush=True)
+    made = drawing.made(shards)
+    if shards.rank:
+        return
+    write_samples(made, cascade.dataset, command.folder, seeds=seeds, pictures=options["pictures"])
+    names = ("weights", "guidance", "cond", "then", "stage", "samplers", "budget", "sampler")
+    residuals = {name: drawing.residual(name) for name in made}
+    cost = {name: {"nfe": s.evaluations, "seconds": s.seconds} for name, s in made.items()}
+    record = {"run": str(cascade.runs[0].folder), "steps": [run.step for run in cascade.runs], "seeds": seeds}
+    record |= {name: options[name] for name in names} | {"cost": cost, "residual": residuals}
+    folders.finish(command.folder / "summary.json", record)
+    shards.clear()
+    columns: dict[str, Sequence[Any]] = {
+        "sampler": list(made),
+        "network calls": [f"{samples.evaluations:.0f}" for samples in made.values()],
+        "seconds": [f"{samples.seconds:.1f}" for samples in made.values()],
+        "samples": [len(samples.x) for samples in made.values()],
+        "residual": [f"{each['residual']:.2g}" for each in residuals.values()],
+        "rounded": [f"{each['rounded']:.2g}" for each in residuals.values()],
+    }
+    print(layout(columns, None)[0])
+    print("residual: the greatest distance, in raw units, from the low resolution that the last stage was told.")
+    print(list_files(command.folder))
 
 
 def choose_seeds(seeds: Any, seed: Any, n: Any) -> list[int]:
@@ -59,6 +97,8 @@ def sample(cfg: DictConfig) -> None:
         options, allow = command.options, command.allow
         if not command.is_due("summary.json"):
             return
+        if options["then"] is not None:
+            return draw_cascade(command)
         seeds = choose_seeds(options["seeds"], options["seed"], options["n"])
         whole(options["batch_size"], "batch_size")
         if options["pictures"]:
@@ -103,21 +143,6 @@ def sample(cfg: DictConfig) -> None:
     shards.clear()
     print(table)
     print(list_files(command.folder))
-
-
-def of_budget(command: Command, run: Run, denoiser: Denoiser, model: Model, cond: Cond) -> tuple[Sampler, str]:
-    """The sampler for the key `budget`, and a sentence that says which it is.
-
-    Raises:
-        ConfigError: a sampler is named besides, or a problem, which no sampler is fitted to.
-        ValueError: no number of calls, or a sampler that was fitted to other weights.
-    """
-    budget = whole(command.options["budget"], "budget, the number of network calls,")
-    if command.options["problem"] is not None:
-        raise ConfigError("budget= is of samples alone; a problem takes a sampler: sampler=ddim sampler.steps=….")
-    if named := [word for word in command.typed if word.startswith(("sampler=", "sampler.", "grid=", "grid."))]:
-        raise ConfigError(f"budget={budget} chooses sampler and grid; leave {named[0]} or budget= away.")
-    return recall(run.folder, model, budget, denoiser, run.event_shape, move(cond, model_device(denoiser)))
 
 
 def write(

@@ -4,9 +4,22 @@ from .autoencoder import Autoencoder
 from .centred import Centred
 from .chain import Chain
 from .codec import Codec
+from .haar import Haar, HaarDetails, HaarLow
 from .patches import Patches
 from .scaling import Scaling
 from .spectrum import Spectrum
 from .standardise import Standardise
 
-__all__ = ["Autoencoder", "Centred", "Chain", "Codec", "Patches", "Scaling", "Spectrum", "Standardise"]
+__all__ = [
+    "Autoencoder",
+    "Centred",
+    "Chain",
+    "Codec",
+    "Haar",
+    "HaarDetails",
+    "HaarLow",
+    "Patches",
+    "Scaling",
+    "Spectrum",
+    "Standardise",
+]

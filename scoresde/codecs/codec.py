@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -25,6 +25,17 @@ class Stored(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: Any) -> Tensor: ...
+
+
+class Drawn(NamedTuple):
+    """Samples that were dequantised once, where the same draw is told as a condition, too: log p(raw) is log p(values)
+    under `codec`, given `told`, plus `log_volume`.
+    """
+
+    values: Tensor
+    codec: Codec
+    told: Mapping[str, Tensor]
+    log_volume: Tensor | float
 
 
 class Codec(abc.ABC):
@@ -81,6 +92,32 @@ class Codec(abc.ABC):
         raw = raw if not raw.is_floating_point() or raw.dtype == torch.float64 else raw.float()
         self.check(raw)
         return self.transform(raw, rng=rng)
+
+    def drawn(self, raw: Tensor, rng: Rng | None = None) -> Drawn:
+        """Raw values that were checked, and what the network is told of them: nothing, but by `HaarDetails`."""
+        return Drawn(raw, self, {}, 0.0)
+
+    @property
+    def below(self) -> Codec | None:
+        """Of details: the codec of the picture that they are added to. None for model data that are a whole."""
+        return None
+
+    @property
+    def whole(self) -> Codec:
+        """The codec of what `joined` makes."""
+        return self
+
+    def joined(self, low: Tensor, x: Tensor) -> Tensor:
+        """Model data of `whole`: x itself, or details x on model data `low` of `below`."""
+        return x
+
+    def parts(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """What `joined` made x of: model data of `below` and of this codec.
+
+        Raises:
+            ValueError: they are a whole.
+        """
+        raise ValueError(f"Model data of {self} are a whole, and have no part.")
 
     def encoded_shape(self, raw_shape: Sequence[int]) -> tuple[int, ...]:
         """The shape of a sample as the network sees it."""

@@ -12,12 +12,12 @@ from .readers.molecules import Molecules
 from .readers.sound import SoundFolder
 from .readers.table import Table
 from .readers.video import VideoFolder
-from .recode import centred, patched, standardised
+from .recode import centred, haar_details, haar_low, patched, standardised, upsampled
 from .sigma_max import suggest_sigma_max
 from .toys import Checkerboard, EightGaussians, Moons, Pinwheel, SwissRoll, Toy, toy_dataset
 
 __all__ = [
     "Arrays", "Augmentation", "Checkerboard", "Dataset", "Digits", "EightGaussians", "EpochOrder", "Idx", "ImageFolder",
     "Loader", "Molecules", "Moons", "Pinwheel", "SoundFolder", "Split", "SwissRoll", "Table", "Toy", "VideoFolder",
-    "centred", "patched", "standardised", "suggest_sigma_max", "toy_dataset",
+    "centred", "haar_details", "haar_low", "patched", "standardised", "suggest_sigma_max", "toy_dataset", "upsampled",
 ]  # fmt: skip

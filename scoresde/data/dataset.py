@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..codecs.codec import Codec
-from ..diffusion.conditions import Cond, move, take, unnamed
+from ..diffusion.conditions import Cond, move, take, told, unnamed
 from ..noise.rng import Rng
 from .rows import Rows, checked, chunks, select, spots
 from .statistics import Statistics, extremes, measured
@@ -253,9 +253,20 @@ class Dataset:
         """Model data of raw samples (B, *raw shape); `rng` dequantises, None takes bin centres."""
         return self.codec.encode(raw, rng=rng)
 
+    def drawn(self, raw: Tensor, cond: Cond, rng: Rng, device: torch.device) -> tuple[Tensor, Cond]:
+        """`drawn` under its codec."""
+        return drawn(self.codec, raw, cond, rng, device)
+
     def decode(self, x: Tensor) -> Tensor:
         """Raw values of model data (B, *event)."""
         return self.codec.decode(x)
+
+
+def drawn(codec: Codec, raw: Tensor, cond: Cond, rng: Rng, device: torch.device) -> tuple[Tensor, Cond]:
+    """(model data of raw samples on the device, their condition `cond` with what is told of this very draw)."""
+    found = codec.drawn(raw, rng)
+    more = {name: value.to(device) for name, value in found.told.items()}
+    return found.codec.transform(found.values, rng=rng).to(device), told(cond, more)
 
 
 def hold_out(samples: Split, fraction: float, seed: int) -> tuple[Split, Split]:

@@ -6,9 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from ..codecs import Centred, Chain, Patches, Standardise
+import torch
+
+from ..codecs import Centred, Chain, HaarDetails, HaarLow, Patches, Standardise
 from ..codecs.fit import Columns
-from .dataset import Dataset
+from .dataset import Dataset, Split
+from .rows import chunks
 
 
 def standardised(
@@ -54,3 +57,44 @@ def patched(dataset: Dataset, *, size: int | Sequence[int] = 4) -> Dataset:
 def centred(dataset: Dataset, *, slack: float = 1e-3, move: bool = False) -> Dataset:
     """By `Centred.of` the training samples, in place of its own codec."""
     return replace(dataset, codec=Centred.of(dataset.train.raw, slack=slack, move=move))
+
+
+def haar_low(dataset: Dataset, *, level: int = 1) -> Dataset:
+    """The low band alone, `HaarLow`: of this a cascade begins.
+
+    Raises:
+        ValueError: sizes that cannot be halved so often, or a codec that is not affine.
+    """
+    return replace(dataset, codec=HaarLow(dataset.codec, level))
+
+
+def haar_details(dataset: Dataset, *, level: int = 1) -> Dataset:
+    """The details alone, `HaarDetails`, with the picture that they belong to as the condition "image".
+
+    Raises:
+        ValueError: as `haar_low`; or data that have an image as a condition.
+    """
+    return _told_low(replace(dataset, codec=HaarDetails(dataset.codec, level)), HaarLow(dataset.codec, level))
+
+
+def upsampled(dataset: Dataset, *, level: int = 1) -> Dataset:
+    """Under its own codec, with its pictures at 1/2^level of the size as the condition "image": means of blocks.
+
+    Raises:
+        ValueError: as `haar_details`.
+    """
+    return _told_low(dataset, HaarLow(dataset.codec, level))
+
+
+def _told_low(dataset: Dataset, low: HaarLow) -> Dataset:
+    """With the low band of each sample, of integers that of the centres of their bins, as a condition."""
+    low.encoded_shape(dataset.raw_shape)
+
+    def told(split: Split) -> Split:
+        if "image" in split.conditions:
+            raise ValueError(f"{dataset.name} has an image as a condition, where that of the low resolution would be.")
+        image = torch.cat([low.layout(low.transform(part)) for part in chunks(split.raw)])
+        return replace(split, conditions={**split.conditions, "image": image})
+
+    train, test, validation = told(dataset.train), told(dataset.test), dataset.validation
+    return replace(dataset, train=train, test=test, validation=None if validation is None else told(validation))

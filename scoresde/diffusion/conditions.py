@@ -80,6 +80,11 @@ def override(first: Cond, second: Cond) -> Cond:
     return first if second is None else second
 
 
+def told(cond: Cond, more: Mapping[str, Tensor]) -> Cond:
+    """The condition with others besides, or in place of its own; an unconditional one is told nothing."""
+    return cond if cond is None or not more else unnamed(named(cond) | dict(more))
+
+
 def one_entry(cond: Cond) -> Cond:
     """`cond`, which is to be kept for all samples.
 

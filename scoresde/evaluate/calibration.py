@@ -62,8 +62,8 @@ def _errors(
 ) -> list[Score]:
     rng, device, parts = Rng(_SEED), model_device(denoiser), []
     for index in evenly_spaced(len(split), min(len(split), _POINTS)).split(batch_size):
-        x0 = dataset.encode(split.raw[index], rng).to(device)
-        eps, cond = rng.normal_like(x0), split.cond(index, conditional, device)
+        x0, cond = dataset.drawn(split.raw[index], split.cond(index, conditional, device), rng, device)
+        eps = rng.normal_like(x0)
         found = [denoiser(denoiser.sde.perturb(x0, t, eps), t, cond).eps - eps for t in times.to(device)]
         parts.append(torch.stack([(error**2).flatten(1).mean(1).double().cpu() for error in found]))
     values = torch.cat(parts, 1)

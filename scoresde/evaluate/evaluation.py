@@ -47,8 +47,8 @@ def held_out(
         every = torch.arange(len(split)).repeat(-(-_DRAWS // len(split)))
     parts = every.split(batch_size)
     for index in track(parts, "held-out loss, batches", len(parts), show=ranks()[0] == 0):
-        x0 = dataset.encode(split.raw[index], rng).to(device)
-        for name, values in loss.measured(x0, split.cond(index, conditional, device), rng=rng).items():
+        x0, cond = dataset.drawn(split.raw[index], split.cond(index, conditional, device), rng, device)
+        for name, values in loss.measured(x0, cond, rng=rng).items():
             totals[name] = totals.get(name, 0.0) + float(values.sum())
     return {name: total / len(every) for name, total in totals.items()}
 
@@ -103,6 +103,7 @@ class Drawing:
             500 vectors, or 8 of other events.
         start: (denoiser, slice of the samples, their conditions, their Rng, device) -> the state that they start from;
             None draws it from the prior.
+        skip: draws of each sample's stream that are not its own, as those of other stages of a cascade.
     """
 
     event_shape: Sequence[int]
@@ -112,6 +113,7 @@ class Drawing:
     frames: int = 8
     watched: int | None = None
     start: Callable[[Denoiser, slice, Cond, Rng, torch.device], Tensor] | None = None
+    skip: int = 0
 
     def jobs(self, denoiser: Denoiser, samplers: Mapping[str, Sampler]) -> dict[str, Job[Samples]]:
         """The work of every sampler, all from the same seeds."""
@@ -127,6 +129,7 @@ class Drawing:
             part, kept, times = slice(index * size, (index + 1) * size), [], []
             shape, cond = (len(seeds[part]), *self.event_shape), move(take(self.cond, part), device)
             rng, counted = Rng(seeds=seeds[part]), CountingDenoiser(denoiser)
+            rng.skip(self.skip)
             start = shape if self.start is None else self.start(counted, part, cond, rng, device)
             for trace in sampler.iterate(denoiser, start, cond=cond, rng=rng):
                 if index == 0 and trace.index in watch:
@@ -145,6 +148,8 @@ class Drawing:
         digest = None if self.cond is None else digest_of(self.cond)
         settings = {**vars(self), "seeds": seeds, "cond": digest, "steps": sampler.steps, "watched": watched}
         del settings["start"]  # which the caller vouches for
+        if not self.skip:
+            del settings["skip"]
         count = math.ceil(len(seeds) / size)
         return Job(name, count, sampler.steps + 2 + int(sampler.denoise), batch, merge, settings)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..checks import whole
 from ..codecs import Codec
 from ..data import Dataset
-from ..diffusion.conditions import Cond
+from ..diffusion.conditions import Cond, told
 from ..diffusion.denoiser import Denoiser, model_device
 from ..diffusion.sde import SDE
 from ..likelihood.bounds import elbo, ode_bound
@@ -175,12 +175,11 @@ class Likelihood(abc.ABC):
             x, cond = data.raw[part].to(device), data.cond(part, conditional, device)
             rng = Rng(seeds=[seed * len(data) + i for i in part.tolist()])
             label, show = f"network calls, batch {index + 1}", ranks()[0] == 0
+            drawn = dataset.codec.drawn(x, rng)
             with CallsShown(denoiser, label, calls, show=show) as shown:
-                found = self.measure(shown, x, dataset.codec, cond, rng)
-            bits = {
-                name: bits_per_dim(nats, event).double().cpu()
-                for name, nats in (("bits", found.log_prob), ("errors", -found.stderr), ("of_solver", -found.of_solver))
-            }
+                found = self.measure(shown, drawn.values, drawn.codec, told(cond, drawn.told), rng)
+            nats = {"bits": found.log_prob + drawn.log_volume, "errors": -found.stderr, "of_solver": -found.of_solver}
+            bits = {name: bits_per_dim(each, event).double().cpu() for name, each in nats.items()}
             yield {**bits, "evaluations": torch.tensor(found.evaluations)}
 
         def merge(batches: list[Tensors]) -> BitsPerDim:

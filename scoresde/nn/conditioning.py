@@ -43,8 +43,8 @@ class Conditioning(nn.Module):
         encode_image: False leaves the image to the network, too.
         waves: number of waves, even; None for `width`.
         late: add the conditions after the second layer.
-        kinds: classes, cond_dim, cond_image, cond_tokens, cond_dropout, cond_augment and told, the conditions there
-            are: see `Conditions`.
+        kinds: classes, cond_dim, cond_image, cond_tokens, cond_dropout, cond_augment, cond_noise and told, the
+            conditions there are: see `Conditions`.
 
     Raises:
         ValueError: at construction for arguments out of range; in forward for conditions that do not fit.

@@ -22,6 +22,7 @@ class Kinds(TypedDict, total=False):
     cond_dropout: float
     cond_augment: int
     told: Sequence[str]
+    cond_noise: float | None
 
 
 class Conditions(nn.Module):
@@ -34,11 +35,18 @@ class Conditions(nn.Module):
         "augment"  (B, cond_augment) floats, what was done to the sample; it says no more than 0 where it is left out
         "end"      (B,) c_noise of where a flow map goes; it stays where it is where it is left out
         "scale"    (B,) ¼ log of the guidance scale that a flow map was distilled at; 0 where it is left out
+        "level"    (B,) floats, s of the noise in the image with `cond_noise`; 0, none, where it is left out
 
     A sample is without a condition where its floats are all NaN, where its label is `classes`, and where the kind is
     left out: the network has learned a null for each kind. With `cond_dropout` p, a forward in training mode makes
     the whole condition of each sample null with probability p (Ho & Salimans 2022, alg. 1); it draws from torch's
     global generator, as `nn.Dropout` does, and evaluation mode draws nothing.
+
+    With `cond_noise` the image is a low resolution of the sample, as a stage of a cascade is told it. It is never
+    dropped, and is its own null. In training mode it becomes √(1 − s²) image + s ε with s uniform in
+    [0, cond_noise], and the network is told s: it learns not to trust all of what a stage before it drew (Ho et al.
+    2021, *Cascaded diffusion models*, sec. 4.2; Saharia et al. 2022, sec. 2.4). What is told a "level" is left as it
+    is: it has its noise.
 
     Args:
         classes: number of labels K ≥ 0; 0 for none.
@@ -48,6 +56,7 @@ class Conditions(nn.Module):
         cond_dropout: p in [0, 1).
         cond_augment: size of what tells of augmentation ≥ 0, which is never dropped; 0 for none.
         told: which of "end" and "scale" there are, numbers that are never dropped.
+        cond_noise: the most noise of an image that is a low resolution, in [0, 1]; None for other images.
 
     Raises:
         ValueError: at construction for arguments out of range; in forward for a condition that the network was not
@@ -63,6 +72,7 @@ class Conditions(nn.Module):
         cond_tokens: int = 0,
         cond_dropout: float = 0.0,
         cond_augment: int = 0,
+        cond_noise: float | None = None,
         told: Sequence[str] = (),
     ):
         super().__init__()
@@ -85,16 +95,24 @@ class Conditions(nn.Module):
             self.shapes["image"] = image
         if cond_tokens:
             self.shapes["tokens"] = (-1, cond_tokens)
-        if cond_dropout and not self.shapes:
+        kept = set() if cond_noise is None else {"image"}
+        if cond_dropout and not self.shapes.keys() - kept:
             raise ValueError(
                 f"cond_dropout={cond_dropout} has no condition to drop: "
                 "set classes, cond_dim, cond_image or cond_tokens."
             )
         if cond_augment:
             self.shapes["augment"] = (cond_augment,)
-        self.told = checked_told(told)
+        if cond_noise is not None and not (image and 0 <= cond_noise <= 1):
+            raise ValueError(
+                f"cond_noise is a share in [0, 1] of noise in an image, for cond_image=[C,H,W]; got {cond_noise} with "
+                f"cond_image={list(image)}."
+            )
+        self.noise = float(cond_noise or 0)
+        self.told = (*checked_told(told), *(("level",) if self.noise else ()))
         self.shapes |= dict.fromkeys(self.told, ())
         self.besides = {"augment", *self.told}  # what is no condition of the caller's, and never dropped
+        self.kept = {*self.told, *kept}  # what is its own null
 
     def forward(self, cond: Cond, like: Tensor) -> dict[str, Tensor]:
         """The kinds given, by name, for a batch `like` (B, *): labels int64, floats in its dtype."""
@@ -108,8 +126,10 @@ class Conditions(nn.Module):
             given |= {
                 name: torch.where(keep.reshape(-1, *[1] * (value.ndim - 1)), value, nothing(value, self.classes))
                 for name, value in given.items()
-                if name not in self.besides
+                if name not in self.besides | self.kept
             }
+        if self.training and self.noise and "image" in given and "level" not in given:
+            return given | noised(given["image"], self.noise * torch.rand_like(given["image"].flatten(1)[:, 0]))
         return given
 
     def null(self, cond: Cond) -> Cond:
@@ -118,10 +138,8 @@ class Conditions(nn.Module):
         for name, value in parts.items():
             if name != "label" and not value.is_floating_point():
                 raise ValueError(f"The condition {name!r} is floating-point; got {value.dtype}.")
-        return override(
-            each(lambda value: nothing(value, self.classes), cond),
-            {n: parts[n] for n in self.told if n in parts} or None,
-        )
+        stays = {name: value for name, value in parts.items() if name in self.kept}
+        return override(each(lambda value: nothing(value, self.classes), cond), stays or None)
 
     def _parts(self, cond: Cond) -> dict[str, Tensor]:
         if cond is None:
@@ -177,6 +195,13 @@ class Conditions(nn.Module):
                     f"Labels are in 0 … {self.classes - 1}, or {self.classes} for none; got {low} to {high}."
                 )
         return label
+
+
+def noised(image: Tensor, level: Tensor, eps: Tensor | None = None) -> dict[str, Tensor]:
+    """√(1 − s²) image + s ε of images (B, *) at levels s (B,), and the levels, as parts of a condition."""
+    eps = torch.randn_like(image) if eps is None else eps
+    s = level.reshape(-1, *[1] * (image.ndim - 1))
+    return {"image": (1 - s**2).sqrt() * image + s * eps, "level": level}
 
 
 def _readable(value: Tensor) -> bool:

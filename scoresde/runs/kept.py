@@ -103,6 +103,8 @@ def read_data(
             f"{'Put them back' if where is None else f'Put them back at {where}'}, or score data of your own: "
             "scoresde-likelihood run=… data=arrays data.path=…, run.log_likelihood(raw, …)."
         ) from error
+    if known is not None and known.conditions.keys() - dataset.train.conditions.keys():
+        dataset = coded(dataset, config, allow)  # which tells a stage of a cascade the picture that it refines
     if known is not None:
         cure = "Put the file back as it was, or score what it holds now as data of your own: data=… data.path=…."
         try:

@@ -167,50 +167,6 @@ def with_named(run: Run, options: Mapping[str, Any]) -> Run:
 
 
 @torch.inference_mode(False)  # weights that were made in it could not be differentiated later
-def load(
-    path: Path | str,
-    *,
-    device: str = "auto",
-    weights: str | float = "ema",
-    checkpoint: str = "latest",
-    allow_targets: Sequence[str] = (),
-) -> Run:
-    """A trained run, ready to sample and to score raw data. It needs its folder alone, wherever that lies.
-
-        run = scoresde.load("runs/digits")
-        raw = run.sample(16, budget=10)
-        run.log_likelihood(raw, solver=scoresde.Budget(20)).bits_per_dim
-
-    Args:
-        path: the output folder of scoresde-train, or what `Run.export` or scoresde-export wrote.
-        device: "cpu", "cuda", "cuda:1", or "auto": CUDA where there is one.
-        weights: "ema", "weights" (the last raw ones), or a number: the average of that length as a share of training
-            (EDM2's σ_rel), made of the snapshots of ema=power.
-        checkpoint: "latest", or "best": that with the lowest score.
-        allow_targets: dotted names of networks and the like of your own, which the run's configuration may build.
-
-    Raises:
-        CheckpointError: no whole checkpoint there, or its weights do not fit its configuration.
-        ConfigError: its configuration names something that may not be built; `allow_targets` allows it.
-        ValueError: another argument outside these.
-    """
-    path = Path(path).expanduser()
-    if not path.exists():
-        raise CheckpointError(
-            f"There is no {path.absolute()}; give the output folder of scoresde-train, or a file of run.export."
-        )
-    if (path / MODEL_FILE).is_file():
-        path = path / MODEL_FILE
-    if path.is_dir():
-        return load_run(path, allow=allow_targets, device=device, weights=weights, checkpoint=checkpoint)
-    run = _load_exported(path, allow_targets, device)
-    if weights not in ("ema", run.weights) or checkpoint != "latest":
-        raise ValueError(
-            f"{path} holds one set of weights, {run.weights}; weights= and checkpoint= choose in a folder."
-        )
-    return run
-
-
 def load_run(
     folder: Path,
     *,
@@ -256,7 +212,8 @@ def load_run(
     )
 
 
-def _load_exported(path: Path, allow: Sequence[str], device: str) -> Run:
+@torch.inference_mode(False)
+def load_exported(path: Path, allow: Sequence[str], device: str) -> Run:
     """The run that `Run.export` wrote to a file.
 
     Raises:

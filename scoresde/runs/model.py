@@ -155,8 +155,10 @@ class LoadedModel:
         Raises:
             ConfigError: it is one of these; says how to train one that can be guided.
         """
+        if isinstance(node, Mapping) and node.get("inner"):
+            return self.check_guidance(node["inner"])
         if not isinstance(node, Mapping) or node.get("_target_") != "scoresde.ClassifierFree":
-            return
+            return None
         advice = "Train with conditional=true network.cond_dropout=0.1."
         if not self.conditional:
             raise ConfigError(

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..checks import whole
 from ..data import Dataset
 from ..data.excerpt import excerpt, packed
-from ..diffusion.conditions import Cond, move, named, take
+from ..diffusion.conditions import Cond, move, named, take, told
 from ..diffusion.denoiser import model_device
 from ..likelihood.divergence import Divergence
 from ..likelihood.latent import latent_bound
@@ -99,20 +99,42 @@ class Run(LoadedModel):
             SolverError: a sample that is not finite.
         """
         self._check_draws()
-        told, streams = self.cond(cond, whole(n, "n, the number of samples,")), streams_of(rng, n)
+        own, streams = self.cond(cond, whole(n, "n, the number of samples,")), streams_of(rng, n)
+        how: dict[str, Any] = {"budget": budget, "sampler": sampler, "guidance": guidance}
+        return self.decode(self.draw(own, streams, **how, batch_size=batch_size, progress=progress))
+
+    def draw(
+        self,
+        cond: Cond,
+        streams: Rng,
+        *,
+        budget: int | None = None,
+        sampler: Sampler | None = None,
+        guidance: Guidance = None,
+        batch_size: int = 128,
+        progress: bool = True,
+    ) -> Tensor:
+        """Samples as model data (n, *event), on the CPU, given a condition (n, …) as the network takes it, or None.
+
+        Args:
+            cond: their conditions.
+            streams: n of them, a stream for each.
+            budget, sampler, guidance, batch_size, progress: as in `sample`.
+        """
+        n = len(streams)
         if budget is not None and sampler is not None:
             raise ValueError(f"budget={budget} chooses a sampler; give budget= or sampler=, not both.")
         denoiser = self.guided(guidance)
         if sampler is None:
-            sampler = self.sampler(20 if budget is None else budget, told, guidance)
+            sampler = self.sampler(20 if budget is None else budget, cond, guidance)
         device, parts = model_device(self.denoiser), torch.arange(n).split(whole(batch_size, "batch_size"))
 
         def steps() -> Iterator[Tensor]:
             for part in parts:
-                shape, own = (len(part), *self.event_shape), move(take(told, part), device)
+                shape, own = (len(part), *self.event_shape), move(take(cond, part), device)
                 for trace in sampler.iterate(denoiser, shape, cond=own, rng=streams.rows(part)):
                     yield trace.x
-                made.append(self.decode(trace.x.float().cpu()))
+                made.append(trace.x.float().cpu())
 
         made: list[Tensor] = []
         ticks = len(parts) * (sampler.steps + 1 + int(sampler.denoise))
@@ -177,18 +199,21 @@ class Run(LoadedModel):
                     f"A likelihood integrates derivatives of the network, which {parameter.dtype} is too coarse for: "
                     "run.to(dtype=torch.float32) first, or load the run again."
                 )
-        if cond is None and self.always_conditional:
+        if cond is None and self.always_conditional and self.codec.below is None:
             raise ValueError(f"{self.folder} was never trained without its condition, so log p needs it: cond=….")
         n = len(raw)
-        told, streams = None if cond is None else self.cond(cond, n), streams_of(rng, n)
+        given, streams = None if cond is None else self.cond(cond, n), streams_of(rng, n)
         device, parts = model_device(self.denoiser), torch.arange(n).split(whole(batch_size, "batch_size"))
         found: list[LogLikelihood] = []
         for part in track(parts, "log-likelihood", len(parts), show=progress):
-            x0, own = raw[part].to(device), move(take(told, part), device)
-            how: dict[str, Any] = {"divergence": divergence, "scaling": self.codec, "t_min": t_min}
+            rows = streams.rows(part)
+            drawn = self.codec.drawn(raw[part].to(device), rows)
+            own = told({} if given is None and drawn.told else move(take(given, part), device), drawn.told)
+            how: dict[str, Any] = {"divergence": divergence, "scaling": drawn.codec, "t_min": t_min}
             how |= {"samples": draws} if self.codec.bound else {}
             of = latent_bound if self.codec.bound else log_likelihood
-            found.append(of(self.denoiser, x0, solver, cond=own, rng=streams.rows(part), **how))
+            each = of(self.denoiser, drawn.values, solver, cond=own, rng=rows, **how)
+            found.append(replace(each, log_prob=each.log_prob + drawn.log_volume))
         return joined(found)
 
     def export(self, path: Path | str) -> Path:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..data import Augmentation, Dataset, EpochOrder, Loader
+from ..data.dataset import drawn
 from ..data.rows import Rows
 from ..diffusion.conditions import Cond, named, unnamed
 from ..losses.loss import Loss, Terms
@@ -128,9 +129,9 @@ class TrainingState:
         if self.augment is not None:
             raw, told = self.augment(raw, self.rng)
         codec = self.dataset.codec.redraw if self.stored else self.dataset.codec
-        x0 = codec.transform(raw, rng=self.rng).to(self.device)
-        cond = named(self.train.cond(index, self.conditional, self.device))
-        return x0, unnamed(cond | {name: value.to(self.device) for name, value in told.items()})
+        cond = self.train.cond(index, self.conditional, self.device)
+        x0, cond = drawn(codec, raw, cond, self.rng, self.device)
+        return x0, unnamed(named(cond) | {name: value.to(self.device) for name, value in told.items()})
 
     def terms(self) -> Terms:
         """The terms of the loss on the next batch."""

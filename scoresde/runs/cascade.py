@@ -1,0 +1,331 @@
+"""Runs that draw a sample in stages, from a small picture to the whole."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..checks import whole
+from ..codecs import Codec
+from ..config import ConfigError
+from ..data import Dataset, Split
+from ..diffusion.conditions import Cond, move, named, take, unnamed
+from ..diffusion.denoiser import model_device
+from ..likelihood.divergence import Divergence
+from ..likelihood.ode import LogLikelihood, log_likelihood
+from ..likelihood.solver import Solver
+from ..nn.conditions import noised
+from ..noise.rng import Rng
+from ..sampling.sampler import Sampler
+from .batches import joined, streams_of
+from .model import Guidance
+from .progress import track
+from .run import Run
+
+_APART = 1 << 24  # draws from a stream that a stage has for itself
+
+
+@dataclass(frozen=True, eq=False)
+class Cascade:
+    """A first run and those that refine what it draws, each told the picture that the one before it made.
+
+    A stage of codec=haar_details adds details to that picture, which stays the means of blocks, and a cascade of such
+    stages alone has an exact density by the chain rule: log p(low) + log p(details | low) + log_volume. A stage of
+    codec=upsampled draws a whole picture, and is told the small one with as much noise as `level` says (Ho et al. 2021,
+    *Cascaded diffusion models*): this has no exact likelihood.
+
+        cascade = scoresde.load(["runs/low", "runs/details"])
+        raw = cascade.sample(16, budget=20)
+        cascade.log_likelihood(raw, solver=scoresde.Budget(20)).bits_per_dim
+
+    Args:
+        runs: two or more, from coarse to fine, as `scoresde.load` makes them.
+
+    Raises:
+        ConfigError: a stage that is missing, or does not fit the one before it: its size, its codec, its data, or what
+            it is told.
+    """
+
+    runs: Sequence[Run]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "runs", tuple(self.runs))
+        if len(self.runs) < 2:
+            raise ConfigError(f"A cascade has two stages or more, from coarse to fine; got {len(self.runs)}.")
+        first = self.runs[0]
+        first._check_draws()
+        if first.codec.below is not None:
+            raise ConfigError(
+                f"{first.folder} draws the details of a picture and is no first stage: begin with the run of "
+                "codec=haar_low that they belong to."
+            )
+        for below, run in zip(self.runs, self.runs[1:], strict=False):
+            run._check_draws()
+            self._check_fit(below, run)
+        kinds = self.told.plain.kinds
+        for run in self.plain:
+            for name, kind in run.kinds.items():
+                if str(kinds.get(name)) != str(kind):
+                    raise ConfigError(f"{run.folder} is told {kind}, and {self.told.run.folder} is not.")
+
+    @staticmethod
+    def _check_fit(below: Run, run: Run) -> None:
+        """Refuses a stage that was not trained to refine what the one before it draws."""
+        made, needs = below.codec.whole, run.codec.below
+        if needs is not None and needs != made:
+            raise ConfigError(
+                f"{run.folder} draws the details of {needs}, and {below.folder} draws {made}. The two are trained on "
+                "one data set, with the same codec.level."
+            )
+        # of the same data: their first training samples are kept by both
+        mine, theirs = (each.dataset.train.raw[:16] for each in (run, below))
+        if needs is not None and not (mine.shape == theirs.shape and torch.equal(mine, theirs)):
+            raise ConfigError(f"{run.folder} and {below.folder} were trained on different data; details belong to one.")
+        shape = tuple(made.layout(torch.zeros((1, *_shape(below)), dtype=torch.float32, device="cpu")).shape[1:])
+        told = run.kinds.get("image")
+        if told is None or told.shape != shape:
+            found = "no image" if told is None else str(told)
+            raise ConfigError(
+                f"{below.folder} draws pictures of shape {shape}, and {run.folder} is told {found}. A later stage has "
+                f"codec=haar_details or codec=upsampled, conditional=true, and network.cond_image={list(shape)}."
+            )
+
+    def __repr__(self) -> str:
+        return f"Cascade({' → '.join(str(run.folder) for run in self.runs)}: {self.dataset.name} {self.raw_shape})"
+
+    @property
+    def codec(self) -> Codec:
+        """Raw values to model data of the last stage and back."""
+        return self.runs[-1].codec.whole
+
+    @property
+    def raw_shape(self) -> tuple[int, ...]:
+        """Shape of one raw sample."""
+        return self.runs[-1].raw_shape
+
+    @property
+    def plain(self) -> list[Run]:
+        """The stages, told nothing of each other: with the conditions alone that the caller gives."""
+        return [_without_image(self.runs[0], keep=True), *map(_without_image, self.runs[1:])]
+
+    @property
+    def told(self) -> _Told:
+        """The stage that is told most by the caller, with and without the picture of the one before it."""
+        pairs = [_Told(run, plain) for run, plain in zip(self.runs, self.plain, strict=True)]
+        return max(pairs, key=lambda pair: len(pair.plain.kinds))
+
+    @property
+    def dataset(self) -> Dataset:
+        """The data of the last stage under the codec of whole samples."""
+        return replace(self.plain[-1].dataset, codec=self.codec)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of those of the stages."""
+        return hashlib.sha256("".join(run.digest for run in self.runs).encode()).hexdigest()
+
+    @property
+    def whole(self) -> Run:
+        """Whole samples as if a single run, that of the stage which is told most, drew them: what is measured of them,
+        and under which conditions. Its denoiser is of no use."""
+        run = self.told.plain
+        return replace(run, dataset=self.dataset, digest=self.digest, conditional=bool(run.kinds))
+
+    def cond(self, given: Any, n: int) -> Cond:
+        """The conditions of n samples, as `Run.cond` makes them for the stage that is told most."""
+        return self.told.plain.cond(given, n)
+
+    def cond_of(self, stage: int, cond: Cond, low: Tensor | None) -> Cond:
+        """What a stage is told: its part of `cond`, and the `picture` of the stage before, (n, C, *sizes)."""
+        parts = {name: value for name, value in named(cond).items() if name in self.runs[stage].kinds}
+        return unnamed(parts if low is None else parts | {"image": low})
+
+    def picture(self, stage: int, x: Tensor) -> Tensor:
+        """What a stage has made, `joined`, as the next one is told it."""
+        return self.runs[stage].codec.whole.layout(x)
+
+    def levels(self, level: float) -> list[float]:
+        """The noise level of each stage: `level`, and 0 for those that were trained without.
+
+        Raises:
+            ConfigError: more noise than a stage has learned.
+        """
+        if not 0 <= level <= 1:
+            raise ConfigError(f"level, the noise of the picture that a stage is told, lies in [0, 1]; got {level}.")
+        found = [0.0]
+        for run in self.runs[1:]:
+            most = run.config["network"].get("cond_noise") or 0.0
+            if 0 < most < level:
+                raise ConfigError(f"level={level:g}: {run.folder} was trained with noise up to cond_noise={most:g}.")
+            found.append(level if most else 0.0)
+        return found
+
+    @staticmethod
+    def skipped(stage: int) -> int:
+        """Draws of the stream of a sample before those of a stage, which has no numbers of another."""
+        return stage * _APART
+
+    def begin(self, stage: int, cond: Cond, x: Tensor | None, level: float, streams: Rng) -> Cond:
+        """What a stage is told, where x is what the stage before made, and `streams` are as they were at its start."""
+        if x is None:
+            return self.cond_of(stage, cond, None)
+        told = self.cond_of(stage, cond, self.picture(stage - 1, x))
+        if not level:
+            return told
+        image, own = named(told)["image"], copy.deepcopy(streams)
+        own.skip(self.skipped(stage) - _APART // 2)
+        return named(told) | noised(image, torch.full_like(image.flatten(1)[:, 0], level), own.normal_like(image))
+
+    def sample(
+        self,
+        n: int,
+        *,
+        cond: Any = None,
+        budget: int | None = None,
+        sampler: Sampler | Sequence[Sampler] | None = None,
+        guidance: Guidance | Sequence[Guidance] = None,
+        level: float = 0.1,
+        rng: Rng | None = None,
+        batch_size: int = 128,
+        progress: bool = True,
+    ) -> Tensor:
+        """n samples as raw values (n, *raw shape), on the CPU.
+
+        Args:
+            cond: as in `Run.sample`, for the stages that know such a condition.
+            budget: network calls of a sample in each stage.
+            sampler, guidance: as in `Run.sample`, for all stages or a list of one for each.
+            level: s in [0, 1] of the noise in the picture that a stage of codec=upsampled is told; others have none.
+            n, rng, batch_size, progress: as in `Run.sample`.
+
+        Raises:
+            ValueError: as `Run.sample`; a list of another length, or a level that a stage was not trained with.
+        """
+        told, streams = self.cond(cond, whole(n, "n, the number of samples,")), streams_of(rng, n)
+        x = torch.empty(0, device="cpu")
+        samplers, guides = self.each("sampler", sampler), self.each("guidance", guidance)
+        for stage, (run, noise) in enumerate(zip(self.runs, self.levels(level), strict=True)):
+            own, rows = self.begin(stage, told, x if stage else None, noise, streams), copy.deepcopy(streams)
+            rows.skip(self.skipped(stage))
+            how: dict[str, Any] = {"budget": budget, "sampler": samplers[stage], "guidance": guides[stage]}
+            made = run.draw(own, rows, **how, batch_size=batch_size, progress=progress)
+            x = run.codec.joined(x, made) if stage else made
+        return self.codec.decode(x)
+
+    def each(self, name: str, given: Any) -> list[Any]:
+        """One value for each stage.
+
+        Raises:
+            ConfigError: a list of another length.
+        """
+        if not isinstance(given, Sequence):
+            return [given] * len(self.runs)
+        if len(given) != len(self.runs):
+            raise ConfigError(f"{name} is one for all stages or a list of {len(self.runs)}; got {given}.")
+        return list(given)
+
+    def log_likelihood(
+        self,
+        raw: Tensor,
+        *,
+        solver: Solver,
+        cond: Any = None,
+        divergence: Divergence | None = None,
+        rng: Rng | None = None,
+        t_min: float | None = None,
+        batch_size: int = 64,
+        progress: bool = True,
+    ) -> LogLikelihood:
+        """log p(raw) of each sample in nats by the chain rule, see `Run.log_likelihood`; each stage is one solve.
+
+        Integers are dequantised once, for all stages: what is measured is the density of that, whose mean bounds the
+        log-probability of the integers, as for a model of the pixels (Theis et al. 2016).
+
+        Raises:
+            ConfigError: a stage of codec=upsampled, which draws a picture anew: it has no exact likelihood.
+            TypeError, ValueError, SolverError: as `Run.log_likelihood`.
+        """
+        self.check_exact()
+        raw = self.runs[-1]._checked(raw)
+        n = len(raw)
+        told, streams = None if cond is None else self.cond(cond, n), streams_of(rng, n)
+        parts, found = torch.arange(n).split(whole(batch_size, "batch_size")), list[LogLikelihood]()
+        for part in track(parts, "log-likelihood", len(parts), show=progress):
+            rows = streams.rows(part)
+
+            def of(run: Run, x: Tensor, own: Cond, rows: Rng = rows) -> LogLikelihood:
+                how: dict[str, Any] = {"divergence": divergence, "t_min": t_min}
+                return log_likelihood(run.denoiser, x, solver, cond=own, rng=rows, **how)
+
+            x, each = self.measured(raw[part], take(told, part), rows, of)
+            log_prob = sum(one.log_prob.cpu() for one in each) + self.codec.log_volume(raw[part], x)
+            of_divergence, of_solver = (
+                torch.stack([getattr(one, name).cpu() for one in each]).square().sum(0).sqrt()
+                for name in ("divergence_error", "solver_error")
+            )
+            latent = each[0].latent.cpu()
+            for run, one in zip(self.runs[1:], each[1:], strict=True):
+                latent = run.codec.joined(latent, one.latent.cpu())
+            calls, errors = sum(one.evaluations for one in each), (of_divergence, of_solver)
+            found.append(LogLikelihood(log_prob, torch.hypot(*errors), latent, calls, *errors, dims=raw[0].numel()))
+        return joined(found)
+
+    def check_exact(self) -> None:
+        """Refuses a cascade without an exact likelihood.
+
+        Raises:
+            ConfigError: says which stage draws a picture anew.
+        """
+        anew = [str(run.folder) for run in self.runs[1:] if run.codec.below is None]
+        if anew:
+            raise ConfigError(
+                f"{anew[0]} draws a picture anew from a smaller one, which is then no part of it: such a cascade has "
+                "no exact likelihood. One of codec=haar_low and codec=haar_details has."
+            )
+
+    def measured(
+        self, raw: Tensor, cond: Cond, rng: Rng, measure: Callable[[Run, Tensor, Cond], Any]
+    ) -> tuple[Tensor, list[Any]]:
+        """Raw samples as model data, dequantised once, and `measure(run, x, told)` of the part of each stage."""
+        x = whole_x = self.codec.encode(raw, rng=rng)
+        stages: list[tuple[Run, Tensor, Tensor | None]] = []
+        for stage in range(len(self.runs) - 1, 0, -1):
+            low, details = self.runs[stage].codec.parts(x)
+            stages.append((self.runs[stage], details, self.picture(stage - 1, low)))
+            x = low
+        found = []
+        for stage, (run, part, picture) in enumerate([(self.runs[0], x, None), *reversed(stages)]):
+            device = model_device(run.denoiser)
+            found.append(measure(run, part.to(device), move(self.cond_of(stage, cond, picture), device)))
+        return whole_x, found
+
+
+@dataclass(frozen=True, eq=False)
+class _Told:
+    run: Run
+    plain: Run
+
+
+def _shape(run: Run) -> tuple[int, ...]:
+    """Of model data of `whole` of a stage."""
+    return run.codec.whole.encoded_shape(run.raw_shape)
+
+
+def _without_image(run: Run, *, keep: bool = False) -> Run:
+    """The run as if it were told no picture."""
+    if keep or "image" not in run.dataset.test.conditions:
+        return run
+
+    def less(split: Split) -> Split:
+        return replace(split, conditions={name: v for name, v in split.conditions.items() if name != "image"})
+
+    dataset = run.dataset
+    splits: Mapping[str, Any] = {"train": less(dataset.train), "test": less(dataset.test)}
+    return dataclasses.replace(run, dataset=replace(dataset, **splits))
