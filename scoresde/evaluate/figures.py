@@ -34,7 +34,14 @@ def require() -> None:
 
 
 def sample_grid(
-    made: Tensor, real: Tensor, path: Path, *, columns: int = 8, sampler: str = "", beside: str = "real"
+    made: Tensor,
+    real: Tensor,
+    path: Path,
+    *,
+    columns: int = 8,
+    sampler: str = "",
+    beside: str = "real",
+    title: str = "generated",
 ) -> Path:
     """Generated samples beside real ones: images as two blocks, videos as strips of their frames, signals as lines,
     points as a scatter plot. Of many the first are drawn: 128 images, 16 videos and signals.
@@ -44,9 +51,9 @@ def sample_grid(
         path: the PNG to write.
         columns: images per row of a block.
         sampler: by which they were made, for the title.
-        beside: the title of `real`.
+        beside, title: the titles of `real` and of `made`.
     """
-    titles = (f"generated{sampler and ' by '}{sampler}", beside)
+    titles = (f"{title}{sampler and ' by '}{sampler}", beside)
     made, real = _signals(made), _signals(real)
     if made.ndim < 3:
         return _scatter(list(zip(titles, (made, real), strict=True)), path, shared=True)

@@ -64,7 +64,7 @@ def reconstructed(
         with doing("a picture"):
             raw = dataset.test.raw[evenly_spaced(len(dataset.test), min(evaluation.samples, len(dataset.test)))]
             back = dataset.decode(network.decode(network.encode(dataset.encode(raw.to(device)))[0]).cpu())
-            figures.sample_grid(back, raw, folder / "reconstructions.png", sampler="the autoencoder", beside="given")
+            figures.sample_grid(back, raw, folder / "reconstructions.png", title="decoded", beside="given")
     bound = {"mean": found.value, "stderr": found.stderr, "points": n, "estimator": "bpd/vae"}
     summary = {**facts, "bits_per_dim": bound, "latent_shape": list(shape), "latent_rms": spread}
     finish(folder / "summary.json", summary)
