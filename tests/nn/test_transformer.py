@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import scoresde as S
 from scoresde.nn import DiT
 from scoresde.nn.transformer import patches, positions, unpatched
 
@@ -81,6 +82,21 @@ def test_two_outputs_have_twice_the_channels_and_skips_matter():
     before = network(x, c)
     network.blocks[2].skip.weight.data[:, 8:] = 0  # what came early
     assert not torch.allclose(before, network(x, c))
+
+
+def test_half_precision_is_near_and_a_compiled_one_the_same():
+    """bfloat16 keeps 8 bits: its outputs, of order 1, are off by a few of 2⁻⁸; what is compiled by round-off."""
+    network = _awake(DiT((2, 8, 8), width=16, depth=3, heads=2, skips=True, classes=3, outputs=2)).float()
+    x, t, y = torch.randn(3, 2, 8, 8), torch.tensor([0.2, 0.5, 0.9]), torch.tensor([0, 2, 3])
+    whole = S.Split(network, S.VPSDE(), S.Eps())(x, t, y)
+    half = S.Split(network, S.VPSDE(), S.Eps(), autocast="bfloat16")(x, t, y)
+    assert half.eps.dtype == torch.float32 and not torch.equal(half.eps, whole.eps)
+    for found, expected in ((half.eps, whole.eps), (half.share, whole.share)):
+        assert float((found - expected).square().mean().sqrt()) < 4 * 2**-8 * float(expected.square().mean().sqrt())
+    compiled = torch.compile(network, fullgraph=True, backend="aot_eager")
+    again = S.Split(compiled, S.VPSDE(), S.Eps())(x, t, y)
+    torch.testing.assert_close(again.eps, whole.eps, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(again.share, whole.share, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -11,13 +11,14 @@ import torch
 from tiny_training import Net
 from together import together
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from scoresde import VPSDE, DenoisingLoss, Eps, Preconditioned, Rng
 from scoresde.codecs import Scaling
 from scoresde.data import Dataset, EpochOrder, Split
 from scoresde.losses.coupling import Coupling, Independent, OptimalTransport
 from scoresde.losses.denoising import LogSNRTimes, StratifiedTimes, Times, UniformTimes
-from scoresde.nn import LogVariance, UNet
+from scoresde.nn import DiT, LogVariance, UNet
 from scoresde.runs.checkpoint import latest, save
 from scoresde.train.ema import EMA, PowerEMA
 from scoresde.train.parallel import Single, spread_over
@@ -37,11 +38,14 @@ RECIPES: dict[str, tuple[Times, Coupling]] = {
 def training(
     world: World, how: str, *, recipe: str = "uniform", batch: int = 64, small: bool = False, dropout: float = 0.0,
     power: bool = False, learned: bool = False, seed: int = 0, drop_last: bool = True, lr: float = 1e-3,
+    patched: bool = False,
 ) -> TrainingState:  # fmt: skip
-    """A U-Net on images of 8 x 8, or two layers on points of the plane."""
+    """A U-Net on images of 8 x 8, a transformer on patches of them, or two layers on points of the plane."""
     torch.manual_seed(seed)
     event = (2,) if small else (1, 8, 8)
     network = Net(dropout) if small else UNet(event, width=8, multipliers=(1, 2), blocks=1, attention=(4,))
+    if patched:
+        network = DiT(event, width=16, depth=3, heads=2, skips=True)
     with (
         torch.no_grad()
     ):  # a U-Net starts at zero, where most gradients are zero too and Adam divides round-off by itself
@@ -105,6 +109,8 @@ def compare(cases: list[dict[str, Any]]) -> list[tuple[dict[str, Any], float, fl
     for case in cases:
         kind = {key: value for key, value in case.items() if key not in ("how", "accumulate")}
         many = training(world, case["how"], **kind)
+        if case.get("patched"):
+            assert all(isinstance(block, FSDPModule) for block in many.loss.denoiser.network.blocks)
         rows, whole = steps(many, 10, case["accumulate"]), many.tensors()
         if world.rank == 0:
             one = training(Alone(), "ddp", **kind)
@@ -121,6 +127,7 @@ CASES = [
     {"how": "ddp", "accumulate": 2, "recipe": "log-SNR", "learned": True, "power": True},
     {"how": "fsdp", "accumulate": 1, "recipe": "uniform"},
     {"how": "fsdp", "accumulate": 2, "recipe": "stratified", "learned": True, "power": True},
+    {"how": "fsdp", "accumulate": 1, "recipe": "uniform", "patched": True},
 ]
 
 
