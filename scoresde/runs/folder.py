@@ -115,7 +115,8 @@ def _check_identity(checkpoint: Checkpoint, config: Mapping[str, Any]) -> None:
     saved, here = (_leaves(renamed(tree)) for tree in (checkpoint.records.get("config", {}), config))
     for key in sorted(saved.keys() | here.keys()):
         same_run = any(key == name or key.startswith((f"{name}.", f"{name}[")) for name in _IDENTITY)
-        if same_run and key not in _ANSWERS and saved.get(key) != here.get(key):
+        before, now = (None if tree.get(key) == [] else tree.get(key) for tree in (saved, here))  # no list is none
+        if same_run and key not in _ANSWERS and before != now:
             raise ValueError(
                 f"The run in {checkpoint.path.parent.parent} was made with {key}={saved.get(key)}, and this command "
                 f"says {key}={here.get(key)}. Resuming takes the same command; another run takes another out=…."
