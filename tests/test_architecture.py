@@ -57,6 +57,7 @@ DOORS = {
         "evaluate.shards",
         "evaluate.features",
         "interop.diffusers_folder",
+        "interop.to_diffusers",
     ),
     "PIL": ("data.readers.pictures", "data.readers.video", "evaluate.strips"),
     "sklearn": ("data.digits", "diffusion.corrected", "metrics.c2st"),

@@ -41,13 +41,13 @@ denoiser = onnxruntime.InferenceSession("denoiser.onnx")  # x_t, t (B,){told} ->
 ```python
 import diffusers
 
-pipe = diffusers.{pipeline}.from_pretrained(".")  # this folder
+pipe = diffusers.DDIMPipeline.from_pretrained(".")  # this folder; of a DiT, DiTTransformer2DModel in transformer/
 ```
 """,
 }
 
 
-def card(run: Run, format: str, budgets: list[int], pipeline: str = "DDPMPipeline") -> str:
+def card(run: Run, format: str, budgets: list[int]) -> str:
     """Data, process, bits/dim, samplers with their errors, how to use it, and fields of a licence to fill in."""
     summary = _summary(run)
     told = "".join(f", {name}" for name in run.kinds)
@@ -57,7 +57,6 @@ def card(run: Run, format: str, budgets: list[int], pipeline: str = "DDPMPipelin
         budget=budgets[0] if budgets else "N",
         std=std,
         event=", ".join(map(str, run.event_shape)),
-        pipeline=pipeline,
     )
     count = sum(parameter.numel() for parameter in run.denoiser.parameters())
     network, node = run.config["network"], run.config["parameterization"]

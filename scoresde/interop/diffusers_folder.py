@@ -17,10 +17,10 @@ from .pickles import ForeignFileError
 from .schedules import process
 from .unets import Layout, Names, Place, swapped_halves, unet_weights
 
-_WEIGHTS = "diffusion_pytorch_model.safetensors"
+WEIGHTS = "diffusion_pytorch_model.safetensors"
 _LARGEST = 2**20  # bytes of a JSON file
 _MOST = {"num_layers": 256, "layers_per_block": 64}
-_NAMES = Names(
+NAMES = Names(
     block={
         "norm1": "norm1",
         "conv1": "conv1",
@@ -158,21 +158,23 @@ def _own(facts: Arguments, tensors: dict[str, Tensor], side: int, learned: bool)
     return node, _weights(facts, Tensors(tensors, facts.path), layout, classes)
 
 
+def their_name(place: Place, last: int) -> str:
+    """What the tensors of a layer of UNet2DModel begin with; `last` is the number of its lowest level."""
+    kind = "attentions" if place.kind == "attention" else "resnets"
+    return {
+        "inlet": "conv_in",
+        "down": f"down_blocks.{place.level - 1}.downsamplers.0.conv",
+        "encoder": f"down_blocks.{place.level}.{kind}.{place.number}",
+        "middle": f"mid_block.{kind}.{place.number}",
+        "up": f"up_blocks.{last - place.level - 1}.upsamplers.0.conv",
+        "decoder": f"up_blocks.{last - place.level}.{kind}.{place.number}",
+        "norm": "conv_norm_out",
+        "outlet": "conv_out",
+    }[place.part]
+
+
 def _weights(facts: Arguments, tensors: Tensors, layout: Layout, classes: int) -> dict[str, Tensor]:
     last = len(layout.sides) - 1
-
-    def theirs(place: Place) -> str:
-        kind = "attentions" if place.kind == "attention" else "resnets"
-        return {
-            "inlet": "conv_in",
-            "down": f"down_blocks.{place.level - 1}.downsamplers.0.conv",
-            "encoder": f"down_blocks.{place.level}.{kind}.{place.number}",
-            "middle": f"mid_block.{kind}.{place.number}",
-            "up": f"up_blocks.{last - place.level - 1}.upsamplers.0.conv",
-            "decoder": f"up_blocks.{last - place.level}.{kind}.{place.number}",
-            "norm": "conv_norm_out",
-            "outlet": "conv_out",
-        }[place.part]
 
     def attention(place: Place, start: str) -> dict[str, Tensor]:
         found = {f"norm.{end}": tensors.take(f"{start}.group_norm.{end}") for end in ("weight", "bias")}
@@ -182,7 +184,7 @@ def _weights(facts: Arguments, tensors: Tensors, layout: Layout, classes: int) -
         # theirs are dense layers, ours convolutions of one point
         return {name: value[..., None, None] if value.ndim == 2 else value for name, value in found.items()}
 
-    found = unet_weights(layout, tensors, _NAMES, theirs, attention)
+    found = unet_weights(layout, tensors, NAMES, lambda place: their_name(place, last), attention)
     for ours, name in (("inner", "linear_1"), ("outer", "linear_2")):
         for end in ("weight", "bias"):
             found[f"conditioning.{ours}.{end}"] = tensors.take(f"time_embedding.{name}.{end}")
@@ -225,11 +227,11 @@ def _tensors(home: Path) -> dict[str, Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    path = home / _WEIGHTS
+    path = home / WEIGHTS
     if not path.is_file():
         found = ", ".join(sorted(each.name for each in home.iterdir())[:6])
         raise ForeignFileError(
-            f"{home} has no {_WEIGHTS}; it has {found!s:.200}. Pickles (.bin) are not opened, and weights in several "
+            f"{home} has no {WEIGHTS}; it has {found!s:.200}. Pickles (.bin) are not opened, and weights in several "
             "files have to be joined: save_pretrained(…, safe_serialization=True, max_shard_size='100GB')."
         )
     try:

@@ -19,10 +19,10 @@ from ..runs.model import Guidance
 from ..runs.publish import publish
 from ..runs.run import Run
 from ..sampling.sampler import Sampler
-from . import program
+from . import program, to_diffusers
 from .card import card
 
-FORMATS = ("safetensors", "torch_export", "onnx")
+FORMATS = ("safetensors", "torch_export", "onnx", "diffusers")
 _TRIED = 16  # conditions that a sampler is chosen on, where none was fitted
 _TOLERANCE = 1e-5  # of a program against the model, relative to the largest number
 
@@ -36,7 +36,8 @@ def export(
         run: the run, on the CPU in float32.
         folder: where to.
         format: one of `FORMATS`. "safetensors" is all that `scoresde.load` needs; "torch_export" and "onnx" are
-            the denoiser, and a whole sampler for each budget, as programs that need no scoresde.
+            the denoiser, and a whole sampler for each budget, as programs that need no scoresde. "diffusers" is a
+            folder for its from_pretrained, where the network is one of theirs.
         budgets: network calls of the samplers; None for 10 with torch_export and none with onnx, where a sampler takes
             long to write. A budget that `scoresde-fit` knows has its fitted steps.
         guidance: the scale of classifier-free guidance of the programs; None for none.
@@ -56,12 +57,13 @@ def export(
             raise ConfigError(f"{run.folder} is a classifier; format=safetensors holds it, and no other format does.")
         if format == "onnx":
             program.require_onnx()
-        files = _programs(run, format, told, guidance)
+        files = to_diffusers.files(run) if format == "diffusers" else _programs(run, format, told, guidance)
     text = card(run, format, told)
     folder.mkdir(parents=True, exist_ok=True)
     if format == "safetensors":
         run.export(folder / MODEL_FILE)
     for name, content in files.items():
+        (folder / name).parent.mkdir(exist_ok=True)
         publish(folder / name, content)
     publish(folder / "README.md", text)
     return [MODEL_FILE, "README.md"] if format == "safetensors" else [*files, "README.md"]

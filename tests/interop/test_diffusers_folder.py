@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,11 +13,13 @@ from torch import Tensor
 
 import scoresde
 from scoresde import DDIM, Rng, Sampler
+from scoresde.config import ConfigError
 from scoresde.interop import ForeignFileError, read
+from scoresde.interop.export import export
 from scoresde.interop.folder import write
 
 diffusers = pytest.importorskip("diffusers", reason="diffusers is an optional package")
-from diffusers import DDIMScheduler, DDPMPipeline, DiTTransformer2DModel, UNet2DModel  # noqa: E402
+from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DiTTransformer2DModel, UNet2DModel  # noqa: E402
 
 KINDS, TABLES = ("epsilon", "sample", "v_prediction"), ("linear", "scaled_linear", "squaredcos_cap_v2")
 OURS = {  # which our U-Net is, so that diffusers is not needed
@@ -166,6 +169,43 @@ def test_it_becomes_a_run(tmp_path: Path) -> None:
                 x0, eps = a * state - b * v, a * v + b * state
                 state = bar[s].sqrt() * x0 + (1 - bar[s]).sqrt() * eps
         torch.testing.assert_close(found.double(), state, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [*OURS.values(), THEIRS["padding"]], ids=[*OURS, "padding"])
+def test_there_and_back(options, tmp_path: Path) -> None:
+    """A run of theirs, exported: the same network, by their own loader."""
+    net = unet(**options)
+    scheduler = {"beta_schedule": "scaled_linear", "prediction_type": "v_prediction"}
+    write(read(saved(net, tmp_path / "theirs", **scheduler)), tmp_path / "run")
+    run = scoresde.load(tmp_path / "run", device="cpu")
+    files = export(run, tmp_path / "out", "diffusers")
+    assert "model_index.json" in files and "card" not in files
+    again = DDIMPipeline.from_pretrained(tmp_path / "out")
+    assert again.scheduler.config.beta_schedule == "scaled_linear" and again.scheduler.config.clip_sample is False
+    x, step, label = inputs(net)
+    with torch.no_grad():
+        found, right = (each(x, step, class_labels=label).sample for each in (again.unet, net))
+    assert float((found - right).abs().max()) <= 2e-6 * float(right.abs().max())
+
+
+def test_what_is_not_theirs_is_refused(tmp_path: Path) -> None:
+    write(read(saved(unet(), tmp_path / "theirs")), tmp_path / "run")
+    run = scoresde.load(tmp_path / "run", device="cpu")
+    node = run.config["network"]
+    for key, changed, words in [
+        ("sde", {"_target_": "scoresde.VPSDE"}, "its process is scoresde.VPSDE, and that of their schedulers DDPM"),
+        (
+            "parameterization",
+            {"_target_": "scoresde.EDM"},
+            "its output is scoresde.EDM, and theirs one of scoresde.Eps",
+        ),
+        ("denoiser", {"_target_": "scoresde.Preconditioned"}, "its network sees scaled x and hears other times"),
+        ("network", {**node, "fir": False, "late": False}, "UNet2DModel is this network where it has late=True"),
+        ("network", {"_target_": "scoresde.nn.DiT"}, "scoresde.nn.DiT is none of their networks; diffusers' DiT has"),
+    ]:
+        with pytest.raises(ConfigError, match=words):
+            export(replace(run, config={**run.config, key: changed}), tmp_path / "out", "diffusers")
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_cannot_be_read_is_refused(tmp_path: Path) -> None:
