@@ -1,7 +1,8 @@
-r"""What telling a model the label is worth, by noise level: held-out nats an image.
+r"""What telling a model the label, or a caption, is worth, by noise level: held-out nats an image.
 
     python benchmarks/labels.py run=runs/mnist_classes alone=runs/mnist_alone
     python benchmarks/labels.py run=runs/digits_classes alone=runs/digits_alone results=benchmarks/results/digits
+    python benchmarks/labels.py run=runs/scenes 'edges=[10,3,1,0.3,0.1,0.01]' results=benchmarks/results/scenes
 
 Denoising from σ/α = b down to a costs ½ ∫ e^λ E‖x_0 − x̂_0‖² dλ nats (Kingma et al. 2021, eq. 17), and all noise levels
 together the bound on the likelihood. Labels matter where noise hides the class, and there one is worth at most what it
@@ -48,11 +49,13 @@ def cost(denoiser: S.Denoiser, dataset: Dataset, cfg: DictConfig, high: float, l
 
 def main(cfg: DictConfig) -> None:
     run, out = load_run(Path(cfg.run)), report.Report(cfg, "labels")
-    models = {"not told it": run.denoiser, "a model trained without labels": load_run(Path(cfg.alone)).denoiser}
+    models, told = {"not told it": run.denoiser}, " and ".join(run.kinds)
+    if cfg.alone:
+        models["a model trained without"] = load_run(Path(cfg.alone)).denoiser
     ends = torch.tensor([run.denoiser.sde.t_max, run.denoiser.sde.t_min], dtype=torch.float64)
     most, least = run.denoiser.sde.log_snr(ends).mul(-0.5).exp().tolist()
     edges = [most, *cfg.edges, least]
-    rows = [["", *(f"σ/α {high:.3g} … {low:.3g}" for high, low in pairwise(edges))], ["told the label, cost"]]
+    rows = [["", *(f"σ/α {high:.3g} … {low:.3g}" for high, low in pairwise(edges))], [f"told the {told}, cost"]]
     rows += [[f"{name}, more"] for name in models]
     for high, low in pairwise(edges):
         own = cost(run.denoiser, run.dataset, cfg, high, low, told=True)
@@ -63,10 +66,9 @@ def main(cfg: DictConfig) -> None:
             out.add("more", mean, of=name, stderr=error, high=high, low=low)
             row.append(f"{mean:.2f} ± {error:.2f}")
         print(f"{high:.3g} … {low:.3g}", *(row[-1] for row in rows[1:]), sep="\t", flush=True)
-    label = math.log(run.dataset.classes)
-    text = (
-        f"Nats an image, {cfg.points} held-out images, {cfg.levels} noise levels a column; a label holds {label:.2f}."
-    )
+    text = f"Nats an image, {cfg.points} held-out images, {cfg.levels} noise levels a column."
+    if run.dataset.classes:
+        text += f" A label holds {math.log(run.dataset.classes):.2f}."
     out.close(f"{text}\n\n{report.table(rows)}")
 
 

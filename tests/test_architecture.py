@@ -75,6 +75,8 @@ DOORS = {
         "evaluate.sound",
     ),
     "datasets": ("data.readers.arrow",),
+    "tokenizers": ("data.text",),
+    "transformers": ("nn.text",),
     "h5py": ("data.readers.hdf5",),
     "diffusers": ("interop.diffusers", "interop.diffusers_model"),
     "onnx": ("interop.program",),

@@ -76,6 +76,13 @@ def test_training_from_python(capsys: pytest.CaptureFixture[str]) -> None:
     assert names["state"].images == 640 and names["state"].step == 10
 
 
+def test_the_page_of_text() -> None:
+    names: dict[str, Any] = {}
+    (text,) = [text for language, text in BLOCKS["text.md"] if language == "python"]
+    exec(text, names)
+    assert names["loss"].shape == (2,) and bool(torch.isfinite(names["x"]).all())
+
+
 def test_the_page_of_likelihood() -> None:
     """Its blocks in turn: densities and draws within their error bars, bounds below them, classes by their side."""
     names: dict[str, Any] = {}

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
+
 import torch
 from torch import nn
 
@@ -11,6 +14,7 @@ from ..evaluate.problem import Measurement
 from ..inverse.observation import Observation
 from ..runs.run import Run
 from ._hydra import Command
+from .conditions import choose_cond
 from .problem import names_of
 
 _CHOSEN = ("sampler=", "sampler.", "grid=", "grid.", "+sampler@")
@@ -35,4 +39,17 @@ def read_edit(command: Command, run: Run, n: int) -> Edited | None:
     names = {key: names_of(words, len(run.dataset.test), f"edit.{key}") for key, words in edit.words.items()}
     x = {key: torch.stack([reader.clean(name) for name in found]) for key, found in names.items()}
     rows, changed = edit.rows(names["input"], x["input"])
-    return Edited(edit, x, rows, changed, n)
+    edited = Edited(edit, x, rows, changed, n)
+    if edit.needs_cond and not any(_values(options["cond"])):
+        raise ConfigError("This edit draws its input anew under a condition; say which: 'cond.text=a 7', cond.label=7.")
+    if edit.before is None:
+        return edited
+    try:
+        return replace(edited, before=choose_cond(edit.before, 1, run, problem=edited)[0])
+    except ConfigError as error:
+        raise ConfigError(str(error).replace("cond.", "edit.before.")) from error
+
+
+def _values(cond: object) -> list[bool]:
+    """Which of its kinds a `cond` says."""
+    return [value is not None for value in cond.values()] if isinstance(cond, Mapping) else [True]

@@ -53,7 +53,8 @@ def build_guidance(options: Mapping[str, Any], run: Run, allow: Sequence[str]) -
         raise ConfigError(f"{run.folder} always had its condition: tell it, too, guidance.conditional=true.")
     guide = _load_guide(target, options, run, allow, both=both) if needed else None
     guides = [] if guide is None else [guide.denoiser]
-    guided = build(node, allow, run.denoiser, *guides, key="guidance").to(model_device(run.denoiser)).eval()
+    led_from = run.led_from(options.get("negative"), node)
+    guided = build(node, allow, run.denoiser, *guides, key="guidance", **led_from).to(model_device(run.denoiser)).eval()
     conditioned = run if guide is None or both else guide
     try:  # one call, so that energies and the like that do not fit are refused before anything is drawn
         check_fit(guided, conditioned.dataset, conditional=conditioned.conditional)

@@ -22,6 +22,8 @@ _TEXT = (
     *("project", "entity", "group", "name", "notes", "job_type"),
 )
 _NEVER_NULL = ("out", "run")
+# Whole keys of the same kind: sentences.
+_SENTENCES = ("cond.text", "edit.before.text", "negative")
 # Keys of older versions.
 _MOVED = {f"likelihood.{name}": f"likelihood.solver.{name}" for name in ("rtol", "atol", "backend", "method")}
 _CALLS = "likelihood.budget"
@@ -90,7 +92,8 @@ def words_of(hydra: Any, folder: Path, *, sweep: bool) -> list[str]:
 
 def is_text(key: str) -> bool:
     """Whether the value of a key is text, whatever it reads like."""
-    return key.lstrip("+").rpartition(".")[2] in _TEXT
+    key = key.lstrip("+")
+    return key in _SENTENCES or key.rpartition(".")[2] in _TEXT
 
 
 def _as_text(word: str, sweep: bool) -> str:
@@ -103,6 +106,7 @@ def _as_text(word: str, sweep: bool) -> str:
         override = OverridesParser.create().parse_override(word)
         several = override.is_sweep_override()
         read = list(override.sweep_iterator()) if several else [override.value()]
+        several = several and (sweep or key.lstrip("+") not in _SENTENCES)  # whose commas are their own
         null = read == [None] and key not in _NEVER_NULL
         if null or read == parts or (several and not sweep) or ("\\" in value and isinstance(read[0], str)):
             return word

@@ -17,6 +17,7 @@ from ..diffusion.conditions import Cond, move, take, told, unnamed
 from ..noise.rng import Rng
 from .rows import Rows, checked, chunks, select, spots
 from .statistics import Statistics, extremes, measured
+from .text import Text
 
 _log = logging.getLogger(__name__)
 
@@ -29,7 +30,8 @@ class Split:
         raw: (N, *event), integers or float32; in memory, or `Rows` of files, of which only `raw[index]` is.
         labels: (N,) int64 class indices, or None.
         conditions: others than labels, by name: "vector" (N, d), "image" (N, C, *sizes) and "tokens" (N, L, d),
-            float32 and of about unit variance, for nothing scales them; all NaN for a sample or token without one.
+            float32 and of about unit variance, for nothing scales them; all NaN for a sample or token without one. And
+            "text" (N, L) int32, sentences as `Dataset.text` reads them.
     """
 
     raw: Tensor | Rows
@@ -109,6 +111,7 @@ class Dataset:
         notes: what the reader decided, in words that a run begins with.
         numbers: of the points of a raw sample, as the atomic numbers of a molecule; empty for other data.
         moments: what the codec can store of the training samples (N, …), see `Codec.moments`; None for nothing.
+        text: how sentences become the condition "text"; None where samples have no captions.
         rate: of sound, raw samples (C, L) at so many frames a second; 0 for other data.
 
     Raises:
@@ -132,6 +135,7 @@ class Dataset:
     numbers: tuple[int, ...] = ()
     rate: int = 0
     moments: Tensor | None = None
+    text: Text | None = None
 
     def __post_init__(self) -> None:
         if self.class_names and len(self.class_names) != self.classes:
@@ -318,21 +322,22 @@ def check_samples(raw: Tensor | Rows, where: str) -> None:
         raise ValueError(f"{where}: expected at least one sample (N, *event); got shape {tuple(raw.shape)}.")
 
 
-_RANKS = {"label": (1,), "vector": (2,), "image": (3, 4, 5), "tokens": (3,)}
+_RANKS = {"label": (1,), "vector": (2,), "image": (3, 4, 5), "tokens": (3,), "text": (2,)}
+_DTYPES = {"label": torch.int64, "text": torch.int32}
 
 
 def _check_conditions(split: Split, classes: int, where: str) -> None:
     n, labels = len(split), split.labels
-    if unknown := split.conditions.keys() - {"vector", "image", "tokens"}:
-        raise ValueError(f"{where}: conditions beside labels are vector, image, tokens; got {min(unknown)!r}.")
+    if unknown := split.conditions.keys() - (_RANKS.keys() - {"label"}):
+        raise ValueError(f"{where}: conditions beside labels are vector, image, tokens, text; got {min(unknown)!r}.")
     for name, values in split.named.items():
-        expected = torch.int64 if name == "label" else torch.float32
+        expected = _DTYPES.get(name, torch.float32)
         if values.dtype != expected:
             raise TypeError(f"{where}: the {name} holds {values.dtype}, expected {expected}: pass .to({expected}).")
         if values.ndim not in _RANKS[name] or len(values) != n:
             raise ValueError(
                 f"{where}: the {name} has shape {tuple(values.shape)}. With N = {n} samples labels are ({n},), a "
-                f"vector is ({n}, d), an image ({n}, C, *sizes), tokens are ({n}, L, d)."
+                f"vector is ({n}, d), an image ({n}, C, *sizes), tokens are ({n}, L, d), text ({n}, L)."
             )
     if (labels is None) == bool(classes):
         some = "no " if labels is None else ""

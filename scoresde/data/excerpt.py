@@ -12,6 +12,7 @@ from torch import Tensor
 from ..codecs.codec import Codec
 from .dataset import Dataset, Split
 from .statistics import Statistics
+from .text import text_of
 
 _BYTES = 1 << 20  # of held-out samples; the data sets in `conf` of up to some thousand small samples are kept whole
 _FEWEST = 16
@@ -48,6 +49,7 @@ def packed(dataset: Dataset) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "columns": list(dataset.columns),
         "numbers": list(dataset.numbers),
         "rate": dataset.rate,
+        "text": dataset.text and dataset.text.record(),
         "statistics": dataclasses.asdict(dataset.statistics),
     }
     splits = {"train": dataset.train, "test": dataset.test}
@@ -86,6 +88,7 @@ def unpacked(tensors: Mapping[str, Tensor], record: Mapping[str, Any], codec: Co
         columns=tuple(map(str, record.get("columns", ()))),
         numbers=tuple(map(int, record.get("numbers", ()))),
         rate=int(record.get("rate", 0)),
+        text=text_of(record["text"]) if record.get("text") else None,
     )
 
 

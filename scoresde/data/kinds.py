@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import numpy as np
@@ -11,14 +12,16 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from ..diffusion.conditions import Cond, filled
+from ..diffusion.conditions import PADDING, Cond, filled
 from .by_name import held_out, is_picture, names_held_out
 from .dataset import Dataset
+from .readers.columns import lines
 from .readers.pictures import read_image
 from .readers.source import existing, read_array
 from .statistics import extremes
+from .text import Text
 
-NAMES = ("label", "vector", "image", "tokens")
+NAMES = ("label", "vector", "image", "tokens", "text")
 
 
 @dataclass(frozen=True)
@@ -26,7 +29,7 @@ class Kind:
     """One of the conditions that a model was trained with.
 
     Attributes:
-        name: label, vector, image or tokens.
+        name: label, vector, image, tokens or text.
         shape: of one; −1 is any length.
         classes: the names of the labels.
         test: (N, *shape), the conditions of the held-out samples.
@@ -137,12 +140,63 @@ class Kind:
         )
 
 
+@dataclass(frozen=True)
+class Sentences(Kind):
+    """Sentences, as a text of the data reads them.
+
+    Attributes:
+        text: that text.
+    """
+
+    text: Text
+
+    def __str__(self) -> str:
+        return f"a sentence of up to {self.text.length} tokens ({self.text.tokenizer.kind})"
+
+    def rows(self, given: Any) -> Tensor:
+        """(m, length) int32 of a sentence or a list of such, of a file.txt with one in each line, of test:0-7, or of
+        tokens in a tensor (m, length) or (length,).
+
+        Raises:
+            ValueError, OSError: they are no sentences that the model can read.
+        """
+        where = "cond.text"
+        if isinstance(given, Tensor):
+            fits = not given.is_floating_point() and given.ndim in (1, 2) and given.shape[-1] <= self.text.length
+            if not fits or given.min() < PADDING or given.max() >= self.text.tokenizer.size:
+                raise self._unlike(where, f"{given.dtype} of shape {tuple(given.shape)}")
+            rows = given.cpu().int().reshape(-1, given.shape[-1])
+            return torch.nn.functional.pad(rows, (0, self.text.length - rows.shape[1]), value=PADDING)
+        words = list(given) if isinstance(given, (list, tuple)) else [given]
+        if not words or any(isinstance(word, (bool, dict, list, NoneType)) for word in words):
+            raise self._unlike(where, repr(given))
+        rows = torch.cat([self._named(str(word)) for word in words])
+        if self.always and bool((rows == PADDING).all(1).any()):
+            raise self._unlike(where, "an empty sentence, the null condition, which the run never saw")
+        return rows
+
+    def _named(self, word: str) -> Tensor:
+        where = "cond.text"
+        if names_held_out(word):
+            return self.test[held_out(word, len(self.test), where)]
+        if word.endswith(".txt") and " " not in word:
+            return self.text.rows([line.strip() for line in lines(existing(word))], word)
+        return self.text.rows([word], where)
+
+    def _unlike(self, where: str, found: str) -> ValueError:
+        return ValueError(
+            f"{where}: expected {self}, or a list of sentences, sentences.txt with one in each line, or those of "
+            f"test:0-7; got {found}."
+        )
+
+
 def kinds_of(dataset: Dataset, *, always: bool) -> dict[str, Kind]:
     """The conditions that a data set has, by name; `always`: a network never was trained without them."""
-    kinds, test, spans = {}, dataset.test.named, dataset.statistics.conditions
+    kinds, test, spans = dict[str, Kind](), dataset.test.named, dataset.statistics.conditions
     for name in (name for name in NAMES if name in test):
         shape = (-1, test[name].shape[2]) if name == "tokens" else tuple(test[name].shape[1:])
-        kinds[name] = Kind(name, shape, dataset.names_of_classes, test[name], spans.get(name, (0.0, 0.0)), always)
+        facts = (name, shape, dataset.names_of_classes, test[name], spans.get(name, (0.0, 0.0)), always)
+        kinds[name] = Sentences(*facts, dataset.text) if name == "text" and dataset.text else Kind(*facts)
     return kinds
 
 

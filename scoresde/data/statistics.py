@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from torch import Tensor
 
+from ..diffusion.conditions import PADDING
 from ..diffusion.denoiser import sample_std
 from .rows import Rows, chunks
 
@@ -22,7 +23,7 @@ class Statistics:
         data_std: standard deviation of the model data about their mean, of the first 1,024 training samples.
         span: the least and the greatest value of model data.
         conditions: the same of each condition that is no label, by name; NaN is not counted.
-        gaps: some training sample or other has no condition: all of it is NaN.
+        gaps: some training sample or other has no condition: all of it is NaN, or its sentence is empty.
         training, held_out: numbers of samples.
         labels: classes that some training sample has; None where that was not kept.
         digests: SHA-256 of all that the splits "train" and "test" hold; empty where that was not kept.
@@ -51,11 +52,16 @@ def measured(
         data_std=sample_std(encode(raw[:_MEASURED])),
         span=span or _span(raw, encode),
         conditions={name: extremes(values) for name, values in conditions.items()},
-        gaps=any(bool(values.isnan().flatten(1).all(1).any()) for values in conditions.values()),
+        gaps=any(bool(_absent(values).any()) for values in conditions.values()),
         training=len(raw),
         held_out=held_out,
         labels=() if labels is None else tuple(labels.unique().tolist()),
     )
+
+
+def _absent(values: Tensor) -> Tensor:
+    """(N,) bool, which samples have no condition."""
+    return (values.isnan() if values.is_floating_point() else values == PADDING).flatten(1).all(1)
 
 
 def _span(raw: Tensor | Rows, encode: Callable[[Tensor], Tensor]) -> tuple[float, float]:

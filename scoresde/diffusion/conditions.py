@@ -1,10 +1,12 @@
 """Conditions: what a model is given beside x_t, and everything that is done with it.
 
-A caller gives a tensor, a mapping of tensors by name ("label", "vector", "image", "tokens"), or None for nothing. It
-reaches the network, and every function of the caller's own, in the form in which it was given; whoever reads it or
-makes another of it works on the mapping that `named` makes. The first dimension of every tensor counts samples.
+A caller gives a tensor, a mapping of tensors by name ("label", "vector", "image", "tokens", "text"), or None for
+nothing. It reaches the network, and every function of the caller's own, in the form in which it was given; whoever
+reads it or makes another of it works on the mapping that `named` makes. The first dimension of every tensor counts
+samples.
 
-A sample may be without a condition in the midst of others: its floats are all NaN, its label is one more than the last.
+A sample may be without a condition in the midst of others: its floats are all NaN, its label is one more than the last,
+and its text, integers (B, L) that number the parts of sentences from 0, is all `PADDING`.
 """
 
 from __future__ import annotations
@@ -16,6 +18,9 @@ from torch import Tensor
 
 Cond = Tensor | Mapping[str, Tensor] | None
 """A condition, passed unread from the caller to the network; None is unconditional."""
+
+PADDING = -1
+"""What fills the rows of a text behind their ends; 0 is a token of many tokenizers."""
 
 
 def named(cond: Cond, bare: str = "label") -> dict[str, Tensor]:
@@ -59,7 +64,7 @@ def expand(cond: Cond, like: Tensor) -> Cond:
 
 
 def join(first: Cond, second: Cond) -> Cond:
-    """The conditions of two batches, one behind the other.
+    """The conditions of two batches, one behind the other; the shorter text is padded.
 
     Raises:
         ValueError: conditions of different kinds.
@@ -70,7 +75,7 @@ def join(first: Cond, second: Cond) -> Cond:
             f"Conditions of one batch are all tensors, or mappings with the same names; got {_described(first)} and "
             f"{_described(second)}."
         )
-    return unnamed({name: torch.cat([one[name], value]) for name, value in two.items()}, "")
+    return unnamed({name: torch.cat(_of_one_length(one[name], value)) for name, value in two.items()}, "")
 
 
 def override(first: Cond, second: Cond) -> Cond:
@@ -101,8 +106,9 @@ def one_entry(cond: Cond) -> Cond:
 
 
 def nothing(value: Tensor, label: int) -> Tensor:
-    """The entry (1, *) like those of `value` (n, *) that says nothing: NaN, or among integers `label`."""
-    return value.new_full((1, *value.shape[1:]), torch.nan if value.is_floating_point() else label)
+    """The entry (1, *) like those of `value` (n, *) that says nothing: NaN, `PADDING` of a text, or else `label`."""
+    none = torch.nan if value.is_floating_point() else label if value.ndim < 2 else PADDING
+    return value.new_full((1, *value.shape[1:]), none)
 
 
 def filled(value: Tensor, start: int = 1) -> tuple[Tensor, Tensor]:
@@ -128,6 +134,17 @@ def checked_told(told: Sequence[str]) -> tuple[str, ...]:
 def tell(cond: Cond, **told: Tensor) -> Cond:
     """The condition with what a flow map is told besides; a tensor by itself goes under the name ""."""
     return {**named(cond, ""), **told}
+
+
+def _of_one_length(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    """Both; where they are texts, padded to the length of the longer one."""
+    if first.is_floating_point() or first.ndim != 2:
+        return first, second
+    length = max(first.shape[1], second.shape[1])
+    pad = torch.nn.functional.pad
+    return pad(first, (0, length - first.shape[1]), value=PADDING), pad(
+        second, (0, length - second.shape[1]), value=PADDING
+    )
 
 
 def _described(cond: Cond) -> str:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..checks import positive
 from ..data import Dataset
-from ..diffusion.conditions import Cond, take
+from ..diffusion.conditions import Cond, move, named, take
 from ..diffusion.denoiser import Denoiser
 from ..diffusion.grids import UniformGrid
 from ..noise.rng import Rng
@@ -33,7 +33,7 @@ Words = str | list[str]
 
 class Part(NamedTuple):
     """Some of the samples: all that is given, model data (·, *event), by key; of each sample (b,) its row and where it
-    is in it, from 0 to 1; their conditions, and their noise.
+    is in it, from 0 to 1; their conditions, and their noise; and what is said of the samples as they were given.
     """
 
     x: Mapping[str, Tensor]
@@ -41,6 +41,7 @@ class Part(NamedTuple):
     share: Tensor
     cond: Cond
     rng: Rng
+    before: Cond = None
 
 
 class Edit(abc.ABC):
@@ -49,10 +50,14 @@ class Edit(abc.ABC):
     Attributes:
         words: what is given, by key: names of files or of held-out samples.
         flow: by which samples are encoded and decoded; None where a sampler is needed.
+        before: what is said of the given samples, as `cond` of a command says it; None for nothing.
+        needs_cond: samples are drawn under a condition, which has to be said.
     """
 
     words: dict[str, Words]
     flow: AdaptiveODE | None = None
+    before: Any = None
+    needs_cond = False
 
     def rows(self, names: list[str], x: Tensor) -> tuple[list[str], Tensor]:
         """What becomes n samples each: names, and samples (k, *event)."""
@@ -138,6 +143,38 @@ class Attribute(Edit):
         )
 
 
+class Retold(Edit):
+    """Encoded by the flow under one condition and decoded under another: what they tell of differently, changes.
+
+    Under the same condition the samples come back.
+
+    Args:
+        input: photo.png, x.npy, test:5, test:0-7, or a list.
+        flow: encodes and decodes.
+        before: what is true of the input, by kind, as in `cond`: {"text": "a 3"}. All null: its own conditions, where
+            it is a held-out sample. None: encoded without a condition.
+        level: noise level σ/α > 0 up to which it is encoded; the lower, the more of it stays. None: to the latent.
+    """
+
+    needs_cond = True
+
+    def __init__(self, input: Words, flow: AdaptiveODE, before: Any = None, level: float | None = None):
+        self.words, self.flow = {"input": input}, flow
+        said = isinstance(before, Mapping) and any(value is not None for value in before.values())
+        self.before = before if said or not isinstance(before, Mapping) else "input"
+        self.level = None if level is None else positive(level, "level", "a noise level sigma/alpha")
+
+    def samplers(self, samplers: Mapping[str, Sampler], model: Denoiser) -> dict[str, Sampler]:
+        assert self.flow is not None
+        grid = UniformGrid() if self.level is None else From(UniformGrid(), self.level)
+        return {"ode": Sampler(self.flow, grid, 1, denoise=False)}
+
+    def start(self, model: Denoiser, part: Part) -> Tensor:
+        assert self.flow is not None
+        to = None if self.level is None else From(UniformGrid(), self.level).start(model.sde)
+        return self.flow.encode(model, part.x["input"][part.rows], cond=part.before, to=to)
+
+
 @dataclass(frozen=True)
 class Edited:
     """An edit with its samples.
@@ -148,6 +185,7 @@ class Edited:
         inputs: k names.
         truth: (k, *event), what is changed.
         n: samples of each.
+        before: what is said of the given samples, a condition of k; None for nothing.
     """
 
     edit: Edit
@@ -155,18 +193,22 @@ class Edited:
     inputs: list[str]
     truth: Tensor
     n: int
+    before: Cond = None
 
     @property
     def digest(self) -> str:
         """SHA-256 of what is given: another picture under the same name is another edit."""
-        return hashlib.sha256(b"".join(values.numpy().tobytes() for values in self.x.values())).hexdigest()
+        given = [*self.x.values(), *named(self.before).values()]
+        return hashlib.sha256(b"".join(values.numpy().tobytes() for values in given)).hexdigest()
 
     def start(self, model: Denoiser, part: slice, cond: Cond, rng: Rng, device: torch.device) -> Tensor:
         """The states that the samples `part` of all k n start from."""
         index = torch.arange(len(self.inputs) * self.n)[part]
         share = (index % self.n).double() / max(self.n - 1, 1)
         x = {name: values.to(device) for name, values in self.x.items()}
-        return self.edit.start(model, Part(x, (index // self.n).to(device), share.to(device), cond, rng))
+        rows, before = index // self.n, self.before
+        own = None if before is None else move(take(before, rows), device)
+        return self.edit.start(model, Part(x, rows.to(device), share.to(device), cond, rng, own))
 
 
 def write_edited(

@@ -4,12 +4,13 @@ from ..diffusion.conditions import Cond
 from .autoencoder import Autoencoder
 from .classifier import Classifier
 from .conditioning import Conditioning
-from .conditions import Conditions
+from .conditions import Conditions, TextEncoder
 from .embedding import FourierEmbedding, SinusoidalEmbedding
 from .equivariant import EGNN
 from .log_variance import LogVariance
 from .mlp import MLP
 from .resample import Downsample, Upsample
+from .text import FrozenText, TextTransformer
 from .transformer import DiT
 from .unet import UNet
 
@@ -24,8 +25,11 @@ __all__ = [
     "DiT",
     "Downsample",
     "FourierEmbedding",
+    "FrozenText",
     "LogVariance",
     "SinusoidalEmbedding",
+    "TextEncoder",
+    "TextTransformer",
     "UNet",
     "Upsample",
 ]

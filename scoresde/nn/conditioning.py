@@ -43,8 +43,11 @@ class Conditioning(nn.Module):
         encode_image: False leaves the image to the network, too.
         waves: number of waves, even; None for `width`.
         late: add the conditions after the second layer.
-        kinds: classes, cond_dim, cond_image, cond_tokens, cond_dropout, cond_augment, cond_noise and told, the
-            conditions there are: see `Conditions`.
+        kinds: classes, cond_dim, cond_image, cond_tokens, cond_dropout, cond_augment, cond_noise, told and
+            text, the conditions there are: see `Conditions`.
+
+    Attributes:
+        tokens: size of a token of the sequence that there is to attend to, those of a text or others; 0 for none.
 
     Raises:
         ValueError: at construction for arguments out of range; in forward for conditions that do not fit.
@@ -80,6 +83,10 @@ class Conditioning(nn.Module):
             self.image = ConvEncoder(shapes["image"], width)
             self.image_out = linear(self.image.outputs, width)
             self.null_image = nn.Parameter(torch.randn(width))
+        self.tokens = shapes["tokens"][1] if "tokens" in shapes else 0
+        if (text := kinds.get("text")) is not None:
+            self.text, self.text_out = text, linear(text.width, width)
+            self.null_text, self.tokens = nn.Parameter(torch.randn(width)), text.width
         if "augment" in shapes:
             self.augment = nn.Linear(shapes["augment"][0], width, bias=False)  # 0 says nothing, so it adds nothing
         self.told = nn.ModuleDict({name: nn.Linear(waves, width, bias=False) for name in self.conditions.told})
@@ -88,10 +95,20 @@ class Conditioning(nn.Module):
 
     def forward(self, c_noise: Tensor, cond: Cond, like: Tensor) -> Tensor:
         """The embedding (B, width) in the dtype of `like` (B, *)."""
-        return self.embed(c_noise, self.conditions(cond, like), like)
+        return self.embed(c_noise, self.read(cond, like), like)
+
+    def read(self, cond: Cond, like: Tensor) -> dict[str, Tensor]:
+        """The conditions by name for a batch `like` (B, *); in place of a text its tokens and its summary."""
+        given = self.conditions(cond, like)
+        if "text" in given:
+            there = given["text"] >= 0
+            tokens, summary = self.text(given.pop("text").clamp(min=0), there)
+            given["tokens"] = tokens.to(like.dtype).masked_fill(~there[..., None], torch.nan)
+            given["summary"] = summary.to(like.dtype).masked_fill(~there.any(1, keepdim=True), torch.nan)
+        return given
 
     def embed(self, c_noise: Tensor, given: dict[str, Tensor], like: Tensor) -> Tensor:
-        """The embedding (B, width) of conditions that `conditions` has read already."""
+        """The embedding (B, width) of conditions that were `read` already."""
         batch = like.shape[0]
         if c_noise.shape != (batch,):
             raise ValueError(f"c_noise has shape ({batch},), one number per sample; got {tuple(c_noise.shape)}.")
@@ -108,6 +125,8 @@ class Conditioning(nn.Module):
         if self.encode_image:
             encode = lambda image: self.image_out(self.image(image, F.silu(noise)))  # noqa: E731
             h = h + _read(given.get("image"), encode, self.null_image, batch)
+        if "text" in self.conditions.shapes:
+            h = h + _read(given.get("summary"), self.text_out, self.null_text, batch)
         if "augment" in given:
             h = h + self.augment(filled(given["augment"])[0])
         for name, layer in self.told.items():

@@ -1,7 +1,8 @@
-"""The conditions of a network, read and checked: labels, vectors, images and token sequences."""
+"""The conditions of a network, read and checked: labels, vectors, images, token sequences and texts."""
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Sequence
 from typing import TypedDict
 
@@ -9,7 +10,26 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import sizes, whole
-from ..diffusion.conditions import Cond, checked_told, each, named, nothing, override
+from ..diffusion.conditions import PADDING, Cond, checked_told, each, named, nothing, override
+
+_WHOLE = ("label", "text")  # kinds that are integers
+
+
+class TextEncoder(nn.Module, abc.ABC):
+    """Reads a text: (ids (B, L) ≥ 0, there (B, L) bool) -> (each token (B, L, width), the whole (B, width)).
+
+    What it returns where a token is not there is not looked at, nor is the summary of a text without any token.
+
+    Attributes:
+        vocabulary: ids are below it; None where that is not known.
+        width: see above.
+    """
+
+    vocabulary: int | None
+    width: int
+
+    @abc.abstractmethod
+    def forward(self, ids: Tensor, there: Tensor) -> tuple[Tensor, Tensor]: ...
 
 
 class Kinds(TypedDict, total=False):
@@ -23,6 +43,7 @@ class Kinds(TypedDict, total=False):
     cond_augment: int
     told: Sequence[str]
     cond_noise: float | None
+    text: TextEncoder | None
 
 
 class Conditions(nn.Module):
@@ -32,15 +53,16 @@ class Conditions(nn.Module):
         "vector"   (B, cond_dim) floats
         "image"    (B, *cond_image) floats
         "tokens"   (B, L, cond_tokens) floats, any L; rows of NaN are padding
+        "text"     (B, L) integers, tokens of a sentence, any L; -1 is padding
         "augment"  (B, cond_augment) floats, what was done to the sample; it says no more than 0 where it is left out
         "end"      (B,) c_noise of where a flow map goes; it stays where it is where it is left out
         "scale"    (B,) ¼ log of the guidance scale that a flow map was distilled at; 0 where it is left out
         "level"    (B,) floats, s of the noise in the image with `cond_noise`; 0, none, where it is left out
 
-    A sample is without a condition where its floats are all NaN, where its label is `classes`, and where the kind is
-    left out: the network has learned a null for each kind. With `cond_dropout` p, a forward in training mode makes
-    the whole condition of each sample null with probability p (Ho & Salimans 2022, alg. 1); it draws from torch's
-    global generator, as `nn.Dropout` does, and evaluation mode draws nothing.
+    A sample is without a condition where its floats are all NaN, where its label is `classes`, where its text is all
+    padding, and where the kind is left out: the network has learned a null for each kind. With `cond_dropout` p, a
+    forward in training mode makes the whole condition of each sample null with probability p (Ho & Salimans 2022,
+    alg. 1); it draws from torch's global generator, as `nn.Dropout` does, and evaluation mode draws nothing.
 
     With `cond_noise` the image is a low resolution of the sample, as a stage of a cascade is told it. It is never
     dropped, and is its own null. In training mode it becomes √(1 − s²) image + s ε with s uniform in
@@ -57,6 +79,7 @@ class Conditions(nn.Module):
         cond_augment: size of what tells of augmentation ≥ 0, which is never dropped; 0 for none.
         told: which of "end" and "scale" there are, numbers that are never dropped.
         cond_noise: the most noise of an image that is a low resolution, in [0, 1]; None for other images.
+        text: the encoder of a text; None for none. It is left to `Conditioning`.
 
     Raises:
         ValueError: at construction for arguments out of range; in forward for a condition that the network was not
@@ -74,6 +97,7 @@ class Conditions(nn.Module):
         cond_augment: int = 0,
         cond_noise: float | None = None,
         told: Sequence[str] = (),
+        text: TextEncoder | None = None,
     ):
         super().__init__()
         counts = {"classes": classes, "cond_dim": cond_dim, "cond_tokens": cond_tokens, "cond_augment": cond_augment}
@@ -86,6 +110,7 @@ class Conditions(nn.Module):
         if not 0 <= cond_dropout < 1:
             raise ValueError(f"cond_dropout is a probability in [0, 1); got {cond_dropout}.")
         self.classes, self.dropout = classes, float(cond_dropout)
+        self.vocabulary = None if text is None else text.vocabulary
         self.shapes: dict[str, tuple[int, ...]] = {}  # of one sample; −1 is any length
         if classes:
             self.shapes["label"] = ()
@@ -95,11 +120,15 @@ class Conditions(nn.Module):
             self.shapes["image"] = image
         if cond_tokens:
             self.shapes["tokens"] = (-1, cond_tokens)
+        if text is not None:
+            if cond_tokens:
+                raise ValueError("A text is read as tokens, so there can be no others: take cond_tokens=0.")
+            self.shapes["text"] = (-1,)
         kept = set() if cond_noise is None else {"image"}
         if cond_dropout and not self.shapes.keys() - kept:
             raise ValueError(
                 f"cond_dropout={cond_dropout} has no condition to drop: "
-                "set classes, cond_dim, cond_image or cond_tokens."
+                "set classes, cond_dim, cond_image, cond_tokens or text."
             )
         if cond_augment:
             self.shapes["augment"] = (cond_augment,)
@@ -115,10 +144,10 @@ class Conditions(nn.Module):
         self.kept = {*self.told, *kept}  # what is its own null
 
     def forward(self, cond: Cond, like: Tensor) -> dict[str, Tensor]:
-        """The kinds given, by name, for a batch `like` (B, *): labels int64, floats in its dtype."""
+        """The kinds given, by name, for a batch `like` (B, *): labels and texts int64, floats in its dtype."""
         given = {name: self._checked(name, value, like.shape[0]) for name, value in self._parts(cond).items()}
         given = {
-            name: value.long() if name == "label" else value if name in self.told else value.to(like.dtype)
+            name: value.long() if name in _WHOLE else value if name in self.told else value.to(like.dtype)
             for name, value in given.items()
         }
         if given and self.training and self.dropout:
@@ -136,7 +165,7 @@ class Conditions(nn.Module):
         """The null condition: one entry like those of `cond` that says nothing. None of None. What is told stays."""
         parts = self._parts(cond)
         for name, value in parts.items():
-            if name != "label" and not value.is_floating_point():
+            if name not in _WHOLE and not value.is_floating_point():
                 raise ValueError(f"The condition {name!r} is floating-point; got {value.dtype}.")
         stays = {name: value for name, value in parts.items() if name in self.kept}
         return override(each(lambda value: nothing(value, self.classes), cond), stays or None)
@@ -149,13 +178,13 @@ class Conditions(nn.Module):
             raise ValueError("This network is told one noise level only; build it with told=['end'] for a flow map.")
         if not names and ("" in parts or not self.shapes):
             raise ValueError(
-                "This network is unconditional: leave cond out, or build it with classes, cond_dim, cond_image or "
-                "cond_tokens."
+                "This network is unconditional: leave cond out, or build it with classes, cond_dim, cond_image, "
+                "cond_tokens or text."
             )
         if len(names) == 1 and "" in parts:
             parts[names[0]] = parts.pop("")
         if "" in parts:
-            many, shown = ("two", "three", "four")[len(names) - 2], ", ".join(f'"{name}": …' for name in names)
+            many, shown = ("two", "three", "four", "five")[len(names) - 2], ", ".join(f'"{name}": …' for name in names)
             raise ValueError(f"This network has {many} conditions: pass cond={{{shown}}}.")
         if unknown := sorted(parts.keys() - set(self.shapes)):
             raise ValueError(f"This network's conditions are {names}; got also {unknown}.")
@@ -164,6 +193,8 @@ class Conditions(nn.Module):
     def _checked(self, name: str, value: Tensor, batch: int) -> Tensor:
         if name == "label":
             return self._checked_labels(value, batch)
+        if name == "text":
+            return self._checked_text(value, batch)
         expected = (batch, *self.shapes[name])
         fits = value.ndim == len(expected) and all(n in (-1, m) for n, m in zip(expected, value.shape, strict=True))
         if not fits or not value.is_floating_point():
@@ -195,6 +226,20 @@ class Conditions(nn.Module):
                     f"Labels are in 0 … {self.classes - 1}, or {self.classes} for none; got {low} to {high}."
                 )
         return label
+
+    def _checked_text(self, ids: Tensor, batch: int) -> Tensor:
+        if ids.ndim != 2 or len(ids) != batch or ids.is_floating_point() or ids.dtype == torch.bool:
+            raise ValueError(
+                f"A text is integers of shape ({batch}, L), the numbers of its tokens; got {ids.dtype} of shape "
+                f"{tuple(ids.shape)}."
+            )
+        if self.vocabulary is not None and _readable(ids):
+            low, high = int(ids.min()), int(ids.max())
+            if low < PADDING or high >= self.vocabulary:
+                raise ValueError(
+                    f"Tokens are in 0 … {self.vocabulary - 1}, or {PADDING} behind the end; got {low} to {high}."
+                )
+        return ids
 
 
 def noised(image: Tensor, level: Tensor, eps: Tensor | None = None) -> dict[str, Tensor]:

@@ -29,8 +29,9 @@ class DiT(nn.Module):
         S  width=384  depth=12 heads=6        B  width=768  depth=12 heads=12
         L  width=1024 depth=24 heads=16       XL width=1152 depth=28 heads=16
 
-    An image is joined to x as further channels. Tokens are attended to beside the patches, in one sequence, after one
-    learned token that says that there may be none; they bring their own positions where their order matters.
+    An image is joined to x as further channels. Tokens, or those of a text, are attended to beside the patches, in one
+    sequence, after one learned token that says that there may be none; they bring their own positions where their order
+    matters.
 
     Args:
         event_shape: (C, L), (C, H, W) or (C, D, H, W).
@@ -41,8 +42,8 @@ class DiT(nn.Module):
         mlp_ratio: hidden width of the perceptrons over `width`.
         outputs: 2 returns two outputs, (B, 2C, *sizes): the second is for a learned variance.
         skips: join what the first half of the blocks made to the second half by linear layers (U-ViT; Bao et al. 2023).
-        conditioning: embedding and embedding_scale, see `Conditioning`; classes, cond_dim, cond_image, cond_tokens and
-            cond_dropout, see `Conditions`.
+        conditioning: embedding and embedding_scale, see `Conditioning`; classes, cond_dim, cond_image, cond_tokens,
+            text and cond_dropout, see `Conditions`.
 
     Raises:
         ValueError: arguments out of range, sizes that do not divide into patches; in forward, inputs of another shape.
@@ -77,7 +78,7 @@ class DiT(nn.Module):
         check_joined(self.event_shape, image)
         self.inlet = linear(channels * volume, width)
         self.joint = linear((image[0] + 1) * volume, width) if image else None
-        self.tokens = TokenEmbedding(shapes["tokens"][1], width) if "tokens" in shapes else None
+        self.tokens = TokenEmbedding(self.conditioning.tokens, width) if self.conditioning.tokens else None
         self.register_buffer("positions", positions(grid, width), persistent=False)
         self.joined_blocks = depth // 2 if skips else 0  # so many blocks at the end get what as many at the start made
         self.blocks = nn.ModuleList(
@@ -89,7 +90,7 @@ class DiT(nn.Module):
         """F (B, outputs · C, *sizes) at x (B, *event_shape) and c_noise (B,)."""
         if tuple(x.shape[1:]) != self.event_shape:
             raise ValueError(f"This DiT is for samples {self.event_shape}; got {tuple(x.shape[1:])}.")
-        given = self.conditioning.conditions(cond, x)
+        given = self.conditioning.read(cond, x)
         emb = self.conditioning.embed(c_noise, given, x)
         h = self.inlet(patches(x, self.patch)) + self.positions.to(x.dtype)
         if self.joint is not None:

@@ -61,8 +61,8 @@ class UNet(nn.Module):
         encode_image: False joins the image to x as further channels, brought to its size by linear interpolation, and
             one that says whether there is an image; True reads it by an encoder, for images that do not align with x.
         conditioning: embedding and embedding_scale, the waves that carry c_noise, see `Conditioning`; classes,
-            cond_dim, cond_image, cond_tokens and cond_dropout, the conditions there are, see `Conditions`. Tokens are
-            attended to where there is self-attention, after it, and always in the middle.
+            cond_dim, cond_image, cond_tokens, text and cond_dropout, the conditions there are, see `Conditions`. Tokens
+            and the words of a text are attended to where there is self-attention, after it, and always in the middle.
         switches: what makes it one of the published networks, weight by weight; by default none is on:
             scale_shift=False, the embedding is added before the second norm of a block, as in EDM's SongUNet, score_sde
                 and guided-diffusion's use_scale_shift_norm=False; True scales and shifts after it;
@@ -115,8 +115,8 @@ class UNet(nn.Module):
         self.scaling = math.sqrt(0.5) if residual_scaling else 1.0
         self.conditioning = Conditioning(emb, encode_image=encode_image, **conditioning)
         shapes = self.conditioning.conditions.shapes
-        tokens = "tokens" in shapes
-        make = _Layers(dims, emb, heads, head_width, tokens, fir, resnet_resample, dropout, self.scaling, style)
+        tokens = self.conditioning.tokens
+        make = _Layers(dims, emb, heads, head_width, bool(tokens), fir, resnet_resample, dropout, self.scaling, style)
 
         # the order of these lines is that of the parameters, and of the random numbers they start from
         self.inlet = conv(dims, channels, width, 3)
@@ -128,7 +128,7 @@ class UNet(nn.Module):
         self.middle = Stack([make.block(c, c), *make.attention(c, itself=central), make.block(c, c)])
         self._build_decoder(make, widths, attends, blocks, skips)
         self.norm, self.outlet = style.norm(widths[0]), conv(dims, widths[0], predictions * channels, 3, zero=True)
-        self.tokens = TokenEmbedding(shapes["tokens"][1], emb) if tokens else None
+        self.tokens = TokenEmbedding(tokens, emb) if tokens else None
         self.joint = None if encode_image else _joint(self.event_shape, shapes.get("image", ()), width)
 
     def _build_encoder(
@@ -171,7 +171,7 @@ class UNet(nn.Module):
         """F (B, outputs · C, *sizes) at x (B, *event_shape) and c_noise (B,)."""
         if tuple(x.shape[1:]) != self.event_shape:
             raise ValueError(f"This UNet is for samples {self.event_shape}; got {tuple(x.shape[1:])}.")
-        given = self.conditioning.conditions(cond, x)
+        given = self.conditioning.read(cond, x)
         emb = self.conditioning.embed(c_noise, given, x)
         tokens = None if self.tokens is None else self.tokens(given.get("tokens"), x)
         h, pyramid = self.inlet(x), x

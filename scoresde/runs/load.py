@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..checks import whole
-from ..config import ConfigError, build, build_network, leaves_open
+from ..config import ConfigError, build, build_network, leaves_open, resolved
 from ..data import Dataset
 from ..data.dataset import hold_out
 from ..diffusion.denoiser import Denoiser, model_device
@@ -26,6 +26,7 @@ from .objective import bins_of
 from .posthoc import reconstruct
 from .progress import doing
 from .run import Run
+from .text import build_text
 
 _NEEDED = {"data", "network", "denoiser", "sde", "parameterization", "conditional"}  # what a model is rebuilt from
 _log = logging.getLogger(__name__)
@@ -77,7 +78,10 @@ def build_denoiser(config: Mapping[str, Any], dataset: Dataset, allow: Sequence[
         told["numbers"] = dataset.numbers
     if leaves_open(config["network"], "levels", allow, key="network"):
         told |= bins_of(dataset.codec)
-    network = build_network(config["network"], allow, key="network", event_shape=dataset.event_shape, **told)
+    network = dict(resolved(config["network"]))
+    if text := build_text(network.pop("text", None), dataset, allow, conditional=config["conditional"]):
+        told["text"] = text
+    network = build_network(network, allow, key="network", event_shape=dataset.event_shape, **told)
     facts = {"network": network, "sde": build(config["sde"], allow, key="sde")}
     if leaves_open(node, "parameterization", allow, key="denoiser"):
         facts["parameterization"] = build(config["parameterization"], allow, key="parameterization")

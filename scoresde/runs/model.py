@@ -21,6 +21,8 @@ from ..diffusion.denoiser import Denoiser, model_device
 Guidance = float | Mapping[str, Any] | None
 """The scale of classifier-free guidance, or what the files of conf/guidance hold; None for none."""
 
+_CFG = "scoresde.ClassifierFree"
+
 
 @dataclass(frozen=True, eq=False)
 class LoadedModel:
@@ -91,9 +93,10 @@ class LoadedModel:
         """The conditions of n samples.
 
         Args:
-            given: the name or number of a class, a list or tensor of such, or a mapping by kind ("label", "vector",
-                "image", "tokens") of numbers, tensors or file names. Rows are repeated in turn. None goes through the
-                classes, or through the conditions of held-out samples, in turn.
+            given: the name or number of a class, a list or tensor of such; so of any kind that is the only one; or a
+                mapping by kind ("label", "vector", "image", "tokens", "text") of numbers, tensors, file names or
+                sentences. Rows are repeated in turn. None goes through the classes, or through the conditions of
+                held-out samples, in turn.
 
         Raises:
             ValueError, OSError: a kind that the model was not trained with, one that is missing, or values that are
@@ -101,7 +104,8 @@ class LoadedModel:
         """
         if given is None:
             return conditions.in_turn(self.dataset, n, self.conditional)
-        given = given if isinstance(given, Mapping) else {"label": given}
+        if not isinstance(given, Mapping):
+            given = {next(iter(self.kinds)) if len(self.kinds) == 1 else "label": given}
         self.check_kinds(given)
         rows = {name: kind.rows(given[name]) for name, kind in self.kinds.items()}
         for name, values in rows.items():
@@ -125,29 +129,50 @@ class LoadedModel:
             cure = f"give cond.{absent[0]}=… too, or cond=test:0-7 for all conditions of those held-out samples"
             raise ConfigError(f"{self.folder} was trained with {listed} together: {cure}.")
 
-    def guided(self, guidance: Guidance) -> Denoiser:
+    def guided(self, guidance: Guidance, negative: str | None = None) -> Denoiser:
         """The model under guidance.
 
         Args:
             guidance: the scale of classifier-free guidance, 1 for none; or what the files of conf/guidance hold, a
                 mapping with `_target_`. None is the model itself.
+            negative: a sentence that it leads away from, in place of no condition.
 
         Raises:
             ConfigError: it cannot be built, or does not suit the model.
+            ValueError: a sentence that the model cannot read.
         """
+        node = self.guidance_node(guidance)
+        led_from = self.led_from(negative, node)
         if guidance is None:
             return self.denoiser
-        node = self.guidance_node(guidance)
         self.check_guidance(node)
-        guided: Denoiser = build(node, self.allow, self.denoiser, key="guidance")
+        guided: Denoiser = build(node, self.allow, self.denoiser, key="guidance", **led_from)
         return guided.to(model_device(self.denoiser)).eval()
+
+    def led_from(self, negative: str | None, node: Any) -> dict[str, Any]:
+        """What classifier-free guidance is told besides its `node` of a negative sentence; nothing without one.
+
+        Raises:
+            ConfigError: another guidance, or a model without sentences.
+            ValueError: a sentence that the model cannot read.
+        """
+        if negative is None:
+            return {}
+        if not isinstance(node, Mapping) or node.get("_target_") != _CFG:
+            raise ConfigError(f"negative={negative!r} is of classifier-free guidance: guidance=cfg guidance.scale=3.")
+        if "text" not in self.kinds:
+            raise ConfigError(f"negative={negative!r}: {self.folder} was trained without sentences.")
+        rows = self.kinds["text"].rows(negative)
+        if len(rows) != 1:
+            raise ConfigError(f"negative is one sentence, for all samples; got {len(rows)}.")
+        return {"null": {"text": rows.to(model_device(self.denoiser))}}
 
     @staticmethod
     def guidance_node(guidance: Guidance) -> Any:
         """What `guidance` stands for, as the files of conf/guidance have it."""
         if guidance is None or isinstance(guidance, Mapping):
             return guidance
-        return {"_target_": "scoresde.ClassifierFree", "scale": float(guidance)}
+        return {"_target_": _CFG, "scale": float(guidance)}
 
     def check_guidance(self, node: Any) -> None:
         """Refuses classifier-free guidance of a model that has no condition, or was never trained without one.
@@ -157,7 +182,7 @@ class LoadedModel:
         """
         if isinstance(node, Mapping) and node.get("inner"):
             return self.check_guidance(node["inner"])
-        if not isinstance(node, Mapping) or node.get("_target_") != "scoresde.ClassifierFree":
+        if not isinstance(node, Mapping) or node.get("_target_") != _CFG:
             return None
         advice = "Train with conditional=true network.cond_dropout=0.1."
         if not self.conditional:

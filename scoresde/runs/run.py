@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..checks import whole
-from ..data import Dataset
+from ..data import Dataset, Text
 from ..data.excerpt import excerpt, packed
 from ..diffusion.conditions import Cond, move, named, take, told
 from ..diffusion.denoiser import model_device
@@ -29,6 +29,17 @@ from .batches import joined, streams_of
 from .kept import read_data
 from .model import Guidance, LoadedModel
 from .progress import track
+
+
+def _reread(dataset: Dataset, text: Text) -> Dataset:
+    """The data set with its sentences as another text reads them."""
+    splits, own = [], dataset.text
+    assert own is not None
+    for split in (dataset.train, dataset.test):
+        sentences = [own.sentence(row) for row in split.conditions["text"]]
+        told = {**split.conditions, "text": text.rows(sentences, dataset.name)}
+        splits.append(dataclasses.replace(split, conditions=told))
+    return dataclasses.replace(dataset, train=splits[0], test=splits[1], text=text)
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,6 +86,7 @@ class Run(LoadedModel):
         budget: int | None = None,
         sampler: Sampler | None = None,
         guidance: Guidance = None,
+        negative: str | None = None,
         rng: Rng | None = None,
         batch_size: int = 128,
         progress: bool = True,
@@ -89,6 +101,7 @@ class Run(LoadedModel):
             sampler: any `Sampler`, without a budget.
             guidance: the scale of classifier-free guidance, 1 for none; or what the files of conf/guidance hold, a
                 mapping with `_target_`. None is the model itself.
+            negative: a sentence that classifier-free guidance leads away from, in place of none.
             rng: source of the noise, default Rng(0). A single stream gives each sample a seed of its own, and
                 `Rng(seeds=[…])` has one for each; sample k depends on its own alone, and not on `batch_size`.
             batch_size: samples at a time, ≥ 1.
@@ -100,7 +113,7 @@ class Run(LoadedModel):
         """
         self._check_draws()
         own, streams = self.cond(cond, whole(n, "n, the number of samples,")), streams_of(rng, n)
-        how: dict[str, Any] = {"budget": budget, "sampler": sampler, "guidance": guidance}
+        how: dict[str, Any] = {"budget": budget, "sampler": sampler, "guidance": guidance, "negative": negative}
         return self.decode(self.draw(own, streams, **how, batch_size=batch_size, progress=progress))
 
     def draw(
@@ -111,6 +124,7 @@ class Run(LoadedModel):
         budget: int | None = None,
         sampler: Sampler | None = None,
         guidance: Guidance = None,
+        negative: str | None = None,
         batch_size: int = 128,
         progress: bool = True,
     ) -> Tensor:
@@ -119,12 +133,12 @@ class Run(LoadedModel):
         Args:
             cond: their conditions.
             streams: n of them, a stream for each.
-            budget, sampler, guidance, batch_size, progress: as in `sample`.
+            budget, sampler, guidance, negative, batch_size, progress: as in `sample`.
         """
         n = len(streams)
         if budget is not None and sampler is not None:
             raise ValueError(f"budget={budget} chooses a sampler; give budget= or sampler=, not both.")
-        denoiser = self.guided(guidance)
+        denoiser = self.guided(guidance, negative)
         if sampler is None:
             sampler = self.sampler(20 if budget is None else budget, cond, guidance)
         device, parts = model_device(self.denoiser), torch.arange(n).split(whole(batch_size, "batch_size"))
@@ -255,6 +269,9 @@ class Run(LoadedModel):
         theirs, ours = dataset.numbers, self.dataset.numbers
         if theirs and ours and theirs != ours:
             raise ValueError(f"{dataset.name} holds the atoms {theirs}, and {self.folder} was trained on {ours}.")
+        text = self.dataset.text
+        if text is not None and dataset.text is not None and dataset.text.record() != text.record():
+            dataset = _reread(dataset, text)
         return dataclasses.replace(dataset, codec=self.codec)
 
     def _checked(self, raw: Tensor) -> Tensor:

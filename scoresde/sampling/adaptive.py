@@ -57,11 +57,15 @@ class AdaptiveODE(Step):
     ) -> tuple[Tensor, State]:
         return self.move(denoiser, x, t, s, cond=cond), state
 
-    def encode(self, denoiser: Denoiser, x0: Tensor, *, cond: Cond = None) -> Tensor:
-        """The latent x_T (B, *event) of data `x0` (B, *event), in float32 or wider: the ODE from t_min to t_max."""
+    def encode(self, denoiser: Denoiser, x0: Tensor, *, cond: Cond = None, to: Tensor | None = None) -> Tensor:
+        """The latent x_T (B, *event) of data `x0` (B, *event), in float32 or wider: the ODE from t_min to t_max.
+
+        With `to`, a time (), the state there.
+        """
         sde, x0 = denoiser.sde, samples(x0, "x0")
         with in_eval(list(denoiser.modules())), torch.no_grad():
-            return self.move(denoiser, x0, as_time(sde.t_min, x0), as_time(sde.t_max, x0), cond=cond)
+            end = as_time(sde.t_max if to is None else to, x0)
+            return self.move(denoiser, x0, as_time(sde.t_min, x0), end, cond=cond)
 
     def move(self, denoiser: Denoiser, x: Tensor, start: Tensor, end: Tensor, *, cond: Cond = None) -> Tensor:
         """x at time `end` of the trajectory through x at `start` (times are scalars; either direction)."""

@@ -43,7 +43,7 @@ from scoresde.cli._hydra import read
 from scoresde.cli.plan import assemble
 from scoresde.codecs import Scaling
 from scoresde.config import ConfigError, build, build_network, config_dir, parameters, targets
-from scoresde.data import Augmentation, Dataset, Split
+from scoresde.data import Augmentation, Captions, Dataset, Split
 from scoresde.diffusion.parameterization import Parameterization
 from scoresde.diffusion.split import Split as TwoHeads
 from scoresde.evaluate import Features
@@ -51,7 +51,7 @@ from scoresde.evaluate.edits import Edit
 from scoresde.evaluate.likelihood import Likelihood
 from scoresde.evaluate.report import Evaluation
 from scoresde.losses import Loss
-from scoresde.nn import MLP, Autoencoder, Classifier
+from scoresde.nn import MLP, Autoencoder, Classifier, TextEncoder
 from scoresde.runs.kept import keep
 from scoresde.runs.load import build_denoiser
 from scoresde.runs.logger import Logger
@@ -66,6 +66,8 @@ EMPTY = (
     "augment/none.yaml",
     "codec/own.yaml",
     "grid/own.yaml",
+    "captions/none.yaml",
+    "text/none.yaml",
 )  # nothing in them
 OPTIONS = sorted(
     (path.parent.name, path.stem)
@@ -145,8 +147,11 @@ GROUPS: dict[str, tuple[Any, Callable[[], dict[str, Any]]]] = {
     "posterior": ((Denoiser, Step), lambda: {"denoiser": tiny_denoiser(), "step": DDIM(), "observation": seen()}),
     "problem": (Observation, lambda: {"y": None}),
     "edit": (Edit, dict),
+    "captions": (Captions, dict),
+    "text": (TextEncoder, lambda: {"vocabulary": 5}),
 }
 FLOW_MAPS = ("trajectory", "semigroup", "mean_flow", "consistency")
+INSIDE = {"captions": "data", "text": "network"}  # groups whose node is a part of another's
 OF_SAMPLES = ("guidance", "posterior", "problem", "edit")  # groups that scoresde-train has not
 
 
@@ -215,7 +220,12 @@ def files(folder: Path) -> dict[str, list[str]]:
     given["fitted"] = [f"grid.path={folder / 'grid.json'}"]
     given["sde/table"] = ["sde.alpha_bar=[0.9,0.5,0.1]"]
     given["energy"] = ["guidance.energy={_target_: scoresde.UniformGrid}"]  # something that can be called
-    given |= {option: ["edit.input=test:0-1"] for option in ("sdedit", "interpolation", "attribute")}
+    given |= {option: ["edit.input=test:0-1"] for option in ("sdedit", "interpolation", "attribute", "words")}
+    (folder / "words.txt").write_text("a b\n" * 30)
+    given["file"] = [f"data.captions.path={folder / 'words.txt'}"]
+    np.savez(folder / "scenes.npz", raw=pixels.flatten()[: 700 * 1024].reshape(700, 1, 32, 32))
+    (folder / "scenes.txt").write_text("a 3 above a 7\n" * 700)
+    given["scenes"] = [f"data.{of}path={folder}/scenes.{kind}" for of, kind in (("", "npz"), ("captions.", "txt"))]
     given["attribute"] += ["edit.having=test:0", "edit.lacking=[test:1]"]
     given["codec/autoencoder"] = [f"codec.run={coder(folder / 'coder', Scaling.identity(), (3, 8))}"]
     pictures = coder(folder / "pictures", Scaling(levels=256), (1, 28, 28), levels=256)
@@ -223,20 +233,31 @@ def files(folder: Path) -> dict[str, list[str]]:
     return given | {"arrays": [*given["arrays"], "data.raw_low=-1", "data.raw_high=1"]}
 
 
+def encoder_of_others(folder: Path) -> Path:
+    """A text encoder with random weights, as transformers writes it."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.T5Config(vocab_size=8, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
+    transformers.T5EncoderModel(config).save_pretrained(folder / "t5")
+    return folder / "t5"
+
+
 @pytest.mark.parametrize(("group", "option"), OPTIONS, ids=str)
 def test_every_option_builds(group: str, option: str, tmp_path: Path) -> None:
     kind, runtime = GROUPS[group]
     given = files(tmp_path)
+    if option == "frozen":
+        given["frozen"] = [f"network.text.path={encoder_of_others(tmp_path)}"]
     more = (
         given.get(f"{group}/{option}", given.get(option, []))
-        if group in ("data", "grid", "guidance", "edit", "sde", "codec")
+        if group in ("data", "grid", "guidance", "edit", "sde", "codec", "captions", "text")
         else []
     )
     if group in OF_SAMPLES:
         cfg = composed(f"{group}={option}", "run=somewhere", *more, name="sample")
     else:
         cfg = composed(f"{group}={option}", *more)
-    facts = wanted(cfg[group], runtime())
+    node = cfg[INSIDE[group]][group] if group in INSIDE else cfg[group]
+    facts = wanted(node, runtime())
     if option in FLOW_MAPS and group == "loss":
         facts = {"denoiser": tiny_map(), "teacher": tiny_denoiser()}
     if option == "egnn":
@@ -246,7 +267,7 @@ def test_every_option_builds(group: str, option: str, tmp_path: Path) -> None:
     if option == "hybrid":
         facts["denoiser"] = TwoHeads(tiny_denoiser().network, DDPM(), Eps())
     data = [points_of(3)] if group == "codec" else []
-    built = build(cfg[group], (), *data, **facts)
+    built = build(node, (), *data, **facts)
     assert isinstance(built, kind)
     if group == "grid":
         times = built(VPSDE(), 5)

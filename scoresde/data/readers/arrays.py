@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +16,7 @@ from ...codecs import Codec, Scaling
 from ..dataset import Dataset, Split, check_samples, count_classes, given, hold_out
 from ..rows import Rows, checked, extent
 from . import arrow, hdf5
+from .captions import Captions, beside
 from .npy import stored
 from .source import absent, existing, explained, misfit, only, unpacked_bytes
 
@@ -55,6 +57,7 @@ def Arrays(
     codec: Codec | None = None,
     lazy: bool | None = None,
     offset: int | None = None,
+    captions: str | Captions | None = None,
 ) -> Dataset:
     """Samples (N, *event) of a file of NumPy, HDF5 or NetCDF. Nothing is unpickled.
 
@@ -67,14 +70,14 @@ def Arrays(
         label_key: array of the file with class indices (N,), integers ≥ 0; None for none.
         cond_keys: arrays of the file with other conditions, by their names: {"vector": key, "image": key, "tokens":
             key}, floats as in `Split.conditions`, or bools, which become 0 and 1.
-        test_path: file of the test split, read with the same keys; None holds out `test_fraction` instead.
+        test_path: file of the test split, with the same keys; None holds out `test_fraction` instead.
         levels, offset: number of integer values (None means 256 for uint8 alone), and the least of them (None is 0).
         raw_low, raw_high: range of floats.
-        channels_last: samples are stored (…, C) and become (C, …).
-        signals: samples (A, B), which may be pictures without a channel axis, are signals of A channels.
+        channels_last, signals: samples are stored (…, C) and become (C, …); are signals of A channels, (A, B).
         add_channel: samples are stored without a channel axis and get one of size 1, and an image beside them, too.
         test_fraction, seed: of the split, in (0, 1), and ≥ 0; by class where there are labels.
         codec: of a model that is measured on these samples, in place of levels and range; all are held out.
+        captions: a file of sentences, one for each sample, see `Captions`.
         lazy: samples stay in the file, .npy or uncompressed .npz, and are read batch by batch; None: above 1 GiB.
 
     Raises:
@@ -84,26 +87,29 @@ def Arrays(
     file = existing(path, folder=arrow.is_arrow(Path(path)) and Path(path).is_dir())
     keys = dict(cond_keys or {}) | ({} if label_key is None else {"label": label_key})
     axes = Axes(channels_last, add_channel, signals or codec is not None)
-    read = partial(_read_split, key=key, keys=keys, axes=axes, lazy=lazy)
-    train, names = read(file)
+    train, names = (read := partial(_read_split, key=key, keys=keys, axes=axes, lazy=lazy))(file)
     if codec is not None:
-        return given(file.name, train, codec, names)
+        (train,), text = beside(captions, train)
+        return replace(given(file.name, train, codec, names), text=text)
     scaling = _scaling(train.raw, levels, offset, raw_low, raw_high, file)
     if test_path is None:
+        (train,), text = beside(captions, train)
         train, test = hold_out(train, test_fraction, seed)
     else:
-        other = existing(test_path, folder=file.is_dir())
-        test, found = read(other)
-        checked(scaling.check, test.raw, f"{other}: raw")
-        _check_names(names, found, other)
-    classes = len(names) or _classes(train, test, f"{file}[{keys.get('label')}]")
-    return Dataset(file.stem, train, test, scaling, classes, class_names=names, files=(path, test_path or path))
+        test = _test_split(existing(test_path, folder=file.is_dir()), read, scaling, names)
+        (train, test), text = beside(captions, train, test)
+    classes, files = len(names) or _classes(train, test, f"{file}[{keys.get('label')}]"), (path, test_path or path)
+    return Dataset(file.stem, train, test, scaling, classes, class_names=names, files=files, text=text)
 
 
-def _check_names(names: tuple[str, ...], found: tuple[str, ...], where: Path) -> None:
+def _test_split(where: Path, read: Callable[..., Any], scaling: Scaling, names: tuple[str, ...]) -> Split:
+    """That of a file of its own, which has the values and classes of the training samples."""
+    test, found = read(where)
+    checked(scaling.check, test.raw, f"{where}: raw")
     if found != names:
         expected = "the classes of the training samples, " + (", ".join(names) or "which have no names")
         raise misfit(f"{where}[class_names]", expected, ", ".join(found) or "none")
+    return test
 
 
 def _classes(train: Split, test: Split, where: str) -> int:

@@ -154,20 +154,20 @@ def _sound(column: Column, text: bool) -> bool:
 
 def _head(file: Path) -> list[str]:
     """The first lines."""
-    lines: list[str] = []
-    for text in _lines(file):
+    head: list[str] = []
+    for text in lines(file):
         if text.strip():
-            lines.append(text)
-        elif not lines:
+            head.append(text)
+        elif not head:
             raise misfit(f"{file}, line 1", "the names of the columns", "an empty line")
-        if len(lines) == _SNIFFED:
+        if len(head) == _SNIFFED:
             break
-    if len(lines) < 2:
-        raise misfit(file, "a line of names and rows of numbers", "one line" if lines else "none")
-    return lines
+    if len(head) < 2:
+        raise misfit(file, "a line of names and rows of numbers", "one line" if head else "none")
+    return head
 
 
-def _lines(file: Path) -> Iterator[str]:
+def lines(file: Path) -> Iterator[str]:
     """Lines in UTF-8, of bounded length."""
     with file.open("rb") as stream:
         yield from _decoded(file, stream)
@@ -225,7 +225,7 @@ def _check_names(file: Path, names: Sequence[str]) -> None:
 
 def _even(file: Path, sign: str, width: int) -> bool:
     """Whether each line has as many parts as there are names; the parser fills what is missing at the end of one."""
-    return all(len(row) in (0, width) for row in csv.reader(_lines(file), delimiter=sign))
+    return all(len(row) in (0, width) for row in csv.reader(lines(file), delimiter=sign))
 
 
 def _number(text: str) -> float | None:
@@ -242,7 +242,7 @@ def _blame(file: Path, sign: str, names: Sequence[str], places: dict[int, type])
     Raises:
         ValueError: with file, line, column, expected and found.
     """
-    rows = csv.reader(_lines(file), delimiter=sign)
+    rows = csv.reader(lines(file), delimiter=sign)
     try:
         for row in rows:
             where, first = f"{file}, line {rows.line_num:,}", rows.line_num == 1

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import zlib
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +16,7 @@ from ...checks import whole
 from ...codecs import Codec, Scaling
 from ..dataset import Dataset, Split, count_classes, given
 from ..rows import KEPT, Each
+from .captions import Captions, beside
 from .pictures import in_pixels, in_words, opened, pixels
 from .source import existing, misfit
 from .tree import listed
@@ -35,6 +38,7 @@ def ImageFolder(
     seed: int = 0,
     codec: Codec | None = None,
     lazy: bool | None = None,
+    captions: str | Captions | None = None,
 ) -> Dataset:
     """Images of a folder, decoded once and kept in memory, or whenever they are seen: of 8 bits, or grey ones of 16.
 
@@ -49,8 +53,8 @@ def ImageFolder(
         grey: one channel (colour becomes luma), or three (grey images are then refused); None is what they all are.
         test_fraction, seed: of the split, in (0, 1), and ≥ 0; by class where there are labels. Not used where folders
             say it.
-        codec: of a model that is measured on these images, of as many levels; all are held out, or those of a folder
-            for that.
+        codec: of a model that is measured on these images; all are held out, or those of a folder for that.
+        captions: a file of sentences, one for each image, see `Captions`; in the order of their names if it has none.
         lazy: they stay in their files, of which at the start only the heads are read; None: above 1 GiB of pixels.
 
     Returns:
@@ -59,15 +63,13 @@ def ImageFolder(
     Raises:
         ImportError: pillow is missing.
         FileNotFoundError: no such folder.
-        ValueError: no images, images both in the folder and below, mixed sizes or kinds, a file that is not an image or
-            not a single one without transparency; path, expected and found are named.
+        ValueError: no images, images in the folder and below, mixed sizes or kinds, a file that is not a single image
+            without transparency; path, expected and found are named.
     """
-    if size is not None:
-        size = whole(size, "size in pixels", otherwise="None to keep images as they are")
+    size = None if size is None else whole(size, "size in pixels", otherwise="None to keep images as they are")
     folder = existing(path, folder=True)
     tree, checksums = listed(folder, _SUFFIXES, "images", _OTHERS), dict[str, str]()
-    read = partial(_image, size=size, grey=grey, first=None)
-    first = read(tree.files[0])
+    first = (read := partial(_image, size=size, grey=grey, first=None))(tree.files[0])
     read, deep = partial(read, first=(first, tree.files[0].name)), first.dtype != torch.uint8
     if lazy or (lazy is None and len(tree.files) * first.numel() > KEPT):
         for file in tree.files:
@@ -78,15 +80,16 @@ def ImageFolder(
         samples = Split(torch.stack([read(file) for file in tree.files]), tree.labels)
         if len(tree.files) <= _MANY:
             checksums = {str(file.relative_to(folder)): f"{zlib.crc32(file.read_bytes()):08x}" for file in tree.files}
-    levels, own = 65_536 if deep else 256, folder.resolve().name
+    levels, own, both = 65_536 if deep else 256, folder.resolve().name, (str(path), str(path))
+    (samples,), text = beside(captions, samples, names=[str(file.relative_to(folder)) for file in tree.files])
     if codec is not None:
         if codec.levels != levels:
-            found = f"{16 if deep else 8}-bit images"
-            raise misfit(folder, f"samples of {codec}", found, "Give the values themselves: data=arrays.")
-        return given(own, tree.held_out(samples), codec, tree.names)
+            kind, cure = f"{16 if deep else 8}-bit images", "Give the values themselves: data=arrays."
+            raise misfit(folder, f"samples of {codec}", kind, cure)
+        return replace(given(own, tree.held_out(samples), codec, tree.names), text=text)
     splits, scaling = tree.split(samples, test_fraction, seed), Scaling(levels=levels)
-    classes, both = count_classes(samples), (str(path), str(path))
-    return Dataset(own, *splits, scaling, classes, class_names=tree.names, files=both, checksums=checksums)
+    facts: dict[str, Any] = {"class_names": tree.names, "files": both, "checksums": checksums, "text": text}
+    return Dataset(own, *splits, scaling, count_classes(samples), **facts)
 
 
 def _image(file: Path | str, size: int | None, grey: bool | None, first: tuple[Tensor, str] | None) -> Tensor:
