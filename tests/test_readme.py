@@ -21,14 +21,14 @@ BLOCKS = {
     path.name: re.findall(r"^```(\w*)\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE) for path, text in PAGES.items()
 }
 PYTHON = [text for language, text in BLOCKS["README.md"] if language == "python"]
-# These take no configuration: tests/runs/test_runs.py, tests/cli/test_doctor.py, tests/data/test_pack.py
+# These take no configuration: tests/runs/test_runs.py, tests/cli/test_doctor.py, tests/data/test_pack.py, tests/interop
 COMMANDS = sorted(
     {
         line
         for blocks in BLOCKS.values()
         for _, text in blocks
         for line in text.replace("\\\n", " ").splitlines()
-        if re.match(r"(scoresde-(?!runs|doctor|pack)|torchrun|srun)", line)
+        if re.match(r"(scoresde-(?!runs|doctor|pack|import)|torchrun|srun)", line)
     }
 )
 
