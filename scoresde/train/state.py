@@ -128,9 +128,11 @@ class TrainingState:
         told = dict[str, Tensor]()
         if self.augment is not None:
             raw, told = self.augment(raw, self.rng)
-        codec = self.dataset.codec.redraw if self.stored else self.dataset.codec
         cond = self.train.cond(index, self.conditional, self.device)
-        x0, cond = drawn(codec, raw, cond, self.rng, self.device)
+        if self.stored:
+            x0 = self.dataset.codec.redraw.transform(raw, rng=self.rng).to(self.device)
+        else:
+            x0, cond = drawn(self.dataset.codec, raw, cond, self.rng, self.device)
         return x0, unnamed(named(cond) | {name: value.to(self.device) for name, value in told.items()})
 
     def terms(self) -> Terms:
