@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from . import diffusers_folder, edm
+from . import diffusers_folder, dit, edm, guided_diffusion, score_sde
 from .imported import Imported
 from .pickles import ForeignFileError
 from .torch_files import load, refusing
 
-FORMATS = ("edm", "diffusers")
+FORMATS = ("edm", "score_sde", "guided_diffusion", "dit", "sit", "diffusers")
 
 
 def read(path: Path | str, *, args: Mapping[str, Any] | None = None, format: str | None = None) -> Imported:
@@ -24,6 +24,7 @@ def read(path: Path | str, *, args: Mapping[str, Any] | None = None, format: str
 
     Raises:
         ForeignFileError: it cannot be read, is of none of the formats, or needs arguments that are not given.
+        OSError: there is no such file.
     """
     path = Path(path)
     if format is not None and format not in FORMATS:
@@ -32,7 +33,30 @@ def read(path: Path | str, *, args: Mapping[str, Any] | None = None, format: str
         with refusing(path):
             return diffusers_folder.read(path, args)
     content = load(path)
-    if not isinstance(content, dict):
-        raise ForeignFileError(f"{path} holds a {type(content).__name__}, and no network.")
     with refusing(path):
-        return edm.read(path, content)
+        if not isinstance(content, dict):
+            raise ValueError(f"it holds a {type(content).__name__}, and no network")
+        kind = _kind(content) if format is None else format
+        if kind == "edm":
+            return edm.read(path, content)
+        if kind == "score_sde":
+            return score_sde.read(path, content, args)
+        if kind == "guided_diffusion":
+            return guided_diffusion.read(path, content, args)
+        return dit.read(path, content, args, kind)
+
+
+def _kind(content: Mapping[str, Any]) -> str:
+    """The format, by names that only it has."""
+    average = content.get("ema")
+    inner = average if isinstance(average, dict) else content
+    if "class_name" in inner:
+        return "edm"
+    if "shadow_params" in inner:
+        return "score_sde"
+    if "time_embed.0.weight" in inner:
+        return "guided_diffusion"
+    if "x_embedder.proj.weight" in inner:
+        raise ValueError("DiT and SiT have the same tensors: say which it is, format=dit or format=sit")
+    found = ", ".join(map(str, list(inner)[:4]))
+    raise ValueError(f"it is of none of the formats {', '.join(FORMATS)}; it begins with {found:.200}")

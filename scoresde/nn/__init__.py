@@ -2,6 +2,7 @@
 
 from ..diffusion.conditions import Cond
 from .autoencoder import Autoencoder
+from .affine import Affine
 from .classifier import Classifier
 from .conditioning import Conditioning
 from .conditions import Conditions, TextEncoder
@@ -18,6 +19,7 @@ __all__ = [
     "EGNN",
     "MLP",
     "Autoencoder",
+    "Affine",
     "Classifier",
     "Cond",
     "Conditioning",
