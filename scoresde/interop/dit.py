@@ -116,12 +116,8 @@ def _weights(
         found[name] = found[name].unflatten(0, (rows, outputs, channels))[:, 0].flatten(0, 1)
     if kind == "sit":  # whose velocity is data less noise
         found = with_outlet_negated(found)
-    drops = flags.number("class_dropout_prob", 0.1 if "num_classes" not in flags.given else 0.0)
-    classes = flags.whole("num_classes", len(table) - (drops > 0))
-    if not 0 <= len(table) - classes <= 1:
-        raise ForeignFileError(f"{path} has {len(table)} rows of labels for num_classes={classes}.")
-    told = len(table) > classes
-    found["conditioning.label.weight"] = table if told else torch.cat([table, torch.zeros_like(table[:1])])
+    classes, table, drops = _labels(table, flags)
+    found["conditioning.label.weight"] = table
     found["conditioning.waves.omega"] = geometric(128, last=False)
     heads = flags.get("num_heads", _HEADS.get((width, depth)))
     if heads is None:
@@ -139,6 +135,17 @@ def _weights(
         "mlp_ratio": len(found["blocks.0.inner.bias"]) / width,
         "embedding": "sinusoidal",
         "embedding_scale": 0.01,
-        "cond_dropout": (drops or 0.1) if told else 0.0,
+        "cond_dropout": drops,
     }
     return found, node, (channels, grid * patch, grid * patch), classes
+
+
+def _labels(table: Tensor, flags: Arguments) -> tuple[int, Tensor, float]:
+    """(classes, a table with a last row for none, probability of none in training; 0 for never)."""
+    drops = flags.number("class_dropout_prob", 0.1 if "num_classes" not in flags.given else 0.0)
+    classes = flags.whole("num_classes", len(table) - (drops > 0))
+    if not 0 <= len(table) - classes <= 1:
+        raise ForeignFileError(f"{flags.path} has {len(table)} rows of labels for num_classes={classes}.")
+    if len(table) > classes:
+        return classes, table, drops or 0.1
+    return classes, torch.cat([table, torch.zeros_like(table[:1])]), 0.0

@@ -6,7 +6,7 @@ The pickle holds the source of its classes, which EDM's own loader executes; her
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,10 +47,9 @@ def read(path: Path, content: Any) -> Imported:
         raise ForeignFileError(
             f"{path}: expected {', '.join(_WRAPPERS)} around {' or '.join(_NETWORKS)}; found {names}."
         )
-    named = dict(flattened(wrapper, path))
+    named = flattened(wrapper, path)
     tensors = Tensors({n.removeprefix("model."): v for n, v in named.items() if n.startswith("model.")}, path)
-    given = dict(wrapper.get("_init_kwargs") or {})
-    given |= dict(zip(("img_resolution", "img_channels", "label_dim"), wrapper.get("_init_args") or (), strict=False))
+    given = arguments_of(wrapper)
     for theirs in _OF_WRAPPER:
         given.pop(theirs, None)
     channels = given.pop("img_channels", None)
@@ -77,8 +76,19 @@ def read(path: Path, content: Any) -> Imported:
     )
 
 
-def flattened(module: Any, path: Path, prefix: str = "", depth: int = 0) -> list[tuple[str, Tensor]]:
-    """The parameters and buffers of a module and of those in it, by name."""
+def flattened(module: Any, path: Path) -> dict[str, Tensor]:
+    """The parameters and buffers of a module and of those in it, by name.
+
+    Raises:
+        ForeignFileError: modules without end, or two tensors of one name.
+    """
+    pairs = _flattened(module, path, "", 0)
+    if len(found := dict(pairs)) < len(pairs):
+        raise ForeignFileError(f"{path}: two of its tensors have the same name.")
+    return found
+
+
+def _flattened(module: Any, path: Path, prefix: str, depth: int) -> list[tuple[str, Tensor]]:
     if depth > _DEEPEST:
         raise ForeignFileError(f"{path}: its modules are nested more than {_DEEPEST} deep.")
     found = []
@@ -86,7 +96,7 @@ def flattened(module: Any, path: Path, prefix: str = "", depth: int = 0) -> list
         found += [(prefix + name, v) for name, v in (module.get(group) or {}).items() if isinstance(v, Tensor)]
     for name, inner in (module.get("_modules") or {}).items():
         if isinstance(inner, dict):
-            found += flattened(inner, path, f"{prefix}{name}.", depth + 1)
+            found += _flattened(inner, path, f"{prefix}{name}.", depth + 1)
         if len(found) > 100_000:
             raise ForeignFileError(f"{path}: it has more than 100,000 tensors, which no published network has.")
     return found
@@ -111,31 +121,40 @@ def build_network(
     node, layout, heads = _NETWORKS[kind](args, side)
     args.done(*_IDLE)
 
-    def theirs(place: Place) -> str:
-        at = f"{layout.sides[place.level]}x{layout.sides[place.level]}"
-        ends = ("out_norm", "out_conv") if layout.attend_all else (f"dec.{at}_aux_norm", f"dec.{at}_aux_conv")
-        return {
-            "inlet": f"enc.{at}_conv",
-            "down": f"enc.{at}_down",
-            "pyramid": f"enc.{at}_aux_residual",
-            "encoder": f"enc.{at}_block{place.number}",
-            "middle": f"dec.{at}_in{place.number}",
-            "up": f"dec.{at}_up",
-            "decoder": f"dec.{at}_block{place.number}",
-            "norm": ends[0],
-            "outlet": ends[1],
-        }[place.part]
-
     def attention(place: Place, start: str) -> dict[str, Tensor]:
         pieces = _NAMES.attention.items()
         found = {f"{o}.{end}": tensors.take(f"{start}.{t}.{end}") for o, t in pieces for end in ("weight", "bias")}
         return {n: rows_of_qkv(v, heads[place.level], "hcw") if n.startswith("qkv") else v for n, v in found.items()}
 
-    weights = unet_weights(layout, tensors, _NAMES, theirs, attention)
+    weights = unet_weights(layout, tensors, _NAMES, lambda place: name_of(place, layout.sides, kind), attention)
     weights |= _embedding(kind, node, tensors)
     tensors.drop(".resample_filter", "map_augment.weight")
     tensors.done()
     return node, weights, (channels, side, side)
+
+
+def name_of(place: Place, sides: Sequence[int], kind: str = "SongUNet") -> str:
+    """The beginning of the names of a layer's tensors."""
+    at = f"{sides[place.level]}x{sides[place.level]}"
+    if place.part in ("norm", "outlet"):
+        last = "norm" if place.part == "norm" else "conv"
+        return f"dec.{at}_aux_{last}" if kind == "SongUNet" else f"out_{last}"
+    return {
+        "inlet": f"enc.{at}_conv",
+        "down": f"enc.{at}_down",
+        "pyramid": f"enc.{at}_aux_residual",
+        "encoder": f"enc.{at}_block{place.number}",
+        "middle": f"dec.{at}_in{place.number}",
+        "up": f"dec.{at}_up",
+        "decoder": f"dec.{at}_block{place.number}",
+    }[place.part]
+
+
+def arguments_of(wrapper: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments that a wrapper was made with."""
+    given = dict(wrapper.get("_init_kwargs") or {})
+    names = ("img_resolution", "img_channels", "label_dim")
+    return given | dict(zip(names, wrapper.get("_init_args") or (), strict=False))
 
 
 def _song(args: Arguments, side: int) -> tuple[Node, Layout, list[int]]:

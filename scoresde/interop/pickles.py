@@ -129,6 +129,8 @@ class Machine:
         for key, value in zip(items[::2], items[1::2], strict=True):
             if not isinstance(key, (str, int)):  # others may take for ever to hash
                 raise ValueError(f"expected text and whole numbers as keys, found a {type(key).__name__}")
+            if key in target:
+                raise ValueError(f"it gives {key!s:.80} twice")
             target[key] = value
 
     def _append(self, items: list[Any]) -> None:
@@ -155,7 +157,7 @@ class Machine:
         self._stack.append(target)
 
     def _spend(self, *copied: Any) -> None:
-        self._room -= sum(len(value) for value in copied if isinstance(value, (bytes, list, dict)))
+        self._room -= sum(len(value) for value in copied if isinstance(value, (bytes, str, list, dict)))
         if self._room < 0:
             raise ValueError("it copies more than it holds")
 

@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from . import diffusers_folder, dit, edm, guided_diffusion, score_sde
+from . import diffusers_folder, dit, edm, edm2, guided_diffusion, score_sde
 from .imported import Imported
 from .pickles import ForeignFileError
 from .torch_files import load, refusing
 
-FORMATS = ("edm", "score_sde", "guided_diffusion", "dit", "sit", "diffusers")
+FORMATS = ("edm", "edm2", "score_sde", "guided_diffusion", "dit", "sit", "diffusers")
 
 
 def read(path: Path | str, *, args: Mapping[str, Any] | None = None, format: str | None = None) -> Imported:
@@ -39,6 +39,8 @@ def read(path: Path | str, *, args: Mapping[str, Any] | None = None, format: str
         kind = _kind(content) if format is None else format
         if kind == "edm":
             return edm.read(path, content)
+        if kind == "edm2":
+            return edm2.read(path, content)
         if kind == "score_sde":
             return score_sde.read(path, content, args)
         if kind == "guided_diffusion":
@@ -51,7 +53,7 @@ def _kind(content: Mapping[str, Any]) -> str:
     average = content.get("ema")
     inner = average if isinstance(average, dict) else content
     if "class_name" in inner:
-        return "edm"
+        return "edm2" if inner["class_name"] == "Precond" else "edm"
     if "shadow_params" in inner:
         return "score_sde"
     if "time_embed.0.weight" in inner:

@@ -59,6 +59,8 @@ def read(path: Path, content: Mapping[str, Any], args: Mapping[str, Any] | None)
     model.done(*_IDLE)
     shape = (channels, side, side)
     last = {str(name).removeprefix("module."): value for name, value in content["model"].items()}
+    if len(last) < len(content["model"]):
+        raise ForeignFileError(f"{path}: two of its tensors have the same name, with and without 'module.'.")
     average = _average(path, content, last, node["embedding"] == "fourier")
     weights, raw = (_weights(path, named, node, layout, sign) for named in (average, last))
     if not centred:

@@ -175,6 +175,13 @@ def _tensor(storage: Any, offset: Any, size: Any, stride: Any, *rest: Any) -> Te
     return torch.as_strided(storage, size, stride, offset)
 
 
+def _bytes(text: Any, encoding: Any) -> bytes:
+    """Bytes as pickles had them before they had bytes."""
+    if encoding != "latin1":
+        raise ValueError(f"expected bytes as text in latin1, found {encoding!s:.40}")
+    return str(expected(text, str)).encode("latin1")
+
+
 def _numpy_scalar(dtype: Any, content: Any = b"") -> Any:
     (kind,) = expected(dtype, tuple)
     if kind not in _NUMPY:
@@ -199,6 +206,8 @@ _NAMES: dict[str, Callable[..., Any] | None] = {
     "dnnlib.util EasyDict": lambda: {},
     "argparse Namespace": lambda: {},
     "builtins set": lambda items: add_items(expected(items, list), set()),
+    "__builtin__ set": lambda items: add_items(expected(items, list), set()),
+    "_codecs encode": _bytes,
     "numpy dtype": lambda kind, *rest: (expected(kind, str),),
     "numpy.core.multiarray scalar": _numpy_scalar,
     "numpy._core.multiarray scalar": _numpy_scalar,

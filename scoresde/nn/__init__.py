@@ -9,6 +9,7 @@ from .conditions import Conditions, TextEncoder
 from .embedding import FourierEmbedding, SinusoidalEmbedding
 from .equivariant import EGNN
 from .log_variance import LogVariance
+from .magnitude import MagnitudeUNet
 from .mlp import MLP
 from .resample import Downsample, Upsample
 from .text import FrozenText, TextTransformer
@@ -29,6 +30,7 @@ __all__ = [
     "FourierEmbedding",
     "FrozenText",
     "LogVariance",
+    "MagnitudeUNet",
     "SinusoidalEmbedding",
     "TextEncoder",
     "TextTransformer",

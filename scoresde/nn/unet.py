@@ -105,7 +105,7 @@ class UNet(nn.Module):
         style, emb, conditioning = _read(switches, 4 * width)
         self.event_shape = sizes(event_shape, "event_shape")
         _check(width, multipliers, blocks, progressive_input, dropout)
-        sides = _sides(self.event_shape, len(multipliers))
+        sides = check_sides(self.event_shape, len(multipliers))
         if unknown := sorted(set(attention) - set(sides)):
             raise ValueError(f"The resolutions are {sides}; attention at {unknown} would never happen.")
         dims, channels = len(self.event_shape) - 1, self.event_shape[0]
@@ -269,7 +269,7 @@ def _joint(event_shape: tuple[int, ...], image: tuple[int, ...], width: int) -> 
     return conv(len(image) - 1, image[0] + 1, width, 3) if image else None
 
 
-def _sides(event_shape: tuple[int, ...], levels: int) -> list[int]:
+def check_sides(event_shape: tuple[int, ...], levels: int) -> list[int]:
     """The longest side at every level; refuses shapes that cannot be halved levels − 1 times."""
     if not 2 <= len(event_shape) <= 4:
         raise ValueError(
