@@ -1,8 +1,8 @@
 """Networks F(x, c_noise, cond): they see a noise level as one number per sample, never an SDE."""
 
 from ..diffusion.conditions import Cond
-from .autoencoder import Autoencoder
 from .affine import Affine
+from .autoencoder import Autoencoder
 from .classifier import Classifier
 from .conditioning import Conditioning
 from .conditions import Conditions, TextEncoder
@@ -19,8 +19,8 @@ from .unet import UNet
 __all__ = [
     "EGNN",
     "MLP",
-    "Autoencoder",
     "Affine",
+    "Autoencoder",
     "Classifier",
     "Cond",
     "Conditioning",
