@@ -62,6 +62,8 @@ def read(path: Path, content: Any) -> Imported:
     changed = _WRAPPERS[kind](facts, named, weights)
     unknown = ["names of the classes"] if network["classes"] else []
     classes = network.pop("classes")
+    if classes:
+        network["cond_dropout"] = Arguments(given, path).number("label_dropout", 0.0)
     if outputs == 2:
         unknown.append("the learned variance is left out")
     return Imported(
