@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import shlex
 import sys
@@ -15,7 +16,6 @@ from omegaconf.errors import OmegaConfBaseException
 
 from .. import __version__
 from ..config import ConfigError, build, config_dir, nearest
-from ..data import Dataset
 from ..interop.folder import codec_of, write
 from ..interop.imported import Imported
 from ..interop.read import FORMATS, read
@@ -49,8 +49,8 @@ def main() -> None:
         options = options_of(chosen.keys)
         imported = read(chosen.source, args=arguments(options.get("args")), format=options.get("format"))
         print(imported.summary(), flush=True)
-        node = data_node(options.get("data"))
-        dataset = None if node is None else build_data(node, imported)
+        node = data_node(options.get("data"), imported)
+        dataset = None if node is None else build(node, key="data")
         folder, command = Path(options["out"]), shlex.join(["scoresde-import", *sys.argv[1:]])
         overwrite = options.get("overwrite", False)
         said = write(imported, folder, dataset=dataset, data=node, command=command, overwrite=overwrite)
@@ -103,8 +103,8 @@ def arguments(given: Any) -> Mapping[str, Any] | None:
     return found
 
 
-def data_node(given: Any) -> dict[str, Any] | None:
-    """The node that data=arrays data.path=… stands for; None without data.
+def data_node(given: Any, imported: Imported) -> dict[str, Any] | None:
+    """The node that data=arrays data.path=… stands for, coded as the network was trained; None without data.
 
     Raises:
         ConfigError: there is no such kind of data, or no such key.
@@ -119,13 +119,8 @@ def data_node(given: Any) -> dict[str, Any] | None:
     for key in given["keys"]:
         if key not in node:
             raise ConfigError(f"data={name} has no key {key!r}.{nearest(key, node)}")
-    return {**node, **given["keys"]}
-
-
-def build_data(node: dict[str, Any], imported: Imported) -> Dataset:
-    """The data, coded as the network was trained."""
-    dataset: Dataset = build(node, key="data", codec=codec_of(imported))
-    return dataset
+    codec = {"_target_": "scoresde.codecs.Scaling", **dataclasses.asdict(codec_of(imported))}
+    return {**node, **given["keys"], "codec": codec}
 
 
 if __name__ == "__main__":

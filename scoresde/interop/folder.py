@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..codecs import Codec, Scaling
+from ..codecs import Scaling
 from ..data import Dataset, Split
 from ..data.statistics import Statistics
 from ..diffusion.denoiser import Denoiser
@@ -29,7 +29,7 @@ _LOSS = {  # of scoresde-evaluate
 }
 
 
-def codec_of(imported: Imported) -> Codec:
+def codec_of(imported: Imported) -> Scaling:
     """8-bit pictures in the range that the network was trained with; of latents the numbers themselves."""
     return Scaling.identity() if imported.span is None else Scaling(*imported.span, levels=256)
 
