@@ -44,6 +44,7 @@ ARGUMENTS = {
     "UniPC": ("order=2", "order=3"),
     "TableSDE": ("sigmas=torch.logspace(-2, 1.7, 232).double()",),
 }  # fmt: skip
+OTHERS = ("FlowMap",)  # which solves nothing: it moves by a model that is told where it goes
 LABELS = {"TableSDE": ("TableSDE, NCSN",)}
 
 MEAN, VAR = torch.tensor([1.5, -0.5]), 0.25
@@ -77,7 +78,7 @@ def exported(module: object, base: type) -> Iterator[tuple[str, object]]:
     names = {**vars(scoresde), **vars(scoresde.sampling), "torch": torch}
     for name in sorted(module.__all__, key=str.lower):
         kind = getattr(module, name)
-        if inspect.isclass(kind) and issubclass(kind, base) and not inspect.isabstract(kind):
+        if inspect.isclass(kind) and issubclass(kind, base) and not inspect.isabstract(kind) and name not in OTHERS:
             for index, arguments in enumerate(ARGUMENTS.get(name, ("",))):
                 label = LABELS[name][index] if name in LABELS else f"{name}({arguments})"
                 yield label, eval(f"{name}({arguments})", names)

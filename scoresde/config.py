@@ -110,17 +110,18 @@ def build(node: Any, allow: Sequence[str] = (), *given: Any, key: str | None = N
 def build_network(
     node: Any, allow: Sequence[str] = (), *, key: str = "network", classes: int, cond_augment: int = 0, **facts: Any
 ) -> Any:
-    """A network: with `_partial_: true` it is built with those of the facts (event_shape, classes, and cond_augment
-    where it is told of augmentation) that it takes."""
+    """A network: with `_partial_: true` it is built with those of the facts (event_shape, classes, cond_augment where
+    it is told of augmentation, and told where it is a flow map) that it takes."""
     tree = _checked(node, allow, key)
     if not tree.get("_partial_"):
         return build(node, allow, key=key)
     names, open_ended = parameters(tree["_target_"])
     facts |= {"classes": classes} | ({"cond_augment": cond_augment} if cond_augment else {})
     taken = {name: value for name, value in facts.items() if name in names or open_ended}
-    for name, count, by in (("classes", classes, "conditional"), ("cond_augment", cond_augment, "augment.tell")):
+    ways = {"classes": (classes, "conditional=true"), "cond_augment": (cond_augment, "augment.tell=true")}
+    for name, (count, by) in (ways | {"told": ("told" in facts, "denoiser.told")}).items():
         if count and name not in taken:
-            raise ConfigError(f"{key}: {tree['_target_']} has no parameter {name!r}, of which {by}=true tells it.")
+            raise ConfigError(f"{key}: {tree['_target_']} has no parameter {name!r}, of which {by} tells it.")
     return build(node, allow, key=key, **taken)
 
 

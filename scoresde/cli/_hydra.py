@@ -40,7 +40,7 @@ from ..train.world import ProcessLost
 from ._errors import explain, of_another_command
 from .foreign import CheckedLoader
 from .own_options import problem_in_options
-from .typed import problem_in_words, typed, words_of
+from .typed import of_flow_map, problem_in_words, typed, words_of
 
 _show_warning = warnings.showwarning
 # Errors whose message says what to do.
@@ -70,7 +70,7 @@ def launch(task: Callable[[DictConfig], Any], name: str) -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # so that Hydra raises instead of printing
     hydra._internal.hydra.ConfigLoaderImpl = CheckedLoader  # type: ignore[misc]  # Hydra has no hook that early
 
-    if name != "train":  # which takes the lock on all ranks' behalf, when everything is built
+    if name not in ("train", "distil"):  # which takes the lock on all ranks' behalf, when everything is built
         task = alone(task, "fit samplers to a copy of the folder: run=…" if name == "fit" else "choose another: out=…")
     try:
         try:
@@ -246,8 +246,8 @@ class Command:
         """The object that a key describes; see `config.build`."""
         return build(self.options[key], self.allow, key=key, **runtime)
 
-    def samplers(self) -> dict[str, Sampler]:
-        """The chosen sampler under its option's name, then those of `samplers`.
+    def samplers(self, told: Sequence[str] = ()) -> dict[str, Sampler]:
+        """The chosen sampler under its option's name, then those of `samplers`; a flow map has steps of its own.
 
         Raises:
             ConfigError: one that cannot be built.
@@ -256,6 +256,8 @@ class Command:
         if not isinstance(others, dict):
             raise ConfigError(f"samplers is a mapping, extended by +sampler@samplers.ode=ode; got {others!r}.")
         chosen = str(HydraConfig.get().runtime.choices["sampler"])
+        if "end" in told:
+            self.options["sampler"], chosen = of_flow_map(self.options["sampler"], self.typed, chosen)
         built = {name: build(node, self.allow, key=f"samplers.{name}") for name, node in others.items()}
         return {chosen: self.build("sampler")} | {name: sampler for name, sampler in built.items() if name != chosen}
 

@@ -41,8 +41,9 @@ def evaluate(cfg: DictConfig) -> float:
             figures.require()
         if options["then"] is not None:
             return evaluate_cascade(command, evaluation)
-        samplers, likelihood, logger = command.samplers(), command.build("likelihood"), command.build("logger")
+        likelihood, logger = command.build("likelihood"), command.build("logger")
         run = with_given(command, chosen_run(options, allow, whole_data=options["data"] is None))
+        samplers = command.samplers(run.denoiser.told)
         evenly_spaced(len(run.dataset.test), evaluation.points, "evaluation.points")
         likelihood.job(run.denoiser, run.dataset, seed=options["seed"])  # refused now, not after the samples
         versus = compared(run, options, allow)

@@ -10,6 +10,7 @@ import torch
 
 from ..config import ConfigError
 from ..data import EpochOrder
+from ..diffusion.denoiser import Denoiser
 from ..evaluate import figures
 from ..evaluate.evaluation import evenly_spaced
 from ..evaluate.likelihood import Likelihood
@@ -21,6 +22,7 @@ from ..runs.logger import Logger
 from ..runs.objective import build_loss, check_objective
 from ..runs.progress import doing
 from ..runs.redact import redacted
+from ..runs.run import Run
 from ..sampling import Sampler
 from ..train.parallel import spread_over
 from ..train.state import TrainingState
@@ -67,8 +69,26 @@ class Plan:
             print(text, flush=True)
 
 
-def assemble(command: Command, world: World) -> Plan:
+@dataclass(frozen=True)
+class Lesson:
+    """What a flow map learns from.
+
+    Attributes:
+        run: whose weights it starts from, on whose data.
+        teacher: its model, guided.
+    """
+
+    run: Run
+    teacher: Denoiser
+
+
+def assemble(command: Command, world: World, lesson: Lesson | None = None) -> Plan:
     """Builds every object of the configuration.
+
+    Args:
+        command: with every key of conf/train.yaml.
+        world: the processes.
+        lesson: of a flow map that is distilled.
 
     Raises:
         ConfigError: something in it cannot be built.
@@ -83,13 +103,17 @@ def assemble(command: Command, world: World) -> Plan:
     trainer, samplers = command.build("trainer"), command.samplers()
     torch.manual_seed(seed)  # initial weights and dropout; everything else takes an Rng
     with doing("reading the data"):
-        dataset = coded(command.build("data"), config, command.allow, command.folder)
-        if dataset.codec.digest:
+        dataset = lesson.run.dataset if lesson else coded(command.build("data"), config, command.allow, command.folder)
+        if dataset.codec.digest and not lesson:
             config["codec"] = {**config["codec"], "digest": dataset.codec.digest}
         dataset.statistics  # noqa: B018  # looks at all samples, once; here a signal may break it off
     denoiser = loading.build_denoiser(config, dataset, command.allow).to(device)
-    start = loading.prepare(denoiser, dataset, seed)
-    loss: Any = build_loss(config, denoiser, command.allow).to(device)
+    if lesson:
+        start = f"\nIt starts from {lesson.run}."
+        loading.start_from(denoiser, lesson.run.denoiser)
+    else:
+        start = loading.prepare(denoiser, dataset, seed)
+    loss: Any = build_loss(config, denoiser, command.allow, lesson.teacher if lesson else None).to(device)
     loading.check_fit(denoiser, dataset, conditional=conditional)
     check_samplers(samplers, denoiser)
     evenly_spaced(len(dataset.test), evaluation.points, "evaluation.points")  # refused now rather than after training
@@ -107,7 +131,7 @@ def assemble(command: Command, world: World) -> Plan:
     if world.rank:
         torch.manual_seed(seed + world.rank)  # other dropout on each
     order = EpochOrder(len(dataset.train), trainer.batch_size, seed, repeat=bool(dataset.columns))
-    augment = command.build("augment") if config["augment"] else None
+    augment = command.build("augment") if config["augment"] and not lesson else None
     how: dict[str, Any] = {"conditional": conditional, "world": world, "parallel": parallel, "augment": augment}
     how["workers"] = trainer.workers
     training = TrainingState(loss, optimizer, ema, dataset, order, Rng(seed), loss_scale=trainer.loss_scale, **how)

@@ -103,7 +103,8 @@ def sample(cfg: DictConfig) -> None:
         whole(options["batch_size"], "batch_size")
         if options["pictures"]:
             figures.require()
-        samplers, run = command.samplers(), chosen_run(options, allow)
+        run = chosen_run(options, allow)
+        samplers = command.samplers(run.denoiser.told)
         check_samplers(samplers, run.denoiser)
         denoiser, guide, conditioned = build_guidance(options, run, allow)
         problem, edited = read_problem(options, run.dataset, allow), read_edit(command, run, len(seeds))

@@ -6,7 +6,7 @@ import contextlib
 import os
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
@@ -36,8 +36,10 @@ from ..train.state import TrainingState
 from ..train.world import World, join
 from ._hydra import Command, OutputFolder, in_sweep, launch, read, refusing
 from .fit import fit_or_try
-from .plan import Plan, assemble
+from .plan import Lesson, Plan, assemble
 from .typed import in_shell
+
+Learn = Callable[[Command], tuple[Command, Lesson]]
 
 
 def main() -> None:
@@ -45,17 +47,24 @@ def main() -> None:
     launch(train, "train")
 
 
-def train(cfg: DictConfig) -> float:
-    """One job. In a sweep its end is recorded, whatever it is, and the next one runs."""
+def train(cfg: DictConfig, learn: Learn | None = None) -> float:
+    """One job. In a sweep its end is recorded, whatever it is, and the next one runs.
+
+    Args:
+        cfg: the command.
+        learn: makes a whole training command of it, and says what a flow map learns from.
+    """
     if not in_sweep():
-        return run(cfg)["objective"]
-    return one_job(lambda: run(cfg), resume=cfg.resume == "auto", in_process=SweepSummary.current is not None)
+        return run(cfg, learn)["objective"]
+    return one_job(lambda: run(cfg, learn), resume=cfg.resume == "auto", in_process=SweepSummary.current is not None)
 
 
-def run(cfg: DictConfig) -> dict[str, float]:
+def run(cfg: DictConfig, learn: Learn | None = None) -> dict[str, float]:
     """Trains and evaluates. Returns the objective and what it was made of."""
     with refusing():
-        command = read(cfg)
+        command, lesson = read(cfg), None
+        if learn is not None:
+            command, lesson = learn(command)
         device = loading.choose_device(command.options["device"])
         loading.choose_kernels(command.options["kernels"], device)
         world = join(device, command.options["timeout"])
@@ -64,7 +73,7 @@ def run(cfg: DictConfig) -> dict[str, float]:
     # the lock ends last, so that whoever waits for it finds everything written
     with contextlib.closing(world), contextlib.ExitStack() as stack, Signals() as signals:
         with refusing():
-            plan = assembled(command, world, signals)
+            plan = assembled(command, world, signals, lesson)
             world.leader(lambda: stack.enter_context(lock.hold(plan.folder)))
             checkpoint = find(plan, command.options["resume"], command.options["overwrite"])
             if checkpoint is not None:
@@ -75,11 +84,11 @@ def run(cfg: DictConfig) -> dict[str, float]:
             return follow(plan, checkpoint, signals)
 
 
-def assembled(command: Command, world: World, signals: Signals) -> Plan:
+def assembled(command: Command, world: World, signals: Signals, lesson: Lesson | None) -> Plan:
     """`assemble`, which a signal breaks off: reading the data may take minutes."""
     try:
         with signals.interruptible():
-            return assemble(command, world)
+            return assemble(command, world, lesson)
     except Interrupted:
         OutputFolder.remove_created()
         raise Stopped(signals.code, "Stopped before training began; nothing was written.") from None

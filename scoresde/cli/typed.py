@@ -90,6 +90,15 @@ def words_of(hydra: Any, folder: Path, *, sweep: bool) -> list[str]:
     return [redacted_text(word) for word in [hydra.job.name, *dirs, *words]]
 
 
+def of_flow_map(sampler: dict[str, Any], words: Sequence[str], chosen: str) -> tuple[dict[str, Any], str]:
+    """The sampler of a flow map and its name: one step, or sampler.steps of them, where the command names no other."""
+    typed = [word.lstrip("+").partition("=")[0] for word in words]
+    if "sampler" in typed:
+        return sampler, chosen
+    own = {"_target_": "scoresde.Sampler", "step": {"_target_": "scoresde.FlowMap"}, "denoise": False}
+    return {**own, "grid": sampler["grid"], "steps": sampler["steps"] if "sampler.steps" in typed else 1}, "flow_map"
+
+
 def is_text(key: str) -> bool:
     """Whether the value of a key is text, whatever it reads like."""
     key = key.lstrip("+")

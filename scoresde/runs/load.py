@@ -74,6 +74,7 @@ def build_denoiser(config: Mapping[str, Any], dataset: Dataset, allow: Sequence[
     classes, node = dataset.classes if config["conditional"] else 0, config["denoiser"]
     augment = build(config["augment"], allow, key="augment") if config.get("augment") else None
     told: dict[str, Any] = {"classes": classes, "cond_augment": augment.told if augment else 0}
+    told |= {"told": list(node["told"])} if node.get("told") else {}
     if dataset.numbers and not config["network"].get("numbers"):
         told["numbers"] = dataset.numbers
     if leaves_open(config["network"], "levels", allow, key="network"):
@@ -115,6 +116,20 @@ def _some(dataset: Dataset, count: int, seed: int) -> list[Tensor]:
         n = min(count, len(split))  # evenly spaced, for files are often sorted
         parts.append(dataset.encode(split.raw[torch.arange(n) * len(split) // n], rng))
     return parts
+
+
+def start_from(denoiser: Denoiser, trained: Denoiser) -> None:
+    """Gives a flow map the weights of a denoiser, which it then equals whatever it is told.
+
+    Raises:
+        ConfigError: the network is another.
+    """
+    try:
+        missing, unknown = denoiser.load_state_dict(trained.state_dict(), strict=False)
+    except RuntimeError as error:
+        raise ConfigError(f"The weights of the teacher do not fit the flow map: {error}") from error
+    if wrong := [*unknown, *(name for name in missing if ".told." not in name)]:
+        raise ConfigError(f"The teacher's weights are of another network than the flow map's: {', '.join(wrong[:5])}.")
 
 
 @torch.no_grad()

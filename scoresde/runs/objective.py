@@ -7,6 +7,8 @@ from typing import Any
 
 from ..codecs import Codec
 from ..config import ConfigError, build
+from ..diffusion.denoiser import Denoiser
+from ..losses.denoising import DenoisingLoss
 from ..losses.loss import Loss
 
 _CLASSIFIER, _AUTOENCODER = "scoresde.ClassifierLoss", "scoresde.AutoencoderLoss"
@@ -40,8 +42,10 @@ def check_objective(config: Mapping[str, Any]) -> None:
         )
 
 
-def build_loss(config: Mapping[str, Any], trained: Any, allow: Sequence[str]) -> Loss:
+def build_loss(config: Mapping[str, Any], trained: Any, allow: Sequence[str], teacher: Denoiser | None = None) -> Loss:
     """The loss of a resolved configuration, around what it trains.
+
+    Of a flow map without the teacher that it had, the loss is that of a denoiser, which it is where s = t.
 
     Raises:
         ConfigError: it cannot be built, or the loss and what it trains do not match.
@@ -53,7 +57,10 @@ def build_loss(config: Mapping[str, Any], trained: Any, allow: Sequence[str]) ->
             "denoiser=classifier and loss=classifier together, as in experiment=digits_classifier; an autoencoder all "
             "three of that name, as in experiment=mnist_autoencoder."
         )
-    loss: Loss = build(config["loss"], allow, trained, key="loss")
+    if config.get("teacher") and teacher is None:
+        return DenoisingLoss(trained)
+    taught = {} if teacher is None else {"teacher": teacher}
+    loss: Loss = build(config["loss"], allow, trained, key="loss", **taught)
     return loss
 
 

@@ -97,7 +97,8 @@ class Run(LoadedModel):
             n: how many, ≥ 1.
             cond: see `Run.cond`; None goes through the classes, or the conditions of held-out samples, in turn.
             budget: network calls of a sample, by the sampler that was fitted to this run for so many, else by one that
-                a trial of some hundred calls chooses the first time; default 20. Exclusive with `sampler`.
+                a trial of some hundred calls chooses the first time; default 20. Exclusive with `sampler`. Of a flow
+                map, the number of its steps; default 1.
             sampler: any `Sampler`, without a budget.
             guidance: the scale of classifier-free guidance, 1 for none; or what the files of conf/guidance hold, a
                 mapping with `_target_`. None is the model itself.
@@ -140,7 +141,8 @@ class Run(LoadedModel):
             raise ValueError(f"budget={budget} chooses a sampler; give budget= or sampler=, not both.")
         denoiser = self.guided(guidance, negative)
         if sampler is None:
-            sampler = self.sampler(20 if budget is None else budget, cond, guidance)
+            usual = 1 if "end" in self.denoiser.told else 20
+            sampler = self.sampler(usual if budget is None else budget, cond, guidance)
         device, parts = model_device(self.denoiser), torch.arange(n).split(whole(batch_size, "batch_size"))
 
         def steps() -> Iterator[Tensor]:

@@ -28,6 +28,7 @@ from scoresde import (
     Denoiser,
     Eps,
     FittedGrid,
+    FlowMap,
     KarrasGrid,
     LogSNRGrid,
     Mask,
@@ -50,7 +51,7 @@ from scoresde.evaluate import Features
 from scoresde.evaluate.edits import Edit
 from scoresde.evaluate.likelihood import Likelihood
 from scoresde.evaluate.report import Evaluation
-from scoresde.losses import Loss
+from scoresde.losses import FlowMapLoss, Loss
 from scoresde.nn import MLP, Autoencoder, Classifier, TextEncoder
 from scoresde.runs.kept import keep
 from scoresde.runs.load import build_denoiser
@@ -378,6 +379,11 @@ def test_every_experiment_says_how_to_run_it_and_builds(experiment: str, tmp_pat
         assert isinstance(build(cfg.posterior, **wanted(cfg.posterior, facts)), (Denoiser, Step))
         assert isinstance(build(cfg.sampler), Sampler) and cfg.input.startswith("test:")
         assert (cfg.mask is None) == (cfg.problem.operator["_target_"] != "scoresde.Mask")
+        return
+    if command == "# @run scoresde-distil":
+        cfg = composed(named, "run=somewhere", name="distil")
+        loss = build(cfg.loss, [], tiny_map(), key="loss", teacher=tiny_denoiser())
+        assert isinstance(loss, FlowMapLoss) and isinstance(build(cfg.sampler).step, FlowMap) and build(cfg.trainer)
         return
     assert command == "# @run scoresde-train"
     given = files(tmp_path)

@@ -144,6 +144,17 @@ def test_training_brings_a_network_to_the_exact_map(kind) -> None:
     assert after[0] < before[0] / 2 and after[1] < before[1] / 2, (before, after)
 
 
+def test_a_short_step_in_float32_has_the_target_of_its_ends() -> None:
+    """What does not hear where it goes is its own target up to its own change on the way, here a ten-thousandth."""
+    map, x = network(), data(64).float()
+    torch.nn.init.normal_(map.network.outlet.weight)
+    t = torch.full((64,), 1e-4, dtype=torch.float64)
+    s = t * (1 - 1e-5)
+    with torch.no_grad():
+        target = SemigroupLoss(map).improved(x, t, s, x, None)
+        torch.testing.assert_close(target, map(x, t, {"end": s}).x0, rtol=1e-4, atol=1e-5)
+
+
 def test_the_teacher_is_neither_trained_nor_copied_nor_changed() -> None:
     teacher = Preconditioned(MLP((2,), width=16), VPSDE(), EDM())
     loss = TrajectoryLoss(network(), teacher, steps=2, reuse=2, uncertainty=LogVariance(8), adaptive=0.5)
