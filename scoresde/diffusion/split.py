@@ -22,8 +22,7 @@ class Split(Preconditioned):
 
     `Ancestral` and `vlb` go by v; all that knows ODEs and the continuous SDE alone goes by F. `HybridLoss` trains both.
 
-    Args:
-        as of `Preconditioned`; its network is such as `nn.DiT(…, outputs=2)`.
+    Its arguments are those of `Preconditioned`, with a network such as `nn.DiT(…, outputs=2)`.
     """
 
     heads = 2

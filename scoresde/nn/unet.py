@@ -63,19 +63,20 @@ class UNet(nn.Module):
         conditioning: embedding and embedding_scale, the waves that carry c_noise, see `Conditioning`; classes,
             cond_dim, cond_image, cond_tokens, text and cond_dropout, the conditions there are, see `Conditions`. Tokens
             and the words of a text are attended to where there is self-attention, after it, and always in the middle.
-        switches: what makes it one of the published networks, weight by weight; by default none is on:
-            scale_shift=False, the embedding is added before the second norm of a block, as in EDM's SongUNet, score_sde
-                and guided-diffusion's use_scale_shift_norm=False; True scales and shifts after it;
-            resample_skip, a 1×1 convolution on every skip that is resampled (SongUNet, score_sde);
-            fir_zeros, the filter goes on with zeros beyond the edge, and does not repeat it, and
-            pyramid_conv_first, x is convolved before it is halved (both NCSN++ of SongUNet and score_sde);
-            strided, with resnet_resample=False, halving by a convolution of stride 2 (resblock_updown=False of
-                guided-diffusion);
-            attend_all, attention after every residual block on the way up (ADM: DhariwalUNet, guided-diffusion);
-            middle_attention, whatever `attention` says (SongUNet, score_sde, guided-diffusion); None is as above;
-            eps=1e-5, of every norm, and group_channels=1, the fewest in a group of a norm (4): guided-diffusion has 32
-                groups always, DhariwalUNet eps alone;
-            embedding_width (4 width), waves (as wide), and late, conditions added after the second layer (ADM).
+        switches: what makes it one of the published networks, weight by weight; none is on by default. The following.
+        scale_shift: False adds the embedding before the second norm of a block, as EDM's SongUNet, score_sde and
+            guided-diffusion's use_scale_shift_norm=False do; True scales and shifts after it.
+        resample_skip: a 1×1 convolution on every skip that is resampled (SongUNet, score_sde).
+        fir_zeros: the filter goes on with zeros beyond the edge and does not repeat it (NCSN++ of both).
+        pyramid_conv_first: x is convolved before it is halved (NCSN++ of both).
+        strided: with resnet_resample=False, halve by a convolution of stride 2 (guided-diffusion's
+            resblock_updown=False).
+        attend_all: attention after every residual block on the way up (ADM: DhariwalUNet, guided-diffusion).
+        middle_attention: whatever `attention` says (SongUNet, score_sde, guided-diffusion); None is as above.
+        eps: of every norm; 1e-5 in ADM.
+        group_channels: the fewest channels in a group of a norm, 4; guided-diffusion has 32 groups always, that is 1.
+        embedding_width, waves: of the embedding, 4 width, and of the waves, as wide.
+        late: conditions are added after the second layer of the embedding (ADM).
 
     Raises:
         ValueError: arguments out of range, sizes that cannot be halved, attention at a resolution that never
