@@ -25,7 +25,15 @@ from scoresde.interop import Imported, edm, guided_diffusion, read
 from scoresde.interop.imported import Tensors
 from scoresde.interop.read import FORMATS
 
-SUFFIXES = {"edm": "pkl", "edm2": "pkl", "score_sde": "pth", "guided_diffusion": "pt", "dit": "pt", "sit": "pt"}
+SUFFIXES = {
+    "edm": "pkl",
+    "edm2": "pkl",
+    "score_sde": "pth",
+    "guided_diffusion": "pt",
+    "dit": "pt",
+    "sit": "pt",
+    "k_diffusion": "safetensors",
+}
 
 
 class Golden:

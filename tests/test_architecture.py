@@ -57,6 +57,7 @@ DOORS = {
         "evaluate.shards",
         "evaluate.features",
         "interop.diffusers_folder",
+        "interop.k_diffusion",
         "interop.to_diffusers",
     ),
     "PIL": ("data.readers.pictures", "data.readers.video", "evaluate.strips"),

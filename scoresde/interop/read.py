@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from . import diffusers_folder, dit, edm, edm2, guided_diffusion, score_sde
+from . import diffusers_folder, dit, edm, edm2, guided_diffusion, k_diffusion, score_sde
 from .imported import Imported
 from .pickles import ForeignFileError
 from .torch_files import load, refusing
 
-FORMATS = ("edm", "edm2", "score_sde", "guided_diffusion", "dit", "sit", "diffusers")
+FORMATS = ("edm", "edm2", "score_sde", "guided_diffusion", "dit", "sit", "k_diffusion", "diffusers")
 
 
 def read(path: Path | str, *, args: Mapping[str, Any] | None = None, format: str | None = None) -> Imported:
@@ -32,6 +32,9 @@ def read(path: Path | str, *, args: Mapping[str, Any] | None = None, format: str
     if path.is_dir():
         with refusing(path):
             return diffusers_folder.read(path, args)
+    if format == "k_diffusion" or (path.is_file() and k_diffusion.holds(path)):
+        with refusing(path):
+            return k_diffusion.read(path, args)
     content = load(path)
     with refusing(path):
         if not isinstance(content, dict):

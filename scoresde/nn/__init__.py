@@ -8,6 +8,7 @@ from .conditioning import Conditioning
 from .conditions import Conditions, TextEncoder
 from .embedding import FourierEmbedding, SinusoidalEmbedding
 from .equivariant import EGNN
+from .hourglass import HourglassDiT
 from .log_variance import LogVariance
 from .magnitude import MagnitudeUNet
 from .mlp import MLP
@@ -29,6 +30,7 @@ __all__ = [
     "Downsample",
     "FourierEmbedding",
     "FrozenText",
+    "HourglassDiT",
     "LogVariance",
     "MagnitudeUNet",
     "SinusoidalEmbedding",

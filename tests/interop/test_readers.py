@@ -291,4 +291,4 @@ def test_every_golden_of_the_peers_own_code() -> None:
 
     for golden in goldens(Path(os.environ["SCORESDE_GOLDENS"])):
         for what, error in golden.errors():
-            assert error <= golden.allowed, (golden.name, what, json.dumps(golden.meta["args"]))
+            assert error <= golden.allowed, (golden.name, what, json.dumps(golden.meta.get("args")))
