@@ -99,7 +99,11 @@ class Golden:
         denoiser, cond = imported.denoiser(), self.cond(imported.classes)
         x, truth = self.arrays["x"], self.arrays["out64"]
         if "sigma" in self.arrays:
-            yield "x0", error(self.at_noise(denoiser, self.arrays["sigma"], x, cond), truth)
+            sigma = self.arrays["sigma"]
+            yield "x0", error(self.at_noise(denoiser, sigma, x, cond), truth)
+            if self.kind == "k_diffusion":
+                scale = (imported.sigma_data**2 + sigma**2).sqrt().reshape(-1, 1, 1, 1)
+                yield "F", error(imported.build_network()(x / scale, sigma.log() / 4, cond), self.arrays["inner_F64"])
             return
         t = self.arrays["t"].double()
         if self.kind == "score_sde":

@@ -19,6 +19,7 @@ _MOST = 2**26  # logits of a head; the size of a picture is in no tensor, so tha
 _WAVES = 9  # numbers that tell of augmentation; zeros say that there was none
 _IDLE = (
     "type",
+    "cross_attn_depths",
     "augment_prob",
     "augment_wrapper",
     "dropout_rate",
@@ -62,13 +63,13 @@ def read(path: Path, args: Mapping[str, Any] | None = None) -> Imported:
             f"{path} has no configuration of k-diffusion in its metadata: give it, args=config.json."
         )
     model, data = (Arguments(group, path) for group in groups.values())
-    kinds = {"image_transformer_v1": _first, "image_transformer_v2": _second}
-    kind = model.only("type", "image_v1", *kinds)
-    model.only("has_variance", False, False)
+    kinds = {"image_v1": _unet, "image_transformer_v1": _first, "image_transformer_v2": _second}
+    kind = model.only("type", None, *kinds)
+    model.only("has_variance", False, False, *([True] if kind == "image_v1" else []))
     for name in ("mapping_cond_dim", "unet_cond_dim", "cross_cond_dim", "skip_stages"):
         model.only(name, 0, 0)
-    channels, sides = model.whole("input_channels"), _sides(model)
-    classes, drops = data.whole("num_classes", 0, 0), data.number("cond_dropout_rate", 0.1)
+    channels, sides = model.whole("input_channels"), _pair(model, "input_size")
+    classes, drops = data.whole("num_classes", 0, 0) if kind != "image_v1" else 0, data.number("cond_dropout_rate", 0.1)
     node, weights = kinds[kind](model, Tensors(named, path), (channels, *sides), classes)
     sigma_data, low, high = (
         model.number(name, usual) for name, usual in (("sigma_data", 1.0), ("sigma_min", 0.01), ("sigma_max", 80.0))
@@ -92,6 +93,7 @@ def read(path: Path, args: Mapping[str, Any] | None = None) -> Imported:
         unknown=(
             "whether samples are pictures in [-1, 1] or latents, which is told by the number of channels",
             *(["names of the classes"] if classes else []),
+            *(["the learned variance is left out"] if model.given.get("has_variance") else []),
         ),
     )
 
@@ -117,23 +119,72 @@ def _content(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return named, config
 
 
-def _sides(model: Arguments) -> list[int]:
-    sides = model.wholes("input_size")
+def _pair(model: Arguments, name: str) -> list[int]:
+    sides = model.wholes(name)
     if len(sides) != 2 or not all(0 < side <= 4096 for side in sides):
-        raise ForeignFileError(f"{model.path}: input_size is two sides of 1 to 4096 pixels; got {sides!s:.80}.")
+        raise ForeignFileError(f"{model.path}: {name} is two sides of 1 to 4096 pixels; got {sides!s:.80}.")
     return sides
 
 
-def _patch(model: Arguments) -> list[int]:
-    patch = model.wholes("patch_size")
-    if len(patch) != 2 or not all(0 < side <= 4096 for side in patch):
-        raise ForeignFileError(f"{model.path}: patch_size is two sides of 1 to 4096 pixels; got {patch!s:.80}.")
-    return patch
+def _unet(model: Arguments, tensors: Tensors, shape: tuple[int, ...], classes: int) -> tuple[Node, dict[str, Tensor]]:
+    """The U-Net. What it is told of augmentation goes through no bias: zeros say nothing."""
+    widths, depths, patch = model.wholes("channels"), model.wholes("depths"), model.whole("patch_size", 1)
+    attended = model.get("self_attn_depths", None)
+    if not 0 < len(widths) == len(depths) or min(*widths, *depths) < 1:
+        raise ForeignFileError(
+            f"{model.path}: channels and depths have one number, ≥ 1, per level; got {widths} and {depths}."
+        )
+    if not isinstance(attended, list) or len(attended) != len(widths):
+        raise ForeignFileError(f"{model.path}: self_attn_depths has true or false per level; got {attended!s:.80}.")
+    for level, attends in enumerate(attended):
+        places = math.prod(side // patch >> level for side in shape[1:])
+        _attention({"type": "global" if attends else "none"}, model.path, places)
+    tensors.drop(".kernel", "mapping_cond.weight")
+    start = "inner_model." if model.get("augment_wrapper", True) else ""
+    found = {"waves.omega": 2 * math.pi * tensors.take(f"{start}timestep_embed.weight").flatten()}
+
+    def layer(ours: str, theirs: str, *ends: str) -> None:
+        for end in ends or ("weight", "bias"):
+            found[f"{ours}.{end}"] = tensors.take(f"{start}{theirs}.{end}")
+
+    def level_of(ours: str, theirs: str, level: int, first: int) -> None:
+        step = 1 + bool(attended[level])
+        for k in range(0, step * depths[level], step):
+            for piece, number in {
+                "norm1.film": "0.mapper",
+                "conv1": "2",
+                "norm2.film": "4.mapper",
+                "conv2": "6",
+            }.items():
+                layer(f"{ours}.{k}.{piece}", f"{theirs}.{first + k}.main.{number}")
+            if f"{start}{theirs}.{first + k}.skip.weight" in tensors:
+                layer(f"{ours}.{k}.skip", f"{theirs}.{first + k}.skip", "weight")
+            if attended[level]:
+                for piece, name in {"norm.film": "norm_in.mapper", "qkv": "qkv_proj", "proj": "out_proj"}.items():
+                    layer(f"{ours}.{k + 1}.{piece}", f"{theirs}.{first + k + 1}.{name}")
+
+    for ours, theirs in {"inner": "mapping.0", "outer": "mapping.2", "inlet": "proj_in", "outlet": "proj_out"}.items():
+        layer(ours, theirs)
+    if model.given.get("has_variance"):  # one more channel, the last
+        found |= {name: found[name][:-1] for name in ("outlet.weight", "outlet.bias")}
+    for level in range(len(widths)):
+        level_of(f"downs.{level}", f"u_net.d_blocks.{level}", level, 1)
+        level_of(f"ups.{level}", f"u_net.u_blocks.{level}", len(widths) - 1 - level, 0)
+    tensors.done()
+    node = {"widths": widths, "depths": depths, "attention": [k for k, attends in enumerate(attended) if attends]}
+    emb = model.whole("mapping_out")
+    return {
+        "_target_": "scoresde.nn.ModulatedUNet",
+        "_partial_": True,
+        **node,
+        "patch": patch,
+        "embedding_width": emb,
+    }, found
 
 
 def _second(model: Arguments, tensors: Tensors, shape: tuple[int, ...], classes: int) -> tuple[Node, dict[str, Tensor]]:
     """HDiT."""
-    patch, widths, depths = _patch(model), model.wholes("widths"), model.wholes("depths")
+    patch, widths, depths = _pair(model, "patch_size"), model.wholes("widths"), model.wholes("depths")
     if not 0 < len(widths) == len(depths) or min(*widths, *depths) < 1:
         raise ForeignFileError(
             f"{model.path}: widths and depths have one number, ≥ 1, per level; got {widths} and {depths}."
@@ -205,7 +256,7 @@ def _attention(spec: Any, path: Path, places: int) -> tuple[str | int, int]:
 
 def _first(model: Arguments, tensors: Tensors, shape: tuple[int, ...], classes: int) -> tuple[Node, dict[str, Tensor]]:
     """The first transformer: one level whose heads of 64 are turned as a whole, in neighbouring pairs."""
-    patch, width, depth = _patch(model), model.whole("width"), model.whole("depth")
+    patch, width, depth = _pair(model, "patch_size"), model.whole("width"), model.whole("depth")
     _attention({"type": "global"}, model.path, math.prod(n // p for n, p in zip(shape[1:], patch, strict=True)))
     found = _embedding(tensors, classes)
     for k in range(depth):

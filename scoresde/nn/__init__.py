@@ -12,6 +12,7 @@ from .hourglass import HourglassDiT
 from .log_variance import LogVariance
 from .magnitude import MagnitudeUNet
 from .mlp import MLP
+from .modulated import ModulatedUNet
 from .resample import Downsample, Upsample
 from .text import FrozenText, TextTransformer
 from .transformer import DiT
@@ -33,6 +34,7 @@ __all__ = [
     "HourglassDiT",
     "LogVariance",
     "MagnitudeUNet",
+    "ModulatedUNet",
     "SinusoidalEmbedding",
     "TextEncoder",
     "TextTransformer",
