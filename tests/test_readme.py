@@ -83,6 +83,17 @@ def test_the_page_of_text() -> None:
     assert names["loss"].shape == (2,) and bool(torch.isfinite(names["x"]).all())
 
 
+def test_the_page_of_few_steps() -> None:
+    """The map after three steps: what its samples were drawn with is what they are measured with, and not the ODE's."""
+    names: dict[str, Any] = {}
+    for language, text in BLOCKS["few_steps.md"]:
+        if language == "python":
+            exec(text, names)
+    drawn, found = names["drawn"].log_prob, names["found"].log_prob
+    torch.testing.assert_close(found, drawn, rtol=0, atol=1e-3)
+    assert not torch.allclose(names["ode"].log_prob, drawn, atol=1e-2)
+
+
 def test_the_page_of_likelihood() -> None:
     """Its blocks in turn: densities and draws within their error bars, bounds below them, classes by their side."""
     names: dict[str, Any] = {}

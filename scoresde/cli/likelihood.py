@@ -71,6 +71,8 @@ def likelihood(cfg: DictConfig) -> float:
             f"{run.folder}: {bits.mean:.4f} ± {bits.stderr:.4f} bits/dim on {bits.points} points of {where} "
             f"({bits.evaluations:.0f} evaluations, {bits.seconds:.1f} s), of {bits.meaning}"
         )
+        if of := measure.whose(run.denoiser):
+            print(of)
     if gap:
         value = f"{gap['difference']:+.4f} ± {gap['difference_stderr']:.4f}"
         print(f"{runs[1].folder} less {runs[0].folder}: {value} bits/dim, point by point")

@@ -130,7 +130,8 @@ class OfCascade(Likelihood):
         super().__init__(of_stage.batch_size, of_stage.t_min)
         cascade.check_exact()
         for run in cascade.runs:
-            of_stage.calls_on(run.denoiser.sde)  # refuses a cut-off that is outside its times
+            of_stage.whose(run.denoiser)
+            of_stage.calls_on(run.denoiser.sde)  # both refuse, the one a cut-off that is outside its times
         if of_stage.estimator == "bpd/ode-bound" or not of_stage.dequantises:
             raise ValueError(
                 "A bin of integers is no interval of single bands, so that a cascade has no bound through the noise at "
@@ -151,6 +152,9 @@ class OfCascade(Likelihood):
 
     def named(self, codec: Codec) -> str:
         return self.of_stage.named(codec)
+
+    def whose(self, denoiser: Denoiser) -> str:
+        return " ".join(sorted({self.of_stage.whose(run.denoiser) for run in self.cascade.runs}))
 
     def cost(self, event_shape: Sequence[int], sde: SDE) -> str:
         return "; ".join(self.of_stage.cost(run.event_shape, run.denoiser.sde) for run in self.cascade.runs)

@@ -22,7 +22,7 @@ from ..likelihood.bounds import elbo, ode_bound
 from ..likelihood.divergence import Divergence, Hutchinson
 from ..likelihood.latent import latent_bound
 from ..likelihood.ode import LogLikelihood, bits_per_dim, log_likelihood
-from ..likelihood.solver import Solver
+from ..likelihood.solver import Solver, whose_at_rest
 from ..likelihood.terms import Bound
 from ..likelihood.tolerance import Tolerance
 from ..metrics.jackknife import mean_score
@@ -33,6 +33,7 @@ from .shards import Job, Tensors, ranks
 
 _MEANINGS = {
     "bpd/ode": "the density at t_min",
+    "bpd/flow-map": "the density of what the map's steps make",
     "bpd/ode-bound": "a bound for the data",
     "bpd/elbo": "a bound for the data by the reverse SDE",
     "bpd/latent-bound": "a bound for the data, through their latents",
@@ -143,6 +144,14 @@ class Likelihood(abc.ABC):
         sde.cut_off(self.t_min, "likelihood")
         return self.calls
 
+    def whose(self, denoiser: Denoiser) -> str:
+        """Whose density it is, in words; "" where that goes without saying.
+
+        Raises:
+            ValueError: a model that it is no likelihood of, whatever its SDE.
+        """
+        return whose_at_rest(denoiser)
+
     @abc.abstractmethod
     def measure(self, denoiser: Denoiser, raw: Tensor, codec: Codec, cond: Cond, rng: Rng) -> Measured:
         """log p of raw samples (B, *raw shape), in their own coordinates."""
@@ -164,6 +173,7 @@ class Likelihood(abc.ABC):
         Raises:
             ValueError: an unknown split, more points than it has, a cut-off outside the SDE's times, a seed too large.
         """
+        self.whose(denoiser)  # refuses one that it has no density of
         data, estimator = choose_split(dataset, split), self.named(dataset.codec)
         calls = self.calls_on(denoiser.sde)
         whole((whole(seed, "seed", 0) + 1) * len(data), f"seed + 1, times the {len(data)} points that draw from it,")
@@ -198,7 +208,7 @@ class OdeLikelihood(Likelihood):
 
     Args:
         divergence: `Hutchinson(probes, kind)`, `Exact()` …; default Hutchinson with one Rademacher probe.
-        solver: `Tolerance(rtol, atol)`, by default to 1e-5, or `Budget(calls)`.
+        solver: `Tolerance(rtol, atol)`, by default to 1e-5, or `Budget(calls)`; `FlowMapSteps(n)` of a flow map.
         batch_size: points per solve, ≥ 1.
         t_min: likelihood cut-off; None for the SDE's own.
         bound: "dequantised" or "centres" for a bound on the probability of integers (`ode_bound`) that the network was
@@ -223,8 +233,12 @@ class OdeLikelihood(Likelihood):
             raise ValueError(f"bound is 'dequantised', 'centres' or null; got {bound!r}.")
         super().__init__(batch_size, t_min)
         self.divergence, self.solver, self.bound = divergence or Hutchinson(), solver or Tolerance(1e-5, 1e-5), bound
-        self.estimator, self.calls = "bpd/ode" if bound is None else "bpd/ode-bound", self.solver.settings.get("budget")
-        self.how, self.dequantises = "by the probability-flow ODE", bound != "centres"
+        self.estimator, self.calls = self.solver.estimator, self.solver.settings.get("budget")
+        if bound is not None and self.estimator != "bpd/ode":
+            raise ValueError(f"bound={bound!r} is of the ODE, and a flow map's steps have a density: bound=null.")
+        if bound is not None:
+            self.estimator = "bpd/ode-bound"
+        self.how, self.dequantises = self.solver.how, bound != "centres"
         self.draws = None if draws is None else whole(draws, "draws", otherwise="null for one")
 
     @property
@@ -234,6 +248,9 @@ class OdeLikelihood(Likelihood):
     @property
     def settings(self) -> dict[str, Any]:
         return {**self.solver.settings, "bound": self.bound} | ({} if self.draws is None else {"draws": self.draws})
+
+    def whose(self, denoiser: Denoiser) -> str:
+        return self.solver.whose(denoiser)
 
     def named(self, codec: Codec) -> str:
         if codec.bound and self.bound is not None:

@@ -4,6 +4,7 @@ from .bounds import ImportanceBound, elbo, importance_weighted, ode_bound, vlb
 from .budget import Budget, LikelihoodGrid
 from .classify import Classification, classify
 from .divergence import Exact, Hutchinson, HutchPlusPlus
+from .few_steps import FlowMapSteps
 from .latent import latent_bound
 from .ode import LogLikelihood, bits_per_dim, log_likelihood, sample_with_log_prob
 from .terms import Bound
@@ -14,6 +15,7 @@ __all__ = [
     "Budget",
     "Classification",
     "Exact",
+    "FlowMapSteps",
     "HutchPlusPlus",
     "Hutchinson",
     "ImportanceBound",

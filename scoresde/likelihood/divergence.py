@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import abc
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -48,7 +48,7 @@ class Divergence(Readable, abc.ABC):
 
         Neither carries gradients, unless `differentiable`: then both do, to x and to the parameters of the field.
         """
-        x, value = _forward(field, x, differentiable)
+        x, value = forward(field, x, differentiable)
         rates = self.rates(value, x, probes, differentiable)
         return (value if differentiable else value.detach()), rates
 
@@ -61,7 +61,8 @@ class Divergence(Readable, abc.ABC):
         """(estimate (B,), standard error (B,)) of tr M from the integrated columns."""
 
 
-def _forward(field: Field, x: Tensor, differentiable: bool = False) -> tuple[Tensor, Tensor]:
+def forward(field: Field, x: Tensor, differentiable: bool = False) -> tuple[Tensor, Tensor]:
+    """(x, field(x)) with a graph from one to the other: of an x of its own, unless `differentiable`."""
     with torch.enable_grad():
         if not (differentiable and x.requires_grad):
             x = x.detach().requires_grad_()
@@ -76,6 +77,21 @@ def _products(value: Tensor, x: Tensor, vectors: Tensor, differentiable: bool) -
         return grads[:, None].flatten(2).double()
     (grads,) = torch.autograd.grad(value, x, seeds, is_grads_batched=True, create_graph=differentiable)
     return grads.transpose(0, 1).flatten(2).double()
+
+
+def jacobian(value: Tensor, x: Tensor, chunk: int, differentiable: bool) -> Iterator[tuple[int, Tensor]]:
+    """∂value/∂x of each sample by D backward products: (d, rows d, d + 1, … of it (k, B, D)), k ≤ `chunk` at a time."""
+    dims = x[0].numel()
+    for first in range(0, dims, chunk):
+        rows = torch.arange(first, min(first + chunk, dims), device=x.device)
+        basis = torch.zeros(len(rows), dims, dtype=value.dtype, device=x.device)
+        basis[torch.arange(len(rows), device="cpu"), rows] = 1
+        basis = basis[:, None].expand(-1, len(x), -1).reshape(len(rows), *x.shape)
+        keep = differentiable or first + chunk < dims
+        (grads,) = torch.autograd.grad(
+            value, x, basis, is_grads_batched=True, retain_graph=keep, create_graph=differentiable
+        )
+        yield first, grads.flatten(2)
 
 
 class Exact(Divergence):
@@ -98,19 +114,9 @@ class Exact(Divergence):
         return dims
 
     def rates(self, value: Tensor, x: Tensor, probes: Tensor, differentiable: bool) -> Tensor:
-        dims = x[0].numel()
         trace = torch.zeros(len(x), dtype=torch.float64, device=x.device)
-        for start in range(0, dims, self.chunk):
-            rows = torch.arange(start, min(start + self.chunk, dims), device=x.device)
-            basis = torch.zeros(len(rows), dims, dtype=value.dtype, device=x.device)
-            basis[torch.arange(len(rows), device="cpu"), rows] = 1
-            basis = basis[:, None].expand(-1, len(x), -1).reshape(len(rows), *x.shape)
-            keep = differentiable or start + self.chunk < dims
-            (grads,) = torch.autograd.grad(
-                value, x, basis, is_grads_batched=True, retain_graph=keep, create_graph=differentiable
-            )
-            diagonal = grads.reshape(len(rows), len(x), dims)[torch.arange(len(rows), device="cpu"), :, rows]
-            trace = trace + diagonal.double().sum(0)
+        for first, rows in jacobian(value, x, self.chunk, differentiable):
+            trace = trace + rows.diagonal(first, 0, 2).double().sum(1)
         return trace[:, None]
 
     def summarise(self, columns: Tensor, probes: Tensor) -> tuple[Tensor, Tensor]:
@@ -199,7 +205,7 @@ class HutchPlusPlus(Divergence):
         if denoised is None:
             raise ValueError("HutchPlusPlus looks at the model first: pass denoised=, as log_likelihood does.")
         k = min(self.sketch, x[0].numel())
-        point, value = _forward(lambda z: denoised(z, self.level), x)
+        point, value = forward(lambda z: denoised(z, self.level), x)
         test = rng.normal_like(x[:, None].expand(-1, k, *x.shape[1:]))
         basis = torch.linalg.qr(_products(value, point, test, False).mT).Q.mT  # (B, k, D), rows orthonormal
         signs = rng.rademacher_like(x[:, None].expand(-1, self.count, *x.shape[1:])).double()

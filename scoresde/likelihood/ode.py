@@ -94,7 +94,8 @@ def log_likelihood(
     Args:
         denoiser: the model.
         x0: data (B, *event), floating point; raw data if `scaling` is given.
-        solver: `Tolerance(rtol, atol)` or `Budget(calls)`. There is no default: it is part of the result.
+        solver: `Tolerance(rtol, atol)` or `Budget(calls)`. There is no default: it is part of the result. Of a flow map
+            `FlowMapSteps(n)` has the density of what its n steps make.
         divergence: `Hutchinson(probes, kind)` (default, one Rademacher probe), `HutchPlusPlus` or `Exact()`.
         cond: condition of each sample.
         rng: source of probes and dequantisation noise.
@@ -125,7 +126,7 @@ def log_likelihood(
         latent = latent.to(x.dtype)
         log_prob = flow.counted.prior_log_prob_given(latent, cond) + flow.log_scale + change + log_volume
     error, dims = torch.hypot(*errors), x0[0].numel()
-    name = "bpd/latent-bound" if scaling is not None and scaling.bound else "bpd/ode"
+    name = "bpd/latent-bound" if scaling is not None and scaling.bound else solver.estimator
     return LogLikelihood(log_prob, error, latent, flow.counted.evaluations, *errors, name, dims)
 
 
@@ -167,7 +168,8 @@ def sample_with_log_prob(
         flow = Flow(denoiser, latent, divergence or Hutchinson(), cond, rng, t_min=t_min, differentiable=differentiable)
         x, change, errors = _solve(flow, solver, latent, up=False)
         log_prob = flow.counted.prior_log_prob_given(latent, cond) + flow.log_scale + change
-    return x.to(latent.dtype), LogLikelihood(log_prob, torch.hypot(*errors), latent, flow.counted.evaluations, *errors)
+    found = (log_prob, torch.hypot(*errors), latent, flow.counted.evaluations, *errors, solver.estimator)
+    return x.to(latent.dtype), LogLikelihood(*found)
 
 
 def _solve(flow: Flow, solver: Solver, x: Tensor, *, up: bool) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:

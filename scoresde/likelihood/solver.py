@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..diffusion.denoiser import Denoiser
 from .flow import Flow
 
 
@@ -29,7 +30,22 @@ class Solved:
 
 
 class Solver(abc.ABC):
-    """How the integral of a likelihood is solved: `Tolerance` or `Budget`."""
+    """How the integral of a likelihood is solved: `Tolerance` or `Budget`; or `FlowMapSteps`, which is no integral.
+
+    Attributes:
+        estimator: the name under which a density by it is logged.
+        how: what measures it, in words.
+    """
+
+    estimator, how = "bpd/ode", "by the probability-flow ODE"
+
+    def whose(self, denoiser: Denoiser) -> str:
+        """Whose density it is, in words; "" where that goes without saying.
+
+        Raises:
+            ValueError: a model that it has none of.
+        """
+        return whose_at_rest(denoiser)
 
     @abc.abstractmethod
     def __call__(self, flow: Flow, y: Tensor, *, up: bool) -> Solved:
@@ -48,3 +64,13 @@ class Solver(abc.ABC):
     @abc.abstractmethod
     def settings(self) -> dict[str, Any]:
         """All settings, as JSON takes them."""
+
+
+def whose_at_rest(denoiser: Denoiser) -> str:
+    """What is measured where a flow map is asked for x̂_0 alone, in words; "" of models that are none."""
+    if "end" not in denoiser.told:
+        return ""
+    return (
+        "This model is a flow map, and the number is of the usual model that its g is at s = t, not of the samples "
+        "that its few steps make: likelihood=flow_map measures those."
+    )

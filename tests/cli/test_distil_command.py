@@ -10,7 +10,17 @@ import pytest
 import torch
 from commands import PLAIN, TINY, command
 
-from scoresde import DDIM, ClassifierFree, DenoisingLoss, FlowMap, Rng, Sampler, load
+from scoresde import (
+    DDIM,
+    ClassifierFree,
+    DenoisingLoss,
+    FlowMap,
+    FlowMapSteps,
+    Rng,
+    Sampler,
+    load,
+    sample_with_log_prob,
+)
 from scoresde.runs.checkpoint import latest
 from scoresde.runs.objective import build_loss
 
@@ -78,6 +88,18 @@ def test_what_is_left_of_it_without_a_teacher_is_a_denoiser(folder: Path) -> Non
     run = load(folder / "fast")
     assert run.config["teacher"]["run"] == "teacher" and run.config["teacher"]["guidance"]["scale"] == 2
     assert type(build_loss(run.config, run.denoiser, [])) is DenoisingLoss
+
+
+def test_its_likelihood_says_whose_it_is(folder: Path) -> None:
+    few = ("n=2", "threads=1")
+    done = command("likelihood", "run=fast", "likelihood=budget", "likelihood.solver.calls=4", *few, cwd=folder)
+    assert done.code == 0 and "not of the samples that its few steps make: likelihood=flow_map" in done.out, done.err
+    done = command("likelihood", "run=teacher", "likelihood=flow_map", "out=refused", *few, cwd=folder)
+    assert done.code == 1 and "told one noise level only" in done.err, done.out + done.err
+    assert not (folder / "refused").exists()
+    run = load(folder / "fast")
+    x, drawn = sample_with_log_prob(run.denoiser, (2, *run.event_shape), FlowMapSteps(2))
+    assert x.shape == (2, *run.event_shape) and drawn.name == "bpd/flow-map"
 
 
 @pytest.mark.parametrize(

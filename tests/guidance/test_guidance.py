@@ -555,9 +555,11 @@ def guided_denoisers() -> dict[str, scoresde.Denoiser]:
 
 
 def steps() -> dict[str, scoresde.Step]:
-    """Every public step that is one by itself, with its defaults; correctors behind a predictor."""
+    """Every public step that is one by itself, with its defaults; correctors behind a predictor. A flow map is a step of
+    networks that are told where they go (tests/sampling/test_flow_map.py guides one)."""
     public = (getattr(scoresde, name) for name in scoresde.__all__)
-    kinds = {kind for kind in public if isinstance(kind, type) and issubclass(kind, scoresde.Step)} - {scoresde.Step}
+    kinds = {kind for kind in public if isinstance(kind, type) and issubclass(kind, scoresde.Step)}
+    kinds -= {scoresde.Step, scoresde.FlowMap}
     behind = lambda corrector: scoresde.PredictorCorrector(scoresde.EulerMaruyama(), corrector())  # noqa: E731
     made = {kind.__name__: behind(kind) for kind in (scoresde.Langevin, scoresde.AnnealedLangevin)}
     made |= {
