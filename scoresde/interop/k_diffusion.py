@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..checks import positive
 from .imported import Arguments, Imported, Node, Tensors
 from .pickles import ForeignFileError
 
@@ -72,7 +73,8 @@ def read(path: Path, args: Mapping[str, Any] | None = None) -> Imported:
     classes, drops = data.whole("num_classes", 0, 0) if kind != "image_v1" else 0, data.number("cond_dropout_rate", 0.1)
     node, weights = kinds[kind](model, Tensors(named, path), (channels, *sides), classes)
     sigma_data, low, high = (
-        model.number(name, usual) for name, usual in (("sigma_data", 1.0), ("sigma_min", 0.01), ("sigma_max", 80.0))
+        positive(model.number(name, usual), name)
+        for name, usual in (("sigma_data", 1.0), ("sigma_min", 0.01), ("sigma_max", 80.0))
     )
     model.done(*_IDLE)
     if classes:
@@ -171,15 +173,9 @@ def _unet(model: Arguments, tensors: Tensors, shape: tuple[int, ...], classes: i
         level_of(f"downs.{level}", f"u_net.d_blocks.{level}", level, 1)
         level_of(f"ups.{level}", f"u_net.u_blocks.{level}", len(widths) - 1 - level, 0)
     tensors.done()
-    node = {"widths": widths, "depths": depths, "attention": [k for k, attends in enumerate(attended) if attends]}
-    emb = model.whole("mapping_out")
-    return {
-        "_target_": "scoresde.nn.ModulatedUNet",
-        "_partial_": True,
-        **node,
-        "patch": patch,
-        "embedding_width": emb,
-    }, found
+    node: Node = {"widths": widths, "depths": depths, "attention": [k for k, attends in enumerate(attended) if attends]}
+    node |= {"patch": patch, "embedding_width": model.whole("mapping_out")}
+    return {"_target_": "scoresde.nn.ModulatedUNet", "_partial_": True, **node}, found
 
 
 def _second(model: Arguments, tensors: Tensors, shape: tuple[int, ...], classes: int) -> tuple[Node, dict[str, Tensor]]:

@@ -291,6 +291,7 @@ def test_what_a_file_lacks_or_claims_is_refused_in_words(tmp_path: Path) -> None
         (tensors, HDIT | huge, "no tensor bears the size of the picture out"),
         (tensors, HDIT | {"input_size": [1 << 40, 8]}, "input_size is two sides of 1 to 4096 pixels"),
         (tensors, HDIT | {"input_size": [6, 16]}, "does not hold the network that it says"),
+        (tensors, HDIT | {"sigma_data": -1}, "sigma_data is a number, > 0 and finite"),
         (tensors, HDIT | {"surprise": 1}, "the argument surprise is not known here"),
         ({n: v for n, v in tensors.items() if n != "splits.1.fac"}, HDIT, r"has no tensor splits\.1\.fac"),
         (tensors | {"mid_level.0.extra": torch.zeros(1)}, HDIT, "has 1 tensors that its network does not need"),
