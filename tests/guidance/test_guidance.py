@@ -555,8 +555,8 @@ def guided_denoisers() -> dict[str, scoresde.Denoiser]:
 
 
 def steps() -> dict[str, scoresde.Step]:
-    """Every public step that is one by itself, with its defaults; correctors behind a predictor. A flow map is a step of
-    networks that are told where they go (tests/sampling/test_flow_map.py guides one)."""
+    """Every public step that is one by itself, with its defaults; correctors behind a predictor. A flow map is a step
+    of networks that are told where they go (tests/sampling/test_flow_map.py guides one)."""
     public = (getattr(scoresde, name) for name in scoresde.__all__)
     kinds = {kind for kind in public if isinstance(kind, type) and issubclass(kind, scoresde.Step)}
     kinds -= {scoresde.Step, scoresde.FlowMap}
