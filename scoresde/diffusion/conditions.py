@@ -136,6 +136,13 @@ def tell(cond: Cond, **told: Tensor) -> Cond:
     return {**named(cond, ""), **told}
 
 
+def parted(cond: Cond, names: Sequence[str]) -> tuple[Cond, dict[str, Tensor]]:
+    """The condition without these entries, in the form that it had before `tell`, and those of them that it has."""
+    parts = named(cond, "")
+    own = {name: parts.pop(name) for name in names if name in parts}
+    return (unnamed(parts, "") if own else cond), own
+
+
 def _of_one_length(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
     """Both; where they are texts, padded to the length of the longer one."""
     if first.is_floating_point() or first.ndim != 2:

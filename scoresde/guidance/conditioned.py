@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from ..diffusion.conditions import Cond, expand, one_entry
+from ..diffusion.conditions import Cond, expand, one_entry, parted, tell
 from ..diffusion.denoiser import Denoiser, DenoiserWrapper
 from ..diffusion.prediction import Prediction
 
@@ -32,9 +32,11 @@ class Conditioned(DenoiserWrapper):
         return None
 
     def forward(self, x: Tensor, t: Tensor, cond: Cond = None) -> Prediction:
+        cond, told = parted(cond, self.told)  # a flow map is told besides where it goes
         if cond is not None and not callable(self.cond):
             raise ValueError("This denoiser has its condition already; leave cond out.")
-        return self.denoiser(x, t, self._filled_in(cond, x))
+        filled = self._filled_in(cond, x)
+        return self.denoiser(x, t, tell(filled, **told) if told else filled)
 
     def prior_log_prob_given(self, z: Tensor, cond: Cond) -> Tensor:
         return self.denoiser.prior_log_prob_given(z, self._filled_in(cond, z))

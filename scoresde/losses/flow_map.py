@@ -22,7 +22,7 @@ from typing import Any, NamedTuple, TypedDict, Unpack
 import torch
 from torch import Tensor, nn
 
-from ..diffusion.conditions import Cond, each, named, tell, unnamed
+from ..diffusion.conditions import Cond, each, parted, tell
 from ..diffusion.denoiser import Denoiser
 from ..diffusion.sde import SDE
 from ..diffusion.undisturbed import in_eval
@@ -189,11 +189,6 @@ def shares_of(sde: SDE, t: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
     return sigma_s / sigma_t, -alpha_s * torch.expm1(0.5 * (sde.log_snr(t) - sde.log_snr(s)))
 
 
-def without_scale(cond: Cond) -> Cond:
-    """The condition as the teacher takes it."""
-    return unnamed({name: value for name, value in named(cond, "").items() if name != "scale"}, "")
-
-
 class FromData(FlowMapLoss):
     """What begins at noised data.
 
@@ -218,7 +213,7 @@ class FromData(FlowMapLoss):
         sde = self.denoiser.sde
         t, s = self.pairs.sample(sde, len(x0), rng, x0.device)
         x = sde.perturb(x0, t, rng.normal_like(x0))
-        guess = x0 if teacher is None else teacher(x, t, without_scale(cond)).x0
+        guess = x0 if teacher is None else teacher(x, t, parted(cond, ("scale",))[0]).x0
         return Target(self.improved(x, t, s, guess, cond), x, t, s, cond)
 
     @abc.abstractmethod

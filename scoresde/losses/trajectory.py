@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from ..checks import whole
-from ..diffusion.conditions import Cond, take
+from ..diffusion.conditions import Cond, parted, take
 from ..diffusion.denoiser import Denoiser
 from ..diffusion.sde import SDE
 from ..noise.rng import Rng
 from ..ops.broadcast import coefficient
 from ..sampling.multistep import Multistep
 from ..sampling.sampler import Sampler
-from .flow_map import FlowMapLoss, Options, Pairs, Target, shares_of, without_scale
+from .flow_map import FlowMapLoss, Options, Pairs, Target, shares_of
 
 
 class TrajectoryLoss(FlowMapLoss):
@@ -63,7 +63,7 @@ class TrajectoryLoss(FlowMapLoss):
         grid = _moved(sde, self.solver.grid_for(teacher)(sde, self.steps), float(rng.uniform((1,))))
         sampler = Sampler(self.solver.step, lambda sde, n: grid, self.steps, denoise=False)
         z = teacher.prior_sample((m, *x0.shape[1:]), rng=rng, dtype=x0.dtype, device=x0.device)
-        run = sampler.iterate(teacher, z, cond=take(without_scale(cond), slice(m)), rng=rng)
+        run = sampler.iterate(teacher, z, cond=take(parted(cond, ("scale",))[0], slice(m)), rng=rng)
         path = torch.stack([trace.x for trace in run])
         kinds, ends, where, to = rng.uniform((n, 4), dtype=torch.float64, device=x0.device).unbind(1)
         i = torch.where(kinds < shares.first, 0, (where * self.steps).long())

@@ -21,6 +21,7 @@ from scoresde import (
     sample,
 )
 from scoresde.diffusion.conditions import named
+from scoresde.guidance import Conditioned
 from scoresde.nn import MLP, DiT, UNet
 
 ALL = all_sdes()
@@ -104,6 +105,21 @@ def test_guidance_around_a_map_blends_two_maps_to_the_same_end() -> None:
     got = ClassifierFree(student, 3.0)(x, t, {"": label, "end": s}).x0
     plain, told = (student(x, t, {"label": c, "end": s}).x0 for c in (torch.tensor([3, 3]), label))
     torch.testing.assert_close(got, plain + 3 * (told - plain), rtol=1e-4, atol=1e-5)
+
+
+def test_a_map_with_its_condition_filled_in_is_still_told_where_it_goes() -> None:
+    _, student, shape = trained("mlp", classes=3)
+    torch.nn.init.normal_(student.network.conditioning.told["end"].weight)
+    x, label = student.prior_sample((2, *shape), rng=Rng(1)), torch.tensor([2, 2])
+    sampler = Sampler(FlowMap(), None, 2, denoise=False)
+    want = sampler(student, x, cond=label)
+    torch.testing.assert_close(sampler(Conditioned(student, label[:1]), x), want)
+    picked = Conditioned(student, lambda cond: cond["second"])
+    torch.testing.assert_close(sampler(picked, x, cond={"first": 0 * label, "second": label}), want)
+    lowered = Conditioned(student, lambda cond: cond - 1)  # of a bare tensor, in the form in which it was given
+    torch.testing.assert_close(sampler(lowered, x, cond=label + 1), want)
+    with pytest.raises(ValueError, match="leave cond out"):
+        sampler(Conditioned(student, label[:1]), x, cond=label)
 
 
 @pytest.mark.parametrize("renoise", [False, True])
