@@ -42,6 +42,7 @@ def steps() -> dict[str, Step]:
     """
     public = (getattr(scoresde, name) for name in scoresde.__all__)
     kinds = {kind for kind in public if isinstance(kind, type) and issubclass(kind, Step)} - {Step}
+    kinds -= {scoresde.FlowMap}  # needs a model that is told where it goes, which these functions are not
     kinds = {kind for kind in kinds if not kind.__module__.startswith("scoresde.inverse")}
     kinds |= {RK4, AdaptiveSDE, Churn, DPMSolver, Midpoint, Restart, TorchSDE}
     special = {

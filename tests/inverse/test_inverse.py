@@ -248,6 +248,7 @@ def every_step() -> dict[str, Step]:
     """Every step of the library with its defaults; correctors behind a predictor."""
     kinds = {getattr(sampling, name) for name in sampling.__all__}
     kinds = {kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Step)} - {Step}
+    kinds -= {scoresde.FlowMap}  # needs a model that is told where it goes, which a posterior is not
     special = {
         PredictorCorrector: lambda: PredictorCorrector(EulerMaruyama(), Langevin()),
         Langevin: lambda: PredictorCorrector(EulerMaruyama(), Langevin()),
