@@ -205,14 +205,8 @@ class Preconditioned(Denoiser):
         return output.to(scaled.dtype)
 
     def _in_its_units(self, cond: Cond, x: Tensor) -> Cond:
-        """The condition with what the network is told besides as it takes it."""
-        given = {name: value for name, value in named(cond, "").items() if name in ("end", "scale")}
-        if not given.keys() <= set(self.told):
-            raise ValueError(
-                f"This model is told {' and '.join(map(repr, self.told)) or 'one noise level only'}; got also "
-                f"{sorted(given.keys() - set(self.told))}. A flow map is Preconditioned(network, …, told=['end']) of a "
-                "network with told=['end'], and scoresde-distil makes one of a trained model."
-            )
+        """The condition with what the network is told besides as it takes it; other names are the network's own."""
+        given = {name: value for name, value in named(cond, "").items() if name in self.told}
         units = {"end": lambda s: self.noise_input(self.sde, as_time(s, x)), "scale": lambda w: w.log() / 4}
         return tell(cond, **{n: per_sample(units[n](v), x) for n, v in given.items()}) if given else cond
 

@@ -143,7 +143,7 @@ WRONG = {
     "cond.label=[]": "or a list; got []",
     "cond.label=true": "or a list; got True",
     "cond.label=seven": "or a list; got 'seven'",
-    "cond=7": "cond is a mapping with the keys label, vector, image, tokens, as in cond.label=7; or test:0-7 .*; got 7",
+    "cond=7": "cond is a mapping with the keys label, .*, text, as in cond.label=7; or test:0-7 .*; got 7",
     "cond.lable=7": "Did you mean 'cond.label'?",
     "guidance=cgf": "There is no guidance=cgf. Did you mean 'cfg'?",
     "guidance=cfg guidance.scale=strong": "guidance.scale is a number or .*; got 'strong'",
