@@ -30,7 +30,7 @@ from ..noise.rng import Rng
 from ..ops.broadcast import host
 from .codec import RawCodec
 from .divergence import Divergence
-from .latent import pooled
+from .latent import averaged
 from .ode import LogLikelihood, log_likelihood
 from .solver import Solver
 from .terms import Bound, Setting, Term, mean_and_error
@@ -147,19 +147,14 @@ def ode_bound(
     if setting.edges is None:
         raise ValueError("ode_bound bounds the probability of integers: pass their scaling=, with levels.")
     rng, t = setting.rng, host(setting.start)
-    values, errors, evaluations = [], [], 0
+    values, solves = [], []
     for _ in range(setting.samples):
         x = scaling.encode(x0, rng=rng) if dequantised else setting.x
         z = setting.sde.perturb(x, t, rng.normal_like(x))
         found = log_likelihood(denoiser, z, solver, divergence=divergence, cond=cond, rng=rng, t_min=t_min)
         values.append(found.log_prob + setting.log_bins(z) - setting.log_noised(z, dequantised))
-        errors.append(found.solver_error)
-        evaluations += found.evaluations
-    log_prob, of_draws = pooled(torch.stack(values, 1), exact=not bool(found.divergence_error.any()))
-    of_solver = torch.stack(errors).mean(0)
-    stderr = torch.hypot(of_draws, of_solver)
-    how, dims = "bpd/ode-bound", x0[0].numel()
-    return LogLikelihood(log_prob, stderr, found.latent, evaluations, of_draws, of_solver, how, dims)
+        solves.append(found)
+    return averaged(solves, torch.stack(values, 1), "bpd/ode-bound", x0[0].numel())
 
 
 @undisturbed

@@ -3,6 +3,7 @@ r"""A lower bound on log p of raw data under a model of their latents."""
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -54,19 +55,20 @@ def latent_bound(
         SolverError: a solve that failed.
     """
     rng, draws = Rng(0) if rng is None else rng, whole(samples, "The number of samples")
-    values, errors, evaluations = [], [], 0
-    for _ in range(draws):
-        found = log_likelihood(
-            denoiser, raw, solver, divergence=divergence, cond=cond, rng=rng, scaling=scaling, t_min=t_min
-        )
-        values.append(found.log_prob)
-        errors.append(found.solver_error)
-        evaluations += found.evaluations
-    log_prob, of_draws = pooled(torch.stack(values, 1), exact=not bool(found.divergence_error.any()))
-    of_solver = torch.stack(errors).mean(0)
-    stderr = torch.hypot(of_draws, of_solver)
-    name, dims = "bpd/latent-bound", raw[0].numel()
-    return LogLikelihood(log_prob, stderr, found.latent, evaluations, of_draws, of_solver, name, dims)
+    solves = [
+        log_likelihood(denoiser, raw, solver, divergence=divergence, cond=cond, rng=rng, scaling=scaling, t_min=t_min)
+        for _ in range(draws)
+    ]
+    return averaged(solves, torch.stack([found.log_prob for found in solves], 1), "bpd/latent-bound", raw[0].numel())
+
+
+def averaged(solves: Sequence[LogLikelihood], log_weights: Tensor, estimator: str, dims: int) -> LogLikelihood:
+    """What K solves with log-weights (B, K) say together, see `pooled`; `dims` is of the data that are bounded."""
+    last = solves[-1]
+    log_prob, of_draws = pooled(log_weights, exact=not bool(last.divergence_error.any()))
+    of_solver = torch.stack([found.solver_error for found in solves]).mean(0)
+    evaluations, stderr = sum(found.evaluations for found in solves), torch.hypot(of_draws, of_solver)
+    return LogLikelihood(log_prob, stderr, last.latent, evaluations, of_draws, of_solver, estimator, dims)
 
 
 def pooled(draws: Tensor, *, exact: bool) -> tuple[Tensor, Tensor]:
