@@ -130,13 +130,8 @@ def _own(facts: Arguments, tensors: dict[str, Tensor], side: int, learned: bool)
         return None, {}
     sides, each = [side >> level for level in range(len(widths))], given.get("attention_head_dim", 8)
     middle, classes = bool(given.get("add_attention", True)), given.get("num_class_embeds") or 0
-    node: Node = {
-        "_target_": "scoresde.nn.UNet",
-        "_partial_": True,
-        "width": widths[0],
-        "multipliers": [width // widths[0] for width in widths],
-        "blocks": blocks,
-        "attention": [size for size, has in zip(sides, attended, strict=True) if has],
+    layout = Layout(sides, blocks, attended, attend_all=True, middle=middle, resample="conv")
+    node = layout.node(widths[0], [width // widths[0] for width in widths]) | {
         **({"heads": 1} if each is None else {"head_width": each}),
         "embedding": "sinusoidal",
         "embedding_scale": 0.01,
@@ -147,14 +142,11 @@ def _own(facts: Arguments, tensors: dict[str, Tensor], side: int, learned: bool)
         "resnet_resample": False,
         "strided": True,
         "scale_shift": False,
-        "attend_all": True,
-        "middle_attention": middle,
         "eps": facts.number("norm_eps", 1e-5),
         "group_channels": 1,
         "dropout": facts.number("dropout", 0.0),
         **({"cond_dropout": 0.0} if classes else {}),
     }
-    layout = Layout(sides, blocks, attended, attend_all=True, middle=middle, resample="conv")
     return node, _weights(facts, Tensors(tensors, facts.path), layout, classes)
 
 

@@ -168,13 +168,8 @@ def _song(args: Arguments, side: int) -> tuple[Node, Layout, list[int]]:
     fir = args.only("resample_filter", [1, 1], [1, 1], [1, 3, 3, 1]) == [1, 3, 3, 1]
     sides = [side >> level for level in range(len(mults))]
     attended = [each in args.wholes("attn_resolutions", (16,)) for each in sides]
-    node = {
-        "_target_": "scoresde.nn.UNet",
-        "_partial_": True,
-        "width": width,
-        "multipliers": mults,
-        "blocks": blocks,
-        "attention": [each for each, has in zip(sides, attended, strict=True) if has],
+    layout = Layout(sides, blocks, attended, pyramid=residual)
+    node = layout.node(width, mults) | {
         "embedding": "fourier" if fourier else "sinusoidal",
         "embedding_width": width * args.whole("channel_mult_emb", 4),
         "waves": width * args.whole("channel_mult_noise", 1),
@@ -182,11 +177,10 @@ def _song(args: Arguments, side: int) -> tuple[Node, Layout, list[int]]:
         **({"progressive_input": "residual", "pyramid_conv_first": True} if residual else {}),
         "scale_shift": False,
         "resample_skip": True,
-        "middle_attention": True,
         "dropout": args.number("dropout", 0.1),
         "classes": args.whole("label_dim", 0, 0),
     }
-    return node, Layout(sides, blocks, attended, pyramid=residual), [1] * len(mults)
+    return node, layout, [1] * len(mults)
 
 
 def _dhariwal(args: Arguments, side: int) -> tuple[Node, Layout, list[int]]:
@@ -198,21 +192,14 @@ def _dhariwal(args: Arguments, side: int) -> tuple[Node, Layout, list[int]]:
     middle = heads[-1] > 0
     counts = {count for count, has in zip(heads, attended, strict=True) if has} | ({heads[-1]} if middle else set())
     widths = [width * mult for mult in mults]
-    node = {
-        "_target_": "scoresde.nn.UNet",
-        "_partial_": True,
-        "width": widths[0],
-        "multipliers": [each // widths[0] for each in widths],
-        "blocks": blocks,
-        "attention": [each for each, has in zip(sides, attended, strict=True) if has],
+    layout = Layout(sides, blocks, attended, attend_all=True, middle=middle)
+    node = layout.node(widths[0], [each // widths[0] for each in widths]) | {
         **({"heads": max(counts, default=1)} if len(counts) < 2 else {"head_width": 64}),
         "embedding": "sinusoidal",
         "embedding_scale": 0.01,
         "embedding_width": width * args.whole("channel_mult_emb", 4),
         "waves": width,
         "residual_scaling": False,
-        "attend_all": True,
-        "middle_attention": middle,
         "eps": 1e-5,
         "late": True,
         "dropout": args.number("dropout", 0.1),
@@ -220,7 +207,7 @@ def _dhariwal(args: Arguments, side: int) -> tuple[Node, Layout, list[int]]:
     }
     if any(each % widths[0] for each in widths):
         raise ForeignFileError(f"{args.path}: channel_mult={mults} are no multiples of the first.")
-    return node, Layout(sides, blocks, attended, attend_all=True, middle=middle), heads
+    return node, layout, heads
 
 
 def _embedding(kind: str, node: Node, tensors: Tensors) -> dict[str, Tensor]:

@@ -124,13 +124,8 @@ def _network(flags: Arguments, side: int) -> tuple[Node, Layout, list[int]]:
     sides = [side >> level for level in range(len(mults))]
     attended = [1 << level in wanted for level in range(len(mults))]
     heads = [count if each == -1 else max(1, size // each) for size in widths]
-    node = {
-        "_target_": "scoresde.nn.UNet",
-        "_partial_": True,
-        "width": widths[0],
-        "multipliers": [size // widths[0] for size in widths],
-        "blocks": blocks,
-        "attention": [size for size, has in zip(sides, attended, strict=True) if has],
+    layout = Layout(sides, blocks, attended, attend_all=True, resample="block" if updown else "conv")
+    node = layout.node(widths[0], [size // widths[0] for size in widths]) | {
         **({"heads": count} if each == -1 else {"head_width": each}),
         "embedding": "sinusoidal",
         "embedding_scale": 0.01,
@@ -139,14 +134,12 @@ def _network(flags: Arguments, side: int) -> tuple[Node, Layout, list[int]]:
         "residual_scaling": False,
         **({} if updown else {"resnet_resample": False, "strided": True}),
         **({} if flags.only("use_scale_shift_norm", by_flags, True, False) else {"scale_shift": False}),
-        "attend_all": True,
-        "middle_attention": True,
         "eps": 1e-5,
         "group_channels": 1,
         "late": True,
         "dropout": flags.number("dropout", 0.0),
     }
-    return node, Layout(sides, blocks, attended, attend_all=True, resample="block" if updown else "conv"), heads
+    return node, layout, heads
 
 
 def _numbers(flags: Arguments, name: str, usual: list[Any]) -> list[Any]:

@@ -96,13 +96,8 @@ def _network(model: Arguments, side: int) -> tuple[Node, Layout]:
     )
     sides = [side >> level for level in range(len(mults))]
     attended = [each in model.wholes("attn_resolutions", (16,)) for each in sides]
-    node = {
-        "_target_": "scoresde.nn.UNet",
-        "_partial_": True,
-        "width": width,
-        "multipliers": mults,
-        "blocks": blocks,
-        "attention": [each for each, has in zip(sides, attended, strict=True) if has],
+    layout = Layout(sides, blocks, attended, pyramid=residual)
+    node = layout.node(width, mults) | {
         "embedding": "fourier" if fourier else "sinusoidal",
         "embedding_width": 4 * width,
         "waves": 2 * width if fourier else width,
@@ -111,10 +106,9 @@ def _network(model: Arguments, side: int) -> tuple[Node, Layout]:
         **({} if model.only("skip_rescale", True, True, False) else {"residual_scaling": False}),
         "scale_shift": False,
         "resample_skip": True,
-        "middle_attention": True,
         "dropout": model.number("dropout", 0.1),
     }
-    return node, Layout(sides, blocks, attended, pyramid=residual)
+    return node, layout
 
 
 def _process(kind: str, continuous: bool, model: Arguments, path: Path) -> tuple[dict[str, Any], int]:

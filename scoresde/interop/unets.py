@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -42,6 +42,19 @@ class Layout:
     middle: bool = True
     pyramid: bool = False
     resample: str = "block"
+
+    def node(self, width: int, multipliers: Sequence[int]) -> dict[str, Any]:
+        """The node of a configuration that makes a `UNet` of these layers, for its other arguments to be added."""
+        return {
+            "_target_": "scoresde.nn.UNet",
+            "_partial_": True,
+            "width": width,
+            "multipliers": multipliers,
+            "blocks": self.blocks,
+            "attention": [side for side, has in zip(self.sides, self.attended, strict=True) if has],
+            **({"attend_all": True} if self.attend_all else {}),
+            "middle_attention": self.middle,
+        }
 
     def places(self) -> Iterator[Place]:
         """Its layers in the order of use."""
