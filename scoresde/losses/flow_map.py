@@ -114,8 +114,6 @@ class FlowMapLoss(Loss):
         ValueError: a denoiser that is told one noise level only, a teacher of another SDE, or values outside these.
     """
 
-    needs_teacher = False
-
     def __init__(
         self,
         denoiser: Denoiser,
@@ -133,8 +131,8 @@ class FlowMapLoss(Loss):
                 f"{name} trains a flow map, which is told where it goes, and this denoiser is told one noise level "
                 "only: denoiser.told=[end], and in Python told=['end'] for the network, too."
             )
-        if teacher is None and (self.needs_teacher or scales is not None):
-            raise ValueError(f"{name} needs a teacher{'' if scales is None else ' to guide'}: scoresde-distil run=….")
+        if teacher is None and scales is not None:
+            raise ValueError(f"{name} needs a teacher to guide at scales: scoresde-distil run=….")
         if teacher is not None:
             check_same(denoiser.sde, teacher.sde)
         if not 0 <= adaptive <= 1:
@@ -163,7 +161,7 @@ class FlowMapLoss(Loss):
             low, high = self.scales
             scale = low + (high - low) * float(rng.uniform((1,)))
             teacher, cond = ClassifierFree(teacher, scale), tell(cond, scale=x0.new_full((len(x0),), scale))
-        with torch.no_grad(), in_eval([] if teacher is None else teacher.modules()):
+        with torch.no_grad(), in_eval([*(self.denoiser if teacher is None else teacher).modules()]):
             g, x, t, s, cond = self.target(x0, cond, teacher, rng)
         weight = self.weighting.weight(sde, t, x[0].numel(), sde.t_max - sde.t_min) * sde.log_snr(t).exp()
         loss = dsm_loss(self.map(x, t, s, cond), g, weight)  # ‖ε̂ − ε‖² = ‖g − g*‖²/ς²

@@ -1,4 +1,4 @@
-"""Flow maps along trajectories of a teacher."""
+"""Flow maps along trajectories of a teacher, or of their own."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from ..noise.rng import Rng
 from ..ops.broadcast import coefficient
 from ..sampling.multistep import Multistep
 from ..sampling.sampler import Sampler
+from .denoising import Times
 from .flow_map import FlowMapLoss, Options, Pairs, Target, shares_of
 
 
@@ -27,16 +28,24 @@ class TrajectoryLoss(FlowMapLoss):
     all times are met. Costs `steps`/`reuse` calls of the teacher's for a sample. (Luhman & Luhman 2021 for one pair;
     Boffi et al. 2025, *Flow map matching*, Lagrangian form integrated.)
 
+    Without a teacher the map is its own: at s = t it is a denoiser, which the share `still` of every batch trains on
+    data, and whose trajectories the rest learns. (Boffi et al. 2025, *How to build a consistency model*, Lagrangian
+    self-distillation integrated.)
+
     Args:
         steps: of a trajectory, by `solver`, ≥ 2.
         reuse: pairs of each, ≥ 1.
-        first: share of t = t_max, where every sample starts.
-        last: share of s = t_min, where every sample ends.
+        first: share of t = t_max among the pairs, where every sample starts.
+        last: share of s = t_min among them, where every sample ends.
+        still: share of the batch with s = t, at data that are noised at `times`, in [0, 1); null for ½ without a
+            teacher and 0 with one, which is then learned at the times of its trajectories only.
+        times: of those.
         solver: whose step and grid make trajectories; default order 3 in log-SNR with its corrector.
         options: those of `FlowMapLoss`.
-    """
 
-    needs_teacher = True
+    Raises:
+        ValueError: still outside [0, 1), or 0 without a teacher; see `FlowMapLoss`.
+    """
 
     def __init__(
         self,
@@ -47,16 +56,42 @@ class TrajectoryLoss(FlowMapLoss):
         reuse: int = 8,
         first: float = 0.5,
         last: float = 0.5,
+        still: float | None = None,
+        times: Times | None = None,
         solver: Sampler | None = None,
         **options: Unpack[Options],
     ):
         super().__init__(denoiser, teacher, **options)
         self.steps, self.reuse = whole(steps, "steps", 2), whole(reuse, "reuse")
-        self.shares = Pairs(first=first, last=last, still=0.0)
+        self.shares = Pairs(times, first=first, last=last, still=0.0)
+        self.shares.times.start(denoiser.sde)
+        self.still = (0.5 if teacher is None else 0.0) if still is None else float(still)
+        if not (0 if teacher is not None else 1e-9) <= self.still < 1:
+            raise ValueError(
+                "still is the share of a batch that trains the map as a denoiser, in [0, 1), and more than 0 without a "
+                f"teacher, which the map then is to itself; got {still}."
+            )
         self.solver = Sampler(Multistep(3, sigma_data=None, corrector=3, bound=2.5)) if solver is None else solver
 
     def target(self, x0: Tensor, cond: Cond, teacher: Denoiser | None, rng: Rng) -> Target:
-        assert teacher is not None
+        still = min(round(self.still * len(x0)), len(x0) - 1)
+        leader = self.denoiser if teacher is None else teacher
+        g, x, t, s, own = self._along(x0[still:], take(cond, slice(still, None)), leader, rng)
+        if not still:
+            return Target(g, x, t, s, take(cond, own))
+        sde, known = self.denoiser.sde, x0[:still]
+        here, _ = self.shares.times.sample(sde, still, rng, x0.device)
+        noised = sde.perturb(known, here, rng.normal_like(known))
+        if teacher is not None:
+            known = teacher(noised, here, parted(take(cond, slice(still)), ("scale",))[0]).x0
+        rows = torch.cat([torch.arange(still, device=x0.device), still + own])
+        ends = torch.cat([known, g]), torch.cat([noised, x]), torch.cat([here, t]), torch.cat([here, s])
+        return Target(*ends, take(cond, rows))
+
+    def _along(
+        self, x0: Tensor, cond: Cond, teacher: Denoiser, rng: Rng
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """(g*, x_t, t, s) of as many pairs as x0 has samples, on trajectories, and whose condition each has."""
         n, sde, shares = len(x0), teacher.sde, self.shares
         m = math.ceil(n / self.reuse)
         own = torch.arange(n, device=x0.device) % m
@@ -71,7 +106,7 @@ class TrajectoryLoss(FlowMapLoss):
         times = grid.to(x0.device)
         (kept, gain), x, there = shares_of(sde, times[i], times[j]), path[i, own], path[j, own]
         g = (there - coefficient(kept, x) * x) / coefficient(gain, x)
-        return Target(g, x, times[i], times[j], take(cond, own))
+        return g, x, times[i], times[j], own
 
 
 def _moved(sde: SDE, grid: Tensor, share: float) -> Tensor:

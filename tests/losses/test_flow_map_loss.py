@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from flow_maps import VAR, ExactMap
+from flow_maps import VAR, ExactMap, QuantileMap
 from oracles import all_sdes
 
 from scoresde import EDM, EDMSDE, VPSDE, GaussianMixtureDenoiser, Heun, Preconditioned, Rng, Sampler
@@ -23,7 +23,6 @@ from scoresde.nn import MLP, DiT, LogVariance, UNet
 
 ALL = all_sdes()
 each_sde = pytest.mark.parametrize("sde", ALL.values(), ids=ALL.keys())
-SMOOTH = {name: sde for name, sde in ALL.items() if name not in ("ddpm", "ncsn")}
 KINDS = (TrajectoryLoss, SemigroupLoss, MeanFlowLoss, ConsistencyLoss)
 
 
@@ -42,7 +41,7 @@ def network(sde=None) -> Preconditioned:
 
 
 @pytest.mark.parametrize("kind", [SemigroupLoss, MeanFlowLoss, ConsistencyLoss])
-@pytest.mark.parametrize("sde", SMOOTH.values(), ids=SMOOTH.keys())
+@each_sde
 def test_the_exact_map_costs_nothing(kind, sde) -> None:
     """In float64: a target is off by round-off/(1 − r), and close pairs are drawn."""
     loss = kind(ExactMap(sde), gaussian(sde))
@@ -50,10 +49,38 @@ def test_the_exact_map_costs_nothing(kind, sde) -> None:
 
 
 @each_sde
+def test_the_tangent_vanishes_for_the_exact_map_of_a_mixture_and_for_no_other(sde) -> None:
+    """Where g bends in y, as the Gaussian's does not; the inner 98 % of noise, whose quantiles have digits left."""
+    map = QuantileMap(sde)
+    mixture = GaussianMixtureDenoiser(map.means[:, None], map.stds[:, None] ** 2, map.weights, sde)
+    low, high = sde.log_snr(torch.tensor([sde.t_max, sde.t_min], dtype=torch.float64))
+    t, s = (
+        sde.time(low + torch.linspace(*ends, 9, dtype=torch.float64) * (high - low))
+        for ends in ((0.01, 0.6), (0.3, 0.9))
+    )
+    x0 = mixture.sample(9, rng=Rng(0)).double()
+    x = sde.perturb(x0, t, Rng(1).normal((9, 1), dtype=torch.float64).clamp(-2.3, 2.3))
+    g, tangent = MeanFlowLoss(map, mixture).tangent(x, t, s, mixture(x, t).x0, None)
+    torch.testing.assert_close(tangent, torch.zeros_like(g), rtol=0, atol=1e-6)
+    _, wrong = MeanFlowLoss(map, mixture).tangent(x, t, s, mixture(x, t).x0 + 0.1, None)
+    assert float(wrong.abs().max()) > 1e-2
+
+
+@each_sde
 def test_trajectories_lead_to_the_exact_map(sde) -> None:
     """Order 3 with 64 steps: 1e-4 of the spread, and the loss counts its square."""
     loss = TrajectoryLoss(ExactMap(sde), gaussian(sde), steps=64, reuse=4)
     assert float(loss(data(), rng=Rng(0)).max()) < 1e-6
+
+
+@each_sde
+def test_a_map_that_is_its_own_teacher_keeps_what_is_exact(sde) -> None:
+    """The half that stays is held against the data themselves, whose mean given x_t costs their variance."""
+    loss = TrajectoryLoss(ExactMap(sde), steps=64, reuse=4)
+    terms = loss.terms(data(), rng=Rng(0))
+    assert float(terms.loss[32:].max()) < 1e-6 < 1e-3 < float(terms.loss[:32].mean())
+    taught = TrajectoryLoss(ExactMap(sde), gaussian(sde), steps=64, reuse=4, still=0.25).terms(data(), rng=Rng(0))
+    assert float(taught.loss.max()) < 1e-6
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -64,7 +91,7 @@ def test_another_map_costs_something(kind) -> None:
     assert float(loss(data(), rng=Rng(0)).mean()) > 1e-3
 
 
-@pytest.mark.parametrize("sde", SMOOTH.values(), ids=SMOOTH.keys())
+@each_sde
 def test_the_tangent_of_data_has_that_of_the_posterior_mean_as_its_mean(sde) -> None:
     """T is affine in x̂_0, so that E[x_0 | x_t] may be replaced by x_0."""
     map, x = ExactMap(sde), data(4)
@@ -117,12 +144,17 @@ def test_pairs_fall_and_have_their_shares() -> None:
         assert float(found.double().mean()) == pytest.approx(share, abs=0.018)
 
 
+@pytest.mark.parametrize("taught", [True, False], ids=["taught", "from-data"])
 @pytest.mark.parametrize("kind", [TrajectoryLoss, SemigroupLoss])  # the others need more steps: benchmarks/few_step.py
-def test_training_brings_a_network_to_the_exact_map(kind) -> None:
+def test_training_brings_a_network_to_the_exact_map(kind, taught) -> None:
     """One step from t_max to t_min comes near the exact one, and the semigroup error falls: both to a half."""
     sde = EDMSDE(0.2, 3.0)
     map = network(sde)
-    loss = kind(map, gaussian(sde), **({"steps": 4, "solver": Sampler(Heun())} if kind is TrajectoryLoss else {}))
+    loss = kind(
+        map,
+        gaussian(sde) if taught else None,
+        **({"steps": 4, "solver": Sampler(Heun())} if kind is TrajectoryLoss else {}),
+    )
     optimizer, rng, x0 = torch.optim.Adam(map.parameters(), 5e-3), Rng(0), data(128).float()
     t, s, stop = (torch.full((128,), time) for time in (3.0, 0.2, 1.0))
     x = sde.perturb(x0, t, Rng(7).normal_like(x0))
@@ -198,10 +230,14 @@ def test_arguments_that_cannot_work_are_refused(kind: type[FlowMapLoss]) -> None
     with pytest.raises(ValueError, match="scales is"):
         kind(network(), gaussian(VPSDE()), scales=(1.0, 2.0))
     with pytest.raises(ValueError, match="needs a teacher"):
-        kind(network(), scales=(1.0, 2.0)) if kind is not TrajectoryLoss else kind(network())
+        kind(network(), scales=(1.0, 2.0))
 
 
 def test_shares_out_of_range_are_refused() -> None:
+    with pytest.raises(ValueError, match="more than 0 without a teacher"):
+        TrajectoryLoss(network(), still=0.0)
+    with pytest.raises(ValueError, match="still is the share"):
+        TrajectoryLoss(network(), gaussian(VPSDE()), still=1.0)
     with pytest.raises(ValueError, match="last"):
         Pairs(last=0.8, still=0.4)
     with pytest.raises(ValueError, match="c, which"):

@@ -73,16 +73,21 @@ def test_an_untrained_map_is_ddim(sde, steps) -> None:
     torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["mlp", "unet", "unet1d", "dit"])
+ALONE = ({}, None)
+LABEL = ({"classes": 3, "cond_dropout": 0.1}, torch.tensor([0, 2]))
+VECTOR = ({"cond_dim": 2}, torch.tensor([[0.5, -1.0], [0.0, 1.0]]))
+BOTH = ({"classes": 3, "cond_dim": 1}, {"label": torch.tensor([0, 2]), "vector": torch.tensor([[0.5], [0.0]])})
+IMAGE = ({"cond_image": (1, 4, 4)}, Rng(2).normal((2, 1, 4, 4)))
+TOKENS = ({"cond_tokens": 3}, Rng(2).normal((2, 5, 3)))
+
+
 @pytest.mark.parametrize(
-    ("how", "cond"),
+    ("kind", "how", "cond"),
     [
-        ({}, None),
-        ({"classes": 3, "cond_dropout": 0.1}, torch.tensor([0, 2])),
-        ({"cond_dim": 2}, torch.tensor([[0.5, -1.0], [0.0, 1.0]])),
-        ({"classes": 3, "cond_dim": 1}, {"label": torch.tensor([0, 2]), "vector": torch.tensor([[0.5], [0.0]])}),
+        *((kind, *given) for kind in ("mlp", "unet", "unet1d", "dit") for given in (ALONE, LABEL, VECTOR, BOTH)),
+        *((kind, *IMAGE) for kind in ("mlp", "unet", "dit")),
+        *((kind, *TOKENS) for kind in ("unet", "dit")),
     ],
-    ids=["alone", "label", "vector", "both"],
 )
 def test_every_network_and_condition_begins_as_its_teacher(kind, how, cond) -> None:
     teacher, student, shape = trained(kind, **how)
