@@ -5,6 +5,7 @@ from .centred import Centred
 from .chain import Chain
 from .codec import Codec
 from .haar import Haar, HaarDetails, HaarLow
+from .lifted import LiftedDetails, LiftedLow
 from .patches import Patches
 from .scaling import Scaling
 from .spectrum import Spectrum
@@ -18,6 +19,8 @@ __all__ = [
     "Haar",
     "HaarDetails",
     "HaarLow",
+    "LiftedDetails",
+    "LiftedLow",
     "Patches",
     "Scaling",
     "Spectrum",

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..codecs import Centred, Chain, HaarDetails, HaarLow, Patches, Standardise
+from ..codecs import Centred, Chain, HaarDetails, HaarLow, LiftedDetails, LiftedLow, Patches, Standardise
 from ..codecs.fit import Columns
 from .dataset import Dataset, Split
 from .rows import chunks
@@ -60,21 +60,22 @@ def centred(dataset: Dataset, *, slack: float = 1e-3, move: bool = False) -> Dat
 
 
 def haar_low(dataset: Dataset, *, level: int = 1) -> Dataset:
-    """The low band alone, `HaarLow`: of this a cascade begins.
+    """The low band alone, `HaarLow`, of integers `LiftedLow`: of this a cascade begins.
 
     Raises:
         ValueError: sizes that cannot be halved so often, or a codec that is not affine.
     """
-    return replace(dataset, codec=HaarLow(dataset.codec, level))
+    return replace(dataset, codec=_low(dataset, level))
 
 
 def haar_details(dataset: Dataset, *, level: int = 1) -> Dataset:
-    """The details alone, `HaarDetails`, with the picture that they belong to as the condition "image".
+    """The details alone, `HaarDetails`, of integers `LiftedDetails`, with the picture below as the condition "image".
 
     Raises:
         ValueError: as `haar_low`; or data that have an image as a condition.
     """
-    return _told_low(replace(dataset, codec=HaarDetails(dataset.codec, level)), HaarLow(dataset.codec, level))
+    details = (LiftedDetails if dataset.codec.levels else HaarDetails)(dataset.codec, level)
+    return _told_low(replace(dataset, codec=details), _low(dataset, level))
 
 
 def upsampled(dataset: Dataset, *, level: int = 1) -> Dataset:
@@ -83,7 +84,11 @@ def upsampled(dataset: Dataset, *, level: int = 1) -> Dataset:
     Raises:
         ValueError: as `haar_details`.
     """
-    return _told_low(dataset, HaarLow(dataset.codec, level))
+    return _told_low(dataset, _low(dataset, level))
+
+
+def _low(dataset: Dataset, level: int) -> HaarLow:
+    return (LiftedLow if dataset.codec.levels else HaarLow)(dataset.codec, level)
 
 
 def _told_low(dataset: Dataset, low: HaarLow) -> Dataset:

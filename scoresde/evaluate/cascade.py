@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..codecs import Codec, Scaling
+from ..codecs import Codec
+from ..codecs.codec import Drawn
 from ..diffusion.conditions import Cond
 from ..diffusion.denoiser import Denoiser
 from ..diffusion.sde import SDE
@@ -79,14 +80,16 @@ class Stages:
         """The greatest distance of the low resolution of samples from that which the last stage was told, in raw units:
         of samples as they were drawn, and `rounded` and clamped to raw values.
         """
-        cascade, x = self.cascade, self.x[name]
+        cascade, x, last = self.cascade, self.x[name], self.cascade.runs[-1].codec
         told = cascade.picture(len(cascade.runs) - 2, self.low[name]).double()
         slope = cascade.codec.affine[0] if cascade.codec.affine else 1.0
         found = {}
         for key, each in (("residual", x), ("rounded", cascade.codec.encode(cascade.codec.decode(x)))):
-            picture = cascade.picture(len(cascade.runs) - 1, each)
-            means = F.interpolate(picture.double(), told.shape[2:], mode="area")
-            found[key] = float((means - told).abs().max()) / slope
+            if last.below is not None:
+                low = last.below.layout(last.parts(each)[0])
+            else:
+                low = F.interpolate(cascade.picture(len(cascade.runs) - 1, each).double(), told.shape[2:], mode="area")
+            found[key] = float((low - told).abs().max()) / slope
         return found
 
 
@@ -123,7 +126,7 @@ class OfCascade(Likelihood):
 
     Raises:
         ConfigError: a cascade without an exact likelihood.
-        ValueError: a bound on the probability of integers, whose bins are no intervals of single bands.
+        ValueError: a bound on the probability of integers, of bands that are none.
     """
 
     def __init__(self, of_stage: Likelihood, cascade: Cascade):
@@ -132,10 +135,11 @@ class OfCascade(Likelihood):
         for run in cascade.runs:
             of_stage.whose(run.denoiser)
             of_stage.calls_on(run.denoiser.sde)  # both refuse, the one a cut-off that is outside its times
-        if of_stage.estimator == "bpd/ode-bound" or not of_stage.dequantises:
+        through_bins = of_stage.estimator == "bpd/ode-bound" or not of_stage.dequantises
+        if through_bins and any(run.codec.bins(run.dataset.test.raw[:1]) is None for run in cascade.runs):
             raise ValueError(
-                "A bin of integers is no interval of single bands, so that a cascade has no bound through the noise at "
-                "t_min. The density of dequantised data bounds their log-probability: likelihood.bound=null; of "
+                "These bands are no integers of their own, so that there is no bound through the noise at t_min. The "
+                "density of dequantised data bounds their log-probability: likelihood.bound=null; of "
                 "likelihood=elbo, likelihood.bound=dequantised."
             )
         self.of_stage, self.cascade, self.calls = of_stage, cascade, None
@@ -160,11 +164,12 @@ class OfCascade(Likelihood):
         return "; ".join(self.of_stage.cost(run.event_shape, run.denoiser.sde) for run in self.cascade.runs)
 
     def measure(self, denoiser: Denoiser, raw: Tensor, codec: Codec, cond: Cond, rng: Rng) -> Measured:
-        def of(run: Run, x: Tensor, told: Cond) -> Measured:
-            return self.of_stage.measure(run.denoiser, x, Scaling.identity(), told, rng)
+        def of(run: Run, drawn: Drawn, told: Cond, rows: Rng) -> Measured:
+            one = self.of_stage.measure(run.denoiser, drawn.values, drawn.codec, told, rows)
+            return one._replace(log_prob=one.log_prob + drawn.log_volume)
 
-        x, found = self.cascade.measured(raw, cond, rng, of)
-        log_prob = torch.stack([each.log_prob for each in found]).sum(0) + codec.log_volume(raw, x)
+        found = self.cascade.measured(raw, cond, rng, of)
+        log_prob = torch.stack([each.log_prob for each in found]).sum(0)
         of_all, of_solver = (
             torch.stack(each).square().sum(0).sqrt()
             for each in ([m.stderr for m in found], [m.of_solver for m in found])

@@ -7,13 +7,14 @@ import dataclasses
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from ..checks import whole
-from ..codecs import Codec
+from ..codecs import Codec, Haar
+from ..codecs.codec import Drawn
 from ..config import ConfigError
 from ..data import Dataset, Split
 from ..diffusion.conditions import Cond, move, named, take, unnamed
@@ -29,6 +30,7 @@ from .model import Guidance
 from .progress import track
 from .run import Run
 
+Found = TypeVar("Found")
 _APART = 1 << 24  # draws from a stream that a stage has for itself
 
 
@@ -144,8 +146,12 @@ class Cascade:
 
     def cond_of(self, stage: int, cond: Cond, low: Tensor | None) -> Cond:
         """What a stage is told: its part of `cond`, and the `picture` of the stage before, (n, C, *sizes)."""
-        parts = {name: value for name, value in named(cond).items() if name in self.runs[stage].kinds}
+        parts = self._own(self.runs[stage], cond)
         return unnamed(parts if low is None else parts | {"image": low})
+
+    @staticmethod
+    def _own(run: Run, cond: Cond) -> dict[str, Tensor]:
+        return {name: value for name, value in named(cond).items() if name in run.kinds}
 
     def picture(self, stage: int, x: Tensor) -> Tensor:
         """What a stage has made, `joined`, as the next one is told it."""
@@ -245,8 +251,8 @@ class Cascade:
     ) -> LogLikelihood:
         """log p(raw) of each sample in nats by the chain rule, see `Run.log_likelihood`; each stage is one solve.
 
-        Integers are dequantised once, for all stages: what is measured is the density of that, whose mean bounds the
-        log-probability of the integers, as for a model of the pixels (Theis et al. 2016).
+        Integers are dequantised: what is measured is the density of that, whose mean bounds the log-probability of the
+        integers, as for a model of the pixels (Theis et al. 2016).
 
         Raises:
             ConfigError: a stage of codec=upsampled, which draws a picture anew: it has no exact likelihood.
@@ -260,19 +266,20 @@ class Cascade:
         for part in track(parts, "log-likelihood", len(parts), show=progress):
             rows = streams.rows(part)
 
-            def of(run: Run, x: Tensor, own: Cond, rows: Rng = rows) -> LogLikelihood:
-                how: dict[str, Any] = {"divergence": divergence, "t_min": t_min}
-                return log_likelihood(run.denoiser, x, solver, cond=own, rng=rows, **how)
+            def of(run: Run, drawn: Drawn, own: Cond, rows: Rng) -> LogLikelihood:
+                how: dict[str, Any] = {"divergence": divergence, "t_min": t_min, "scaling": drawn.codec}
+                one = log_likelihood(run.denoiser, drawn.values, solver, cond=own, rng=rows, **how)
+                return replace(one, log_prob=one.log_prob + drawn.log_volume)
 
-            x, each = self.measured(raw[part], take(told, part), rows, of)
-            log_prob = sum(one.log_prob.cpu() for one in each) + self.codec.log_volume(raw[part], x)
+            each = self.measured(raw[part], take(told, part), rows, of)
+            log_prob = torch.stack([one.log_prob.cpu() for one in each]).sum(0)
             of_divergence, of_solver = (
                 torch.stack([getattr(one, name).cpu() for one in each]).square().sum(0).sqrt()
                 for name in ("divergence_error", "solver_error")
             )
             latent = each[0].latent.cpu()
-            for run, one in zip(self.runs[1:], each[1:], strict=True):
-                latent = run.codec.joined(latent, one.latent.cpu())
+            for one in each[1:]:  # an orthonormal map: white noise stays white noise
+                latent = Haar().layout(torch.cat([latent, one.latent.cpu()], 1))
             calls, errors = sum(one.evaluations for one in each), (of_divergence, of_solver)
             found.append(LogLikelihood(log_prob, torch.hypot(*errors), latent, calls, *errors, dims=raw[0].numel()))
         return joined(found)
@@ -291,20 +298,17 @@ class Cascade:
             )
 
     def measured(
-        self, raw: Tensor, cond: Cond, rng: Rng, measure: Callable[[Run, Tensor, Cond], Any]
-    ) -> tuple[Tensor, list[Any]]:
-        """Raw samples as model data, dequantised once, and `measure(run, x, told)` of the part of each stage."""
-        x = whole_x = self.codec.encode(raw, rng=rng)
-        stages: list[tuple[Run, Tensor, Tensor | None]] = []
-        for stage in range(len(self.runs) - 1, 0, -1):
-            low, details = self.runs[stage].codec.parts(x)
-            stages.append((self.runs[stage], details, self.picture(stage - 1, low)))
-            x = low
+        self, raw: Tensor, cond: Cond, rng: Rng, measure: Callable[[Run, Drawn, Cond, Rng], Found]
+    ) -> list[Found]:
+        """`measure(run, drawn, told, rng)` of each stage, with its part of raw samples. Each draws what it would by
+        itself: integers that all of them dequantise get the same noise."""
         found = []
-        for stage, (run, part, picture) in enumerate([(self.runs[0], x, None), *reversed(stages)]):
-            device = model_device(run.denoiser)
-            found.append(measure(run, part.to(device), move(self.cond_of(stage, cond, picture), device)))
-        return whole_x, found
+        for run in self.runs:
+            device, rows = model_device(run.denoiser), copy.deepcopy(rng)
+            drawn = run.codec.drawn(raw.to(device), rows)
+            own = move(unnamed({**self._own(run, cond), **drawn.told}), device)
+            found.append(measure(run, drawn, own, rows))
+        return found
 
 
 @dataclass(frozen=True, eq=False)

@@ -46,13 +46,13 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_cascade_draws_by_seeds_and_keeps_its_low_resolution(place: Path) -> None:
-    """The command and Python draw the same; of 17 grey levels the residual is 1e-4 of one and less."""
+    """The command and Python draw the same; the integers of the low resolution are kept."""
     done = command("sample", *DRAWN, "then=details", "cond.label=3", "out=drawn", cwd=place)
     assert done.code == 0, done.err
     made = np.load(place / "drawn" / "samples.npz")
     record = json.loads((place / "drawn" / "summary.json").read_text())
     assert made["ddim"].shape == (6, 1, 8, 8) and made["labels"].tolist() == [3] * 6
-    assert record["residual"]["ddim"]["residual"] < 1e-4 and record["cost"]["ddim"]["nfe"] == 8
+    assert record["residual"]["ddim"]["residual"] == 0 and record["cost"]["ddim"]["nfe"] == 8
     cascade = scoresde.load([place / "low", place / "details"])
     how = {"sampler": scoresde.Sampler(scoresde.DDIM(), steps=3), "cond": 3, "progress": False}
     again = cascade.sample(6, rng=scoresde.Rng(seeds=range(6)), **how)
@@ -98,7 +98,11 @@ def test_the_likelihood_of_a_cascade_is_that_of_its_stages_together(place: Path)
     values = {name: np.load(place / "bits" / name / "bits_per_dim.npz") for name in found}
     apart = values["both"]["bits_per_dim"] - values["low"]["bits_per_dim"] - values["details"]["bits_per_dim"]
     error = np.sqrt(sum(values[name]["stderr"] ** 2 for name in found))
-    assert found["both"]["points"] == 8 and bool((np.abs(apart) < 5 * error + 1e-3).all())
+    assert found["both"]["points"] == 8
+    rough = ("likelihood=bound", "likelihood.solver.rtol=0.05", "likelihood.solver.atol=0.05")
+    done = command("likelihood", "run=low", "then=details", "n=2", *rough, "logger=jsonl", "out=bound", cwd=place)
+    assert done.code == 0, done.err  # integers are of each stage by itself
+    assert bool((np.abs(apart) < 5 * error + 1e-3).all())
 
 
 def test_the_published_form_draws_under_guidance_and_has_no_likelihood(place: Path) -> None:
@@ -108,8 +112,6 @@ def test_the_published_form_draws_under_guidance_and_has_no_likelihood(place: Pa
     assert np.load(place / "fine-drawn" / "samples.npz")["ddim"].shape == (6, 1, 8, 8)
     done = command("likelihood", "run=low", "then=fine", "n=4", *FAST[3:], "out=no", cwd=place)
     assert done.code == 1 and "no exact likelihood" in done.err and not (place / "no").exists()
-    done = command("likelihood", "run=low", "then=details", "n=4", "likelihood=bound", "out=no", cwd=place)
-    assert done.code == 1 and "no interval of single bands" in done.err and not (place / "no").exists()
     done = command("sample", *DRAWN, "then=fine", "stage.level=0.7", "out=no", cwd=place)
     assert done.code == 1 and "up to cond_noise=0.5" in done.err and not (place / "no").exists()
 

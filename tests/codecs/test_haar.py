@@ -10,7 +10,18 @@ import torch
 from torch import Tensor
 
 from scoresde import Rng
-from scoresde.codecs import Centred, Chain, Codec, Haar, HaarDetails, HaarLow, Scaling, Standardise
+from scoresde.codecs import (
+    Centred,
+    Chain,
+    Codec,
+    Haar,
+    HaarDetails,
+    HaarLow,
+    LiftedDetails,
+    LiftedLow,
+    Scaling,
+    Standardise,
+)
 from scoresde.config import build
 from scoresde.data import Dataset, Split
 from scoresde.data.excerpt import packed
@@ -125,16 +136,61 @@ def test_a_run_folder_keeps_them() -> None:
     assert build(record) == codec
 
 
+def floors(raw: Tensor) -> Tensor:
+    """⌊(⌊(a + b)/2⌋ + ⌊(c + d)/2⌋)/2⌋ of blocks (a, c; b, d) of 2 × 2 integers (B, C, H, W)."""
+    a, b, c, d = (raw[..., i::2, j::2].long() for j in (0, 1) for i in (0, 1))
+    return ((a + b) // 2 + (c + d) // 2) // 2
+
+
+@pytest.mark.parametrize("shape, levels", [((1, 4, 4), 1), ((2, 8, 4), 2), ((3, 8), 3), ((1, 4, 4, 8), 2)])
+def test_integers_become_integers_and_come_back(shape: tuple[int, ...], levels: int) -> None:
+    """Every one from all its bands, drawn anywhere in their bins; the low band is again of 8 bits."""
+    raw, codec = pictures(50, *shape), Scaling(levels=256)
+    first, *later = [
+        LiftedLow(codec, levels),
+        *(LiftedDetails(codec, level) for level in range(levels, 0, -1)),
+    ]
+    x = first.encode(raw, rng=Rng(1))
+    assert first.decode(x).dtype == torch.uint8 and x.shape[1:] == first.encoded_shape(shape)
+    for stage in later:
+        low, details = x, stage.encode(raw, rng=Rng(2))
+        told = stage.drawn(raw, Rng(3)).told["image"]
+        torch.testing.assert_close(stage.below.layout(low), told, rtol=0, atol=1e-6)  # of the draw as of the centres
+        x = stage.joined(low, details)
+        back = stage.parts(x)
+        torch.testing.assert_close(back[0], told, rtol=0, atol=1e-6)
+        torch.testing.assert_close(back[1], stage.transform(raw), rtol=0, atol=1e-6)
+    assert torch.equal(codec.decode(x), raw)
+
+
+def test_integers_of_a_picture_are_means_rounded_down_and_their_bins_hold_the_draws() -> None:
+    raw, codec = pictures(30, 1, 6, 4), Scaling(levels=256)
+    low, details = LiftedLow(codec), LiftedDetails(codec)
+    assert torch.equal(low.decode(low.encode(raw)).long(), floors(raw))
+    for band in (low, details):
+        x = band.encode(raw, rng=Rng(4)).double()
+        below, above = band.bins(raw)
+        assert bool(((below - 1e-6 <= x) & (x <= above + 1e-6)).all()) and float((above - below).std()) < 1e-9
+        volume = (above - below).log().flatten(1).sum(1)  # integers own bins of a width that is the slope's
+        torch.testing.assert_close(band.log_volume(raw, x), volume, rtol=1e-9, atol=1e-9)
+    with pytest.raises(ValueError, match="use HaarLow"):
+        LiftedDetails(Scaling(-1, 1))
+
+
 def test_recoded_data_have_the_picture_as_a_condition() -> None:
     raw = pictures(20, 1, 4, 4)
     data = Dataset("mine", Split(raw), Split(raw), Scaling(levels=256))
-    means = data.encode(raw).unflatten(2, (2, 2)).unflatten(4, (2, 2)).mean((3, 5))
+    means = data.codec.transform(floors(raw))
     torch.testing.assert_close(haar_low(data).codec.layout(haar_low(data).encode(raw)), means)
     for told in (haar_details(data), upsampled(data)):
         torch.testing.assert_close(told.test.conditions["image"], means)
     assert upsampled(data).event_shape == (1, 4, 4) and haar_details(data).event_shape == (3, 2, 2)
     _, cond = haar_details(data).drawn(raw[:3], {"image": means[:3]}, Rng(0), torch.device("cpu"))
-    assert float((cond["image"] - means[:3]).abs().max()) > 1e-4  # of the draw, not of the centres
+    torch.testing.assert_close(cond["image"], means[:3])
+    floats = Dataset("mine", Split(draw(9, 1, 4, 4).float()), Split(draw(9, 1, 4, 4).float()), Scaling.identity())
+    means = floats.test.raw.unflatten(2, (2, 2)).unflatten(4, (2, 2)).mean((3, 5))
+    torch.testing.assert_close(upsampled(floats).test.conditions["image"], means)
+    torch.testing.assert_close(haar_low(floats).codec.layout(haar_low(floats).encode(floats.test.raw)), means)
     with pytest.raises(ValueError, match="has an image as a condition"):
         upsampled(upsampled(data))
     with pytest.raises(ValueError, match="even sizes"):

@@ -25,7 +25,7 @@ from scoresde import (
     Sampler,
     Tolerance,
 )
-from scoresde.codecs import Codec, Haar, HaarDetails, HaarLow, Scaling
+from scoresde.codecs import Codec, Haar, HaarLow, LiftedDetails, Scaling
 from scoresde.config import ConfigError
 from scoresde.data import Dataset, Split
 from scoresde.data.recode import haar_details, haar_low, upsampled
@@ -251,4 +251,4 @@ def test_three_stages_draw_a_whole() -> None:
     ]
     raw = Cascade(runs).sample(3, sampler=Sampler(DDIM(), steps=2), progress=False)
     assert raw.shape == (3, 1, 8, 8) and raw.unique().tolist() == [128]
-    assert isinstance(Cascade(runs).codec, Scaling) and HaarDetails(Scaling(levels=256)) == runs[-1].codec
+    assert isinstance(Cascade(runs).codec, Scaling) and LiftedDetails(Scaling(levels=256)) == runs[-1].codec
