@@ -38,8 +38,8 @@ _APART = 1 << 24  # draws from a stream that a stage has for itself
 class Cascade:
     """A first run and those that refine what it draws, each told the picture that the one before it made.
 
-    A stage of codec=haar_details adds details to that picture, which stays the means of blocks, and a cascade of such
-    stages alone has an exact density by the chain rule: log p(low) + log p(details | low) + log_volume. A stage of
+    A stage of codec=haar_details adds details to that picture, which stays the low band, and a cascade of such stages
+    alone has an exact density by the chain rule: log p(low) + log p(details | low) + log_volume. A stage of
     codec=upsampled draws a whole picture, and is told the small one with as much noise as `level` says (Ho et al. 2021,
     *Cascaded diffusion models*): this has no exact likelihood.
 

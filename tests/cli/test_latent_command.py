@@ -111,6 +111,16 @@ def test_it_moves_and_resumes_without_the_autoencoder(latent: Path, tmp_path: Pa
     assert sampled.code == 0 and np.load(tmp_path / "s" / "samples.npz")["ddim"].dtype == np.uint8
 
 
+def test_it_sweeps(place: Path, latent: Path) -> None:
+    """Both jobs find the autoencoder where the command was typed, and the latents that the first run stored."""
+    words = (*SHORT, *LATENT, "codec=./coder", "evaluate_at_end=false", "optim.lr=1e-3,2e-3", "out=sweep")
+    done = command("train", "-m", *words, cwd=place)
+    assert done.code == 0, done.err
+    assert done.out.count("read from coder/latents/") == 2
+    digests = {scoresde.load(place / "sweep" / job).codec.digest for job in ("0", "1")}
+    assert digests == {scoresde.load(latent).codec.digest}
+
+
 def test_another_autoencoder_is_refused(place: Path, latent: Path, tmp_path: Path) -> None:
     """By its digest: at resume, where the folder says another one, and where the file of a run was exchanged."""
     trained(place, *CODER, "seed=1", "out=other")
@@ -168,5 +178,7 @@ def test_problems_are_solved_through_the_decoder(place: Path, latent: Path) -> N
     assert arrays["given"].shape == (2, 1, 2, 2) and arrays["truth"].shape == (2, 1, 8, 8)
     assert arrays["samples"].shape == (2, 2, 1, 8, 8) and arrays["samples"].dtype == np.uint8
     assert np.allclose(arrays["truth"].reshape(2, 1, 2, 4, 2, 4).mean((3, 5)), arrays["given"], atol=4 * 0.02 * 8.5)
-    refused = command("sample", *words, "posterior=replacement", "out=refused", cwd=place)
-    assert refused.code and "needs a linear operator" in refused.err
+    assert command("sample", *words, "posterior=pigdm", "out=by-pigdm", cwd=place).code == 0
+    for method in ("replacement", "repaint"):
+        refused = command("sample", *words, f"posterior={method}", "out=refused", cwd=place)
+        assert refused.code and "needs a linear operator" in refused.err
