@@ -214,8 +214,9 @@ def files(folder: Path) -> dict[str, list[str]]:
         wavfile.write(folder / "sounds" / f"{i % 2}" / f"{i}.wav", 8000, np.arange(4096, dtype=np.int16) * i)
     given["sound"] = [f"data.path={folder / 'sounds'}", "data.length=4096"]
     given["spoken_digits"] = [*given["sound"], "evaluation.points=2"]
-    np.savez(folder / "images.npz", x=pixels.flatten()[: 400 * 768].reshape(400, 16, 16, 3))
-    given["cifar_vp"] = [f"data.path={folder / 'images.npz'}"]
+    np.savez(folder / "images.npz", x=np.resize(pixels, (700, 32, 32, 3)))
+    photographs = ("cifar_vp", "cifar_autoencoder", "cifar_low", "cifar_details", "cifar_upsampled")
+    given |= {option: [f"data.path={folder / 'images.npz'}"] for option in photographs}
     np.save(folder / "clips.npy", pixels.flatten()[: 200 * 2048].reshape(200, 1, 8, 16, 16))
     given["moving_digits"] = [f"data.path={folder / 'clips.npy'}"]
     given["fitted"] = [f"grid.path={folder / 'grid.json'}"]
@@ -231,6 +232,9 @@ def files(folder: Path) -> dict[str, list[str]]:
     given["codec/autoencoder"] = [f"codec.run={coder(folder / 'coder', Scaling.identity(), (3, 8))}"]
     pictures = coder(folder / "pictures", Scaling(levels=256), (1, 28, 28), levels=256)
     given |= {option: [*given["mnist"], f"codec.run={pictures}"] for option in ("mnist_latent", "mnist_latent_dit")}
+    pictures = coder(folder / "photographs", Scaling(levels=256), (3, 32, 32), levels=256)
+    more = [*given["cifar_vp"], f"codec.run={pictures}", "evaluation.points=8"]
+    given |= dict.fromkeys(("cifar_latent", "cifar_latent_dit"), more)
     return given | {"arrays": [*given["arrays"], "data.raw_low=-1", "data.raw_high=1"]}
 
 
