@@ -42,6 +42,8 @@ class DiT(nn.Module):
         mlp_ratio: hidden width of the perceptrons over `width`.
         outputs: 2 returns two outputs, (B, 2C, *sizes): the second is for a learned variance.
         skips: join what the first half of the blocks made to the second half by linear layers (U-ViT; Bao et al. 2023).
+        local: add to the inner layer of every perceptron a depthwise convolution of it over neighbouring patches (the
+            Mix-FFN of SegFormer; Xie et al. 2021, eq. 3). Attention learns late what is near; this knows it at once.
         conditioning: embedding and embedding_scale, see `Conditioning`; classes, cond_dim, cond_image, cond_tokens,
             text and cond_dropout, see `Conditions`.
 
@@ -60,6 +62,7 @@ class DiT(nn.Module):
         mlp_ratio: float = 4.0,
         outputs: int = 1,
         skips: bool = False,
+        local: bool = False,
         **conditioning: Unpack[Options],
     ):
         super().__init__()
@@ -81,8 +84,9 @@ class DiT(nn.Module):
         self.tokens = TokenEmbedding(self.conditioning.tokens, width) if self.conditioning.tokens else None
         self.register_buffer("positions", positions(grid, width), persistent=False)
         self.joined_blocks = depth // 2 if skips else 0  # so many blocks at the end get what as many at the start made
+        hidden, near = round(mlp_ratio * width), grid if local else ()
         self.blocks = nn.ModuleList(
-            _Block(width, heads, round(mlp_ratio * width), skip=k >= depth - self.joined_blocks) for k in range(depth)
+            _Block(width, heads, hidden, skip=k >= depth - self.joined_blocks, grid=near) for k in range(depth)
         )
         self.modulation, self.outlet = _zero(width, 2 * width), _zero(width, outputs * channels * volume)
 
@@ -115,16 +119,17 @@ class DiT(nn.Module):
 class _Block(nn.Module):
     r"""h += g₁ attention(norm(h)(1 + a₁) + b₁), then h += g₂ perceptron(norm(h)(1 + a₂) + b₂), six parts linear in emb.
 
-    The gates g are zero at the start, so that the block is the identity.
+    The gates g are zero at the start, so that the block is the identity. With a grid the perceptron sees neighbours.
     """
 
-    def __init__(self, width: int, heads: int, hidden: int, *, skip: bool):
+    def __init__(self, width: int, heads: int, hidden: int, *, skip: bool, grid: tuple[int, ...] = ()):
         super().__init__()
         self.heads = heads
         self.skip = linear(2 * width, width) if skip else None
         self.modulation = _zero(width, 6 * width)
         self.qkv, self.proj = linear(width, 3 * width), linear(width, width)
         self.inner, self.outer = linear(width, hidden), linear(hidden, width)
+        self.near = _Neighbours(hidden, grid) if grid else None
 
     def forward(self, h: Tensor, emb: Tensor, there: Tensor | None, early: Tensor | None) -> Tensor:
         if self.skip is not None and early is not None:
@@ -133,8 +138,24 @@ class _Block(nn.Module):
         qkv = self.qkv(_modulated(h, shift, scale)).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         q, k, v = qkv.unbind()
         h = h + gate * self.proj(attend(q, k, v, there).transpose(1, 2).flatten(2))
-        inner = F.gelu(self.inner(_modulated(h, shift2, scale2)), approximate="tanh")
-        return h + gate2 * self.outer(inner)
+        inner = self.inner(_modulated(h, shift2, scale2))
+        if self.near is not None:
+            inner = self.near(inner)
+        return h + gate2 * self.outer(F.gelu(inner, approximate="tanh"))
+
+
+class _Neighbours(nn.Module):
+    """h plus its depthwise convolution over patches next to each other; tokens beside the patches stay as they are."""
+
+    def __init__(self, width: int, grid: tuple[int, ...]):
+        super().__init__()
+        self.grid, self.places = grid, math.prod(grid)
+        self.conv = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[len(grid) - 1](width, width, 3, padding=1, groups=width)
+
+    def forward(self, h: Tensor) -> Tensor:
+        own = h[:, : self.places]
+        mixed = own + self.conv(own.mT.unflatten(2, self.grid)).flatten(2).mT
+        return mixed if h.shape[1] == self.places else torch.cat([mixed, h[:, self.places :]], 1)
 
 
 def positions(grid: Sequence[int], width: int) -> Tensor:

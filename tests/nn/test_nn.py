@@ -36,6 +36,7 @@ NETWORKS = {
     "unet-2d-fir": lambda **kw: UNet((1, 4, 4), fir=True, progressive_input="residual", **SMALL, **kw),
     "dit-1d": lambda **kw: DiT((2, 8), width=8, depth=2, heads=2, **kw),
     "dit-2d": lambda **kw: DiT((1, 8, 4), width=16, depth=3, heads=2, skips=True, **kw),
+    "dit-3d-local": lambda **kw: DiT((1, 2, 4, 2), width=12, depth=2, heads=2, local=True, **kw),
     "unet-3d": lambda **kw: UNet((1, 2, 4, 2), attention=(2,), resnet_resample=False, **SMALL, **kw),
 }
 every_network = pytest.mark.parametrize("build", NETWORKS.values(), ids=NETWORKS.keys())

@@ -84,6 +84,25 @@ def test_two_outputs_have_twice_the_channels_and_skips_matter():
     assert not torch.allclose(before, network(x, c))
 
 
+@pytest.mark.parametrize("shape", [(1, 8), (1, 6, 4), (1, 4, 2, 6)])
+def test_a_local_perceptron_sees_the_patches_next_to_it_and_no_token(shape):
+    """Without attention what is far from a change stays as it was; the convolution is torch's own of the patches."""
+    network = _awake(DiT(shape, width=12, depth=1, heads=2, local=True, cond_tokens=3))
+    block = network.blocks[0]
+    h = torch.randn(2, block.near.places + 2, 48, dtype=torch.float64)
+    own = h[:, : block.near.places].mT.reshape(2, 48, *block.near.grid)
+    expected = own + block.near.conv(own)
+    found = block.near(h)
+    torch.testing.assert_close(found[:, : block.near.places].mT.reshape(expected.shape), expected, rtol=0, atol=1e-12)
+    assert torch.equal(found[:, block.near.places :], h[:, block.near.places :])
+    block.proj.weight.data.zero_()
+    x, c = torch.randn(1, *shape).double(), torch.zeros(1).double()
+    moved = x.clone()
+    moved.flatten(1)[0, 0] += 1
+    changed = (network(moved, c) != network(x, c)).reshape(shape)[0]
+    assert changed.flatten()[0] and changed.any() and not changed.flatten()[-1]
+
+
 def test_half_precision_is_near_and_a_compiled_one_the_same():
     """bfloat16 keeps 8 bits: its outputs, of order 1, are off by a few of 2⁻⁸; what is compiled by round-off."""
     network = _awake(DiT((2, 8, 8), width=16, depth=3, heads=2, skips=True, classes=3, outputs=2)).float()
