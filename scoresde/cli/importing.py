@@ -120,7 +120,8 @@ def data_node(given: Any, imported: Imported) -> dict[str, Any] | None:
     for key in given["keys"]:
         if key not in node:
             raise ConfigError(f"data={name} has no key {key!r}.{nearest(key, node)}")
-    codec = {"_target_": "scoresde.codecs.Scaling", **dataclasses.asdict(codec_of(imported))}
+    below: Any = codec_of(imported).pixels
+    codec = {"_target_": "scoresde.codecs.Scaling", **dataclasses.asdict(below)}
     return {**node, **given["keys"], "codec": codec}
 
 

@@ -133,7 +133,7 @@ class Saved(Tokenizer):
         if file.stat().st_size > _LARGEST:
             raise misfit(file, f"a tokenizer of at most {_LARGEST:,} bytes", f"{file.stat().st_size:,}")
         try:
-            return cls._of(_library().Tokenizer.from_file(str(file)))
+            return cls.of(_library().Tokenizer.from_file(str(file)))
         except ImportError:
             raise
         except Exception as error:  # the package raises nothing more special
@@ -147,10 +147,11 @@ class Saved(Tokenizer):
         made.pre_tokenizer = library.pre_tokenizers.Metaspace()
         made.decoder = library.decoders.Metaspace()
         made.train_from_iterator(sentences, library.trainers.BpeTrainer(vocab_size=vocabulary, show_progress=False))
-        return cls._of(made)
+        return cls.of(made)
 
     @classmethod
-    def _of(cls, made: Any) -> Saved:
+    def of(cls, made: Any) -> Saved:
+        """That of a tokenizer of the package."""
         made.no_padding(), made.no_truncation()  # what is too long is cropped here, by words
         return cls(made.to_str(), made.get_vocab_size())
 
@@ -169,7 +170,7 @@ class Saved(Tokenizer):
 
     def _knows(self, word: str) -> bool:
         """Whether all of a word is in its tokens: models without one for what they do not know leave that out."""
-        found = self._made.encode(word)
+        found = self._made.encode(word, add_special_tokens=False)
         covered = {place for start, end in found.offsets for place in range(start, end)}
         return len(covered) == len(word) and self._blank not in found.tokens
 
@@ -178,6 +179,46 @@ class Saved(Tokenizer):
 
     def state(self) -> Any:
         return {"content": self.content, "size": self.size}
+
+
+@dataclass(frozen=True)
+class Several(Tokenizer):
+    """The tokens of one tokenizer behind those of another, whose numbers begin where the others' end: for networks that
+    read a sentence in several ways.
+
+    Args:
+        texts: the tokenizers, each with its own length.
+    """
+
+    texts: tuple[Text, ...]
+    kind = "several"
+
+    @property
+    def size(self) -> int:  # type: ignore[override]
+        return sum(text.tokenizer.size for text in self.texts)
+
+    def encode(self, sentence: str) -> list[int]:
+        ids: list[int] = []
+        start = 0
+        for text in self.texts:
+            own = text.tokenizer.encode(sentence)
+            if len(own) > text.length:
+                raise ValueError(f"it has {len(own)} tokens, and {text.length} are read at most")
+            ids += [start + token for token in own]
+            start += text.tokenizer.size
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        first = self.texts[0].tokenizer
+        return first.decode([token for token in ids if token < first.size])
+
+    def state(self) -> Any:
+        return [text.record() for text in self.texts]
+
+
+def joined(texts: Sequence[Text]) -> Text:
+    """What reads a sentence in each of these ways."""
+    return texts[0] if len(texts) == 1 else Text(Several(tuple(texts)), sum(text.length for text in texts))
 
 
 def _library() -> Any:
@@ -258,6 +299,7 @@ def text_of(record: Mapping[str, Any]) -> Text:
     makers = {
         "bytes": Bytes,
         "words": lambda: Words(tuple(map(str, state))),
+        "several": lambda: Several(tuple(map(text_of, state))),
         "saved": lambda: Saved(str(state["content"]), int(state["size"])),
     }
     return Text(makers[record["tokenizer"]](), int(record["length"]), bool(record["crop"]))

@@ -5,6 +5,18 @@ from .diffusers_model import DiffusersModel, beta_table
 from .folder import no_data
 from .imported import Imported
 from .pickles import ForeignFileError
+from .pipeline_model import KL, Sentences, TextToImage
 from .read import read
 
-__all__ = ["DiffusersModel", "FittedStep", "ForeignFileError", "Imported", "beta_table", "no_data", "read"]
+__all__ = [
+    "KL",
+    "DiffusersModel",
+    "FittedStep",
+    "ForeignFileError",
+    "Imported",
+    "Sentences",
+    "TextToImage",
+    "beta_table",
+    "no_data",
+    "read",
+]

@@ -60,12 +60,12 @@ def read(path: Path, args: Mapping[str, Any] | None = None) -> Imported:
         ForeignFileError: a file is missing or damaged, the network or the process is none of those that are known.
     """
     home = next((path / name for name in ("unet", "transformer") if (path / name).is_dir()), path)
-    config = _json(home / "config.json")
+    config = json_of(home / "config.json")
     kind = config.get("_class_name")
     if kind not in KINDS:
         raise ForeignFileError(f"{home}: _class_name is one of {', '.join(KINDS)}; found {kind!s:.80}.")
     scheduler = path / "scheduler" / "scheduler_config.json"
-    told = {**(_json(scheduler) if scheduler.is_file() else {}), **(args or {})}
+    told = {**(json_of(scheduler) if scheduler.is_file() else {}), **(args or {})}
     if not told:
         raise ForeignFileError(
             f"{path} has no scheduler/scheduler_config.json, and so does not say what its process is: give it, "
@@ -98,17 +98,17 @@ def read(path: Path, args: Mapping[str, Any] | None = None) -> Imported:
         classes=classes,
         span=None if latents else (-1.0, 1.0),
         unknown=(*unknown, "the learned variance is left out") if learned else tuple(unknown),
-        **_process(told),
+        **process_nodes(told),
     )
 
 
-def _process(told: Mapping[str, Any]) -> dict[str, Any]:
+def process_nodes(told: Mapping[str, Any]) -> dict[str, Any]:
     """Nodes of the SDE, the parameterisation and the time that the network hears."""
     own = process(told)
     offset = 0.0 if own.is_flow else -1.0
     names = ("beta_schedule", "num_train_timesteps", "beta_start", "beta_end", "trained_betas")
     table = {name: told[name] for name in (*names, "rescale_betas_zero_snr") if told.get(name) is not None}
-    sde = {"_target_": "scoresde.RectifiedFlow"}
+    sde = {"_target_": "scoresde.RectifiedFlow", "t_max": 1 - 1e-5}  # theirs begins with noise alone, at 1
     return {
         "sde": sde if own.is_flow else {"_target_": "scoresde.interop.beta_table", **table},
         "parameterization": {"_target_": f"scoresde.{type(own.parameterization).__name__}"},
@@ -193,7 +193,7 @@ def _weights(facts: Arguments, tensors: Tensors, layout: Layout, classes: int) -
     return found
 
 
-def _json(path: Path) -> dict[str, Any]:
+def json_of(path: Path) -> dict[str, Any]:
     """A mapping from a small JSON file.
 
     Raises:

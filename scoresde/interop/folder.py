@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 
-from ..codecs import Scaling
+from ..codecs import Codec, Scaling
 from ..data import Dataset, Split
 from ..data.statistics import Statistics
+from ..data.text import Text
 from ..diffusion.denoiser import Denoiser
 from ..noise.rng import Rng
 from ..runs import checkpoint, kept, lock
@@ -29,8 +30,10 @@ _LOSS = {  # of scoresde-evaluate
 }
 
 
-def codec_of(imported: Imported) -> Scaling:
-    """8-bit pictures in the range that the network was trained with; of latents the numbers themselves."""
+def codec_of(imported: Imported) -> Codec:
+    """Its own; or 8-bit pictures in the range that the network was trained with; of latents the numbers themselves."""
+    if imported.codec is not None:
+        return imported.codec
     return Scaling.identity() if imported.span is None else Scaling(*imported.span, levels=256)
 
 
@@ -48,9 +51,9 @@ def stand_in(imported: Imported) -> Dataset:
 
     Its statistics say that it is of no samples; the standard deviation is that of `sigma_data`, or a usual one.
     """
-    codec, n = codec_of(imported), _FEW
-    dtype = torch.float32 if imported.span is None else torch.uint8
-    raw = torch.full((n, *imported.event_shape), 0 if imported.span is None else 127, dtype=dtype, device="cpu")
+    codec, n = codec_of(imported), _FEW if imported.codec is None else 2  # which are encoded whenever it is loaded
+    shape = imported.event_shape if imported.codec is None else imported.codec.network.event_shape
+    raw = torch.full((n, *shape), 127 if codec.raw_dtype == torch.uint8 else 0, dtype=codec.raw_dtype, device="cpu")
     labels = torch.arange(n, device="cpu") % imported.classes if imported.classes else None
     low, high = imported.span or (-4.0, 4.0)
     usual = 1.0 if imported.span is None else (high - low) / 4
@@ -64,7 +67,18 @@ def stand_in(imported: Imported) -> Dataset:
         labels=tuple(range(imported.classes)),
     )
     split = Split(raw, labels)
-    return Dataset(imported.path.name, split, split, codec, imported.classes, known=known)
+    return captioned(Dataset(imported.path.name, split, split, codec, imported.classes, known=known), imported.text)
+
+
+def captioned(dataset: Dataset, text: Text | None) -> Dataset:
+    """The data set with its sentences as a text reads them; without any, each is empty. None leaves it alone."""
+    if text is None:
+        return dataset
+    splits = []
+    for split in (dataset.train, dataset.test):
+        own = [dataset.text.sentence(row) for row in split.conditions["text"]] if dataset.text else [""] * len(split)
+        splits.append(replace(split, conditions={"text": text.rows(own, dataset.name)}))
+    return replace(dataset, train=splits[0], test=splits[1], text=text)
 
 
 def fitting(dataset: Dataset, imported: Imported) -> Dataset:
@@ -73,6 +87,9 @@ def fitting(dataset: Dataset, imported: Imported) -> Dataset:
     Raises:
         ForeignFileError: their shape or labels are not the network's.
     """
+    if imported.codec is not None:
+        dataset = replace(dataset, codec=imported.codec)
+    dataset = captioned(dataset, imported.text)
     if dataset.event_shape != imported.event_shape:
         raise ForeignFileError(
             f"{dataset.name}: samples {dataset.event_shape}; the network takes {imported.event_shape}."
@@ -134,7 +151,7 @@ def write(
         ValueError: the folder holds a run already.
         OSError, CheckpointError: it cannot be written.
     """
-    conditional = imported.classes > 0
+    conditional = imported.classes > 0 or imported.text is not None
     found = stand_in(imported) if dataset is None else fitting(dataset, imported)
     denoiser = imported.denoiser()
     said = checked(denoiser, found, conditional)

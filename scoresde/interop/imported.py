@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import whole
+from ..codecs import Autoencoder
 from ..config import ConfigError, build, build_network
+from ..data.text import Text
 from ..diffusion.denoiser import Preconditioned
 from .pickles import ForeignFileError
 
@@ -35,6 +37,8 @@ class Imported:
         scale_input, sigma_data: see `Preconditioned`.
         span: the range of the data that the network was trained with; None where they are latents.
         classes: number of labels; 0 for none.
+        codec: raw data to model data; None for 8-bit pictures in `span`, or latents as they are.
+        text: how sentences become conditions; None where there are none.
         unknown: what the file does not say, in words.
     """
 
@@ -52,6 +56,8 @@ class Imported:
     sigma_data: float = 1.0
     span: tuple[float, float] | None = (-1.0, 1.0)
     classes: int = 0
+    codec: Autoencoder | None = None
+    text: Text | None = None
     unknown: tuple[str, ...] = ()
 
     @property
@@ -72,16 +78,24 @@ class Imported:
             ForeignFileError: the weights do not make the network that the file says they do.
         """
         chosen = self.weights if weights == "ema" or self.raw_weights is None else self.raw_weights
-        facts: dict[str, Any] = {"event_shape": self.event_shape, "classes": self.classes}
         try:
             with torch.device("meta"):  # shapes without memory, whatever sizes the file claims
-                expected = build_network(self.network, **facts).state_dict()
+                expected = self._network().state_dict()
             check_shapes(expected, chosen)
-            network: nn.Module = build_network(self.network, **facts)
+            network = self._network()
             network.load_state_dict(chosen)
         except (ConfigError, RuntimeError, ValueError) as error:
             raise ForeignFileError(f"{self.path} does not hold the network that it says: {error!s:.800}") from error
         return network.eval().requires_grad_(False)
+
+    def _network(self) -> nn.Module:
+        """The network, freshly initialised, with what reads its sentences."""
+        node, facts = dict(self.network), dict[str, Any](event_shape=self.event_shape, classes=self.classes)
+        if self.text is not None:
+            size = self.text.tokenizer.size
+            facts["text"] = build_network(node.pop("text"), key="network.text", classes=0, vocabulary=size)
+        made: nn.Module = build_network(node, **facts)
+        return made
 
     def denoiser(self, weights: str = "ema") -> Preconditioned:
         """The denoiser around it; x_t, t and conditions are those of `sde`."""
@@ -92,8 +106,9 @@ class Imported:
     def summary(self) -> str:
         """What was understood, line by line."""
         count = sum(values.numel() for name, values in self.weights.items() if not name.endswith("omega"))
-        labels = f"{self.classes} classes" if self.classes else "no classes"
+        labels = f"{self.classes} classes" if self.classes else "sentences" if self.text else "no classes"
         data = "latents, whose range the file does not say" if self.span is None else f"data in {list(self.span)}"
+        data = data if self.codec is None else f"latents by {self.codec}"
         lines = {
             "format": self.format,
             "network": f"{_said(self.network)}, {count:,} parameters",

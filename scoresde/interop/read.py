@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from . import diffusers_folder, dit, edm, edm2, guided_diffusion, k_diffusion, score_sde
+from . import diffusers_folder, dit, edm, edm2, guided_diffusion, k_diffusion, pipeline, score_sde
 from .imported import Imported
 from .pickles import ForeignFileError
 from .torch_files import load, refusing
@@ -31,7 +31,7 @@ def read(path: Path | str, *, args: Mapping[str, Any] | None = None, format: str
         raise ForeignFileError(f"format is one of {', '.join(FORMATS)}; got {format!r}.")
     if path.is_dir():
         with refusing(path):
-            return diffusers_folder.read(path, args)
+            return (pipeline if pipeline.holds(path) else diffusers_folder).read(path, args)
     if format == "k_diffusion" or (path.is_file() and k_diffusion.holds(path)):
         with refusing(path):
             return k_diffusion.read(path, args)
