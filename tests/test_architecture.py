@@ -45,7 +45,7 @@ FLOOR = {name: height for height, names in enumerate(FLOORS) for name in names}
 DOORS = {
     "hydra": ("config", "cli", "sweep"),
     "omegaconf": ("config", "cli", "runs.folder", "sweep"),
-    "yaml": ("runs.files", "cli.own_options"),
+    "yaml": ("runs.files", "cli.own_options", "cli.help"),
     "wandb": ("runs.wandb_view",),
     "matplotlib": ("evaluate.figures", "evaluate.columns", "evaluate.sound", "sweep.curves"),
     "rich": ("runs.listing",),

@@ -39,6 +39,7 @@ from ..train.trainer import TrainingDiverged
 from ..train.world import ProcessLost
 from ._errors import explain, of_another_command
 from .foreign import CheckedLoader
+from .help import keys
 from .own_options import problem_in_options
 from .typed import of_flow_map, problem_in_words, typed, words_of
 
@@ -61,6 +62,7 @@ def launch(task: Callable[[DictConfig], Any], name: str) -> None:
         return
     OmegaConf.register_new_resolver("command", name_of_command, replace=True)
     OmegaConf.register_new_resolver("sweep_of", folder_of_sweep, replace=True)
+    OmegaConf.register_new_resolver("keys", keys, replace=True)
     output = guard()  # Hydra logs and prints the overrides of every job
     words = sys.argv[1:]
     if problem := problem_in_words(words) or problem_in_options(words) or of_another_command(f"scoresde-{name}"):

@@ -50,7 +50,13 @@ class Toy(abc.ABC):
 
 
 def toy_dataset(toy: Toy, train: int = 50_000, test: int = 10_000, seed: int = 0) -> Dataset:
-    """`toy.dataset(…)`, as a function that a configuration can name."""
+    """`toy.dataset(…)`, as a function that a configuration can name.
+
+    Args:
+        toy: the law.
+        train, test: points to draw, ≥ 1.
+        seed: of the draws.
+    """
     return toy.dataset(train=train, test=test, seed=seed)
 
 

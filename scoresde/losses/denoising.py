@@ -25,7 +25,11 @@ from .loss import Loss, Terms, fresh
 
 
 class Times(abc.ABC):
-    """Draws training times on [t_min, t_max]; `t_min=None` is the SDE's own."""
+    """Draws training times on [t_min, t_max].
+
+    Args:
+        t_min: training cut-off; None for the SDE's own.
+    """
 
     def __init__(self, t_min: float | None = None):
         self.t_min = t_min

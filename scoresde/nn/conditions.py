@@ -75,7 +75,7 @@ class Conditions(nn.Module):
         cond_dim: size of the vector ≥ 0; 0 for none.
         cond_image: shape (C, *sizes) of the image, one to three sizes; () for none.
         cond_tokens: size of one token ≥ 0; 0 for none.
-        cond_dropout: p in [0, 1).
+        cond_dropout: probability in [0, 1) that training drops the condition of a sample, for guidance.
         cond_augment: size of what tells of augmentation ≥ 0, which is never dropped; 0 for none.
         told: which of "end" and "scale" there are, numbers that are never dropped.
         cond_noise: the most noise of an image that is a low resolution, in [0, 1]; None for other images.

@@ -208,6 +208,10 @@ def files(folder: Path) -> dict[str, list[str]]:
     paths |= {"molecules": folder / "water.npz", "ethanol": folder / "water.npz"}
     given = {option: [f"data.path={path}"] for option, path in paths.items()}
     (folder / "t.csv").write_text("a,b\n" + "".join(f"{i / 7},{i * i}\n" for i in range(60)))
+    for i in range(80):
+        (folder / "classes" / f"{i % 2}").mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((8, 8), i, np.uint8)).save(folder / "classes" / f"{i % 2}" / f"{i}.png")
+    given["images"] = [f"data.path={folder / 'classes'}"]
     given["table"] = [f"data.path={folder / 't.csv'}"]
     for i in range(40):
         (folder / "sounds" / f"{i % 2}").mkdir(parents=True, exist_ok=True)
