@@ -9,9 +9,9 @@
 
 Samples of each are of the same seeds, along `budget` network calls in each stage. The Fréchet distance is of the
 LeNet's last hidden layer to held-out images, with its jackknife error; it is no FID. The residual is the root mean
-square, over samples and places, of means of 2 × 2 pixels less the picture that the last stage was told, in grey levels:
-of samples as they were drawn, and rounded to integers. Bits/dim are of dequantised images, of a cascade by the chain
-rule; of one that draws the picture anew there are none.
+square, over samples and places, of the low resolution less the picture that the last stage was told, in grey levels: of
+samples as they were drawn, and rounded to integers. Bits/dim are of dequantised images, of a cascade by the chain rule;
+of one that draws the picture anew there are none.
 """
 
 from __future__ import annotations
@@ -22,9 +22,8 @@ from typing import Any
 
 import report
 import torch
-import torch.nn.functional as F
 from guidance import LeNet, spaced
-from latent import bits, distance, drawn
+from latent import bits, drawn, likeness
 from omegaconf import DictConfig
 from torch import Tensor
 
@@ -44,31 +43,29 @@ def residuals(cascade: S.Cascade, cfg: DictConfig) -> tuple[float, float]:
         rows.skip(cascade.skipped(stage))
         low, made = x, run.draw(own, rows, sampler=sampler, progress=False)
         x = made if low is None else run.codec.joined(low, made)
-    last, found = len(cascade.runs) - 1, []
-    told = cascade.picture(last - 1, low)
+    told, found = cascade.picture(len(cascade.runs) - 2, low), []
     for values in (x, cascade.codec.encode(cascade.codec.decode(x))):
-        means = F.interpolate(cascade.picture(last, values), told.shape[2:], mode="area")
-        found.append(float((means - told).double().square().mean().sqrt()) / cascade.codec.affine[0])
+        apart = (cascade.low(values) - told).double()
+        found.append(float(apart.square().mean().sqrt()) / cascade.codec.affine[0])
     return found[0], found[1]
 
 
 def main(cfg: DictConfig) -> None:
-    out, judge = report.Report(cfg, "cascade"), LeNet(Path(cfg.lenet))
+    out, judge = report.Report(cfg, "cascade"), LeNet(Path(cfg.lenet)) if cfg.lenet else None
     models: list[Any] = [S.load(list(names) if len(names) > 1 else names[0]) for names in cfg.models]
     whole = (models[0].runs[-1] if len(cfg.models[0]) > 1 else models[0]).whole_data().dataset
-    real, points = judge(whole.test.raw[:].float()), whole.test.raw[spaced(cfg.points, whole.test)]
+    real, points = judge and judge(whole.test.raw[:].float()), whole.test.raw[spaced(cfg.points, whole.test)]
     rows = [["", "bits/dim", "LeNet-FD", "milliseconds a sample", "residual", "rounded"]]
     pictures: list[Tensor] = []
     known = whole.train.raw[spaced(cfg.samples, whole.train)]
     for names, model in [(["training images"], None), *zip(cfg.models, models, strict=True)]:
         made, seconds = (known, None) if model is None else drawn(model, cfg)
-        value, error = distance(judge(made.float()), real)
         exact = model is not None and (len(names) == 1 or all(run.codec.below is not None for run in model.runs[1:]))
         found = bits(model, points, cfg) if exact else None
         kept = residuals(model, cfg) if model is not None and len(names) > 1 else None
         name = " → ".join(Path(each).name for each in names)
-        out.add("cascade", value, of=name, stderr=error, seconds=seconds, bits_per_dim=found, residual=kept)
-        row = [name, "" if found is None else f"{found[0]:.4f} ± {found[1]:.4f}", f"{value:.2f} ± {error:.2f}"]
+        distance = likeness(judge, made, real, out, of=name, seconds=seconds, bits_per_dim=found, residual=kept)
+        row = [name, "" if found is None else f"{found[0]:.4f} ± {found[1]:.4f}", distance]
         row += ["" if seconds is None else f"{1000 * seconds:.2f}"]
         rows.append(row + ([""] * 2 if kept is None else [f"{each:.2g}" for each in kept]))
         print(*rows[-1], sep="\t", flush=True)

@@ -43,6 +43,15 @@ def distance(made: Tensor, real: Tensor) -> tuple[float, float]:
     return float(frechet_distance(made, real)), float((GROUPS - 1) ** 0.5 * without.std(correction=0))
 
 
+def likeness(judge: LeNet | None, made: Tensor, real: Tensor | None, out: report.Report, **facts: Any) -> str:
+    """The distance of samples as a cell of a table, kept in the report; empty without a judge."""
+    if judge is None or real is None:
+        return ""
+    value, error = distance(judge(made.float()), real)
+    out.add("frechet", value, stderr=error, **facts)
+    return f"{value:.2f} ± {error:.2f}"
+
+
 def drawn(run: Run, cfg: DictConfig) -> tuple[Tensor, float]:
     """Raw samples, and the processor's seconds of one."""
     sampler = S.Sampler(S.DPMSolverPP(2), S.LogSNRGrid(), steps=cfg.budget - 1)
@@ -59,20 +68,19 @@ def bits(run: Run, raw: Tensor, cfg: DictConfig) -> tuple[float, float]:
 
 
 def main(cfg: DictConfig) -> None:
-    out, judge = report.Report(cfg, "latent"), LeNet(Path(cfg.lenet))
+    out, judge = report.Report(cfg, "latent"), LeNet(Path(cfg.lenet)) if cfg.lenet else None
     coder = load_run(Path(cfg.autoencoder)).whole_data()
     train, test = coder.dataset.train, coder.dataset.test
-    real, points = judge(test.raw[:].float()), test.raw[spaced(cfg.points, test)]
+    real, points = judge and judge(test.raw[:].float()), test.raw[spaced(cfg.points, test)]
     rows = [["", "LeNet-FD", "CPU milliseconds a sample", "bits/dim"]]
     pictures: list[Tensor] = []
 
     @torch.no_grad()
     def row(name: str, made: Tensor, seconds: float | None, found: tuple[float, float] | None, bound: str = "") -> None:
-        value, error = distance(judge(made.float()), real)
-        out.add("frechet", value, of=name, stderr=error, seconds=seconds, bits_per_dim=found)
+        apart = likeness(judge, made, real, out, of=name, seconds=seconds, bits_per_dim=found)
         cost = "" if seconds is None else f"{1000 * seconds:.2f}"
         told = "" if found is None else f"{bound}{found[0]:.4f} ± {found[1]:.4f}"
-        rows.append([name, f"{value:.2f} ± {error:.2f}", cost, told])
+        rows.append([name, apart, cost, told])
         print(*rows[-1], sep="\t", flush=True)
         pictures.append(made[:20])
 

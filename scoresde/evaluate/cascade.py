@@ -7,7 +7,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..codecs import Codec
@@ -80,16 +79,12 @@ class Stages:
         """The greatest distance of the low resolution of samples from that which the last stage was told, in raw units:
         of samples as they were drawn, and `rounded` and clamped to raw values.
         """
-        cascade, x, last = self.cascade, self.x[name], self.cascade.runs[-1].codec
+        cascade, x = self.cascade, self.x[name]
         told = cascade.picture(len(cascade.runs) - 2, self.low[name]).double()
         slope = cascade.codec.affine[0] if cascade.codec.affine else 1.0
         found = {}
         for key, each in (("residual", x), ("rounded", cascade.codec.encode(cascade.codec.decode(x)))):
-            if last.below is not None:
-                low = last.below.layout(last.parts(each)[0])
-            else:
-                low = F.interpolate(cascade.picture(len(cascade.runs) - 1, each).double(), told.shape[2:], mode="area")
-            found[key] = float((low - told).abs().max()) / slope
+            found[key] = float((cascade.low(each).double() - told).abs().max()) / slope
         return found
 
 

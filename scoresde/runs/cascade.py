@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..checks import whole
@@ -156,6 +157,14 @@ class Cascade:
     def picture(self, stage: int, x: Tensor) -> Tensor:
         """What a stage has made, `joined`, as the next one is told it."""
         return self.runs[stage].codec.whole.layout(x)
+
+    def low(self, x: Tensor) -> Tensor:
+        """The low resolution of whole model data x, as the last stage is told it: of a stage of codec=haar_details
+        what it was made of, of one of codec=upsampled means of blocks."""
+        codec = self.runs[-1].codec
+        if codec.below is not None:
+            return codec.below.layout(codec.parts(x)[0])
+        return F.interpolate(codec.layout(x), self.runs[-1].kinds["image"].shape[1:], mode="area")
 
     def levels(self, level: float) -> list[float]:
         """The noise level of each stage: `level`, and 0 for those that were trained without.
