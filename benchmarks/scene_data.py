@@ -1,6 +1,7 @@
 r"""Scenes of one or two MNIST digits on 32 × 32 pixels, and a sentence for each; and captions for CIFAR-10's labels.
 
     python benchmarks/scene_data.py /folder/with/the/four/idx/files data/scenes
+    python benchmarks/scene_data.py /folder/with/the/four/idx/files data/things --single
     python benchmarks/scene_data.py /folder/with/images.npz data/cifar_captions
 
 Writes train, test and held_out, an .npz (raw, uint8) and a .txt of captions each. A sentence follows the grammar
@@ -11,11 +12,14 @@ Writes train, test and held_out, an .npz (raw, uint8) and a .txt of captions eac
 
 Ten of the hundred ordered pairs of digits, d and (3 d + 1) mod 10, are in `held_out` alone, in either order where they
 stand beside "and". Digits of test and held_out are those of MNIST's test split.
+
+With --single a scene is one thing in the middle of 16 × 16 pixels, and there is no held_out.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +31,8 @@ from scoresde.data import Idx
 
 SIDE = 32
 SIZES = {"": 14, "small ": 12, "large ": 16}
+SINGLE_SIDE = 16
+SINGLE_SIZES = {"": 13, "small ": 10, "large ": 16}
 CORNERS = [f"{row} {column}" for row in ("top", "bottom") for column in ("left", "right")]
 RELATIONS = (" above ", " left of ", " and ", " in the ")
 CLASSES = ("airplane", "car", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -76,12 +82,24 @@ def scene(digits: Tensor, labels: Tensor, rng: np.random.Generator, *, unseen: b
     return pixels.round().clamp(0, 255).byte().numpy()[None], relation.join(words)
 
 
+def single(digits: Tensor, labels: Tensor, rng: np.random.Generator) -> tuple[np.ndarray, str]:
+    """Pixels (1, 16, 16) uint8 of one thing in the middle, and its words."""
+    index, size, slant = int(rng.integers(len(digits))), str(rng.choice(list(SINGLE_SIZES))), rng.random() < 0.25
+    side = SINGLE_SIZES[size]
+    top = (SINGLE_SIDE - side) // 2
+    pixels = torch.zeros(SINGLE_SIDE, SINGLE_SIDE)
+    pixels[top : top + side, top : top + side] = drawn(digits[index], side, bool(slant))
+    words = f"a {size}{'slanted ' if slant else ''}{int(labels[index])}"
+    return pixels.round().clamp(0, 255).byte().numpy()[None], words
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("source", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--train", type=int, default=60_000)
     parser.add_argument("--test", type=int, default=2_000)
+    parser.add_argument("--single", action="store_true")
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
     if given.source.is_file():
@@ -91,10 +109,12 @@ def main() -> None:
         (given.out / "captions.txt").write_text("\n".join(sentences) + "\n", encoding="utf-8")
         return
     mnist = Idx(str(given.source))
-    for seed, (name, count) in enumerate({"train": given.train, "test": given.test, "held_out": given.test}.items()):
+    counts = {"train": given.train, "test": given.test} | ({} if given.single else {"held_out": given.test})
+    for seed, (name, count) in enumerate(counts.items()):
         split = mnist.train if name == "train" else mnist.test
         digits, rng = split.raw[:, 0].float(), np.random.default_rng(seed)
-        made = [scene(digits, split.labels, rng, unseen=name == "held_out") for _ in range(count)]
+        how = single if given.single else functools.partial(scene, unseen=name == "held_out")
+        made = [how(digits, split.labels, rng) for _ in range(count)]
         np.savez(given.out / f"{name}.npz", raw=np.stack([pixels for pixels, _ in made]))
         (given.out / f"{name}.txt").write_text("".join(f"{words}\n" for _, words in made), encoding="utf-8")
 

@@ -13,6 +13,7 @@ from ..evaluate.edits import Edited
 from ..evaluate.problem import Measurement
 from ..inverse.observation import Observation
 from ..runs.run import Run
+from ..runs.stage import kind_of
 from ._hydra import Command
 from .conditions import choose_cond
 from .problem import names_of
@@ -35,6 +36,11 @@ def read_edit(command: Command, run: Run, n: int) -> Edited | None:
     edit = command.build("edit")
     if edit.flow and (typed := [word for word in command.typed if word.startswith(_CHOSEN)]):
         raise ConfigError(f"This edit goes along the probability flow, set by edit.flow; leave {typed[0]} away.")
+    if edit.from_noise and kind_of(run) != "vector":
+        raise ConfigError(
+            f"This edit tells a run the embedding of its input, and {run.folder} is told none: codec=with_embedding "
+            "codec.run=runs/embedder conditional=true, as in experiment=unclip_decoder, trains one that is."
+        )
     reader = Measurement(run.dataset, Observation(None, nn.Identity(), std=1e-3, linear=True))
     names = {key: names_of(words, len(run.dataset.test), f"edit.{key}") for key, words in edit.words.items()}
     x = {key: torch.stack([reader.clean(name) for name in found]) for key, found in names.items()}

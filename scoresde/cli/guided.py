@@ -73,7 +73,7 @@ def _load_guide(target: Any, options: Mapping[str, Any], run: Run, allow: Sequen
     if target in _GUIDES and guide.draws == is_classifier:
         found = "a model of samples. One is trained by experiment=digits_classifier."
         if not guide.draws:
-            found = "a classifier. Did you mean guidance=classifier?"
+            found = f"{guide.denoiser.kind}. Did you mean guidance=classifier?"
         raise ConfigError(f"guidance={option} needs {what}, and guide={folder} is {found}")
     if both and is_classifier and not run.conditional:
         raise ConfigError(f"guidance.conditional=true tells {run.folder}, too, which was trained without conditions.")

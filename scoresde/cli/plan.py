@@ -17,7 +17,7 @@ from ..evaluate.likelihood import Likelihood
 from ..evaluate.report import Evaluation, check_samplers
 from ..noise.rng import Rng
 from ..runs import load as loading
-from ..runs.kept import coded
+from ..runs.kept import coded, network_behind
 from ..runs.logger import Logger
 from ..runs.objective import build_loss, check_objective
 from ..runs.progress import doing
@@ -104,8 +104,8 @@ def assemble(command: Command, world: World, lesson: Lesson | None = None) -> Pl
     torch.manual_seed(seed)  # initial weights and dropout; everything else takes an Rng
     with doing("reading the data"):
         dataset = lesson.run.dataset if lesson else coded(command.build("data"), config, command.allow, command.folder)
-        if dataset.codec.digest and not lesson:
-            config["codec"] = {**config["codec"], "digest": dataset.codec.digest}
+        if (read_by := network_behind(dataset)) and not lesson:
+            config["codec"] = {**config["codec"], "digest": read_by}
         dataset.statistics  # noqa: B018  # looks at all samples, once; here a signal may break it off
     denoiser = loading.build_denoiser(config, dataset, command.allow).to(device)
     if lesson:

@@ -21,6 +21,7 @@ from ..runs.listing import layout
 from ..runs.load import chosen_run
 from ..runs.run import Run
 from ..runs.samplers import Model
+from ..runs.stage import without
 from ._hydra import Command, launch, read, refusing
 from .budget import of_budget
 from .cascade import chosen_cascade, stages_of
@@ -57,6 +58,7 @@ def draw_cascade(command: Command) -> None:
     write_samples(made, cascade.dataset, command.folder, seeds=seeds, pictures=options["pictures"])
     names = ("weights", "guidance", "cond", "then", "stage", "samplers", "budget", "sampler")
     residuals = {name: drawing.residual(name) for name in made}
+    measures = next(iter(residuals.values()))
     cost = {name: {"nfe": s.evaluations, "seconds": s.seconds} for name, s in made.items()}
     record = {"run": str(cascade.runs[0].folder), "steps": [run.step for run in cascade.runs], "seeds": seeds}
     record |= {name: options[name] for name in names} | {"cost": cost, "residual": residuals}
@@ -67,11 +69,12 @@ def draw_cascade(command: Command) -> None:
         "network calls": [f"{samples.evaluations:.0f}" for samples in made.values()],
         "seconds": [f"{samples.seconds:.1f}" for samples in made.values()],
         "samples": [len(samples.x) for samples in made.values()],
-        "residual": [f"{each['residual']:.2g}" for each in residuals.values()],
-        "rounded": [f"{each['rounded']:.2g}" for each in residuals.values()],
-    }
+    } | {key: [f"{each[key]:.2g}" for each in residuals.values()] for key in measures}
     print(layout(columns, None)[0])
-    print("residual: the greatest distance, in raw units, from the low resolution that the last stage was told.")
+    if "residual" in measures:
+        print("residual: the greatest distance, in raw units, from the low resolution that the last stage was told.")
+    else:
+        print("cosine: of the angle between the embedding of a sample and that which the decoder was told, on average.")
     print(list_files(command.folder))
 
 
@@ -108,6 +111,8 @@ def sample(cfg: DictConfig) -> None:
         check_samplers(samplers, run.denoiser)
         denoiser, guide, conditioned = build_guidance(options, run, allow)
         problem, edited = read_problem(options, run.dataset, allow), read_edit(command, run, len(seeds))
+        if edited is not None and edited.edit.from_noise:
+            conditioned = without(conditioned, "vector")
         cond, said = choose_cond(options["cond"], len(seeds), conditioned, problem=problem or edited)
         method, every, given = Method(denoiser, samplers, options["batch_size"]), seeds, cond
         # of what the options only name, and the samples depend on
@@ -128,11 +133,12 @@ def sample(cfg: DictConfig) -> None:
         if edited is not None:
             method = Method(denoiser, edited.edit.samplers(samplers, denoiser), options["batch_size"])
             check_samplers(method.samplers, denoiser)
-            every, digests["given"] = seeds * len(edited.inputs), edited.digest
+            every, given = edited.seeds(seeds), edited.condition(cond, run.dataset)
+            digests["given"] = edited.digest
         shards = command.shards(run, **digests)
     if said and not shards.rank:
         print(said, flush=True)
-    start = None if edited is None else edited.start
+    start = None if edited is None or edited.edit.from_noise else edited.start
     drawing = Drawing(run.dataset.event_shape, every, given, method.batch_size, start=start)
     jobs = drawing.jobs(method.denoiser, method.samplers)
     for job in jobs.values():

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,12 +12,13 @@ from torch import Tensor
 
 from ..noise.rng import Rng
 from .codec import Codec, decodable
+from .frozen import Frozen
 
 _AT_ONCE = 256  # samples that go through the network together
 
 
 @dataclass(frozen=True, eq=False)
-class Autoencoder(Codec):
+class Autoencoder(Frozen, Codec):
     r"""x = (z − mean)/std of latents z ~ q(z | raw), and back by the mean of p(raw | z).
 
     With `log_volume` = log p(raw | z) − log q(x | raw) the model data have a bound and no equality:
@@ -52,7 +51,7 @@ class Autoencoder(Codec):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         if len(self.mean) != len(self.std) or not all(0 < value < math.inf for value in self.std):
             raise ValueError(f"Expected as many means as deviations > 0; got {self.mean} and {self.std}.")
-        self.network.eval().requires_grad_(False)
+        super().__post_init__()
 
     def __repr__(self) -> str:
         return f"Autoencoder({self.base}, latents {self.digest[:12]})"
@@ -65,38 +64,6 @@ class Autoencoder(Codec):
 
     def __hash__(self) -> int:
         return hash(self.digest)
-
-    @property
-    def digest(self) -> str:
-        """SHA-256 of the weights, of what they are the weights of, and of the codec below; not of mean and std, which
-        another machine may measure a digit differently."""
-        if "_digest" not in vars(self):
-            found = hashlib.sha256(f"{self.base!r} {self.node}".encode())
-            for name, value in sorted(self.tensors().items()):
-                found.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-                found.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-            object.__setattr__(self, "_digest", found.hexdigest())
-        return str(vars(self)["_digest"])
-
-    def tensors(self) -> dict[str, Tensor]:
-        """The weights."""
-        return {name: value.detach() for name, value in self.network.state_dict().items()}
-
-    def restored(self, tensors: Mapping[str, Tensor]) -> Codec:
-        """The codec with these weights.
-
-        Raises:
-            ValueError: they are those of another network.
-        """
-        try:
-            self.network.load_state_dict(tensors, assign=True)
-        except RuntimeError as error:
-            raise ValueError(f"the weights of the autoencoder do not fit: {error!s:.300}") from error
-        return replace(self)
-
-    def recipe(self) -> dict[str, Any]:
-        """Its fields as a configuration has them, with the network as the node that makes it."""
-        return {**super().recipe(), "network": json.loads(self.node)}
 
     def scaled(self, moments: Iterator[Tensor]) -> Autoencoder:
         """The codec whose x has mean 0 and variance 1 in each channel, over all `moments` of training data."""

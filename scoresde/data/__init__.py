@@ -3,6 +3,7 @@
 from .augment import Augmentation
 from .dataset import Dataset, Split
 from .digits import Digits
+from .embedder import Embedding
 from .loader import Loader
 from .order import EpochOrder
 from .readers.arrays import Arrays
@@ -19,7 +20,7 @@ from .text import Bytes, Saved, Text, Words
 from .toys import Checkerboard, EightGaussians, Moons, Pinwheel, SwissRoll, Toy, toy_dataset
 
 __all__ = [
-    "Arrays", "Augmentation", "Bytes", "Captions", "Checkerboard", "Dataset", "Digits", "EightGaussians",
+    "Arrays", "Augmentation", "Bytes", "Captions", "Checkerboard", "Dataset", "Digits", "EightGaussians", "Embedding",
     "EpochOrder", "Idx", "ImageFolder", "Loader", "Molecules", "Moons", "Pinwheel", "Saved", "SoundFolder", "Split",
     "SwissRoll", "Table", "Text", "Toy", "VideoFolder", "Words", "centred", "haar_details", "haar_low", "patched",
     "standardised", "suggest_sigma_max", "toy_dataset", "upsampled",

@@ -15,6 +15,7 @@ from torch import Tensor
 from ..codecs.codec import Codec
 from ..diffusion.conditions import Cond, move, take, told, unnamed
 from ..noise.rng import Rng
+from .embedder import Embedding
 from .rows import Rows, checked, chunks, select, spots
 from .statistics import Statistics, extremes, measured
 from .text import Text
@@ -106,12 +107,12 @@ class Dataset:
         files: those that training and held-out samples were read from, for messages; empty where no file was read.
         columns: names of the features of a table; empty for other data.
         checksums: of the files of a folder, by their names in it, where each is of few samples.
-        validation: a part of the training samples that is kept from training, to choose by what the test split must not
-            choose; None for none.
+        validation: training samples that are kept to choose by what the test split must not choose; None for none.
         notes: what the reader decided, in words that a run begins with.
         numbers: of the points of a raw sample, as the atomic numbers of a molecule; empty for other data.
         moments: what the codec can store of the training samples (N, …), see `Codec.moments`; None for nothing.
         text: how sentences become the condition "text"; None where samples have no captions.
+        embedder: of which samples, or what they are told as "vector", are embeddings; None for none.
         rate: of sound, raw samples (C, L) at so many frames a second; 0 for other data.
 
     Raises:
@@ -136,6 +137,7 @@ class Dataset:
     rate: int = 0
     moments: Tensor | None = None
     text: Text | None = None
+    embedder: Embedding | None = None
 
     def __post_init__(self) -> None:
         if self.class_names and len(self.class_names) != self.classes:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..codecs.codec import Codec
 from .dataset import Dataset, Split
+from .embedder import Embedding
 from .statistics import Statistics
 from .text import text_of
 
@@ -50,27 +51,35 @@ def packed(dataset: Dataset) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "numbers": list(dataset.numbers),
         "rate": dataset.rate,
         "text": dataset.text and dataset.text.record(),
+        "embedder": None if dataset.embedder is None else _recipe(dataset.embedder),
         "statistics": dataclasses.asdict(dataset.statistics),
     }
     splits = {"train": dataset.train, "test": dataset.test}
     tensors = {f"{part}.raw": split.raw[:] for part, split in splits.items()}
     tensors |= {f"codec.{name}": values for name, values in dataset.codec.tensors().items()}
+    if dataset.embedder is not None:
+        tensors |= {f"embedder.{name}": values for name, values in dataset.embedder.tensors().items()}
     tensors |= {f"{part}.{name}": values for part, split in splits.items() for name, values in split.named.items()}
     return tensors, record
 
 
-def unpacked(tensors: Mapping[str, Tensor], record: Mapping[str, Any], codec: Codec) -> Dataset:
-    """The data set that `packed` was given.
+def unpacked(
+    tensors: Mapping[str, Tensor], record: Mapping[str, Any], codec: Codec, embedder: Embedding | None = None
+) -> Dataset:
+    """The data set that `packed` was given, where the codec and the embedder are built as the record says.
 
     Raises:
         KeyError, TypeError, ValueError: they are not what `packed` makes.
     """
 
+    def of(part: str) -> dict[str, Tensor]:
+        return {name.removeprefix(f"{part}."): v for name, v in tensors.items() if name.startswith(f"{part}.")}
+
     def split(part: str) -> Split:
-        named = {name.removeprefix(f"{part}."): v for name, v in tensors.items() if name.startswith(f"{part}.")}
+        named = of(part)
         return Split(named.pop("raw"), named.pop("label", None), named)
 
-    codec = codec.restored({k.removeprefix("codec."): v for k, v in tensors.items() if k.startswith("codec.")})
+    codec = codec.restored(of("codec"))
     if codec.digest != record.get("codec_digest", ""):
         raise ValueError(f"its autoencoder is {codec.digest}, expected {record['codec_digest']}")
     known = dict(record["statistics"])
@@ -89,6 +98,7 @@ def unpacked(tensors: Mapping[str, Tensor], record: Mapping[str, Any], codec: Co
         numbers=tuple(map(int, record.get("numbers", ()))),
         rate=int(record.get("rate", 0)),
         text=text_of(record["text"]) if record.get("text") else None,
+        embedder=None if embedder is None else embedder.restored(of("embedder")),
     )
 
 

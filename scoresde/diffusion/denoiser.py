@@ -31,6 +31,7 @@ class Denoiser(nn.Module, abc.ABC):
 
     Attributes:
         fits: how many samples `prepare` wants; 0 where it does nothing.
+        kind: what it is, in words: a denoiser, or what a run trains in the place of one.
         draws: whether samples can be drawn from it, as from every denoiser; a classifier has no noise to start from.
         encodes: whether it is an autoencoder, which no denoiser is.
         data_mean, data_var: moments of the data (numbers, or tensors of the event shape) that the prior at t_max
@@ -49,7 +50,7 @@ class Denoiser(nn.Module, abc.ABC):
         heads: how many outputs the network has for each dimension of x: 2 where it learns a variance (`Split`).
     """
 
-    draws, encodes = True, False
+    kind, draws, encodes = "a denoiser", True, False
     heads = 1
     fits = 0
     told: tuple[str, ...] = ()

@@ -17,6 +17,7 @@ from ..diffusion.sde import SDE
 from ..noise.rng import Rng
 from ..runs.cascade import Cascade
 from ..runs.run import Run
+from ..runs.stage import kind_of
 from ..sampling import Sampler
 from .calibration import Level
 from .evaluation import Drawing, Samples
@@ -77,10 +78,13 @@ class Stages:
 
     def residual(self, name: str) -> dict[str, float]:
         """The greatest distance of the low resolution of samples from that which the last stage was told, in raw units:
-        of samples as they were drawn, and `rounded` and clamped to raw values.
+        of samples as they were drawn, and `rounded` and clamped to raw values. Of a decoder that was told embeddings,
+        the mean cosine between these and those of its samples.
         """
         cascade, x = self.cascade, self.x[name]
-        told = cascade.picture(len(cascade.runs) - 2, self.low[name]).double()
+        told, embedder = cascade.picture(len(cascade.runs) - 2, self.low[name]).double(), cascade.dataset.embedder
+        if embedder is not None and kind_of(cascade.runs[-1]) == "vector":
+            return {"cosine": float(F.cosine_similarity(embedder.of(cascade.codec.decode(x)), told).mean())}
         slope = cascade.codec.affine[0] if cascade.codec.affine else 1.0
         found = {}
         for key, each in (("residual", x), ("rounded", cascade.codec.encode(cascade.codec.decode(x)))):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -52,12 +52,19 @@ class Edit(abc.ABC):
         flow: by which samples are encoded and decoded; None where a sampler is needed.
         before: what is said of the given samples, as `cond` of a command says it; None for nothing.
         needs_cond: samples are drawn under a condition, which has to be said.
+        from_noise: samples are drawn from noise, told what was given by `told`.
+        one_noise: and all n of a row from the same.
     """
 
     words: dict[str, Words]
     flow: AdaptiveODE | None = None
     before: Any = None
-    needs_cond = False
+    needs_cond = from_noise = one_noise = False
+
+    def told(self, embed: Callable[[str], Tensor], rows: Tensor, share: Tensor) -> Tensor:
+        """The embeddings (N, dim) that samples from noise are told; `embed` is of what is given by key, rows and
+        share (N,) as in `Part`."""
+        raise NotImplementedError
 
     def rows(self, names: list[str], x: Tensor) -> tuple[list[str], Tensor]:
         """What becomes n samples each: names, and samples (k, *event)."""
@@ -67,9 +74,9 @@ class Edit(abc.ABC):
         """What draws from the start."""
         return {"ode": Sampler(self.flow, steps=1, denoise=False)} if self.flow else dict(samplers)
 
-    @abc.abstractmethod
     def start(self, model: Denoiser, part: Part) -> Tensor:
-        """The states (b, *event) that the samples of a part start from."""
+        """The states (b, *event) that the samples of a part start from; not asked of an edit `from_noise`."""
+        raise NotImplementedError
 
 
 class SDEdit(Edit):
@@ -106,14 +113,18 @@ class Interpolation(Edit):
         self.words, self.flow = {"input": input}, flow
 
     def rows(self, names: list[str], x: Tensor) -> tuple[list[str], Tensor]:
-        if len(names) < 2:
-            raise ValueError(f"An interpolation is between two samples or more: edit.input=[a.png,b.png]; got {names}.")
-        return [f"{a} to {b}" for a, b in pairwise(names)], x[:-1]
+        return _pairs(names, x)
 
     def start(self, model: Denoiser, part: Part) -> Tensor:
         assert self.flow is not None
         a, b = (self.flow.encode(model, part.x["input"][part.rows + k], cond=part.cond) for k in (0, 1))
         return interpolate(a, b, part.share)
+
+
+def _pairs(names: list[str], x: Tensor) -> tuple[list[str], Tensor]:
+    if len(names) < 2:
+        raise ValueError(f"An interpolation is between two samples or more: edit.input=[a.png,b.png]; got {names}.")
+    return [f"{a} to {b}" for a, b in pairwise(names)], x[:-1]
 
 
 class Attribute(Edit):
@@ -175,6 +186,42 @@ class Retold(Edit):
         return self.flow.encode(model, part.x["input"][part.rows], cond=part.before, to=to)
 
 
+class Variations(Edit):
+    """Drawn from noise, told the embedding of what is given (Ramesh et al. 2022, sec. 3.1): what that knows, stays.
+
+    Args:
+        input: photo.png, x.npy, test:5, test:0-7, or a list.
+    """
+
+    from_noise = True
+
+    def __init__(self, input: Words):
+        self.words = {"input": input}
+
+    def told(self, embed: Callable[[str], Tensor], rows: Tensor, share: Tensor) -> Tensor:
+        return embed("input")[rows]
+
+
+class EmbeddingInterpolation(Edit):
+    """From each sample to the next, on the sphere of embeddings and from one noise (Ramesh et al. 2022, sec. 3.2).
+
+    Args:
+        input: two samples or more: [a.png,b.png], test:0-3.
+    """
+
+    from_noise = one_noise = True
+
+    def __init__(self, input: Words):
+        self.words = {"input": input}
+
+    def rows(self, names: list[str], x: Tensor) -> tuple[list[str], Tensor]:
+        return _pairs(names, x)
+
+    def told(self, embed: Callable[[str], Tensor], rows: Tensor, share: Tensor) -> Tensor:
+        found = embed("input")
+        return interpolate(found[rows], found[rows + 1], share)
+
+
 @dataclass(frozen=True)
 class Edited:
     """An edit with its samples.
@@ -201,12 +248,29 @@ class Edited:
         given = [*self.x.values(), *named(self.before).values()]
         return hashlib.sha256(b"".join(values.numpy().tobytes() for values in given)).hexdigest()
 
+    def seeds(self, seeds: Sequence[int]) -> list[int]:
+        """Of all k n samples, where those of one input have `seeds`."""
+        return (self.n * [seeds[0]] if self.edit.one_noise else list(seeds)) * len(self.inputs)
+
+    def condition(self, cond: Cond, dataset: Dataset) -> Cond:
+        """What all k n samples are told: `cond`, and where they are drawn from noise, embeddings of what is given."""
+        if not self.edit.from_noise:
+            return cond
+        assert dataset.embedder is not None
+        embedder, (rows, share) = dataset.embedder, self._places(slice(None))
+        vector = self.edit.told(lambda key: embedder.of(dataset.decode(self.x[key])), rows, share)
+        return {**named(cond), "vector": vector}
+
+    def _places(self, part: slice) -> tuple[Tensor, Tensor]:
+        """The row of each of some samples, and where it is in that, from 0 to 1."""
+        index = torch.arange(len(self.inputs) * self.n)[part]
+        return index // self.n, (index % self.n).double() / max(self.n - 1, 1)
+
     def start(self, model: Denoiser, part: slice, cond: Cond, rng: Rng, device: torch.device) -> Tensor:
         """The states that the samples `part` of all k n start from."""
-        index = torch.arange(len(self.inputs) * self.n)[part]
-        share = (index % self.n).double() / max(self.n - 1, 1)
+        rows, share = self._places(part)
         x = {name: values.to(device) for name, values in self.x.items()}
-        rows, before = index // self.n, self.before
+        before = self.before
         own = None if before is None else move(take(before, rows), device)
         return self.edit.start(model, Part(x, rows.to(device), share.to(device), cond, rng, own))
 

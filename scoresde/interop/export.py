@@ -54,7 +54,9 @@ def export(
     told = [10] if budgets is None and format == "torch_export" else list(budgets or [])
     if format != "safetensors":
         if not run.draws:
-            raise ConfigError(f"{run.folder} is a classifier; format=safetensors holds it, and no other format does.")
+            raise ConfigError(
+                f"{run.folder} is {run.denoiser.kind}; format=safetensors holds it, and no other format does."
+            )
         if format == "onnx":
             program.require_onnx()
         files = to_diffusers.files(run) if format == "diffusers" else _programs(run, format, told, guidance)

@@ -1,7 +1,8 @@
-"""Training objectives: denoising score matching, couplings of noise and data, classifiers, autoencoders, flow maps."""
+"""Training objectives: denoising score matching, couplings, classifiers, autoencoders, embedders, flow maps."""
 
 from .autoencoder import AutoencoderLoss, VariationalAutoencoder
 from .classifier import ClassifierLoss, NoisyClassifier
+from .contrastive import Contrastive, ContrastiveLoss
 from .coupling import Independent, OptimalTransport
 from .denoising import (
     DenoisingLoss,
@@ -24,6 +25,8 @@ __all__ = [
     "AutoencoderLoss",
     "ClassifierLoss",
     "ConsistencyLoss",
+    "Contrastive",
+    "ContrastiveLoss",
     "DenoisingLoss",
     "DiscreteTimes",
     "EDMWeighting",

@@ -27,7 +27,7 @@ class VariationalAutoencoder(nn.Module):
         sde: whose t_min stands for the time, of which an autoencoder has none.
     """
 
-    draws, encodes = False, True  # see `Denoiser`
+    kind, draws, encodes = "an autoencoder", False, True  # see `Denoiser`
 
     def __init__(self, network: nn.Module, sde: SDE):
         super().__init__()

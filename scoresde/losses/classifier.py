@@ -32,7 +32,7 @@ class NoisyClassifier(nn.Module):
         ValueError: sigma_data ≤ 0.
     """
 
-    draws, encodes = False, False  # see `Denoiser`
+    kind, draws, encodes = "a classifier", False, False  # see `Denoiser`
 
     def __init__(self, network: Callable[[Tensor, Tensor], Tensor], sde: SDE, *, sigma_data: float = 1.0):
         super().__init__()

@@ -6,6 +6,7 @@ from .autoencoder import Autoencoder
 from .classifier import Classifier
 from .conditioning import Conditioning
 from .conditions import Conditions, TextEncoder
+from .embedder import Embedder
 from .embedding import FourierEmbedding, SinusoidalEmbedding
 from .equivariant import EGNN
 from .hourglass import HourglassDiT
@@ -29,6 +30,7 @@ __all__ = [
     "Conditions",
     "DiT",
     "Downsample",
+    "Embedder",
     "FourierEmbedding",
     "FrozenText",
     "HourglassDiT",

@@ -1,11 +1,10 @@
-"""Runs that draw a sample in stages, from a small picture to the whole."""
+"""Runs that draw a sample in stages: from a small picture, or from an embedding, to the whole."""
 
 from __future__ import annotations
 
 import copy
-import dataclasses
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -17,7 +16,7 @@ from ..checks import whole
 from ..codecs import Codec, Haar
 from ..codecs.codec import Drawn
 from ..config import ConfigError
-from ..data import Dataset, Split
+from ..data import Dataset
 from ..diffusion.conditions import Cond, move, named, take, unnamed
 from ..diffusion.denoiser import model_device
 from ..likelihood.divergence import Divergence
@@ -30,6 +29,7 @@ from .batches import joined, streams_of
 from .model import Guidance
 from .progress import track
 from .run import Run
+from .stage import check_fit, kind_of, without
 
 Found = TypeVar("Found")
 _APART = 1 << 24  # draws from a stream that a stage has for itself
@@ -37,12 +37,13 @@ _APART = 1 << 24  # draws from a stream that a stage has for itself
 
 @dataclass(frozen=True, eq=False)
 class Cascade:
-    """A first run and those that refine what it draws, each told the picture that the one before it made.
+    """A first run and those that refine what it draws, each told what the one before it made.
 
     A stage of codec=haar_details adds details to that picture, which stays the low band, and a cascade of such stages
     alone has an exact density by the chain rule: log p(low) + log p(details | low) + log_volume. A stage of
     codec=upsampled draws a whole picture, and is told the small one with as much noise as `level` says (Ho et al. 2021,
-    *Cascaded diffusion models*): this has no exact likelihood.
+    *Cascaded diffusion models*): this has no exact likelihood. Nor has a chain of a prior, which draws embeddings
+    (codec=embeddings), and a decoder, which is told one (codec=with_embedding), as in unCLIP (Ramesh et al. 2022).
 
         cascade = scoresde.load(["runs/low", "runs/details"])
         raw = cascade.sample(16, budget=20)
@@ -71,34 +72,12 @@ class Cascade:
             )
         for below, run in zip(self.runs, self.runs[1:], strict=False):
             run._check_draws()
-            self._check_fit(below, run)
+            check_fit(below, run)
         kinds = self.told.plain.kinds
         for run in self.plain:
             for name, kind in run.kinds.items():
                 if str(kinds.get(name)) != str(kind):
                     raise ConfigError(f"{run.folder} is told {kind}, and {self.told.run.folder} is not.")
-
-    @staticmethod
-    def _check_fit(below: Run, run: Run) -> None:
-        """Refuses a stage that was not trained to refine what the one before it draws."""
-        made, needs = below.codec.whole, run.codec.below
-        if needs is not None and needs != made:
-            raise ConfigError(
-                f"{run.folder} draws the details of {needs}, and {below.folder} draws {made}. The two are trained on "
-                "one data set, with the same codec.level."
-            )
-        # of the same data: their first training samples are kept by both
-        mine, theirs = (each.dataset.train.raw[:16] for each in (run, below))
-        if needs is not None and not (mine.shape == theirs.shape and torch.equal(mine, theirs)):
-            raise ConfigError(f"{run.folder} and {below.folder} were trained on different data; details belong to one.")
-        shape = tuple(made.layout(torch.zeros((1, *_shape(below)), dtype=torch.float32, device="cpu")).shape[1:])
-        told = run.kinds.get("image")
-        if told is None or told.shape != shape:
-            found = "no image" if told is None else str(told)
-            raise ConfigError(
-                f"{below.folder} draws pictures of shape {shape}, and {run.folder} is told {found}. A later stage has "
-                f"codec=haar_details or codec=upsampled, conditional=true, and network.cond_image={list(shape)}."
-            )
 
     def __repr__(self) -> str:
         return f"Cascade({' → '.join(str(run.folder) for run in self.runs)}: {self.dataset.name} {self.raw_shape})"
@@ -116,7 +95,7 @@ class Cascade:
     @property
     def plain(self) -> list[Run]:
         """The stages, told nothing of each other: with the conditions alone that the caller gives."""
-        return [_without_image(self.runs[0], keep=True), *map(_without_image, self.runs[1:])]
+        return [self.runs[0], *(without(run, kind_of(run)) for run in self.runs[1:])]
 
     @property
     def told(self) -> _Told:
@@ -147,16 +126,20 @@ class Cascade:
 
     def cond_of(self, stage: int, cond: Cond, low: Tensor | None) -> Cond:
         """What a stage is told: its part of `cond`, and the `picture` of the stage before, (n, C, *sizes)."""
-        parts = self._own(self.runs[stage], cond)
-        return unnamed(parts if low is None else parts | {"image": low})
+        run, own = self.runs[stage], self._own(self.runs[stage], cond)
+        return unnamed(own if low is None else own | {kind_of(run): low})
 
     @staticmethod
     def _own(run: Run, cond: Cond) -> dict[str, Tensor]:
         return {name: value for name, value in named(cond).items() if name in run.kinds}
 
     def picture(self, stage: int, x: Tensor) -> Tensor:
-        """What a stage has made, `joined`, as the next one is told it."""
-        return self.runs[stage].codec.whole.layout(x)
+        """What a stage has made, `joined`, as the next one is told it: a picture, or an embedding (n, dim)."""
+        run, after = self.runs[stage], self.runs[stage + 1 : stage + 2]
+        if after and kind_of(after[0]) == "vector":
+            assert run.dataset.embedder is not None
+            return run.dataset.embedder.on_sphere(run.codec.decode(x))
+        return run.codec.whole.layout(x)
 
     def low(self, x: Tensor) -> Tensor:
         """The low resolution of whole model data x, as the last stage is told it: of a stage of codec=haar_details
@@ -302,8 +285,8 @@ class Cascade:
         anew = [str(run.folder) for run in self.runs[1:] if run.codec.below is None]
         if anew:
             raise ConfigError(
-                f"{anew[0]} draws a picture anew from a smaller one, which is then no part of it: such a cascade has "
-                "no exact likelihood. One of codec=haar_low and codec=haar_details has."
+                f"{anew[0]} draws a picture anew from what the stage before it drew, which is then no part of it: such "
+                "a cascade has no exact likelihood. One of codec=haar_low and codec=haar_details has."
             )
 
     def measured(
@@ -324,21 +307,3 @@ class Cascade:
 class _Told:
     run: Run
     plain: Run
-
-
-def _shape(run: Run) -> tuple[int, ...]:
-    """Of model data of `whole` of a stage."""
-    return run.codec.whole.encoded_shape(run.raw_shape)
-
-
-def _without_image(run: Run, *, keep: bool = False) -> Run:
-    """The run as if it were told no picture."""
-    if keep or "image" not in run.dataset.test.conditions:
-        return run
-
-    def less(split: Split) -> Split:
-        return replace(split, conditions={name: v for name, v in split.conditions.items() if name != "image"})
-
-    dataset = run.dataset
-    splits: Mapping[str, Any] = {"train": less(dataset.train), "test": less(dataset.test)}
-    return dataclasses.replace(run, dataset=replace(dataset, **splits))

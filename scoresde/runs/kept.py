@@ -17,6 +17,7 @@ from . import bundle
 from .checkpoint import CheckpointError
 
 FILE = "excerpt.safetensors"
+_EMBEDDINGS = "scoresde.runs.embedded.embeddings"
 
 
 def keep(folder: Path, dataset: Dataset, *, resumed: bool = False) -> None:
@@ -57,6 +58,11 @@ def under_kept_codec(dataset: Dataset, folder: Path, allow: Sequence[str]) -> Da
     return dataset if kept is None or kept.codec == dataset.codec else replace(dataset, codec=kept.codec)
 
 
+def network_behind(dataset: Dataset) -> str:
+    """SHA-256 of the trained network that its latents or embeddings come from; empty where there is none."""
+    return dataset.codec.digest or ("" if dataset.embedder is None else dataset.embedder.digest)
+
+
 def recall(folder: Path, allow: Sequence[str] = ()) -> Dataset | None:
     """The excerpt in a run folder; None where there is none, as in folders of older versions.
 
@@ -76,7 +82,8 @@ def unpack(path: Path, tensors: Mapping[str, Tensor], record: Any, allow: Sequen
         CheckpointError: it holds none.
     """
     try:
-        return unpacked(tensors, record, build(record["codec"], allow, key="codec"))
+        made = [build(record[key], allow, key=key) for key in ("codec", "embedder") if record.get(key)]
+        return unpacked(tensors, record, *made)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{path} holds no excerpt of data: {error!r:.300}.") from error
 
@@ -103,8 +110,10 @@ def read_data(
             f"{'Put them back' if where is None else f'Put them back at {where}'}, or score data of your own: "
             "scoresde-likelihood run=… data=arrays data.path=…, run.log_likelihood(raw, …)."
         ) from error
-    if known is not None and known.conditions.keys() - dataset.train.conditions.keys():
-        dataset = coded(dataset, config, allow)  # which tells a stage of a cascade the picture that it refines
+    anew = (config.get("codec") or {}).get("_target_") == _EMBEDDINGS
+    if known is not None and (anew or known.conditions.keys() - dataset.train.conditions.keys()):
+        # which tells a stage of a cascade the picture that it refines, or makes embeddings of the samples
+        dataset = coded(dataset, config, allow, folder)
     if known is not None:
         cure = "Put the file back as it was, or score what it holds now as data of your own: data=… data.path=…."
         try:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from ..codecs import Autoencoder, Codec
 from ..config import parameters
-from ..data import Dataset
+from ..data import Dataset, Split
 from ..data.rows import chunks
 from . import bundle
 from .checkpoint import CheckpointError
@@ -61,8 +62,8 @@ def latents(
         )
     found = replace(dataset, codec=codec)  # which refuses samples of another kind
     shape = found.event_shape
-    path = Path(cache or Path(run, "latents")).expanduser() / f"{_key(codec, dataset)}.safetensors"
-    moments, note = _stored(path, codec, dataset)
+    folder, make = Path(cache or Path(run, "latents")).expanduser(), partial(_moments, codec, dataset.train)
+    moments, note = stored(folder, codec.digest, dataset.train, "moments", make)
     if not codec.std:
         codec = codec.scaled(chunks(moments))
     spread = ", ".join(f"{value:.4g}" for value in codec.std[:8])
@@ -95,36 +96,38 @@ def codec_of(folder: Path, weights: str | float = "ema", allow: Sequence[str] = 
             f"codec={folder} is a run that trained {found.config['denoiser'].get('_target_')}, no autoencoder. "
             "experiment=mnist_autoencoder trains one."
         )
-    network = found.denoiser.network
-    return Autoencoder(found.codec, network, node=json.dumps(_node(found.config["network"], found), sort_keys=True))
+    node = node_of(found.config["network"], {"event_shape": list(found.event_shape), **bins_of(found.codec)})
+    return Autoencoder(found.codec, found.denoiser.network, node=json.dumps(node, sort_keys=True))
 
 
-def _node(node: Mapping[str, Any], run: Any) -> dict[str, Any]:
-    """The node that makes the network of a run, with what it was told of the data."""
-    facts = {"event_shape": list(run.event_shape), **bins_of(run.codec)} if node.get("_partial_") else {}
+def node_of(node: Mapping[str, Any], facts: Mapping[str, Any]) -> dict[str, Any]:
+    """The node that makes a network of a run: a partial one with those of the facts that it was told of the data."""
+    facts = facts if node.get("_partial_") else {}
     told = {name: value for name, value in facts.items() if name in parameters(node["_target_"])[0]}
     return {"_convert_": "all", **told, **{name: value for name, value in node.items() if name != "_partial_"}}
 
 
-def _key(codec: Codec, dataset: Dataset) -> str:
-    return hashlib.sha256(f"{codec.digest} {dataset.train.digest()}".encode()).hexdigest()[:16]
-
-
-def _stored(path: Path, codec: Codec, dataset: Dataset) -> tuple[Tensor, str]:
-    """The moments of the training samples, and where they are, in words."""
-    facts = {"codec": codec.digest, "samples": len(dataset.train)}
+def stored(folder: Path, digest: str, split: Split, name: str, make: Callable[[], Tensor]) -> tuple[Tensor, str]:
+    """What a network of this digest makes of the samples of a split, from a file in `folder` or else made now and kept
+    there; and where it is, in words."""
+    key = hashlib.sha256(f"{digest} {split.digest()}".encode()).hexdigest()[:16]
+    path, facts = folder / f"{key}.safetensors", {"codec": digest, "samples": len(split)}
     try:
         tensors, records = bundle.read(path)
         if records == facts:
-            return tensors["moments"], f"read from {path}"
+            return tensors[name], f"read from {path}"
     except (CheckpointError, KeyError):
         pass
-    parts = list(chunks(dataset.train.raw))
-    made: list[Any] = [codec.moments(part) for part in track(parts, "encoding, parts", len(parts))]
-    moments = torch.cat(made)
+    made = make()
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        bundle.write(path, {"moments": moments}, facts)
+        folder.mkdir(parents=True, exist_ok=True)
+        bundle.write(path, {name: made}, facts)
     except OSError as error:
-        return moments, f"which are kept in memory alone, as {path} cannot be written ({error.strerror})"
-    return moments, f"kept in {path}"
+        return made, f"which are kept in memory alone, as {path} cannot be written ({error.strerror})"
+    return made, f"kept in {path}"
+
+
+def _moments(codec: Codec, split: Split) -> Tensor:
+    parts = list(chunks(split.raw))
+    made: list[Any] = [codec.moments(part) for part in track(parts, "encoding, parts", len(parts))]
+    return torch.cat(made)

@@ -21,7 +21,7 @@ from ..noise import switch
 from ..noise.rng import Rng
 from . import bundle
 from .checkpoint import CheckpointError, best, latest
-from .kept import read_data, recall, unpack
+from .kept import network_behind, read_data, recall, unpack
 from .objective import bins_of
 from .posthoc import reconstruct
 from .progress import doing
@@ -70,7 +70,7 @@ def choose_kernels(kernels: str | bool | None, device: torch.device) -> None:
 
 
 def build_denoiser(config: Mapping[str, Any], dataset: Dataset, allow: Sequence[str]) -> Denoiser:
-    """The denoiser of a resolved configuration, the classifier or the autoencoder, freshly initialised."""
+    """The denoiser of a resolved configuration, or what is trained in its place, freshly initialised."""
     classes, node = dataset.classes if config["conditional"] else 0, config["denoiser"]
     augment = build(config["augment"], allow, key="augment") if config.get("augment") else None
     told: dict[str, Any] = {"classes": classes, "cond_augment": augment.told if augment else 0}
@@ -161,6 +161,11 @@ def chosen_run(options: Mapping[str, Any], allow: Sequence[str], *, whole_data: 
         raise ConfigError(
             f"run={run.folder} is an autoencoder, of which there are no samples and no likelihood but that of its own "
             f"summary. A model of its latents has both: scoresde-train codec={run.folder}."
+        )
+    if run.embeds:
+        raise ConfigError(
+            f"run={run.folder} is an embedder, of which there are no samples and no likelihood. A model of its "
+            f"embeddings has both: scoresde-train codec=embeddings codec.run={run.folder}."
         )
     if not run.draws:
         raise ConfigError(
@@ -273,10 +278,11 @@ def _rebuilt(
 ) -> Run:
     """The run in `path` with these weights, its model on the device and measured."""
     digest = (config.get("codec") or {}).get("digest")
-    if digest and digest != dataset.codec.digest:
+    if digest and digest != (found := network_behind(dataset)):
+        what = "autoencoder than that of its latents" if dataset.embedder is None else "embedder than its own"
         raise CheckpointError(
-            f"{path} keeps another autoencoder, {dataset.codec.digest[:16] or 'none'}, than that of its latents, "
-            f"{digest[:16]}. Put excerpt.safetensors back as it was."
+            f"{path} keeps another {what}, {found[:16] or 'none'} in place of {digest[:16]}. Put excerpt.safetensors "
+            "back as it was."
         )
     denoiser, conditional = build_denoiser(config, dataset, allow), bool(config["conditional"])
     try:

@@ -53,8 +53,13 @@ class LoadedModel:
 
     @property
     def draws(self) -> bool:
-        """Whether samples can be drawn from its model, which is no classifier."""
+        """Whether samples can be drawn from its model, which is no classifier and the like."""
         return self.denoiser.draws
+
+    @property
+    def embeds(self) -> bool:
+        """Whether its model is an embedder of samples and sentences."""
+        return self.denoiser.kind == "an embedder"
 
     @property
     def codec(self) -> Codec:

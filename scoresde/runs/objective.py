@@ -1,4 +1,4 @@
-"""What a run trains: a denoiser, or in its place a classifier or an autoencoder, with the loss that belongs to it."""
+"""What a run trains, a denoiser or in its place a classifier, an autoencoder or an embedder, with its loss."""
 
 from __future__ import annotations
 
@@ -11,33 +11,39 @@ from ..diffusion.denoiser import Denoiser
 from ..losses.denoising import DenoisingLoss
 from ..losses.loss import Loss
 
-_CLASSIFIER, _AUTOENCODER = "scoresde.ClassifierLoss", "scoresde.AutoencoderLoss"
-# What a loss trains, by what the attributes `draws` and `encodes` of that are.
-_TRAINS = {"scoresde.DenoisingLoss": (True, False), _CLASSIFIER: (False, False), _AUTOENCODER: (False, True)}
+# What a loss trains in the place of a denoiser, by its `kind`.
+_TRAINS = {
+    "scoresde.ClassifierLoss": "a classifier",
+    "scoresde.AutoencoderLoss": "an autoencoder",
+    "scoresde.ContrastiveLoss": "an embedder",
+    "scoresde.DenoisingLoss": "a denoiser",
+}
 
 
 def check_objective(config: Mapping[str, Any]) -> None:
-    """Refuses a classifier or an autoencoder that is told what it cannot take, or of which samples are asked for.
+    """Refuses what is trained in the place of a denoiser if it is told what it cannot take, or is to be sampled.
 
     Raises:
         ConfigError: it is one of these.
     """
-    target = _target(config["loss"])
-    if target not in (_CLASSIFIER, _AUTOENCODER):
+    kind = _TRAINS.get(_target(config["loss"]), "a denoiser")
+    if kind == "a denoiser":
         return
-    classifies = target == _CLASSIFIER
-    what = "A classifier" if classifies else "An autoencoder"
-    if classifies and not config["conditional"]:
+    encodes, what = kind == "an autoencoder", kind.capitalize()
+    if kind == "a classifier" and not config["conditional"]:
         raise ConfigError("A classifier learns labels, which conditional=true tells it.")
-    if not classifies and config["conditional"]:
+    if kind == "an embedder" and not (config["conditional"] and config["network"].get("text")):
+        cure = "captions=file data.captions.path=captions.txt text=transformer conditional=true"
+        raise ConfigError(f"An embedder learns which sentence belongs to a sample, and is told none: {cure}.")
+    if encodes and config["conditional"]:
         raise ConfigError("An autoencoder takes no conditions, which the model of its latents does: conditional=false.")
     if config["fit"]:
         raise ConfigError(f"{what} draws no samples, so no sampler is fitted to it: fit=[].")
-    if (config["evaluate_at_end"] and classifies) or config["trainer"].get("sample_every"):
+    if (config["evaluate_at_end"] and not encodes) or config["trainer"].get("sample_every"):
         raise ConfigError(
             f"{what} has no samples and no bits/dim; it is measured by its held-out loss: evaluate_at_end=false "
             "trainer.sample_every=0."
-            if classifies
+            if not encodes
             else f"{what} has no samples to draw on the way, only reconstructions at the end: trainer.sample_every=0."
         )
 
@@ -50,12 +56,12 @@ def build_loss(config: Mapping[str, Any], trained: Any, allow: Sequence[str], te
     Raises:
         ConfigError: it cannot be built, or the loss and what it trains do not match.
     """
-    target, kind = _target(config["loss"]), (trained.draws, trained.encodes)
+    target, kind = _target(config["loss"]), trained.kind
     if kind != _TRAINS.get(target, kind):
         raise ConfigError(
             f"{target} does not train a {_target(config['denoiser'])}. A classifier takes network=classifier, "
             "denoiser=classifier and loss=classifier together, as in experiment=digits_classifier; an autoencoder all "
-            "three of that name, as in experiment=mnist_autoencoder."
+            "three of that name, as in experiment=mnist_autoencoder, and so does an embedder."
         )
     if config.get("teacher") and teacher is None:
         return DenoisingLoss(trained)

@@ -23,6 +23,7 @@ from ..likelihood.latent import latent_bound
 from ..likelihood.ode import LogLikelihood, log_likelihood
 from ..likelihood.solver import Solver
 from ..noise.rng import Rng
+from ..sampling.edit import interpolate
 from ..sampling.sampler import Sampler
 from . import bundle, samplers
 from .batches import joined, streams_of
@@ -51,7 +52,7 @@ class Run(LoadedModel):
         return {}
 
     def __repr__(self) -> str:
-        kind = "samples" if self.draws else "an autoencoder" if self.denoiser.encodes else "a classifier"
+        kind = "samples" if self.draws else self.denoiser.kind
         told = f" given {' and '.join(self.kinds)}" if self.kinds else ""
         return f"Run({str(self.folder)!r}: {kind} of {self.dataset.name} {self.raw_shape}{told}, step {self.step:,})"
 
@@ -116,6 +117,45 @@ class Run(LoadedModel):
         own, streams = self.cond(cond, whole(n, "n, the number of samples,")), streams_of(rng, n)
         how: dict[str, Any] = {"budget": budget, "sampler": sampler, "guidance": guidance, "negative": negative}
         return self.decode(self.draw(own, streams, **how, batch_size=batch_size, progress=progress))
+
+    def embed(self, raw: Tensor) -> Tensor:
+        """Embeddings (n, dim) of raw samples (n, …), by the embedder whose embeddings this run is told or draws.
+
+        A ValueError says that it has none, or that samples are of another kind.
+        """
+        if self.dataset.embedder is None:
+            raise ValueError(f"{self.folder} has no embedder; a run of codec=with_embedding has one.")
+        return self.dataset.embedder.of(torch.as_tensor(raw))
+
+    def variations(self, raw: Tensor, n: int, *, cond: Any = None, **how: Any) -> Tensor:
+        """n samples (k, n, *raw shape) for each of k raw samples, told its embedding (Ramesh et al. 2022, sec. 3.1).
+
+        Args:
+            raw: (k, *raw shape).
+            n: ≥ 1.
+            cond: of other kinds, if the model is told such.
+            how: as of `sample`, with its errors.
+        """
+        found = self.embed(raw)
+        told = {**(cond or {}), "vector": found.repeat_interleave(whole(n, "n"), 0)}
+        return self.sample(len(found) * n, cond=told, **how).unflatten(0, (len(found), n))
+
+    def interpolation(self, raw: Tensor, n: int, *, cond: Any = None, rng: Rng | None = None, **how: Any) -> Tensor:
+        """n samples (n, *raw shape) from one noise, told embeddings from that of raw[0] to that of raw[1], both
+        included, along the great circle (Ramesh et al. 2022, sec. 3.2).
+
+        Args:
+            raw: (2, *raw shape).
+            n, cond, rng, how: as of `variations`, n ≥ 2; rng has one stream.
+        """
+        first, second = (each.expand(whole(n, "n", 2), -1) for each in self.embed(raw))
+        told = {
+            **(cond or {}),
+            "vector": interpolate(first, second, torch.linspace(0, 1, n, device="cpu", dtype=torch.float64)),
+        }
+        return self.sample(
+            n, cond=told, rng=streams_of(rng, 1).rows(torch.zeros(n, dtype=torch.int64, device="cpu")), **how
+        )
 
     def draw(
         self,
@@ -297,6 +337,11 @@ class Run(LoadedModel):
             raise ValueError(
                 f"{self.folder} is an autoencoder, of which there are no samples and no likelihood; a model of its "
                 f"latents has both: scoresde-train codec={self.folder}."
+            )
+        if self.embeds:
+            raise ValueError(
+                f"{self.folder} is an embedder, of which there are no samples and no likelihood; a model of its "
+                f"embeddings has both: scoresde-train codec=embeddings codec.run={self.folder}."
             )
         if not self.draws:
             raise ValueError(

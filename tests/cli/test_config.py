@@ -25,6 +25,7 @@ from scoresde import (
     DDPM,
     SDE,
     VPSDE,
+    Contrastive,
     Denoiser,
     Eps,
     FittedGrid,
@@ -44,7 +45,7 @@ from scoresde.cli._hydra import read
 from scoresde.cli.plan import assemble
 from scoresde.codecs import Scaling
 from scoresde.config import ConfigError, build, build_network, config_dir, parameters, targets
-from scoresde.data import Augmentation, Captions, Dataset, Split
+from scoresde.data import Augmentation, Captions, Dataset, Embedding, Split
 from scoresde.diffusion.parameterization import Parameterization
 from scoresde.diffusion.split import Split as TwoHeads
 from scoresde.evaluate import Features
@@ -52,7 +53,7 @@ from scoresde.evaluate.edits import Edit
 from scoresde.evaluate.likelihood import Likelihood
 from scoresde.evaluate.report import Evaluation
 from scoresde.losses import FlowMapLoss, Loss
-from scoresde.nn import MLP, Autoencoder, Classifier, TextEncoder
+from scoresde.nn import MLP, Autoencoder, Classifier, Embedder, TextEncoder, TextTransformer
 from scoresde.runs.kept import keep
 from scoresde.runs.load import build_denoiser
 from scoresde.runs.logger import Logger
@@ -120,7 +121,7 @@ GROUPS: dict[str, tuple[Any, Callable[[], dict[str, Any]]]] = {
     "parameterization": (Parameterization, dict),
     "network": (nn.Module, lambda: {"event_shape": (1, 8, 8), "classes": 3}),
     "denoiser": (
-        (Denoiser, NoisyClassifier, VariationalAutoencoder),
+        (Denoiser, NoisyClassifier, VariationalAutoencoder, Contrastive),
         lambda: {"network": tiny_denoiser().network, "sde": VPSDE(), "parameterization": Eps()} | {"event_shape": (2,)},
     ),
     "loss": (
@@ -129,6 +130,7 @@ GROUPS: dict[str, tuple[Any, Callable[[], dict[str, Any]]]] = {
             "denoiser": tiny_denoiser(),
             "classifier": tiny_classifier(),
             "autoencoder": VariationalAutoencoder(Autoencoder((1, 8, 8), width=8), VPSDE()),
+            "embedder": Contrastive(Embedder((1, 8, 8), text=TextTransformer(5), width=8), VPSDE()),
         },
     ),
     "sampler": (Sampler, dict),
@@ -185,6 +187,16 @@ def coder(folder: Path, base: Scaling, shape: tuple[int, ...], **bins: int) -> P
     return folder
 
 
+def reader(folder: Path, base: Scaling, shape: tuple[int, ...]) -> Path:
+    """A folder that keeps an embedder, as that of a model of its embeddings does."""
+    text = {"_target_": "scoresde.nn.TextTransformer", "vocabulary": 5, "width": 8, "depth": 1, "heads": 2}
+    node = {"_target_": "scoresde.nn.Embedder", "event_shape": list(shape), "width": 8, "text": text}
+    split = Split(torch.zeros(2, *shape, dtype=base.raw_dtype))
+    folder.mkdir()
+    keep(folder, Dataset("none", split, split, base, embedder=Embedding(base, build(node), json.dumps(node))))
+    return folder
+
+
 def files(folder: Path) -> dict[str, list[str]]:
     """What the options that need a file are given."""
     from PIL import Image
@@ -226,12 +238,20 @@ def files(folder: Path) -> dict[str, list[str]]:
     given["fitted"] = [f"grid.path={folder / 'grid.json'}"]
     given["sde/table"] = ["sde.alpha_bar=[0.9,0.5,0.1]"]
     given["energy"] = ["guidance.energy={_target_: scoresde.UniformGrid}"]  # something that can be called
-    given |= {option: ["edit.input=test:0-1"] for option in ("sdedit", "interpolation", "attribute", "words")}
+    edits = ("sdedit", "interpolation", "attribute", "words", "variations", "embedding_interpolation")
+    given |= {option: ["edit.input=test:0-1"] for option in edits}
     (folder / "words.txt").write_text("a b\n" * 30)
     given["file"] = [f"data.captions.path={folder / 'words.txt'}"]
     np.savez(folder / "scenes.npz", raw=pixels.flatten()[: 700 * 1024].reshape(700, 1, 32, 32))
     (folder / "scenes.txt").write_text("a 3 above a 7\n" * 700)
     given["scenes"] = [f"data.{of}path={folder}/scenes.{kind}" for of, kind in (("", "npz"), ("captions.", "txt"))]
+    np.savez(folder / "things.npz", raw=pixels.flatten()[: 700 * 256].reshape(700, 1, 16, 16))
+    things = f"codec.run={reader(folder / 'things', Scaling(levels=256), (1, 16, 16))}"
+    captions = f"data.captions.path={folder}/scenes.txt"
+    for run, words in {"embedder": [captions], "prior": [captions, things], "decoder": [things]}.items():
+        given[f"unclip_{run}"] = [f"data.path={folder}/things.npz", *words]
+    points = [f"codec.run={reader(folder / 'points', Scaling.identity(), (3, 8))}"]
+    given |= {"codec/embeddings": points, "codec/with_embedding": points}
     given["attribute"] += ["edit.having=test:0", "edit.lacking=[test:1]"]
     given["codec/autoencoder"] = [f"codec.run={coder(folder / 'coder', Scaling.identity(), (3, 8))}"]
     pictures = coder(folder / "pictures", Scaling(levels=256), (1, 28, 28), levels=256)
@@ -271,8 +291,10 @@ def test_every_option_builds(group: str, option: str, tmp_path: Path) -> None:
         facts = {"denoiser": tiny_map(), "teacher": tiny_denoiser()}
     if option == "egnn":
         facts["event_shape"] = (8, 3)
-    if (group, option) == ("network", "autoencoder"):
+    if (group, option) in (("network", "autoencoder"), ("network", "embedder")):
         del facts["classes"]
+    if (group, option) == ("network", "embedder"):
+        facts["text"] = TextTransformer(5)
     if option == "hybrid":
         facts["denoiser"] = TwoHeads(tiny_denoiser().network, DDPM(), Eps())
     data = [points_of(3)] if group == "codec" else []
@@ -287,6 +309,8 @@ def test_every_option_builds(group: str, option: str, tmp_path: Path) -> None:
             assert built(x, torch.zeros(2)).shape == (2, 3)
         elif option == "autoencoder":
             assert built.decode(built.encode(x)[0]).shape == x.shape
+        elif option == "embedder":
+            assert built.image(x).shape == built.words(torch.tensor([[1, 2], [3, -1]])).shape == (2, 32)
         else:
             assert built(x, torch.zeros(2), torch.tensor([0, 2])).shape == x.shape
 
