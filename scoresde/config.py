@@ -21,7 +21,8 @@ from types import FunctionType, NoneType, UnionType
 from typing import Any, Literal, Union, Unpack, get_args, get_origin, get_type_hints
 
 # A configuration may build what `__all__` of scoresde and of these packages of it names, and this of other packages.
-_PUBLISHING = "nn codecs data metrics losses train evaluate runs runs.latent runs.embedded interop".split()
+_DATA_OF_RUNS = ("runs.latent", "runs.embedded")
+_PUBLISHING = ("nn", "codecs", "data", "metrics", "losses", "train", "evaluate", "runs", *_DATA_OF_RUNS, "interop")
 _FOREIGN = ("torch.optim.Adam", "torch.optim.AdamW")
 # Modules, and single names, that stored configurations have from older versions, and where they are now.
 _MOVED = {"scoresde.loss": "scoresde.losses", "scoresde.coupling": "scoresde.losses"}
