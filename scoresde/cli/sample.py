@@ -69,7 +69,8 @@ def draw_cascade(command: Command) -> None:
         "network calls": [f"{samples.evaluations:.0f}" for samples in made.values()],
         "seconds": [f"{samples.seconds:.1f}" for samples in made.values()],
         "samples": [len(samples.x) for samples in made.values()],
-    } | {key: [f"{each[key]:.2g}" for each in residuals.values()] for key in measures}
+    }
+    columns |= {key: [f"{each[key]:.2g}" for each in residuals.values()] for key in measures}
     print(layout(columns, None)[0])
     if "residual" in measures:
         print("residual: the greatest distance, in raw units, from the low resolution that the last stage was told.")
