@@ -84,7 +84,7 @@ class Stages:
         cascade, x = self.cascade, self.x[name]
         told, embedder = cascade.picture(len(cascade.runs) - 2, self.low[name]).double(), cascade.dataset.embedder
         if embedder is not None and kind_of(cascade.runs[-1]) == "vector":
-            return {"cosine": float(F.cosine_similarity(embedder.of(cascade.codec.decode(x)), told).mean())}
+            return {"cosine": float(torch.cosine_similarity(embedder.of(cascade.codec.decode(x)), told).mean())}
         slope = cascade.codec.affine[0] if cascade.codec.affine else 1.0
         found = {}
         for key, each in (("residual", x), ("rounded", cascade.codec.encode(cascade.codec.decode(x)))):
