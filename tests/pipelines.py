@@ -96,8 +96,9 @@ def three(t5: bool = True):
         )
         long = shaken(transformers.T5EncoderModel(config))
     network = diffusers.SD3Transformer2DModel(
-        sample_size=4, patch_size=2, in_channels=4, num_layers=2, attention_head_dim=4, num_attention_heads=2,
-        joint_attention_dim=24, caption_projection_dim=8, pooled_projection_dim=16, pos_embed_max_size=4,
+        sample_size=4, patch_size=2, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=4,
+        num_attention_heads=2, joint_attention_dim=24, caption_projection_dim=8, pooled_projection_dim=16,
+        pos_embed_max_size=4,
     )  # fmt: skip
     return diffusers.StableDiffusion3Pipeline(
         transformer=shaken(network), scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
