@@ -98,10 +98,10 @@ class Sentences(nn.Module):
         more: list[Tensor] = []
         summaries: list[Tensor] = [weight.new_zeros(len(rows), 0)]
         for encoder, how in zip(self.encoders, self.told, strict=True):
-            ids = torch.full((len(rows), how["length"]), how["pad"], device=weight.device)
+            ids = torch.full((len(rows), how["length"]), how["pad"], dtype=torch.int64, device=weight.device)
             for row, tokens in zip(ids, rows, strict=True):
                 own = [n - how["start"] for n in tokens if 0 <= n - how["start"] < how["size"]] or how["empty"]
-                row[: len(own)] = torch.tensor(own, device=weight.device)
+                row[: len(own)] = torch.tensor(own, dtype=torch.int64, device=weight.device)
             found = encoder(input_ids=ids, output_hidden_states=True)
             t5 = how["kind"] == "T5EncoderModel"
             (more if t5 else wide).append(found.last_hidden_state if t5 or self.last else found.hidden_states[-2])
@@ -112,7 +112,7 @@ class Sentences(nn.Module):
             more = more or [read.new_zeros(len(rows), self.rest, self.joint)]
             read = torch.cat([F.pad(read, (0, self.joint - read.shape[-1])), *more], 1)
         if self.zeros:
-            there = torch.tensor([bool(row) for row in rows], device=weight.device)
+            there = torch.tensor([bool(row) for row in rows], dtype=torch.bool, device=weight.device)
             read, summary = read * there[:, None, None], summary * there[:, None]
         return read, summary
 
@@ -149,7 +149,8 @@ class TextToImage(nn.Module):
     def forward(self, x: Tensor, c_noise: Tensor, cond: Cond = None) -> Tensor:
         """F (B, C, H, W) at x (B, C, H, W), time steps c_noise (B,) and sentences (B, L)."""
         ids = named(cond).get("text")
-        tokens, summary = self.text(torch.full((len(x), 1), PADDING, device=x.device) if ids is None else ids)
+        empty = torch.full((len(x), 1), PADDING, dtype=torch.int64, device=x.device)
+        tokens, summary = self.text(empty if ids is None else ids)
         more: dict[str, Any] = {}
         if self.joint:
             more = {"pooled_projections": summary}
@@ -206,8 +207,16 @@ class KL(nn.Module):
         return found
 
     def log_prob(self, x: Tensor, z: Tensor) -> Tensor:
-        """log p(x | z) (B,) in nats of the bins that x lies in."""
-        assert self.scale is not None
+        """log p(x | z) (B,) in nats of the bins that x lies in.
+
+        Raises:
+            ValueError: there is no density.
+        """
+        if self.scale is None:
+            raise ValueError(
+                "An AutoencoderKL was trained to look right and has no density p(x | z), so there is no bound on log p "
+                "of pictures. Import it with one, a logistic law about what it decodes: args.scale=0.05, in [-1, 1]."
+            )
         low, high = self.ends
         bins = ((x - low) * (self.levels / (high - low))).floor().clamp(0, self.levels - 1)
         mean = self.decode(z)[:, None]
