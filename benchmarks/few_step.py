@@ -85,7 +85,7 @@ def objective(name: str, map: Preconditioned, exact: GaussianMixtureDenoiser) ->
     kind = name.removesuffix("_data")
     teacher = exact if name == kind else None
     if kind == "trajectory":
-        return TrajectoryLoss(map, teacher)
+        return TrajectoryLoss(map, teacher, steps=32 if teacher else 12)
     if kind == "semigroup":
         return SemigroupLoss(map, teacher, pairs=Pairs(last=0.25, still=0.25))
     return {"mean_flow": MeanFlowLoss, "consistency": ConsistencyLoss}[kind](map, teacher)
@@ -100,7 +100,7 @@ def trained(
     std = sample_std(exact.sample(20_000, rng=Rng(5)))
     map = Preconditioned(network, exact.sde, EDM(std), sigma_data=std, told=["end"])
     loss, rng, data, batch = objective(name, map, exact), Rng(1000 + seed), Rng(2000 + seed), 1024
-    optimizer = torch.optim.Adam(map.parameters(), 2e-3, betas=(0.9, 0.99))
+    optimizer = torch.optim.Adam(map.parameters(), 2e-3, betas=(0.9, 0.99), fused=True)
     average, start, steps, share = copy.deepcopy(map), time.process_time(), 0, 0.0
     while share < 1:
         x0 = exact.sample(batch, rng=data).float()

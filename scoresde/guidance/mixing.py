@@ -10,7 +10,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from ..diffusion.conditions import Cond, expand, join, one_entry, override
+from ..diffusion.conditions import Cond, expand, join, named, one_entry, override, parted, tell
 from ..diffusion.denoiser import Denoiser, DenoiserWrapper
 from ..diffusion.prediction import Prediction
 from ..diffusion.sde import SDE
@@ -24,7 +24,8 @@ class ClassifierFree(DenoiserWrapper):
     w = 1 is the conditional model itself and, without rescaling, w = 0 the unconditional one, bit for bit and at the
     cost of one, also where a function or the interval makes it so. Elsewhere both are evaluated in one batch of 2B if
     the network has a null. For w > 1 the guided score is not that of any noised density: samples are sharper and less
-    various than p(x|cond), and their likelihood is the one of the guided flow.
+    various than p(x|cond), and their likelihood is the one of the guided flow. A flow map that was distilled at many
+    scales is told a w > 0 that is the same for all, in one call of B, unless it is rescaled or has another null.
 
     Args:
         denoiser: trained with its condition dropped at times.
@@ -62,7 +63,8 @@ class ClassifierFree(DenoiserWrapper):
     def null(self, cond: Cond) -> Cond:
         """The condition of the unconditional branch beside `cond`: the null that was given, over the denoiser's own."""
         given = self.given_null(cond) if callable(self.given_null) else self.given_null
-        return override(self.denoiser.null(cond), given)
+        own, told = parted(self.denoiser.null(cond), self.told)
+        return tell(override(own, given), **told) if told else override(own, given)
 
     def forward(self, x: Tensor, t: Tensor, cond: Cond = None) -> Prediction:
         cond, t = expand(cond, x), as_time(t, x)
@@ -74,6 +76,9 @@ class ClassifierFree(DenoiserWrapper):
             return self.denoiser(x, t, cond)
         if known == 0 and self.rescale == 0:
             return self.denoiser(x, t, expand(self.null(cond), x))
+        usual = self.rescale == 0 and self.given_null is None
+        if usual and "scale" in self.told and "scale" not in named(cond) and known is not None and known > 0:
+            return self.denoiser(x, t, tell(cond, scale=x.new_full((len(x),), known)))
         plain, conditional = self._both(x, t, cond)
         guided = plain.blend(conditional, weight)
         return guided if self.rescale == 0 else self._rescaled(guided, conditional)

@@ -112,6 +112,25 @@ def test_guidance_around_a_map_blends_two_maps_to_the_same_end() -> None:
     torch.testing.assert_close(got, plain + 3 * (told - plain), rtol=1e-4, atol=1e-5)
 
 
+def test_guidance_around_a_map_that_is_told_scales_tells_it_in_one_call() -> None:
+    net = MLP((3,), width=16, classes=3, cond_dropout=0.1, told=["end", "scale"])
+    for parameter in net.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    student = Preconditioned(net, VPSDE(), EDM(), told=["end", "scale"]).eval()
+    x, label = student.prior_sample((2, 3), rng=Rng(1)), torch.tensor([0, 2])
+    t, s = torch.tensor([0.9, 0.7]), torch.tensor([0.3, 0.1])
+    sizes = []
+    net.register_forward_hook(lambda module, inputs, output: sizes.append(len(output)))
+    got = ClassifierFree(student, 3.0)(x, t, {"": label, "end": s}).x0
+    assert sizes == [2]
+    torch.testing.assert_close(got, student(x, t, {"": label, "end": s, "scale": torch.full((2,), 3.0)}).x0)
+    assert not torch.allclose(got, student(x, t, {"": label, "end": s}).x0, atol=1e-3)
+    for outside in ({"scale": -1.0}, {"scale": 3.0, "null": torch.tensor([1])}, {"scale": 3.0, "rescale": 0.5}):
+        sizes.clear()
+        ClassifierFree(student, **outside)(x, t, {"": label, "end": s})
+        assert sizes == [4]
+
+
 def test_a_map_with_its_condition_filled_in_is_still_told_where_it_goes() -> None:
     _, student, shape = trained("mlp", classes=3)
     torch.nn.init.normal_(student.network.conditioning.told["end"].weight)
