@@ -19,7 +19,15 @@ release = version = scoresde.__version__
 
 # Pages lie where GitHub shows them, so that a link between two of them is the same in both places.
 root_doc = "docs/index"
-include_patterns = ["docs/**", "benchmarks/**.md", "README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md"]
+include_patterns = [
+    "docs/**",
+    "benchmarks/**.md",
+    "README.md",
+    "examples/*.md",
+    "CHANGELOG.md",
+    "CONTRIBUTING.md",
+    "SECURITY.md",
+]
 exclude_patterns = ["benchmarks/reliability"]
 # Tables of results begin with a second-level heading, and are found through benchmarks/README.md.
 suppress_warnings = ["myst.header", "toc.not_included"]
@@ -41,7 +49,8 @@ default_role = "literal"
 html_theme = "furo"
 html_title = "scoresde"
 html_math_renderer = "mathml"  # formulas are part of the page: no script is fetched
-html_static_path: list[str] = []
+html_static_path = ["site.css"]
+html_css_files = ["site.css"]
 
 
 def setup(app: Any) -> None:
@@ -53,7 +62,9 @@ def setup(app: Any) -> None:
 def formula(page: Any, node: Any) -> None:
     """LaTeX as MathML, which browsers draw themselves."""
     inline = node.tagname == "math"
-    page.body.append(convert(node.astext(), display="inline" if inline else "block"))
+    drawn = convert(node.astext(), display="inline" if inline else "block")
+    # between log and its argument there is a thin space, which latex2mathml leaves out
+    page.body.append(re.sub(r"(<mi>log</mi>)(?!<mo stretchy)", r'\1<mspace width="0.17em"/>', drawn))
     raise SkipNode
 
 
