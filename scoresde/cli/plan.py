@@ -131,7 +131,7 @@ def assemble(command: Command, world: World, lesson: Lesson | None = None) -> Pl
     if world.rank:
         torch.manual_seed(seed + world.rank)  # other dropout on each
     order = EpochOrder(len(dataset.train), trainer.batch_size, seed, repeat=bool(dataset.columns))
-    augment = command.build("augment") if config["augment"] and not lesson else None
+    augment = None if lesson or not config["augment"] else command.build("augment")
     how: dict[str, Any] = {"conditional": conditional, "world": world, "parallel": parallel, "augment": augment}
     how["workers"] = trainer.workers
     training = TrainingState(loss, optimizer, ema, dataset, order, Rng(seed), loss_scale=trainer.loss_scale, **how)

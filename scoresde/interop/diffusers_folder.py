@@ -15,7 +15,7 @@ from .diffusers_model import KINDS
 from .imported import Arguments, Imported, Node, Tensors
 from .pickles import ForeignFileError
 from .schedules import process
-from .unets import Layout, Names, Place, swapped_halves, unet_weights
+from .unets import Layout, Names, Place, swapped_halves, unet_weights, with_none
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 _LARGEST = 2**20  # bytes of a JSON file
@@ -31,6 +31,7 @@ NAMES = Names(
     },
     attention={},
 )
+_EMBEDDING = {"conditioning.inner": "time_embedding.linear_1", "conditioning.outer": "time_embedding.linear_2"}
 # Arguments with the one value that our U-Net has; others are left to diffusers' own class.
 _ALIKE: dict[str, Any] = {
     "time_embedding_type": "positional",
@@ -78,13 +79,15 @@ def read(path: Path, args: Mapping[str, Any] | None = None) -> Imported:
     facts = Arguments(given, home)
     side, channels = facts.size("sample_size"), facts.whole("in_channels", 4 if kind == KINDS[1] else 3)
     tensors = _tensors(home)
-    learned = given.get("out_channels") not in (None, channels)
+    twice = given.get("out_channels") not in (None, channels)
+    # DiT's schedulers do not say so, but its networks have no other second output
+    learned = twice and (kind == KINDS[1] or told.get("variance_type") == "learned_range")
     classes = facts.whole("num_embeds_ada_norm", 1000) if kind == KINDS[1] else (given.get("num_class_embeds") or 0)
-    node, weights = _own(facts, tensors, side, learned) if kind == KINDS[0] else (None, {})
+    node, weights = _own(facts, tensors, side, twice, learned) if kind == KINDS[0] else (None, {})
     if node is None:
         dropout = 0.1 if kind == KINDS[1] else 0.0
         node = {"_target_": "scoresde.interop.DiffusersModel", "_partial_": True, "_convert_": "all"}
-        node |= {"kind": kind, "config": given, "cond_dropout": dropout}
+        node |= {"kind": kind, "config": given, "cond_dropout": dropout, **({"outputs": 2} if learned else {})}
         weights = {f"inner.{name}": value for name, value in tensors.items()}
     latents = (path / "vae").is_dir() or (path / "vqvae").is_dir()
     unknown = ["names of the classes"] if classes else []
@@ -97,7 +100,8 @@ def read(path: Path, args: Mapping[str, Any] | None = None) -> Imported:
         event_shape=(channels, side, side),
         classes=classes,
         span=None if latents else (-1.0, 1.0),
-        unknown=(*unknown, "the learned variance is left out") if learned else tuple(unknown),
+        outputs=1 + learned,
+        unknown=(*unknown, "what its second output is, which is left out") if twice > learned else tuple(unknown),
         **process_nodes(told),
     )
 
@@ -116,7 +120,9 @@ def process_nodes(told: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _own(facts: Arguments, tensors: dict[str, Tensor], side: int, learned: bool) -> tuple[Node | None, dict[str, Any]]:
+def _own(
+    facts: Arguments, tensors: dict[str, Tensor], side: int, twice: bool, learned: bool
+) -> tuple[Node | None, dict[str, Any]]:
     """Our U-Net and its weights; None where no choice of its switches is this network."""
     given = facts.given
     widths, blocks = facts.wholes("block_out_channels", (224, 448, 672, 896)), facts.whole("layers_per_block", 2)
@@ -124,7 +130,7 @@ def _own(facts: Arguments, tensors: dict[str, Tensor], side: int, learned: bool)
     attended = [name == "AttnDownBlock2D" for name in down]
     mirrored = ["AttnUpBlock2D" if has else "UpBlock2D" for has in reversed(attended)]
     known = all(name in ("DownBlock2D", "AttnDownBlock2D") for name in down) and list(up) == mirrored
-    alike = all(given.get(name, value) == value for name, value in _ALIKE.items()) and not learned
+    alike = all(given.get(name, value) == value for name, value in _ALIKE.items()) and twice == learned
     whole = bool(widths) and all(width % widths[0] == 0 and width % 32 == 0 for width in widths)
     if not (known and alike and whole and len(attended) == len(widths)) or side % 2 ** (len(widths) - 1):
         return None, {}
@@ -146,6 +152,7 @@ def _own(facts: Arguments, tensors: dict[str, Tensor], side: int, learned: bool)
         "group_channels": 1,
         "dropout": facts.number("dropout", 0.0),
         **({"cond_dropout": 0.0} if classes else {}),
+        **({"outputs": 2} if learned else {}),
     }
     return node, _weights(facts, Tensors(tensors, facts.path), layout, classes)
 
@@ -169,17 +176,14 @@ def _weights(facts: Arguments, tensors: Tensors, layout: Layout, classes: int) -
     last = len(layout.sides) - 1
 
     def attention(place: Place, start: str) -> dict[str, Tensor]:
-        found = {f"norm.{end}": tensors.take(f"{start}.group_norm.{end}") for end in ("weight", "bias")}
+        found = tensors.layers({"norm": f"{start}.group_norm", "proj": f"{start}.to_out.0"})
         for end in ("weight", "bias"):
             found[f"qkv.{end}"] = torch.cat([tensors.take(f"{start}.to_{name}.{end}") for name in "qkv"])
-            found[f"proj.{end}"] = tensors.take(f"{start}.to_out.0.{end}")
         # theirs are dense layers, ours convolutions of one point
         return {name: value[..., None, None] if value.ndim == 2 else value for name, value in found.items()}
 
     found = unet_weights(layout, tensors, NAMES, lambda place: their_name(place, last), attention)
-    for ours, name in (("inner", "linear_1"), ("outer", "linear_2")):
-        for end in ("weight", "bias"):
-            found[f"conditioning.{ours}.{end}"] = tensors.take(f"time_embedding.{name}.{end}")
+    found |= tensors.layers(_EMBEDDING)
     if not facts.only("flip_sin_to_cos", True, True, False):
         found["conditioning.inner.weight"] = swapped_halves(found["conditioning.inner.weight"])
     count = found["conditioning.inner.weight"].shape[1] // 2
@@ -188,7 +192,7 @@ def _weights(facts: Arguments, tensors: Tensors, layout: Layout, classes: int) -
     found["conditioning.waves.omega"] = (-math.log(10_000) * places / (count - facts.number("freq_shift", 0))).exp()
     if classes:
         rows = tensors.take("class_embedding.weight")
-        found["conditioning.label.weight"] = torch.cat([rows, torch.zeros_like(rows[:1])])
+        found["conditioning.label.weight"] = with_none(rows)
     tensors.done()
     return found
 
@@ -200,6 +204,8 @@ def json_of(path: Path) -> dict[str, Any]:
         ForeignFileError: it is none.
     """
     try:
+        if not path.is_file():  # a pipe or a device has no end
+            raise ValueError("it is no regular file")
         if path.stat().st_size > _LARGEST:
             raise ValueError(f"it has more than {_LARGEST:,} bytes")
         found = json.loads(path.read_text(encoding="utf-8"))

@@ -21,8 +21,9 @@ class DiffusersModel(nn.Module):
     Args:
         kind: its class there, one of `KINDS`.
         config: its `config.json`.
-        event_shape: (C, H, W); of what the network says the first C channels count, and a learned variance is left out.
+        event_shape: (C, H, W); of what the network says the first C channels count, and with `outputs` 2 the second.
         classes: number of labels, 0 for none. A DiT has one more, which says nothing.
+        outputs: 2 keeps the variance that it has learned.
         cond_dropout: how often the network was told nothing in training, 0 for never; kept for who asks.
 
     Raises:
@@ -36,6 +37,7 @@ class DiffusersModel(nn.Module):
         config: Mapping[str, Any],
         event_shape: Sequence[int],
         classes: int = 0,
+        outputs: int = 1,
         cond_dropout: float = 0.0,
     ):
         super().__init__()
@@ -48,10 +50,11 @@ class DiffusersModel(nn.Module):
                 f"This {kind} is none of ours, so diffusers runs it: pip install diffusers ({error})."
             ) from error
         self.inner = getattr(diffusers, kind).from_config(dict(config))
-        self.event_shape, self.classes, self.always = tuple(event_shape), classes, kind == "UNet2DModel"
+        self.event_shape, self.outputs = tuple(event_shape), outputs
+        self.classes, self.always = classes, kind == "UNet2DModel"
 
     def forward(self, x: Tensor, c_noise: Tensor, cond: Cond = None) -> Tensor:
-        """F (B, C, H, W) at x (B, C, H, W), time steps c_noise (B,) and labels (B,)."""
+        """F (B, outputs · C, H, W) at x (B, C, H, W), time steps c_noise (B,) and labels (B,)."""
         label = named(cond).get("label")
         if self.classes and label is None:
             if self.always:
@@ -59,7 +62,7 @@ class DiffusersModel(nn.Module):
             label = torch.full((len(x),), self.classes, dtype=torch.int64, device=x.device)
         told = {"class_labels": label} if self.classes else {}
         found: Tensor = self.inner(x, timestep=c_noise.to(x.dtype), **told).sample
-        return found[:, : self.event_shape[0]]
+        return found[:, : self.outputs * self.event_shape[0]]
 
     def null(self, cond: Cond) -> Cond:
         """The label that says nothing; None where there is none."""

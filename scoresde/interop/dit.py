@@ -13,12 +13,18 @@ from torch import Tensor
 from ..nn.transformer import positions
 from .imported import Arguments, Imported, Tensors, with_outlet_negated
 from .pickles import ForeignFileError
-from .unets import geometric
+from .unets import geometric, with_none
 
 LICENCES = {"dit": "DiT's code and published weights: CC BY-NC 4.0, not for commercial use", "sit": "SiT: MIT"}
 _HEADS = {(384, 12): 6, (768, 12): 12, (1024, 24): 16, (1152, 28): 16}  # (width, depth) of S, B, L and XL
 _IDLE = ("learn_sigma", "mlp_ratio")
-_EMBEDDING = {"inner": "t_embedder.mlp.0", "outer": "t_embedder.mlp.2"}
+_AROUND = {
+    "conditioning.inner": "t_embedder.mlp.0",
+    "conditioning.outer": "t_embedder.mlp.2",
+    "inlet": "x_embedder.proj",
+    "modulation": "final_layer.adaLN_modulation.1",
+    "outlet": "final_layer.linear",
+}
 _BLOCK = {
     "modulation": "adaLN_modulation.1",
     "qkv": "attn.qkv",
@@ -69,6 +75,7 @@ def read(path: Path, content: Mapping[str, Any], args: Mapping[str, Any] | None,
         event_shape=shape,
         span=None,
         classes=classes,
+        outputs=node.get("outputs", 1),
         unknown=(
             "the scale of the data (latents of Stable Diffusion's autoencoder times 0.18215 in the published ones)",
             "names of the classes",
@@ -83,22 +90,11 @@ def _weights(
     path: Path, named: Mapping[str, Any], flags: Arguments, kind: str
 ) -> tuple[dict[str, Tensor], dict[str, Any], tuple[int, ...], int]:
     """(weights, node, event shape, classes) of one set of tensors."""
-    tensors, found = Tensors(named, path), dict[str, Tensor]()
-
-    def layer(ours: str, theirs: str) -> None:
-        for end in ("weight", "bias"):
-            found[f"{ours}.{end}"] = tensors.take(f"{theirs}.{end}")
-
-    for ours, theirs in _EMBEDDING.items():
-        layer(f"conditioning.{ours}", theirs)
-    layer("inlet", "x_embedder.proj")
-    depth = 0
+    tensors, depth = Tensors(named, path), 0
+    found = tensors.layers(_AROUND)
     while f"blocks.{depth}.attn.qkv.weight" in tensors:
-        for ours, theirs in _BLOCK.items():
-            layer(f"blocks.{depth}.{ours}", f"blocks.{depth}.{theirs}")
+        found |= tensors.layers({f"blocks.{depth}.{ours}": f"blocks.{depth}.{t}" for ours, t in _BLOCK.items()})
         depth += 1
-    layer("modulation", "final_layer.adaLN_modulation.1")
-    layer("outlet", "final_layer.linear")
     width, channels, patch, _ = found["inlet.weight"].shape
     places, table = tensors.take("pos_embed"), tensors.take("y_embedder.embedding_table.weight")
     tensors.done()
@@ -110,12 +106,12 @@ def _weights(
         positions((grid, grid), width), places[0], atol=1e-4
     ):
         raise ForeignFileError(f"{path}: its pos_embed is not the fixed one of a square of {width} numbers a place.")
-    rows = patch**2  # patches come out as row, column, channel: of two outputs the first is what is used
+    rows = patch**2  # patches come out as row, column, output, channel, as ours do
     outputs = len(found["outlet.bias"]) // (rows * channels)
-    for name in ("outlet.weight", "outlet.bias"):
-        found[name] = found[name].unflatten(0, (rows, outputs, channels))[:, 0].flatten(0, 1)
-    if kind == "sit":  # whose velocity is data less noise
-        found = with_outlet_negated(found)
+    if kind == "sit":  # whose velocity is data less noise; what it says beside that was never trained
+        for name in ("outlet.weight", "outlet.bias"):
+            found[name] = found[name].unflatten(0, (rows, outputs, channels))[:, 0].flatten(0, 1)
+        found, outputs = with_outlet_negated(found), 1
     classes, table, drops = _labels(table, flags)
     found["conditioning.label.weight"] = table
     found["conditioning.waves.omega"] = geometric(128, last=False)
@@ -135,6 +131,7 @@ def _weights(
         "mlp_ratio": len(found["blocks.0.inner.bias"]) / width,
         "embedding": "sinusoidal",
         "embedding_scale": 0.01,
+        **({"outputs": 2} if outputs == 2 else {}),
         "cond_dropout": drops,
     }
     return found, node, (channels, grid * patch, grid * patch), classes
@@ -148,4 +145,4 @@ def _labels(table: Tensor, flags: Arguments) -> tuple[int, Tensor, float]:
         raise ForeignFileError(f"{flags.path} has {len(table)} rows of labels for num_classes={classes}.")
     if len(table) > classes:
         return classes, table, drops or 0.1
-    return classes, torch.cat([table, torch.zeros_like(table[:1])]), 0.0
+    return classes, with_none(table), 0.0

@@ -10,12 +10,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from .imported import Arguments, Imported, Node, Tensors, first_output, with_outlet_negated
+from .imported import Arguments, Imported, Node, Tensors, with_outlet_negated
 from .pickles import ForeignFileError
-from .unets import Layout, Names, Place, geometric, rows_of_qkv, swapped_halves, unet_weights
+from .unets import Layout, Names, Place, geometric, rows_of_qkv, swapped_halves, unet_weights, with_none
 
 LICENCE = "EDM's code and published weights: CC BY-NC-SA 4.0, not for commercial use"
 _NAMES = Names(
@@ -56,16 +55,12 @@ def read(path: Path, content: Any) -> Imported:
     outputs = 2 if kind == "iDDPMPrecond" else 1
     given |= {"in_channels": channels, "out_channels": outputs * channels if type(channels) is int else None}
     network, weights, shape = build_network(inner["class_name"], given, tensors)
-    if outputs == 2:
-        weights = first_output(weights, "outlet", shape[0])
+    network |= {"outputs": 2} if outputs == 2 else {}
     facts = Arguments(wrapper, path)
     changed = _WRAPPERS[kind](facts, named, weights)
-    unknown = ["names of the classes"] if network["classes"] else []
     classes = network.pop("classes")
     if classes:
         network["cond_dropout"] = Arguments(given, path).number("label_dropout", 0.0)
-    if outputs == 2:
-        unknown.append("the learned variance is left out")
     return Imported(
         path=path,
         format=f"EDM network pickle, {kind} around {inner['class_name']}",
@@ -73,7 +68,8 @@ def read(path: Path, content: Any) -> Imported:
         network=network,
         event_shape=shape,
         classes=classes,
-        unknown=tuple(unknown),
+        outputs=outputs,
+        unknown=("names of the classes",) if classes else (),
         **{"weights": weights, **changed},
     )
 
@@ -124,8 +120,7 @@ def build_network(
     args.done(*_IDLE)
 
     def attention(place: Place, start: str) -> dict[str, Tensor]:
-        pieces = _NAMES.attention.items()
-        found = {f"{o}.{end}": tensors.take(f"{start}.{t}.{end}") for o, t in pieces for end in ("weight", "bias")}
+        found = tensors.layers({ours: f"{start}.{theirs}" for ours, theirs in _NAMES.attention.items()})
         return {n: rows_of_qkv(v, heads[place.level], "hcw") if n.startswith("qkv") else v for n, v in found.items()}
 
     weights = unet_weights(layout, tensors, _NAMES, lambda place: name_of(place, layout.sides, kind), attention)
@@ -226,7 +221,7 @@ def _embedding(kind: str, node: Node, tensors: Tensors) -> dict[str, Tensor]:
         found["waves.omega"] = geometric(node["waves"] // 2, last=song)
     if classes:
         rows = tensors.take("map_label.weight").double().T
-        table = torch.cat([rows, torch.zeros_like(rows[:1])])
+        table = with_none(rows)
         if song:
             table = (table * math.sqrt(classes) + tensors.take("map_label.bias").double()) @ inner.double().T
         found["label.weight"] = table.float()

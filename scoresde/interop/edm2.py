@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from . import edm
@@ -70,11 +72,23 @@ def read(path: Path, content: Mapping[str, Any]) -> Imported:
         sigma_data=sigma_data,
         span=(-1.0, 1.0) if channels in (1, 3) else None,
         classes=classes,
-        unknown=(
-            "whether samples are pictures in [-1, 1] or latents, which is told by the number of channels",
-            "the learned uncertainty of the loss is left out",
-        ),
+        uncertainty=_uncertainty(Tensors({n: v for n, v in named.items() if n.startswith("logvar")}, path)),
+        unknown=("whether samples are pictures in [-1, 1] or latents, which is told by the number of channels",),
     )
+
+
+def _uncertainty(tensors: Tensors) -> dict[str, Tensor] | None:
+    """u(σ) = Σ ŵ_i √2 cos(f_i c + φ_i), ŵ = w/(rms(w) + 1e-4)/√n, written in cosines and sines of f_i c."""
+    if "logvar_linear.weight" not in tensors:
+        return None
+    freqs, phases = (tensors.take(f"logvar_fourier.{name}") for name in ("freqs", "phases"))
+    w = tensors.take("logvar_linear.weight").double()
+    w = math.sqrt(2 / w.numel()) * w / (w.square().mean().sqrt() + 1e-4)
+    return {
+        "features.omega": freqs,
+        "linear.weight": torch.cat([w * phases.cos(), -w * phases.sin()], 1).float(),
+        "linear.bias": torch.zeros(1, device="cpu"),
+    }
 
 
 def _weights(tensors: Tensors, layout: Layout, head_width: int, labelled: bool) -> dict[str, Tensor]:

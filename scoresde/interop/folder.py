@@ -30,6 +30,18 @@ _LOSS = {  # of scoresde-evaluate
 }
 
 
+def _loss(imported: Imported) -> dict[str, Any]:
+    """The loss that scoresde-evaluate measures: DDPM's; of EDM2's networks the one whose weights have been learned."""
+    if imported.uncertainty is None:
+        return _LOSS
+    channels = imported.uncertainty["linear.weight"].shape[1]
+    return _LOSS | {
+        "times": {"_target_": "scoresde.losses.LogNormalTimes", "mean": -0.4, "std": 1.0, "t_min": None},
+        "weighting": {"_target_": "scoresde.losses.EDMWeighting", "sigma_data": imported.sigma_data},
+        "uncertainty": {"_target_": "scoresde.nn.LogVariance", "channels": channels},
+    }
+
+
 def codec_of(imported: Imported) -> Codec:
     """Its own; or 8-bit pictures in the range that the network was trained with; of latents the numbers themselves."""
     if imported.codec is not None:
@@ -43,7 +55,9 @@ def no_data() -> Dataset:
     Raises:
         ValueError: always.
     """
-    raise ValueError("a network of another project was imported without data.")
+    raise ValueError(
+        "a network of another project was imported without data; scoresde-import … data=… imports it with some."
+    )
 
 
 def stand_in(imported: Imported) -> Dataset:
@@ -157,12 +171,15 @@ def write(
     said = checked(denoiser, found, conditional)
     groups = {"ema": denoiser.state_dict()}
     groups["weights"] = imported.denoiser("weights").state_dict() if imported.raw_weights else groups["ema"]
+    if imported.uncertainty is not None:
+        own = {f"uncertainty.{name}": value for name, value in imported.uncertainty.items()}
+        groups |= {"ema-loss": own, "weights-loss": own}
     config = {
         "sde": imported.sde,
         "network": imported.network,
         "denoiser": imported.denoiser_node,
         "parameterization": imported.parameterization,
-        "loss": _LOSS,
+        "loss": _loss(imported),
         "data": dict(data) if data is not None else {"_target_": "scoresde.interop.no_data"},
         "conditional": conditional,
         "sigma_data": imported.sigma_data,

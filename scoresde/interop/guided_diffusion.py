@@ -6,12 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from .imported import Arguments, Imported, Node, Tensors, first_output
+from .imported import Arguments, Imported, Node, Tensors
 from .pickles import ForeignFileError
-from .unets import Layout, Names, Place, geometric, rows_of_qkv, unet_weights
+from .unets import Layout, Names, Place, geometric, rows_of_qkv, unet_weights, with_none
 
 LICENCE = "guided-diffusion's code and published weights: MIT"
 _NAMES = Names(
@@ -64,18 +63,15 @@ def read(path: Path, content: Mapping[str, Any], args: Mapping[str, Any] | None)
     if "label_emb.weight" in tensors:
         rows = tensors.take("label_emb.weight")
         classes, node["cond_dropout"] = len(rows), 0.0
-        weights["conditioning.label.weight"] = torch.cat([rows, torch.zeros_like(rows[:1])])
+        weights["conditioning.label.weight"] = with_none(rows)
     weights["conditioning.waves.omega"] = geometric(node["waves"] // 2, last=False)
     tensors.done()
     if flags.get("num_classes", None) not in (None, classes) or (flags.get("class_cond", False) and not classes):
         raise ForeignFileError(f"{path} has {classes} classes, which is not what the flags say.")
     learned, outputs = bool(flags.get("learn_sigma", False)), len(weights["outlet.bias"])
-    unknown = ["names of the classes"] if classes else []
-    if outputs == 2 * channels:
-        weights = first_output(weights, "outlet", channels)
-        unknown.append("the learned variance is left out")
-    elif learned or outputs != channels:
+    if outputs != (1 + learned) * channels:
         raise ForeignFileError(f"{path}: the network says {outputs} channels of {channels}, learn_sigma={learned}.")
+    node |= {"outputs": 2} if learned else {}
     changed = _process(flags)
     flags.done(*_IDLE)
     return Imported(
@@ -86,7 +82,8 @@ def read(path: Path, content: Mapping[str, Any], args: Mapping[str, Any] | None)
         weights=weights,
         event_shape=(channels, side, side),
         classes=classes,
-        unknown=tuple(unknown),
+        outputs=1 + learned,
+        unknown=("names of the classes",) if classes else (),
         **changed,
     )
 
@@ -174,15 +171,10 @@ def _weights(tensors: Tensors, layout: Layout, heads: list[int], order: str) -> 
 
     def attention(place: Place, start: str) -> dict[str, Tensor]:
         found = {}
-        for ours, name in _NAMES.attention.items():
-            for end in ("weight", "bias"):
-                value = tensors.take(f"{start}.{name}.{end}")
-                value = value[..., None] if value.ndim == 3 else value  # a convolution along one line there
-                found[f"{ours}.{end}"] = rows_of_qkv(value, heads[place.level], order) if ours == "qkv" else value
+        for name, value in tensors.layers({o: f"{start}.{t}" for o, t in _NAMES.attention.items()}).items():
+            value = value[..., None] if value.ndim == 3 else value  # a convolution along one line there
+            found[name] = rows_of_qkv(value, heads[place.level], order) if name.startswith("qkv") else value
         return found
 
-    found = unet_weights(layout, tensors, _NAMES, theirs, attention)
-    for ours, name in (("inner", "time_embed.0"), ("outer", "time_embed.2")):
-        for end in ("weight", "bias"):
-            found[f"conditioning.{ours}.{end}"] = tensors.take(f"{name}.{end}")
-    return found
+    embedding = tensors.layers({"conditioning.inner": "time_embed.0", "conditioning.outer": "time_embed.2"})
+    return unet_weights(layout, tensors, _NAMES, theirs, attention) | embedding

@@ -39,6 +39,8 @@ class Imported:
         classes: number of labels; 0 for none.
         codec: raw data to model data; None for 8-bit pictures in `span`, or latents as they are.
         text: how sentences become conditions; None where there are none.
+        outputs: 2 where the network learns the variance of reverse steps beside their mean, see `Split`.
+        uncertainty: of `nn.LogVariance`, where the loss has learned a weight of each noise level.
         unknown: what the file does not say, in words.
     """
 
@@ -58,13 +60,15 @@ class Imported:
     classes: int = 0
     codec: Autoencoder | None = None
     text: Text | None = None
+    outputs: int = 1
+    uncertainty: Mapping[str, Tensor] | None = field(default=None, repr=False)
     unknown: tuple[str, ...] = ()
 
     @property
     def denoiser_node(self) -> Node:
         """What the files of conf/denoiser hold."""
         return {
-            "_target_": "scoresde.Preconditioned",
+            "_target_": "scoresde.Split" if self.outputs == 2 else "scoresde.Preconditioned",
             "sigma_data": self.sigma_data,
             "noise_input": self.noise_input,
             "scale_input": self.scale_input,
@@ -113,7 +117,7 @@ class Imported:
             "format": self.format,
             "network": f"{_said(self.network)}, {count:,} parameters",
             "process": _said(self.sde),
-            "output": _said(self.parameterization),
+            "output": _said(self.parameterization) + ", and the variance of a step" * (self.outputs == 2),
             "told": "log(sigma/alpha) / 4" if self.noise_input is None else _said(self.noise_input),
             "data": f"{self.event_shape}, {data}, {labels}",
             "weights": "the average and the last ones" if self.raw_weights else "one set",
@@ -169,6 +173,11 @@ class Tensors:
             near = ", ".join(list(self._left)[:4])
             raise ForeignFileError(f"{self.path} has no tensor {name}, which its network needs; it has {near} ….")
         return value.detach().float().contiguous()
+
+    def layers(self, names: Mapping[str, str]) -> dict[str, Tensor]:
+        """Weights and biases of layers, by our names for them -> theirs."""
+        ends = ("weight", "bias")
+        return {f"{ours}.{end}": self.take(f"{theirs}.{end}") for ours, theirs in names.items() for end in ends}
 
     def drop(self, *endings: str) -> None:
         """Leaves out tensors that have no effect, by the ends of their names."""
@@ -249,8 +258,3 @@ class Arguments:
 def with_outlet_negated(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Weights of the network that says minus what another one says."""
     return {name: -value if name.startswith("outlet.") else value for name, value in weights.items()}
-
-
-def first_output(weights: Mapping[str, Tensor], outlet: str, rows: int) -> dict[str, Tensor]:
-    """Weights of a network without what it says after the first `rows` channels: the variance that it has learned."""
-    return {name: value[:rows] if name.startswith(outlet) else value for name, value in weights.items()}

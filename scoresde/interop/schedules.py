@@ -23,6 +23,7 @@ PREDICTIONS: dict[str, type[Parameterization]] = {
     "v_prediction": V,
     "flow_prediction": Velocity,
 }
+_LONGEST = 100_000
 _NO_TABLE = ("ScoreSde", "KarrasVe", "EDM", "VQDiffusion", "Consistency", "CogVideoX", "Cosine")
 """Beginnings of the names of schedulers whose processes are others than a table of betas or a flow."""
 
@@ -85,6 +86,8 @@ def process(config: Mapping[str, Any]) -> Process:
     if kind not in PREDICTIONS:
         raise ValueError(f"prediction_type is one of {', '.join(PREDICTIONS)}; got {kind!r}.")
     steps = whole(config.get("num_train_timesteps", 1000), "num_train_timesteps", 2)
+    if steps > _LONGEST:
+        raise ValueError(f"num_train_timesteps={steps:,} are more than {_LONGEST:,}, which no table has.")
     if kind == "flow_prediction":
         shift = config.get("flow_shift", config.get("shift", 1.0))
         return Process(RectifiedFlow(), Velocity(), steps, float(shift or 1.0))

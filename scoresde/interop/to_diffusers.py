@@ -38,22 +38,25 @@ def files(run: Run) -> dict[str, bytes]:
     """
     scheduler = _scheduler(run)
     kind, config, tensors = _network(run)
+    learned = run.denoiser.heads == 2 and kind == "UNet2DModel"  # DiT's pipeline leaves its variance out by itself
+    scheduler |= {"variance_type": "learned_range"} if learned else {"set_alpha_to_one": True}
+    name = "DDPM" if learned else "DDIM"  # whose pipeline takes networks of one output alone
     part = "unet" if kind == "UNet2DModel" else "transformer"
     from safetensors.torch import save
 
     found = {
         f"{part}/config.json": _text({"_class_name": kind, "_diffusers_version": "0.42.1", **config}),
         f"{part}/{WEIGHTS}": save({n: v.detach().cpu().contiguous() for n, v in tensors.items()}, {"format": "pt"}),
-        "scheduler/scheduler_config.json": _text({"_class_name": "DDIMScheduler", **scheduler}),
+        "scheduler/scheduler_config.json": _text({"_class_name": f"{name}Scheduler", **scheduler}),
     }
     if part == "unet":
-        parts = {"unet": ["diffusers", kind], "scheduler": ["diffusers", "DDIMScheduler"]}
-        found["model_index.json"] = _text({"_class_name": "DDIMPipeline", "_diffusers_version": "0.42.1", **parts})
+        parts = {"unet": ["diffusers", kind], "scheduler": ["diffusers", f"{name}Scheduler"]}
+        found["model_index.json"] = _text({"_class_name": f"{name}Pipeline", "_diffusers_version": "0.42.1", **parts})
     return found
 
 
 def _scheduler(run: Run) -> dict[str, Any]:
-    """The configuration of DDIMScheduler."""
+    """What DDIMScheduler and DDPMScheduler have in common."""
     sde, node, meaning = (run.config[name] for name in ("sde", "denoiser", "parameterization"))
     names = ("num_train_timesteps", "beta_start", "beta_end", "trained_betas", "rescale_betas_zero_snr")
     if sde["_target_"] == "scoresde.interop.beta_table":
@@ -73,7 +76,7 @@ def _scheduler(run: Run) -> dict[str, Any]:
         raise _refused(
             run, f"its network sees scaled x and hears other times than theirs, x_t and TimeInput({steps}, -1)"
         )
-    return {**table, "prediction_type": known[meaning["_target_"]], "clip_sample": False, "set_alpha_to_one": True}
+    return {**table, "prediction_type": known[meaning["_target_"]], "clip_sample": False}
 
 
 def _network(run: Run) -> tuple[str, dict[str, Any], dict[str, Tensor]]:
@@ -114,7 +117,7 @@ def _network(run: Run) -> tuple[str, dict[str, Any], dict[str, Tensor]]:
     config = {
         "sample_size": sides[0],
         "in_channels": run.event_shape[0],
-        "out_channels": run.event_shape[0],
+        "out_channels": run.event_shape[0] * run.denoiser.heads,
         "block_out_channels": widths,
         "layers_per_block": node.get("blocks", 2),
         "down_block_types": ["AttnDownBlock2D" if has else "DownBlock2D" for has in attended],

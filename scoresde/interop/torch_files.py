@@ -63,7 +63,7 @@ def refusing(path: Path) -> Iterator[None]:
         yield
     except ForeignFileError:
         raise
-    except (ValueError, TypeError, LookupError, OverflowError, AttributeError, zipfile.BadZipFile) as error:
+    except (ValueError, TypeError, LookupError, ArithmeticError, AttributeError, zipfile.BadZipFile) as error:
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
         raise ForeignFileError(f"{path} cannot be read: {kind}{error!s:.500}.") from error
     except (EOFError, struct.error, RuntimeError) as error:

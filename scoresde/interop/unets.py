@@ -141,6 +141,11 @@ def rows_of_qkv(value: Tensor, heads: int, order: str) -> Tensor:
     return split.permute(*(order.index(letter) for letter in "whc"), *rest).flatten(0, 2).contiguous()
 
 
+def with_none(rows: Tensor) -> Tensor:
+    """A table of labels with a last row for none, zeros."""
+    return torch.cat([rows, torch.zeros_like(rows[:1])])
+
+
 def swapped_halves(weight: Tensor) -> Tensor:
     """A layer of waves that are sine, then cosine, for ours, which are cosine, then sine."""
     return torch.cat([*reversed(weight.chunk(2, 1))], 1).contiguous()

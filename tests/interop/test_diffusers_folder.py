@@ -19,7 +19,14 @@ from scoresde.interop.export import export
 from scoresde.interop.folder import write
 
 diffusers = pytest.importorskip("diffusers", reason="diffusers is an optional package")
-from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DiTTransformer2DModel, UNet2DModel  # noqa: E402
+from diffusers import (  # noqa: E402
+    DDIMPipeline,
+    DDIMScheduler,
+    DDPMPipeline,
+    DDPMScheduler,
+    DiTTransformer2DModel,
+    UNet2DModel,
+)
 
 KINDS, TABLES = ("epsilon", "sample", "v_prediction"), ("linear", "scaled_linear", "squaredcos_cap_v2")
 OURS = {  # which our U-Net is, so that diffusers is not needed
@@ -75,9 +82,10 @@ def inputs(net) -> tuple[Tensor, Tensor, Tensor | None]:
 def assert_the_network(net, denoiser, x: Tensor, step: Tensor, label: Tensor | None) -> None:
     """To 2e-6 of the largest number: both are float32, of other orders of summation."""
     with torch.no_grad():
-        right = net(x, step, class_labels=label).sample[:, : x.shape[1]]
+        right = net(x, step, class_labels=label).sample
         scales = denoiser.sde.at((step.double() + 1) / 1000, x)
         found = denoiser.output(x, scales, label)
+        right = right[:, : found.shape[1]]
     assert float((found - right).abs().max()) <= 2e-6 * float(right.abs().max())
 
 
@@ -97,7 +105,7 @@ def test_a_unet_that_is_not(options, tmp_path: Path, monkeypatch: pytest.MonkeyP
     folder = saved(net, tmp_path)
     found = read(folder)
     assert found.network["_target_"] == "scoresde.interop.DiffusersModel"
-    assert ("the learned variance is left out" in found.unknown) == ("out_channels" in options)
+    assert ("what its second output is, which is left out" in found.unknown) == ("out_channels" in options)
     assert_the_network(net, found.denoiser(), *inputs(net))
     monkeypatch.setitem(sys.modules, "diffusers", None)
     with pytest.raises(ImportError, match="is none of ours, so diffusers runs it: pip install diffusers"):
@@ -129,7 +137,7 @@ def test_the_process_is_theirs(table: str, kind: str, tmp_path: Path) -> None:
 
 
 def test_a_transformer(tmp_path: Path) -> None:
-    """With its label that says nothing, and the variance left out."""
+    """With its label that says nothing, and its variance."""
     torch.manual_seed(0)
     net = DiTTransformer2DModel(
         num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=2, sample_size=8,
@@ -141,7 +149,7 @@ def test_a_transformer(tmp_path: Path) -> None:
     DDIMScheduler().save_pretrained(tmp_path / "scheduler")
     (tmp_path / "vae").mkdir()
     found = read(tmp_path)
-    assert found.span is None and found.classes == 5 and found.event_shape == (4, 8, 8)
+    assert found.outputs == 2 and found.span is None and found.classes == 5 and found.event_shape == (4, 8, 8)
     denoiser = found.denoiser()
     x, step = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(1)), torch.tensor([0, 417, 999])
     assert_the_network(net, denoiser, x, step, torch.tensor([0, 4, 2]))
@@ -150,6 +158,9 @@ def test_a_transformer(tmp_path: Path) -> None:
     t = (step.double() + 1) / 1000
     assert torch.equal(denoiser(x, t).x0, denoiser(x, t, nothing).x0)
     assert denoiser.null(nothing).tolist() == [5]
+    with torch.no_grad():
+        right = net(x, step, class_labels=nothing).sample[:, 4:]
+    torch.testing.assert_close(2 * denoiser(x, t).share - 1, right, rtol=0, atol=2e-6 * float(right.abs().max()))
 
 
 def test_it_becomes_a_run(tmp_path: Path) -> None:
@@ -188,6 +199,24 @@ def test_there_and_back(options, tmp_path: Path) -> None:
     assert float((found - right).abs().max()) <= 2e-6 * float(right.abs().max())
 
 
+@pytest.mark.parametrize("options", [{}, THEIRS["few groups"]], ids=["ours", "theirs"])
+def test_a_learned_variance_goes_there_and_back(options, tmp_path: Path) -> None:
+    """As DDPM's pipeline takes it, by whose step the ancestral one is tested in tests/sampling."""
+    net = unet(out_channels=2, **options)
+    DDPMPipeline(net, DDPMScheduler(variance_type="learned_range")).save_pretrained(tmp_path / "theirs")
+    found = read(tmp_path / "theirs")
+    assert found.network["_target_"].endswith("DiffusersModel" if options else "UNet") and found.unknown == ()
+    assert_the_network(net, found.denoiser(), *inputs(net))
+    write(found, tmp_path / "run")
+    export(scoresde.load(tmp_path / "run", device="cpu"), tmp_path / "out", "diffusers")
+    again = DDPMPipeline.from_pretrained(tmp_path / "out")
+    assert again.scheduler.config.variance_type == "learned_range"
+    assert again(num_inference_steps=2, output_type="np").images.shape == (1, 8, 8, 1)
+    x, step, _ = inputs(net)
+    with torch.no_grad():
+        assert float((again.unet(x, step).sample - net(x, step).sample).abs().max()) <= 2e-6
+
+
 def test_what_is_not_theirs_is_refused(tmp_path: Path) -> None:
     write(read(saved(unet(), tmp_path / "theirs")), tmp_path / "run")
     run = scoresde.load(tmp_path / "run", device="cpu")
@@ -220,6 +249,21 @@ def test_what_cannot_be_read_is_refused(tmp_path: Path) -> None:
 
     config.write_text("{")
     refused("is expected to be a JSON file")
+    config.unlink()
+    config.symlink_to("/dev/zero")
+    with pytest.raises(ForeignFileError, match="it is no regular file"):
+        read(folder)
+    config.unlink()
+    for changed, words in (
+        ({"block_out_channels": [0, 0]}, "cannot be read: ZeroDivisionError"),
+        ({"block_out_channels": [8, 16], "norm_num_groups": 8, "act_fn": {"_target_": "os.system"}}, "os.system"),
+    ):
+        config.write_text(json.dumps(json.loads(kept) | changed))
+        refused(words)
+    table = scheduler.read_text()
+    scheduler.write_text(json.dumps({"_class_name": "DDPMScheduler", "num_train_timesteps": 10**9}))
+    refused("num_train_timesteps=1,000,000,000 are more than 100,000")
+    scheduler.write_text(table)
     config.write_text("[]")
     refused("holds a list; expected a mapping")
     config.write_text(" " * 2**20 + kept)

@@ -275,8 +275,10 @@ def test_dit_and_sit_are_one_network_with_two_meanings(tmp_path: Path) -> None:
     ):
         read(tmp_path / "net.pt", format="dit")
     dit = read(tmp_path / "net.pt", format="dit", args={"num_heads": 2, "num_classes": 3}).denoiser()
-    first = network(x, torch.tensor([10.0, 700.0]), labels)[:, :1]
-    assert torch.allclose(dit(x, torch.tensor([11, 701]) / 1000, labels).eps, first, atol=1e-4)
+    first, second = network(x, torch.tensor([10.0, 700.0]), labels).chunk(2, 1)
+    found = dit(x, torch.tensor([11, 701]) / 1000, labels)
+    assert torch.allclose(found.eps, first, atol=1e-4)
+    assert torch.allclose(found.share, (second + 1) / 2, atol=1e-4)  # Nichol & Dhariwal 2021, eq. 15
     sit = read(tmp_path / "net.pt", format="sit", args={"num_heads": 2, "num_classes": 3}).denoiser()
     first = network(x, torch.tensor([0.25, 0.75]), labels)[:, :1]
     assert torch.allclose(sit(x, torch.tensor([0.75, 0.25]), labels).velocity, -first, atol=1e-5)

@@ -28,6 +28,7 @@ from diffusers import (  # noqa: E402
     PNDMScheduler,
     UNet2DModel,
 )
+from peer_files import song_tensors, write_edm  # noqa: E402
 
 from scoresde.interop.diffusers import Scheduler  # noqa: E402
 
@@ -291,10 +292,21 @@ def test_one_call_is_a_denoising(net) -> None:
     torch.testing.assert_close(found, ((x - sigma * output) / alpha).float(), rtol=1e-5, atol=1e-4)
 
 
-def test_the_page() -> None:
-    """The session of docs/interop.md."""
+def test_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sessions of docs/interop.md, from EDM, score_sde, k-diffusion and diffusers."""
+    monkeypatch.chdir(tmp_path)
+    write_edm(tmp_path / "net.pkl", {name: 0.3 * value for name, value in song_tensors(0).items()}, sigma_data=0.5)
     page = (Path(__file__).parents[2] / "docs" / "interop.md").read_text("utf-8")
-    names: dict = {}
-    exec(page.partition("## You come from diffusers")[2].partition("```python\n")[2].partition("```")[0], names)
-    assert names["images"].shape == (2, 8, 8, 3)
-    assert repr(names["pipe"].scheduler.config["step"]["_target_"]) == "'scoresde.UniPC'"
+    found = {}
+    for part in page.split("## You come from ")[1:]:
+        names: dict = {}
+        exec(part.partition("```python\n")[2].partition("```")[0], names)
+        found[part.partition("\n")[0]] = names
+    assert list(found) == ["EDM", "score_sde", "k-diffusion", "diffusers"]
+    for name in ("EDM", "score_sde", "k-diffusion"):
+        assert bool(found[name]["found"].log_prob.isfinite().all()), name
+    # its score is that of N(0, I), which VP keeps
+    exact = S.bits_per_dim(S.VPSDE().prior_log_prob(found["score_sde"]["x"]), (3, 8, 8))
+    torch.testing.assert_close(found["score_sde"]["bits"], exact, rtol=0, atol=1e-3)
+    assert found["diffusers"]["images"].shape == (2, 8, 8, 3)
+    assert repr(found["diffusers"]["pipe"].scheduler.config["step"]["_target_"]) == "'scoresde.UniPC'"
