@@ -87,7 +87,7 @@ def _uncertainty(tensors: Tensors) -> dict[str, Tensor] | None:
     return {
         "features.omega": freqs,
         "linear.weight": torch.cat([w * phases.cos(), -w * phases.sin()], 1).float(),
-        "linear.bias": torch.zeros(1, device="cpu"),
+        "linear.bias": torch.zeros(1, dtype=torch.float32, device="cpu"),
     }
 
 
