@@ -21,10 +21,16 @@ def split(raw: Tensor) -> Tensor:
     return bands
 
 
-def joined(bands: Tensor) -> Tensor:
-    """The integers (B, C, *sizes) that `split` made all bands (B, 2^d, C, *sizes/2) of."""
+def joined(bands: Tensor, most: int) -> Tensor:
+    """Integers (B, C, *sizes) in 0 … most of all their bands (B, 2^d, C, *sizes/2), as `split` makes them.
+
+    Where details would lead out of the range, they are cut to the nearest that do not: of values with ⌊(a + b)/2⌋ = l,
+    |a − b| is at most 2l + 1 and 2(most − l). The low band stays what it is.
+    """
     for axis in reversed(range(3, bands.ndim)):
         low, high = bands.chunk(2, 1)
+        room = torch.minimum(2 * low[:, :1] + 1, 2 * (most - low[:, :1]))  # only the first are values themselves
+        high = torch.cat([high[:, :1].clamp(-room, room), high[:, 1:]], 1)
         a = low + ((high + 1) >> 1)
         bands = torch.stack([a, a - high], axis + 1).flatten(axis, axis + 1)
     return bands[:, 0]
@@ -105,10 +111,11 @@ class LiftedDetails(HaarDetails):
 
     def joined(self, low: Tensor, x: Tensor) -> Tensor:
         """Model data of `whole`, centres of bins: the integers of their low band are those of `low`."""
-        slope, offset = self._affine
+        slope, first = self._affine[0], self.codec.raw_range[0] if self.codec.raw_range else 0
         details = (x.double() / slope).round().long().unflatten(1, (-1, low.shape[1]))
-        whole = joined(torch.cat([self.below.decode(low).long()[:, None], details], 1))
-        return (whole * slope + offset).to(x.dtype)
+        bands = torch.cat([self.below.decode(low).long()[:, None] - int(first), details], 1)
+        whole = joined(bands, (self.codec.levels or 1) - 1) + int(first)
+        return (whole * slope + self._affine[1]).to(x.dtype)
 
     def layout(self, x: Tensor) -> Tensor:
         """A picture with these details alone, on grey."""

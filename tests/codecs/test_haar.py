@@ -163,6 +163,20 @@ def test_integers_become_integers_and_come_back(shape: tuple[int, ...], levels: 
     assert torch.equal(codec.decode(x), raw)
 
 
+@pytest.mark.parametrize("shape", [(2, 6), (1, 4, 6), (1, 2, 4, 4)])
+def test_details_that_lead_out_of_the_range_are_cut_and_the_low_band_stays(shape: tuple[int, ...]) -> None:
+    """Any details whatever: samples are integers of the codec whose low band, by the definition, is the one given; and
+    details that some integers have are never cut (they come back, above)."""
+    codec = LiftedDetails(Scaling(levels=10, offset=-3))
+    low = codec.below.encode(Rng(1).integers(10, (200, *shape)) - 3)
+    details = 0.8 * Rng(2).normal((200, *codec.encoded_shape(shape)))
+    x = codec.joined(low, details)
+    raw = codec.codec.decode(x)
+    torch.testing.assert_close(codec.codec.transform(raw), x)  # nothing is clamped by the decoder
+    assert int(raw.min()) == -3 and int(raw.max()) == 6
+    assert torch.equal(codec.below.decode(codec.below.encode(raw)), codec.below.decode(low))
+
+
 def test_integers_of_a_picture_are_means_rounded_down_and_their_bins_hold_the_draws() -> None:
     raw, codec = pictures(30, 1, 6, 4), Scaling(levels=256)
     low, details = LiftedLow(codec), LiftedDetails(codec)
