@@ -2,6 +2,7 @@
 
     python benchmarks/few_step.py train --losses trajectory --seeds 0 1 2
     python benchmarks/few_step.py train --losses semigroup mean_flow consistency semigroup_data mean_flow_data --sdes vp
+    python benchmarks/few_step.py train --losses trajectory_data --sdes vp --seconds 45
     python benchmarks/few_step.py report
 
 The teacher is the exact score of a mixture, which each map (an MLP) learns from noise that is new in every step; losses
