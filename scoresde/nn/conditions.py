@@ -128,7 +128,7 @@ class Conditions(nn.Module):
         if cond_dropout and not self.shapes.keys() - kept:
             raise ValueError(
                 f"cond_dropout={cond_dropout} has no condition to drop: "
-                "set classes, cond_dim, cond_image, cond_tokens or text."
+                "set classes, cond_dim, cond_image, cond_tokens or text; or cond_dropout=0, where nothing is told."
             )
         if cond_augment:
             self.shapes["augment"] = (cond_augment,)
