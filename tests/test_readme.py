@@ -78,9 +78,13 @@ def test_training_from_python(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_the_page_of_text() -> None:
     names: dict[str, Any] = {}
-    (text,) = [text for language, text in BLOCKS["text.md"] if language == "python"]
-    exec(text, names)
+    own, theirs = (text for language, text in BLOCKS["text.md"] if language == "python")
+    exec(own, names)
     assert names["loss"].shape == (2,) and bool(torch.isfinite(names["x"]).all())
+    pytest.importorskip("diffusers")
+    pytest.importorskip("transformers")
+    exec(theirs, names)
+    assert names["pictures"].shape == (2, 3, 4, 4) and names["pictures"].dtype == torch.uint8
 
 
 def test_the_page_of_few_steps() -> None:

@@ -30,6 +30,7 @@ _EPILOG = """examples:
   scoresde-import DiT-XL-2-256x256.pt format=dit out=runs/dit               or format=sit
   scoresde-import hdit.safetensors out=runs/hdit                            k-diffusion, its configuration inside
   scoresde-import ddpm-folder out=runs/ddpm                                 diffusers, a folder of save_pretrained
+  scoresde-import stable-diffusion out=runs/sd                              diffusers, a whole pipeline for sentences
   scoresde-import net.pkl out=runs/edm data=image_folder data.path=photos data.size=32
 then scoresde-sample run=runs/edm budget=20, and every other command; docs/interop.md"""
 

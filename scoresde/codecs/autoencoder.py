@@ -14,7 +14,8 @@ from ..noise.rng import Rng
 from .codec import Codec, decodable
 from .frozen import Frozen
 
-_AT_ONCE = 256  # samples that go through the network together
+_AT_ONCE = 256  # samples that go through the network together, where these have no more
+_NUMBERS = 2**20  # than so many numbers; one at least
 
 
 @dataclass(frozen=True, eq=False)
@@ -172,13 +173,17 @@ class Autoencoder(Frozen, Codec):
 
     @torch.no_grad()
     def _posterior(self, inside: Tensor) -> tuple[Tensor, Tensor]:
-        parts = [self._on(inside).encode(part) for part in inside.split(_AT_ONCE)]
+        parts = [self._on(inside).encode(part) for part in inside.split(self._at_once)]
         mean, std = (torch.cat(each) for each in zip(*parts, strict=True))
         return mean, std
 
+    @property
+    def _at_once(self) -> int:
+        return max(1, min(_AT_ONCE, _NUMBERS // math.prod(self.network.event_shape)))
+
     def _by_parts(self, of: Callable[..., Tensor], *values: Tensor) -> Tensor:
         self._on(values[0])
-        return torch.cat([of(*part) for part in zip(*(each.split(_AT_ONCE) for each in values), strict=True)])
+        return torch.cat([of(*part) for part in zip(*(each.split(self._at_once) for each in values), strict=True)])
 
     def _on(self, like: Tensor) -> Any:
         """The network, on the device of `like`."""

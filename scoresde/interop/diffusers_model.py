@@ -61,7 +61,7 @@ class DiffusersModel(nn.Module):
                 raise ValueError("This network was never told nothing: it needs a label of each sample.")
             label = torch.full((len(x),), self.classes, dtype=torch.int64, device=x.device)
         told = {"class_labels": label} if self.classes else {}
-        found: Tensor = self.inner(x, timestep=c_noise.to(x.dtype), **told).sample
+        found: Tensor = self.inner(x, timestep=c_noise, **told).sample
         return found[:, : self.outputs * self.event_shape[0]]
 
     def null(self, cond: Cond) -> Cond:

@@ -133,10 +133,12 @@ def loaded(home: Path, kind: str, config: Mapping[str, Any]) -> torch.nn.Module:
     how |= {"low_cpu_mem_usage": False} if library == "diffusers" else {}
     try:
         with torch.device("meta"):  # sizes without memory, whatever a configuration claims
-            empty = made.from_config(dict(config)) if library == "diffusers" else made(made.config_class(**config))
+            own = dict(config) if library == "diffusers" else made.config_class(**config)
+            empty = made.from_config(own) if library == "diffusers" else made(own)
         wanted, there = sum(each.numel() for each in empty.parameters()), sum(map(_numbers, files))
         if wanted > there:
             raise ValueError(f"its configuration wants {wanted:,} numbers, and the files have {there:,}")
+        how |= {"config": own} if library == "transformers" else {}  # what is in the file asks for more than a network
         model, info = made.from_pretrained(
             home, use_safetensors=True, local_files_only=True, output_loading_info=True, **how
         )

@@ -193,6 +193,9 @@ class KL(nn.Module):
     ):
         super().__init__()
         self.inner = class_of("AutoencoderKL").from_config(dict(config))
+        for part in self.inner.modules():
+            if type(part).__name__ == "Attention":  # whose transposed output has no forward derivative of its norm
+                part.register_forward_hook(_contiguous)
         self.event_shape, self.latent_shape = tuple(event_shape), tuple(latent_shape)
         self.ends, self.scale = (low, high), scale
 
@@ -203,7 +206,9 @@ class KL(nn.Module):
 
     def decode(self, z: Tensor) -> Tensor:
         """The picture of latents."""
-        found: Tensor = self.inner.decode(z).sample
+        # the kernel of attention that forward derivatives go through, which posterior methods take
+        with nn.attention.sdpa_kernel(nn.attention.SDPBackend.MATH):
+            found: Tensor = self.inner.decode(z).sample
         return found
 
     def log_prob(self, x: Tensor, z: Tensor) -> Tensor:
@@ -221,3 +226,7 @@ class KL(nn.Module):
         bins = ((x - low) * (self.levels / (high - low))).floor().clamp(0, self.levels - 1)
         mean = self.decode(z)[:, None]
         return log_mass(bins, mean, torch.full_like(mean, self.scale).log(), self.levels, self.ends).flatten(1).sum(1)
+
+
+def _contiguous(module: nn.Module, given: Any, found: Tensor) -> Tensor:
+    return found.clone(memory_format=torch.contiguous_format)

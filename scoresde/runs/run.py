@@ -66,7 +66,7 @@ class Run(LoadedModel):
 
     def decode(self, x: Tensor) -> Tensor:
         """Raw values of model data (B, *event)."""
-        return self.codec.decode(x)
+        return self.codec.decode(x.to(model_device(self.denoiser))).to(x.device)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Run:
         """The run with its model on another device, or with weights of another dtype; the model is moved in place.
