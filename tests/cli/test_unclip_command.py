@@ -13,6 +13,7 @@ from commands import PLAIN, TINY, Done, command, sampled
 
 import scoresde as S
 from scoresde.runs.checkpoint import CheckpointError
+from scoresde.runs.kept import keep, recall
 
 RUN = tuple(word for word in TINY if not word.startswith(("data", "network")))
 DATA = ("data=arrays", "data.path=x.npz", "logger=jsonl", "evaluate_at_end=false", "conditional=true")
@@ -92,7 +93,9 @@ def test_what_does_not_fit_is_refused(line: str, place: Path) -> None:
 
 def test_another_embedder_in_the_folder_is_found_out(place: Path, tmp_path: Path) -> None:
     shutil.copytree(place / "decoder", tmp_path / "run")
-    path = next(tmp_path.glob("run/checkpoints/step-*/config.json"))
-    path.write_text(path.read_text().replace('"digest": "', '"digest": "0'))
-    with pytest.raises(CheckpointError):
+    kept = recall(tmp_path / "run")
+    assert kept is not None and kept.embedder is not None
+    kept.embedder.network.log_scale.data += 1
+    keep(tmp_path / "run", kept)
+    with pytest.raises(CheckpointError, match="keeps another embedder than its own"):
         S.load(tmp_path / "run")
