@@ -78,9 +78,11 @@ def test_training_from_python(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_the_page_of_text() -> None:
     names: dict[str, Any] = {}
-    own, theirs = (text for language, text in BLOCKS["text.md"] if language == "python")
+    own, theirs, embedded = (text for language, text in BLOCKS["text.md"] if language == "python")
     exec(own, names)
     assert names["loss"].shape == (2,) and bool(torch.isfinite(names["x"]).all())
+    exec(embedded, names)
+    assert names["loss"].shape == (2,) and names["alike"].shape == (2, 2) and bool(names["alike"].isfinite().all())
     pytest.importorskip("diffusers")
     pytest.importorskip("transformers")
     exec(theirs, names)
