@@ -61,6 +61,29 @@ def _peers() -> Any:
         del sys.modules["torch_utils"], sys.modules["torch_utils.persistence"]
 
 
+_OF_DIT = {
+    "inlet": "x_embedder.proj",
+    "conditioning.inner": "t_embedder.mlp.0",
+    "conditioning.outer": "t_embedder.mlp.2",
+    "conditioning.label": "y_embedder.embedding_table",
+    "modulation": "final_layer.adaLN_modulation.1",
+    "outlet": "final_layer.linear",
+    "blocks.0.modulation": "blocks.0.adaLN_modulation.1",
+    "blocks.0.qkv": "blocks.0.attn.qkv",
+    "blocks.0.proj": "blocks.0.attn.proj",
+    "blocks.0.inner": "blocks.0.mlp.fc1",
+    "blocks.0.outer": "blocks.0.mlp.fc2",
+}
+
+
+def dit_tensors(ours: dict[str, Tensor], positions: Tensor) -> dict[str, Tensor]:
+    """Tensors of our DiT of one block, one channel and patches of 2, under the names and shapes of DiT's state dict."""
+    parts = {name: name.rpartition(".") for name in ours if "omega" not in name}
+    found = {f"{_OF_DIT[module]}.{leaf}": ours[name] for name, (module, _, leaf) in parts.items()}
+    weight = found["x_embedder.proj.weight"].unflatten(1, (1, 2, 2))
+    return found | {"x_embedder.proj.weight": weight, "pos_embed": positions[None]}
+
+
 def _module(name: str, tensors: dict[str, Tensor], source: str, **attributes: Any) -> _Persistent:
     """A module of nested modules whose tensors have these dotted names."""
     own = {key: torch.nn.Parameter(value) for key, value in tensors.items() if "." not in key}

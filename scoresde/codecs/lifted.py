@@ -80,7 +80,6 @@ class LiftedDetails(HaarDetails):
     """
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         LiftedLow(self.codec, self.level)
 
     def transform(self, raw: Tensor, *, rng: Rng | None = None) -> Tensor:
@@ -91,7 +90,7 @@ class LiftedDetails(HaarDetails):
 
     def drawn(self, raw: Tensor, rng: Rng | None = None) -> Drawn:
         """The low band is told as it is: its integers have no noise."""
-        return Drawn(raw, self, {"image": self.below.layout(self.below.transform(raw))}, 0.0)
+        return Drawn(raw, self, {"image": self.below.transform(raw)}, 0.0)
 
     @property
     def below(self) -> LiftedLow:
@@ -111,11 +110,11 @@ class LiftedDetails(HaarDetails):
 
     def joined(self, low: Tensor, x: Tensor) -> Tensor:
         """Model data of `whole`, centres of bins: the integers of their low band are those of `low`."""
-        slope, first = self._affine[0], self.codec.raw_range[0] if self.codec.raw_range else 0
+        assert self.codec.raw_range is not None  # integers have one
+        (slope, offset), (first, last) = self._affine, map(int, self.codec.raw_range)
         details = (x.double() / slope).round().long().unflatten(1, (-1, low.shape[1]))
-        bands = torch.cat([self.below.decode(low).long()[:, None] - int(first), details], 1)
-        whole = joined(bands, (self.codec.levels or 1) - 1) + int(first)
-        return (whole * slope + self._affine[1]).to(x.dtype)
+        whole = joined(torch.cat([self.below.decode(low).long()[:, None] - first, details], 1), last - first) + first
+        return (whole * slope + offset).to(x.dtype)
 
     def layout(self, x: Tensor) -> Tensor:
         """A picture with these details alone, on grey."""

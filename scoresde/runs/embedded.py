@@ -15,7 +15,7 @@ from ..config import ConfigError
 from ..data import Dataset, Embedding, Split
 from .checkpoint import CheckpointError
 from .kept import recall
-from .latent import node_of, stored
+from .latent import check_digest, node_of, stored
 from .load import load_run
 
 __all__ = ["embeddings", "with_embedding"]
@@ -116,11 +116,7 @@ def _embedded(
 ) -> tuple[dict[str, tuple[Split, Tensor]], Embedding, str]:
     """The splits by name with the embeddings of their samples, the embedder, and the notes on the data."""
     embedder = embedder_of(Path(run).expanduser(), weights, allow)
-    if digest is not None and embedder.digest != digest:
-        raise ValueError(
-            f"The embedder in {run} is {embedder.digest[:16]}…, and {digest[:16]}… is asked for, which the embeddings "
-            "of this model are by. Put the folder back as it was; or train another model in another folder, out=…."
-        )
+    check_digest(run, "embedder", embedder.digest, digest, "the embeddings of this model are by")
     splits = {"train": dataset.train, "test": dataset.test}
     splits |= {} if dataset.validation is None else {"validation": dataset.validation}
     folder, found, where = Path(cache or Path(run, "embeddings")).expanduser(), {}, ""

@@ -55,11 +55,7 @@ def latents(
         CheckpointError: no run there.
     """
     codec = codec_of(Path(run).expanduser(), weights, allow_targets)
-    if digest is not None and codec.digest != digest:
-        raise ValueError(
-            f"The autoencoder in {run} is {codec.digest[:16]}…, and {digest[:16]}… is asked for, which the latents of "
-            "this model are of. Put the folder back as it was; or train another model in another folder, out=…."
-        )
+    check_digest(run, "autoencoder", codec.digest, digest, "the latents of this model are of")
     found = replace(dataset, codec=codec)  # which refuses samples of another kind
     shape = found.event_shape
     folder, make = Path(cache or Path(run, "latents")).expanduser(), partial(_moments, codec, dataset.train)
@@ -98,6 +94,19 @@ def codec_of(folder: Path, weights: str | float = "ema", allow: Sequence[str] = 
         )
     node = node_of(found.config["network"], {"event_shape": list(found.event_shape), **bins_of(found.codec)})
     return Autoencoder(found.codec, found.denoiser.network, node=json.dumps(node, sort_keys=True))
+
+
+def check_digest(run: str, kind: str, found: str, wanted: str | None, why: str) -> None:
+    """Refuses another trained network in `run` than the one that a model was made with; None takes any.
+
+    Raises:
+        ValueError: names both.
+    """
+    if wanted is not None and found != wanted:
+        raise ValueError(
+            f"The {kind} in {run} is {found[:16]}…, and {wanted[:16]}… is asked for, which {why}. Put the folder back "
+            "as it was; or train another model in another folder, out=…."
+        )
 
 
 def node_of(node: Mapping[str, Any], facts: Mapping[str, Any]) -> dict[str, Any]:

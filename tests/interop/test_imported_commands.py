@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from commands import command
-from peer_files import as_torch_file, song_tensors, write_edm
+from peer_files import as_torch_file, dit_tensors, song_tensors, write_edm
 
 import scoresde
 from scoresde.config import build_network
@@ -34,26 +34,8 @@ def dit(path: Path) -> None:
 
 
 def theirs(net) -> dict[str, torch.Tensor]:
-    names = {
-        "inlet": "x_embedder.proj",
-        "conditioning.inner": "t_embedder.mlp.0",
-        "conditioning.outer": "t_embedder.mlp.2",
-        "conditioning.label": "y_embedder.embedding_table",
-        "modulation": "final_layer.adaLN_modulation.1",
-        "outlet": "final_layer.linear",
-        "blocks.0.modulation": "blocks.0.adaLN_modulation.1",
-        "blocks.0.qkv": "blocks.0.attn.qkv",
-        "blocks.0.proj": "blocks.0.attn.proj",
-        "blocks.0.inner": "blocks.0.mlp.fc1",
-        "blocks.0.outer": "blocks.0.mlp.fc2",
-    }
-    found = {
-        f"{names[name.rpartition('.')[0]]}.{name.rpartition('.')[2]}": 0.1 * torch.randn_like(value)
-        for name, value in net.state_dict().items()
-        if "omega" not in name
-    }
-    found["x_embedder.proj.weight"] = found["x_embedder.proj.weight"].unflatten(1, (1, 2, 2))
-    return found | {"pos_embed": net.positions[None]}
+    drawn = {name: 0.1 * torch.randn_like(v) for name, v in net.state_dict().items() if "omega" not in name}
+    return dit_tensors(drawn, net.positions)
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from peer_files import ARGS, as_torch_file, song, song_tensors, write_edm
+from peer_files import ARGS, as_torch_file, dit_tensors, song, song_tensors, write_edm
 from torch import Tensor
 
 import scoresde
@@ -252,22 +252,7 @@ def test_dit_and_sit_are_one_network_with_two_meanings(tmp_path: Path) -> None:
     )
     ours = {name: 0.3 * torch.randn_like(v) if "omega" not in name else v for name, v in network.state_dict().items()}
     network.load_state_dict(ours)
-    names = {
-        "inlet": "x_embedder.proj",
-        "conditioning.inner": "t_embedder.mlp.0",
-        "conditioning.outer": "t_embedder.mlp.2",
-        "conditioning.label": "y_embedder.embedding_table",
-        "modulation": "final_layer.adaLN_modulation.1",
-        "outlet": "final_layer.linear",
-        "blocks.0.modulation": "blocks.0.adaLN_modulation.1",
-        "blocks.0.qkv": "blocks.0.attn.qkv",
-        "blocks.0.proj": "blocks.0.attn.proj",
-        "blocks.0.inner": "blocks.0.mlp.fc1",
-        "blocks.0.outer": "blocks.0.mlp.fc2",
-    }
-    theirs = {f"{names[n.rpartition('.')[0]]}.{n.rpartition('.')[2]}": v for n, v in ours.items() if "omega" not in n}
-    theirs["x_embedder.proj.weight"] = theirs["x_embedder.proj.weight"].unflatten(1, (1, 2, 2))
-    theirs["pos_embed"] = network.positions[None]
+    theirs = dit_tensors(ours, network.positions)
     (tmp_path / "net.pt").write_bytes(as_torch_file(theirs))
     x, labels = torch.randn(2, 1, 4, 4), torch.tensor([1, 3])
     with pytest.raises(
