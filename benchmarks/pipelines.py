@@ -1,17 +1,18 @@
 """Text-to-image pipelines of diffusers as runs: ten network calls by `run.sample(budget=10)` and by their own UniPC.
 
-    python benchmarks/pipelines.py train=/tmp/pipelines minutes=2      # of one core, for each of three networks
+    python benchmarks/pipelines.py train=/tmp/pipelines minutes=2      # of one core, for each of four networks
     python benchmarks/pipelines.py in=/tmp/pipelines results=benchmarks/results/pipelines
 
 Trained: Stable Diffusion's parts in small on the digits of scikit-learn, whose sentences say which: an AutoencoderKL
-that makes 4 × 4 latents of 8 × 8 pixels, and U-Nets that predict ε and v; the text encoders keep their random weights.
-Untrained: those of the tests, with the transformer of Stable Diffusion 3, which predicts the velocity of a flow.
+that makes 4 × 4 latents of 8 × 8 pixels, U-Nets that predict ε and v, and the transformer of Stable Diffusion 3, which
+predicts the velocity of a flow; the text encoders keep their random weights. Untrained: those of the tests.
 Distances are between latents that begin with the same noise: the root mean square of what is left to a fine solve,
 over that of the fine solve, on average over seeds, with the standard error.
 """
 
 from __future__ import annotations
 
+import copy
 import sys
 import tempfile
 import time
@@ -58,12 +59,19 @@ def trained(module, minutes: float, loss, rate: float = 2e-3):
     return module.eval()
 
 
-def small(kind: str):
-    """A pipeline of random weights, wider than those of the tests."""
+def small(kind: str, vae):
+    """A pipeline of random weights around this autoencoder, wider than those of the tests, and what its network is."""
     torch.manual_seed(0)
-    pipe = pipelines.stable_diffusion(kind)
-    pipe.register_modules(unet=diffusers.UNet2DConditionModel(**{**pipe.unet.config, **WIDE}))
-    return pipe
+    if kind == "flow":
+        more = {"attention_head_dim": 16, "caption_projection_dim": 32}
+        pipe, name = pipelines.three(t5=False), "transformer"
+        vae = copy.deepcopy(vae)
+        vae.register_to_config(shift_factor=0.0)
+    else:
+        pipe, name, more = pipelines.stable_diffusion(kind), "unet", WIDE
+    old = getattr(pipe, name)
+    pipe.register_modules(vae=vae, **{name: type(old)(**{**old.config, **more})})
+    return pipe, name
 
 
 def train(folder: Path, minutes: float) -> None:
@@ -82,9 +90,8 @@ def train(folder: Path, minutes: float) -> None:
         latents = vae.encode(x).latent_dist.mean
     vae.register_to_config(scaling_factor=float(1 / latents.std()), shift_factor=None)
     latents = latents * vae.config.scaling_factor
-    for kind in KINDS[:2]:
-        pipe = small(kind)
-        pipe.register_modules(vae=vae)
+    for kind in KINDS:
+        pipe, name = small(kind, vae)
         imported = read(pipelines.saved(pipe, folder / kind))
         model = imported.denoiser().train()
         model.network.inner.requires_grad_(True)
@@ -96,7 +103,7 @@ def train(folder: Path, minutes: float) -> None:
             return loss(latents[rows], {"text": told}).mean()
 
         trained(model.network, minutes, denoising)
-        pipe.unet.load_state_dict(model.network.inner.state_dict())
+        getattr(pipe, name).load_state_dict(model.network.inner.state_dict())
         pipelines.saved(pipe, folder / kind)
 
 
@@ -135,13 +142,14 @@ def measure(source: Path | None) -> list[str]:
         "v_prediction": lambda: pipelines.stable_diffusion("v_prediction"),
         "flow": lambda: pipelines.three(t5=False),
     }
-    for weights, kinds in (("trained", KINDS[:2] if source else ()), ("random", KINDS)):
+    for weights, kinds in (("trained", KINDS if source else ()), ("random", KINDS)):
         for kind in kinds:
             with tempfile.TemporaryDirectory() as folder:
                 given = (
                     pipelines.saved(makers[kind](), Path(folder, "theirs")) if weights == "random" else source / kind
                 )
-                pipe = diffusers.DiffusionPipeline.from_pretrained(given, safety_checker=None)
+                absent = ("text_encoder_3", "tokenizer_3") if kind == "flow" else ("safety_checker",)
+                pipe = diffusers.DiffusionPipeline.from_pretrained(given, **dict.fromkeys(absent))
                 pipe.set_progress_bar_config(disable=True)
                 write(read(given), Path(folder, "run"))
                 run, config = S.load(Path(folder, "run"), device="cpu"), pipe.scheduler

@@ -37,8 +37,9 @@ class TrajectoryLoss(FlowMapLoss):
         reuse: pairs of each, ≥ 1.
         first: share of t = t_max among the pairs, where every sample starts.
         last: share of s = t_min among them, where every sample ends.
-        still: share of the batch with s = t, at data that are noised at `times`, in [0, 1); null for ½ without a
-            teacher and 0 with one, which is then learned at the times of its trajectories only.
+        still: share of the batch with s = t, at data that are noised at `times`, in [0, 1); None for 0.8
+            without a teacher, where at ½ the map follows itself before it is a denoiser, and for 0 with one, which is
+            then learned at the times of its trajectories only.
         times: of those.
         solver: whose step and grid make trajectories; default order 3 in log-SNR with its corrector.
         options: those of `FlowMapLoss`.
@@ -65,7 +66,7 @@ class TrajectoryLoss(FlowMapLoss):
         self.steps, self.reuse = whole(steps, "steps", 2), whole(reuse, "reuse")
         self.shares = Pairs(times, first=first, last=last, still=0.0)
         self.shares.times.start(denoiser.sde)
-        self.still = (0.5 if teacher is None else 0.0) if still is None else float(still)
+        self.still = (0.8 if teacher is None else 0.0) if still is None else float(still)
         if not (0 if teacher is not None else 1e-9) <= self.still < 1:
             raise ValueError(
                 "still is the share of a batch that trains the map as a denoiser, in [0, 1), and more than 0 without a "

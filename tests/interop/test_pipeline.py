@@ -90,15 +90,15 @@ def test_it_is_a_run_like_any_other(run: S.Run, tmp_path: Path) -> None:
 
 def test_edits_by_words(run: S.Run) -> None:
     """Encoded and decoded under one sentence a latent returns; under another it does not."""
-    flow, x = S.AdaptiveODE(rtol=1e-5, atol=1e-5), 0.5 * S.Rng(0).normal((1, 4, 4, 4))
+    flow, x = S.AdaptiveODE(rtol=1e-6, atol=1e-6), 0.5 * S.Rng(0).normal((1, 4, 4, 4))
     before, after = (run.cond({"text": words}, 1) for words in SAID)
     near = From(S.UniformGrid(), 0.5)
     with torch.no_grad():
         latent = flow.encode(run.denoiser, x, cond=before, to=near.start(run.denoiser.sde))
         decode = S.Sampler(flow, near, 1, denoise=False)
         back, other = (decode(run.denoiser, latent, cond=cond) for cond in (before, after))
-    torch.testing.assert_close(back, x, rtol=0, atol=1e-3)
-    assert float((other - back).abs().max()) > 1e-4
+    torch.testing.assert_close(back, x, rtol=0, atol=2e-4)
+    assert float((other - back).abs().max()) > 2e-3  # 2.3e-3: words do little in random weights
 
 
 def test_an_inverse_problem_is_solved_through_the_decoder(run: S.Run) -> None:

@@ -75,10 +75,10 @@ def test_trajectories_lead_to_the_exact_map(sde) -> None:
 
 @each_sde
 def test_a_map_that_is_its_own_teacher_keeps_what_is_exact(sde) -> None:
-    """The half that stays is held against the data themselves, whose mean given x_t costs their variance."""
+    """The 0.8 that stay are held against the data themselves, whose mean given x_t costs their variance."""
     loss = TrajectoryLoss(ExactMap(sde), steps=64, reuse=4)
     terms = loss.terms(data(), rng=Rng(0))
-    assert float(terms.loss[32:].max()) < 1e-6 < 1e-3 < float(terms.loss[:32].mean())
+    assert float(terms.loss[51:].max()) < 1e-6 < 1e-3 < float(terms.loss[:51].mean())
     taught = TrajectoryLoss(ExactMap(sde), gaussian(sde), steps=64, reuse=4, still=0.25).terms(data(), rng=Rng(0))
     assert float(taught.loss.max()) < 1e-6
 
