@@ -49,6 +49,10 @@ def lesson(command: Command) -> tuple[Command, Lesson]:
         )
     teacher = build_guidance(options, run, command.allow).denoiser
     own = {name: value for name, value in options.items() if name not in _OF_TEACHER}
+    network = run.config.get("network") or {}
+    if network.get("cond_dropout") and "cond_dropout" in node:  # the loss drops a condition for the teacher, too
+        share = network["cond_dropout"] if node.get("cond_dropout") is None else node["cond_dropout"]
+        own |= {"network": {**network, "cond_dropout": 0.0}, "loss": {**node, "cond_dropout": share}}
     told = ["end", "scale"] if node.get("scales") else ["end"]
     parts: dict[str, Any] = {
         "denoiser": {**run.config["denoiser"], "told": told},

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple, TypedDict, Unpack
 import torch
 from torch import Tensor, nn
 
-from ..diffusion.conditions import Cond, each, parted, tell
+from ..diffusion.conditions import Cond, each, named, parted, tell, unnamed
 from ..diffusion.denoiser import Denoiser
 from ..diffusion.sde import SDE
 from ..diffusion.undisturbed import in_eval
@@ -93,6 +93,7 @@ class Options(TypedDict, total=False):
     uncertainty: nn.Module | None
     adaptive: float
     scales: Sequence[float] | None
+    cond_dropout: float | None
 
 
 class FlowMapLoss(Loss):
@@ -109,6 +110,9 @@ class FlowMapLoss(Loss):
             2025, *Mean flows*, eq. 22): 0 is the square, ½ about the absolute value.
         scales: (low, high) of the scale of classifier-free guidance, which is drawn for each batch, put around the
             teacher, and told to the map; null for none but what is around the teacher.
+        cond_dropout: share in [0, 1) of the samples whose condition is dropped for the teacher and the map alike, so
+            that the map may be guided from outside. A dropout of the network's own would drop it for the map only,
+            which then learned the mean of what the teacher does under all conditions. None is 0.
 
     Raises:
         ValueError: a denoiser that is told one noise level only, a teacher of another SDE, or values outside these.
@@ -123,6 +127,7 @@ class FlowMapLoss(Loss):
         uncertainty: nn.Module | None = None,
         adaptive: float = 0.0,
         scales: Sequence[float] | None = None,
+        cond_dropout: float | None = None,
     ):
         super().__init__()
         name = type(self).__name__
@@ -137,6 +142,9 @@ class FlowMapLoss(Loss):
             check_same(denoiser.sde, teacher.sde)
         if not 0 <= adaptive <= 1:
             raise ValueError(f"adaptive is a power in [0, 1]; got {adaptive}.")
+        self.cond_dropout = 0.0 if cond_dropout is None else float(cond_dropout)
+        if not 0 <= self.cond_dropout < 1:
+            raise ValueError(f"cond_dropout is a share in [0, 1); got {cond_dropout}.")
         if (scales is not None) != ("scale" in denoiser.told) or (
             scales is not None and not 0 <= scales[0] <= scales[1]
         ):
@@ -157,6 +165,7 @@ class FlowMapLoss(Loss):
     def terms(self, x0: Tensor, cond: Cond = None, *, rng: Rng | None = None) -> Terms:
         rng, x0, cond = fresh() if rng is None else rng, samples(x0, "x0"), each(plain, cond)
         sde, teacher = self.denoiser.sde, self.teacher
+        cond = self._dropped(cond, len(x0), rng)
         if self.scales is not None:
             low, high = self.scales
             scale = low + (high - low) * float(rng.uniform((1,)))
@@ -170,6 +179,18 @@ class FlowMapLoss(Loss):
             u = self.uncertainty(sde.log_snr(t)).to(x0.dtype)
             objective = objective * (-u).exp() + u
         return Terms(objective, loss, t)
+
+    def _dropped(self, cond: Cond, n: int, rng: Rng) -> Cond:
+        """The condition, of a share of the n samples null."""
+        null = self.denoiser.null(cond) if self.cond_dropout else None
+        if null is None:
+            return cond
+        keep, nothing = rng.uniform((n,)) >= self.cond_dropout, named(null, "")
+
+        def kept(name: str, value: Tensor) -> Tensor:
+            return torch.where(keep.to(value.device).reshape(-1, *[1] * (value.ndim - 1)), value, nothing[name])
+
+        return unnamed({name: kept(name, value) for name, value in named(cond, "").items()}, "")
 
     def map(self, x: Tensor, t: Tensor, s: Tensor, cond: Cond) -> Tensor:
         """g (B, *event) of the map that is trained."""

@@ -87,7 +87,8 @@ class LoadedModel:
         if not self.draws:
             return self.conditional
         gaps = self.dataset.statistics.gaps
-        return self.conditional and self.config["network"].get("cond_dropout") == 0 and not gaps
+        dropped = (self.config.get("loss") or {}).get("cond_dropout")  # of a flow map
+        return self.conditional and self.config["network"].get("cond_dropout") == 0 and not dropped and not gaps
 
     @functools.cached_property
     def kinds(self) -> dict[str, Kind]:

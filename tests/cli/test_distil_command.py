@@ -71,6 +71,13 @@ def test_it_begins_as_ddim_of_the_guided_teacher(folder: Path) -> None:
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
+def test_a_condition_is_dropped_for_the_teacher_and_the_map_alike(folder: Path) -> None:
+    """By the loss, and no more by the network; so the map may be guided from outside."""
+    run = load(folder / "fast")
+    assert run.config["network"]["cond_dropout"] == 0 and run.config["loss"]["cond_dropout"] == 0.2
+    assert not run.always_conditional and run.sample(2, cond=[3, 4], guidance=2.0).shape == (2, *run.raw_shape)
+
+
 def test_a_run_that_was_stopped_goes_on_to_the_same_weights(folder: Path) -> None:
     shutil.copytree(folder / "fast", folder / "stopped")
     last = latest(folder / "stopped" / "checkpoints")
