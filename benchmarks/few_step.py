@@ -1,8 +1,8 @@
 """Flow maps on points of the plane: how near one or a few network calls come to where the exact ODE ends.
 
-    python benchmarks/few_step.py train --losses trajectory --seeds 0 1 2
-    python benchmarks/few_step.py train --losses semigroup mean_flow consistency semigroup_data mean_flow_data --sdes vp
-    python benchmarks/few_step.py train --losses trajectory_data --sdes vp --seconds 45
+    python benchmarks/few_step.py train --losses trajectory --targets ring five --seconds 40
+    python benchmarks/few_step.py train --losses consistency consistency_data mean_flow --sdes vp --seconds 40
+    python benchmarks/few_step.py train --losses trajectory_data --targets ring five --seconds 60
     python benchmarks/few_step.py report
 
 The teacher is the exact score of a mixture, which each map (an MLP) learns from noise that is new in every step; losses
