@@ -111,6 +111,11 @@ def nothing(value: Tensor, label: int) -> Tensor:
     return value.new_full((1, *value.shape[1:]), none)
 
 
+def chosen(keep: Tensor, value: Tensor, null: Tensor) -> Tensor:
+    """`value` (B, *) of the samples to `keep` (B,), and of the others `null`, (1, *) or (B, *)."""
+    return torch.where(keep.to(value.device).reshape(-1, *[1] * (value.ndim - 1)), value, null)
+
+
 def filled(value: Tensor, start: int = 1) -> tuple[Tensor, Tensor]:
     """(`value` with 0 in place of NaN entries, which entries are there); an entry is all behind dimension `start`."""
     there = ~value.isnan().flatten(start).all(start)

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple, TypedDict, Unpack
 import torch
 from torch import Tensor, nn
 
-from ..diffusion.conditions import Cond, each, named, parted, tell, unnamed
+from ..diffusion.conditions import Cond, chosen, each, named, parted, tell, unnamed
 from ..diffusion.denoiser import Denoiser
 from ..diffusion.sde import SDE
 from ..diffusion.undisturbed import in_eval
@@ -186,11 +186,7 @@ class FlowMapLoss(Loss):
         if null is None:
             return cond
         keep, nothing = rng.uniform((n,)) >= self.cond_dropout, named(null, "")
-
-        def kept(name: str, value: Tensor) -> Tensor:
-            return torch.where(keep.to(value.device).reshape(-1, *[1] * (value.ndim - 1)), value, nothing[name])
-
-        return unnamed({name: kept(name, value) for name, value in named(cond, "").items()}, "")
+        return unnamed({name: chosen(keep, value, nothing[name]) for name, value in named(cond, "").items()}, "")
 
     def map(self, x: Tensor, t: Tensor, s: Tensor, cond: Cond) -> Tensor:
         """g (B, *event) of the map that is trained."""

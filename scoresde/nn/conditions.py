@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import sizes, whole
-from ..diffusion.conditions import PADDING, Cond, checked_told, each, named, nothing, override
+from ..diffusion.conditions import PADDING, Cond, checked_told, chosen, each, named, nothing, override
 
 _WHOLE = ("label", "text")  # kinds that are integers
 
@@ -153,7 +153,7 @@ class Conditions(nn.Module):
         if given and self.training and self.dropout:
             keep = torch.rand(like.shape[0], device=like.device) >= self.dropout
             given |= {
-                name: torch.where(keep.reshape(-1, *[1] * (value.ndim - 1)), value, nothing(value, self.classes))
+                name: chosen(keep, value, nothing(value, self.classes))
                 for name, value in given.items()
                 if name not in self.besides | self.kept
             }
